@@ -1,0 +1,1 @@
+"""The model: the waist, the mechanisms, and the classes that Transformers loads."""

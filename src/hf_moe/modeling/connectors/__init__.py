@@ -1,0 +1,1 @@
+"""One connector per file; the file's name is the name users type."""
