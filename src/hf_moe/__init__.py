@@ -1,0 +1,66 @@
+"""Multimodal Mixture-of-Experts models: any decoder, any vision tower, any routing idea, one config field.
+
+Importing the package stays light; the model classes load on first use.
+"""
+
+import importlib
+from typing import Any
+
+from .configuration import HfMoeConfig, MoeConfig
+
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Connector": "modeling.routing",
+    "ExpertAssignment": "modeling.routing",
+    "Experts": "modeling.routing",
+    "HfMoeForConditionalGeneration": "modeling.modeling_hf_moe",
+    "HfMoeModel": "modeling.modeling_hf_moe",
+    "HfMoeProcessor": "modeling.processing_hf_moe",
+    "MoELayerSpec": "modeling.routing",
+    "Objective": "modeling.routing",
+    "ParameterMixture": "modeling.routing",
+    "Router": "modeling.routing",
+    "RoutingContext": "modeling.routing",
+    "RoutingOverrides": "modeling.routing",
+    "SlotMixture": "modeling.routing",
+    "list_systems": "configuration.systems",
+    "register_connector": "modeling.registry",
+    "register_experts": "modeling.registry",
+    "register_objective": "modeling.registry",
+    "register_router": "modeling.registry",
+}
+
+__all__ = ["HfMoeConfig", "MoeConfig", "list_mechanisms", "register", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'hf_moe' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hf_moe.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def list_mechanisms(kind: str) -> list[str]:
+    """Return the names of all mechanisms of a kind: `router`, `experts`, `objective` or `connector`."""
+    from .modeling.mechanisms import mechanism_names
+
+    return mechanism_names(kind)
+
+
+def register() -> None:
+    """Make the installed classes win over those a checkpoint carries, for every Auto class; safe to call again."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForMultimodalLM
+
+    from .modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+    from .modeling.processing_hf_moe import HfMoeProcessor
+
+    AutoConfig.register(HfMoeConfig.model_type, HfMoeConfig, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(HfMoeConfig, HfMoeForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(HfMoeConfig, HfMoeProcessor, exist_ok=True)

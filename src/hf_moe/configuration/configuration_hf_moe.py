@@ -296,7 +296,9 @@ class HfMoeConfig(PreTrainedConfig):
         for layer in self.moe_layers():
             experts, slots = at_layer(moe.num_experts, layer), at_layer(moe.num_experts_per_tok, layer)
             if experts < 1 or slots < 1:
-                raise ValueError(f"Layer {layer}: num_experts={experts} and num_experts_per_tok={slots} must be positive.")
+                raise ValueError(
+                    f"Layer {layer}: num_experts={experts} and num_experts_per_tok={slots} must be positive."
+                )
 
     def _write_contract_fields(self) -> None:
         """Write the fields that TRL, vLLM and others look for, where the host has none of that name.

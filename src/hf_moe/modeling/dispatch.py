@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 
+RAGGED = "ragged"
+
+
 def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
     """Return the dtype of the expert products: autocast's where it is on, else the hidden states'.
 
@@ -82,4 +85,4 @@ def ragged_experts_forward(
     return result.index_add(0, token, output).to(hidden_states.dtype)
 
 
-ALL_EXPERTS_FUNCTIONS.register("ragged", ragged_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(RAGGED, ragged_experts_forward)

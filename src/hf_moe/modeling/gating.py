@@ -63,7 +63,9 @@ def limit_groups(scores: torch.Tensor, n_group: int, topk_group: int) -> torch.T
         return scores
     grouped = scores.view(scores.shape[0], n_group, -1)  # (T, G, E / G)
     group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # (T, G)
-    kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, group_score.topk(topk_group, dim=-1).indices, True)
+    kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(
+        1, group_score.topk(topk_group, dim=-1).indices, True
+    )
     return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
 
 

@@ -136,6 +136,8 @@ class ExpertAssignment:
         router_probs (`torch.Tensor` of shape `(T, C)`, float32): the same as probabilities; rows sum to 1.
         gate_index (`torch.Tensor` of shape `(T,)`, *optional*): which of several gates decided, in
             [0, NUM_MODALITIES). Every gate is a population of its own in the balance losses.
+        chosen_index (`torch.Tensor` of shape `(T, K)`, *optional*): `expert_index` before a capacity emptied slots. The
+            balance statistics count these: a full expert must not look less wanted than it is.
         signals: named per-token values of shape `(T,)`, for logs and pictures (importance, slot count, ...).
     """
 
@@ -145,6 +147,7 @@ class ExpertAssignment:
     router_logits: torch.Tensor | None = None
     router_probs: torch.Tensor | None = None
     gate_index: torch.Tensor | None = None
+    chosen_index: torch.Tensor | None = None
     signals: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def drop(self, dropped: torch.Tensor) -> "ExpertAssignment":
@@ -154,13 +157,14 @@ class ExpertAssignment:
         return self
 
     def slot_counts(self, group: torch.Tensor, num_groups: int, token_mask: torch.Tensor) -> torch.Tensor:
-        """Count the filled slots of real tokens, (num_groups, E) int64, detached."""
+        """Count the chosen slots of real tokens, (num_groups, E) int64, detached."""
         return self.slot_table(group, num_groups, token_mask)[:, : self.num_experts]
 
     def slot_table(self, group: torch.Tensor, num_groups: int, token_mask: torch.Tensor) -> torch.Tensor:
-        """Count the slots of real tokens, (num_groups, E + 1) int64; the last column counts the empty ones."""
+        """Count the slots of real tokens, (num_groups, E + 1) int64; the last column counts those without a choice."""
         width = self.num_experts + 1
-        cell = group[:, None] * width + self.expert_index.clamp(max=self.num_experts)  # (T, K)
+        index = self.expert_index if self.chosen_index is None else self.chosen_index
+        cell = group[:, None] * width + index.clamp(max=self.num_experts)  # (T, K)
         weight = token_mask[:, None].expand_as(cell).long()
         table = torch.zeros(num_groups * width, dtype=torch.long, device=cell.device)
         return table.scatter_add(0, cell.reshape(-1), weight.reshape(-1)).view(num_groups, width)
@@ -291,6 +295,91 @@ class Objective(nn.Module):
 
     def end_step(self) -> None:
         """Make the accumulated statistics the population of the next optimizer step."""
+
+
+class PopulationObjective(Objective):
+    """Base of the losses that weigh each token by how loaded its candidates are in the whole population.
+
+    The population of a layer is its slot counts (NUM_MODALITIES, E + 1) of the previous optimizer step, summed over
+    micro-batches and processes: one row per sub-population (gate or modality), the last column for empty slots.
+    """
+
+    def __init__(self, specs: list[MoELayerSpec], coef: float):
+        super().__init__(specs, coef)
+        for spec in specs:
+            zeros = torch.zeros(NUM_MODALITIES, spec.num_experts + 1, dtype=torch.long)
+            self.register_buffer(f"population_{spec.layer_idx}", zeros)
+            self.register_buffer(f"accumulated_{spec.layer_idx}", zeros.clone(), persistent=False)
+
+    def initialize(self, std: float) -> None:
+        for buffer in self.buffers():
+            init.zeros_(buffer)
+
+    def group(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
+        """Return the sub-population (T,) of every token: the gate that decided, or 0 where there is one gate."""
+        if decision.gate_index is not None:
+            return decision.gate_index
+        return torch.zeros_like(decision.expert_index[:, 0])
+
+    def assignments(self, decisions: dict[int, Decision]) -> dict[int, ExpertAssignment]:
+        """Return the decisions this loss applies to.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        usable = {
+            layer: decision
+            for layer, decision in decisions.items()
+            if isinstance(decision, ExpertAssignment) and decision.router_probs is not None
+        }
+        if not usable:
+            kinds = sorted({type(decision).__name__ for decision in decisions.values()})
+            raise ValueError(
+                f"{type(self).__name__} needs an ExpertAssignment with router_probs, but the routers of layers "
+                f"{sorted(decisions)} returned {' and '.join(kinds) or 'nothing'} without: choose another router, or "
+                "remove this objective."
+            )
+        return usable
+
+    def row_counts(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
+        """Return the slot counts of every row, (B, NUM_MODALITIES, E + 1)."""
+        mask = context.tokens("token_mask", decision.expert_index.device)
+        rows, positions = context.token_mask.shape
+        row = torch.arange(rows, device=mask.device).repeat_interleave(positions)  # (T,)
+        cell = row * NUM_MODALITIES + self.group(decision, context)
+        return decision.slot_table(cell, rows * NUM_MODALITIES, mask).view(rows, NUM_MODALITIES, -1)
+
+    def population_counts(self, layer: int, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
+        """Return the counts that apply in every row, (B, NUM_MODALITIES, E + 1).
+
+        A sub-population that no finished step has seen yet is replaced by the row's own tokens.
+        """
+        own = self.row_counts(decision, context)
+        population = self.get_buffer(f"population_{layer}").to(own.device)
+        return torch.where(population.sum(-1, keepdim=True) > 0, population, own)
+
+    def per_token(self, table: torch.Tensor, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
+        """Pick the row of `table` (B, NUM_MODALITIES, C) that belongs to every token, (T, C)."""
+        rows, positions = context.token_mask.shape
+        group = self.group(decision, context).view(rows, positions, 1).expand(-1, -1, table.shape[-1])
+        return table.gather(1, group).flatten(0, 1)
+
+    def layer_mean(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """Return the mean over layers of the rows' values (B,), on the device of the first layer."""
+        return torch.stack([value.to(values[0].device) for value in values]).mean(0)
+
+    def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
+        for layer, decision in self.assignments(decisions).items():
+            accumulated = self.get_buffer(f"accumulated_{layer}")
+            accumulated += self.row_counts(decision, context).sum(0).to(accumulated.device)
+
+    def end_step(self) -> None:
+        for spec in self.specs:
+            population = self.get_buffer(f"population_{spec.layer_idx}")
+            accumulated = self.get_buffer(f"accumulated_{spec.layer_idx}")
+            counts = sum_over_ranks(accumulated)
+            population.copy_(torch.where(counts.sum(-1, keepdim=True) > 0, counts, population))
+            accumulated.zero_()
 
 
 class Connector(nn.Module):

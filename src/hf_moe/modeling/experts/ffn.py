@@ -72,7 +72,9 @@ class FfnExperts(Experts):
             return self.mix_slots(hidden_states, decision)
         return self.merge_experts(hidden_states, decision)
 
-    def eager(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def eager(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """Loop over the experts: the reference that every backend is tested against."""
         output = torch.zeros_like(hidden_states)
         stacks = zip(*(stack.unbind(0) for stack in self._stacks()), strict=True)

@@ -1,0 +1,210 @@
+"""The host: how a Transformers decoder is read, and how its feed-forwards become MoE layers.
+
+Two things are done to a host. The feed-forward of every MoE layer is replaced by a `MoELayer`. The class of every
+decoder layer is swapped for a subclass of the same name whose `forward` takes `routing_context` and holds it in a
+context variable while the host's own forward runs. The context stays an argument of the layer, the one thing that
+survives every kind of recomputation, and the variable reaches a block that PEFT or a compiler has wrapped.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration.configuration_hf_moe import at_layer
+from .moe_layer import MoELayer
+from .routing import ACTIVE_CONTEXT, MoELayerSpec
+
+
+@dataclass(frozen=True)
+class FfnLayout:
+    """The names under which a dense feed-forward keeps its projections.
+
+    Attributes:
+        up: the projection into the inner width; with the gate in its first half if `fused`.
+        down: the projection back.
+        gate: the gate's projection, if it has one of its own.
+        fused: whether `up` holds gate and up.
+        transposed: whether weights are stored (in, out), as GPT-2's `Conv1D` does.
+    """
+
+    up: str
+    down: str
+    gate: str | None = None
+    fused: bool = False
+    transposed: bool = False
+
+
+LAYOUTS = (
+    FfnLayout(gate="gate_proj", up="up_proj", down="down_proj"),
+    FfnLayout(up="gate_up_proj", down="down_proj", fused=True),
+    FfnLayout(up="up_proj", down="down_proj"),
+    FfnLayout(up="dense_h_to_4h", down="dense_4h_to_h"),
+    FfnLayout(up="fc1", down="fc2"),
+    FfnLayout(up="c_fc", down="c_proj", transposed=True),
+    FfnLayout(gate="w1", up="w3", down="w2"),
+)
+
+FFN_NAMES = ("mlp", "feed_forward", "ffn")
+ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation_function")
+LAYER_LIST_NAMES = ("layers", "h")
+
+
+@dataclass(frozen=True)
+class HostFfn:
+    """What a host's feed-forward is.
+
+    Attributes:
+        intermediate_size: f, of one expert if the host's layer is a MoE.
+        gated, bias: see [`MoELayerSpec`].
+        layout: how a dense feed-forward names its projections; `None` for a MoE layer.
+    """
+
+    intermediate_size: int
+    gated: bool
+    bias: bool
+    layout: FfnLayout | None
+
+
+def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers of a host.
+
+    Raises:
+        ValueError: if the model keeps them under no known name.
+    """
+    for name in LAYER_LIST_NAMES:
+        layers = getattr(language_model, name, None)
+        if isinstance(layers, nn.ModuleList):
+            return layers
+    raise ValueError(
+        f"{type(language_model).__name__} cannot host MoE layers: no list of decoder layers under "
+        f"{' or '.join(LAYER_LIST_NAMES)}; it has {[name for name, _ in language_model.named_children()]}."
+    )
+
+
+def ffn_name(layer: nn.Module) -> str:
+    """Return the attribute under which a decoder layer keeps its feed-forward.
+
+    Raises:
+        ValueError: if it keeps it under no known name.
+    """
+    for name in FFN_NAMES:
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return name
+    raise ValueError(
+        f"{type(layer).__name__} cannot host a MoE layer: no feed-forward under {' or '.join(FFN_NAMES)}; it has "
+        f"{[name for name, _ in layer.named_children()]}."
+    )
+
+
+def read_ffn(ffn: nn.Module) -> HostFfn:
+    """Return what a host's feed-forward is, dense or MoE.
+
+    Raises:
+        ValueError: if its projections have no known names.
+    """
+    experts = getattr(ffn, "experts", None)
+    stack = getattr(experts, "gate_up_proj", None)
+    if stack is not None and stack.dim() == 3:
+        return HostFfn(experts.down_proj.shape[-1], gated=True, bias=hasattr(experts, "down_proj_bias"), layout=None)
+    for layout in LAYOUTS:
+        names = [name for name in (layout.gate, layout.up, layout.down) if name is not None]
+        if all(hasattr(getattr(ffn, name, None), "weight") for name in names):
+            down = getattr(ffn, layout.down)
+            width = down.weight.shape[0 if layout.transposed else 1]
+            gated = layout.fused or layout.gate is not None
+            return HostFfn(width, gated=gated, bias=down.bias is not None, layout=layout)
+    raise ValueError(
+        f"{type(ffn).__name__} cannot become a MoE layer: its projections {[name for name, _ in ffn.named_children()]} "
+        f"are none of {[(layout.gate, layout.up, layout.down) for layout in LAYOUTS]}."
+    )
+
+
+def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
+    """Resolve the facts of one MoE layer from the config and the feed-forward it replaces.
+
+    Raises:
+        ValueError: if the host names no activation function.
+    """
+    moe, text = config.moe_config, config.text_config
+    activation = next((getattr(text, name) for name in ACTIVATION_FIELDS if getattr(text, name, None)), None)
+    if activation is None:
+        raise ValueError(f"{type(text).__name__} names no activation under {' or '.join(ACTIVATION_FIELDS)}.")
+    granularity = at_layer(moe.granularity, layer_idx)
+    width = at_layer(moe.expert_intermediate_size, layer_idx) or host_ffn.intermediate_size // granularity
+    banks = tuple(
+        (name, bank["num_experts"], bank.get("intermediate_size") or width)
+        for name, bank in (at_layer(moe.expert_banks, layer_idx) or {}).items()
+    )
+    return MoELayerSpec(
+        layer_idx=layer_idx,
+        hidden_size=text.hidden_size,
+        num_experts=at_layer(moe.num_experts, layer_idx),
+        num_experts_per_tok=at_layer(moe.num_experts_per_tok, layer_idx),
+        expert_intermediate_size=width,
+        hidden_act=activation,
+        gated=host_ffn.gated,
+        bias=host_ffn.bias,
+        banks=banks,
+    )
+
+
+def install_moe_layers(language_model: PreTrainedModel, config) -> dict[int, MoELayer]:
+    """Replace the feed-forwards that the config names and make every decoder layer carry the routing context.
+
+    Returns:
+        The MoE layers by layer index.
+    """
+    installed = {}
+    layers = decoder_layers(language_model)
+    for layer_idx in config.moe_layers():
+        layer = layers[layer_idx]
+        name = ffn_name(layer)
+        spec = layer_spec(config, layer_idx, read_ffn(getattr(layer, name)))
+        installed[layer_idx] = MoELayer(config, spec)
+        setattr(layer, name, installed[layer_idx])
+    for layer in layers:
+        layer.__class__ = routed_layer_class(type(layer))
+    return installed
+
+
+@functools.cache
+def routed_layer_class(host_class: type) -> type:
+    """Return the subclass of a decoder layer's class that takes `routing_context`.
+
+    It keeps the host's name, by which device maps and FSDP wrapping policies find it, and pickles.
+    """
+
+    def forward(self, *args: Any, routing_context: Any = None, **kwargs: Any) -> Any:
+        token = ACTIVE_CONTEXT.set(routing_context)
+        try:
+            return host_class.forward(self, *args, **kwargs)
+        finally:
+            ACTIVE_CONTEXT.reset(token)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _new_routed_layer, (host_class,), self.__dict__
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": host_class.__module__}
+    return type(host_class.__name__, (host_class,), body)
+
+
+def _new_routed_layer(host_class: type) -> nn.Module:
+    cls = routed_layer_class(host_class)
+    return cls.__new__(cls)
+
+
+def scale_logits(logits, text_config):
+    """Apply what the host's own `ForCausalLM` does to its logits: scaling (Cohere, Granite), soft-capping (Gemma)."""
+    scale = getattr(text_config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(text_config, "logits_scaling", None)
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * (logits / cap).tanh()
+    return logits

@@ -1,0 +1,510 @@
+"""The multimodal MoE model: vision tower -> connector -> decoder whose feed-forwards are MoE layers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.models.auto import AutoModel
+
+from ..configuration.configuration_hf_moe import HfMoeConfig
+from .auxiliary import AuxiliaryLosses
+from .dispatch import RAGGED
+from .host import install_moe_layers, scale_logits
+from .mechanisms import get_mechanism
+from .moe_layer import MoELayer
+from .registry import build
+from .routing import Connector, Decision, ExpertAssignment, Experts, Router, RoutingContext, RoutingOverrides
+from .vision import derive_vision_fields, dummy_pixels, freeze_unreachable, patches_per_image, tower_features
+
+
+@dataclass
+class HfMoeModelOutputWithPast(ModelOutput):
+    """
+    Output of [`HfMoeModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, S, d)`): the decoder's last hidden state.
+        past_key_values (`Cache`, *optional*): the decoder's cache.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): as the decoder returns them.
+        router_logits (`tuple[torch.Tensor]` of shape `(T, C)`, *optional*): one per MoE layer, float32.
+        image_hidden_states (`list[torch.Tensor]`, *optional*): the connected features of every image, (P', d) each.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: list[torch.Tensor] | None = None
+
+
+@dataclass
+class HfMoeCausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`HfMoeForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor`, scalar, *optional*): language loss plus auxiliary loss, when labels are given.
+        logits (`torch.Tensor` of shape `(B, S, vocab_size)`): prediction scores.
+        past_key_values, hidden_states, attentions, router_logits, image_hidden_states: see
+            [`HfMoeModelOutputWithPast`].
+        aux_loss (`torch.Tensor`, scalar, *optional*): the auxiliary part of the loss.
+        objective_values (`dict[str, torch.Tensor]`, *optional*): every objective's value before its coefficient.
+        routing (`dict[int, Decision]`, *optional*): the decision of every MoE layer, with `output_routing=True`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: list[torch.Tensor] | None = None
+    aux_loss: torch.Tensor | None = None
+    objective_values: dict[str, torch.Tensor] | None = None
+    routing: dict[int, Decision] | None = None
+
+
+class HfMoePreTrainedModel(PreTrainedModel):
+    """Base of the model's classes: weight initialisation and what Transformers may do with them."""
+
+    config: HfMoeConfig
+    config_class = HfMoeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Transformers greps this file for a decorator to see whether the experts backend can be set; ours read the
+    # interface themselves, in another file.
+    _can_set_experts_implementation_cached_value = True
+    # Routers stay float32 in a bf16 model. The pattern is a regular expression over parameter names.
+    _keep_in_fp32_modules_strict = [r"\.gate\."]
+    # Objectives may change between two runs; their statistics build up again within a step.
+    _keys_to_ignore_on_load_missing = [r"^objectives\."]
+    _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or RAGGED)
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
+        # parameters: ours are initialised first, and marked.
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, Router | Experts | Connector) and not getattr(module, "_is_hf_initialized", False):
+                module.initialize(std)
+                for part in module.modules():
+                    part._is_hf_initialized = True
+        super().initialize_weights()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        function = kwargs.get("gradient_checkpointing_func")
+        if enable and getattr(function, "keywords", {}).get("use_reentrant") and self.config.moe_config.objectives:
+            raise ValueError(
+                "use_reentrant=True cuts the gradient of the routing objectives "
+                f"({', '.join(self.config.moe_config.objectives)}) without a word: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+
+class HfMoeModel(HfMoePreTrainedModel):
+    """Tower, connector and decoder, without a head.
+
+    Args:
+        config: the model's configuration. What the tower's type does not tell is derived and stored in it.
+    """
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__(config)
+        self.vision_tower = None
+        self.connector = None
+        if config.vision_config is not None:
+            derive_vision_fields(config)
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+            freeze_unreachable(self.vision_tower, config)
+            options = dict(config.connector)
+            connector = get_mechanism("connector", options.pop("name"))
+            sizes = (config.vision_feature_size, config.text_config.hidden_size)
+            self.connector = build("connector", connector, options, *sizes)
+            if config.image_seq_length is None:
+                config.image_seq_length = self.connector.num_tokens(patches_per_image(config))
+        self.language_model = AutoModel.from_config(config.text_config)
+        install_moe_layers(self.language_model, config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """Return the MoE layers by layer index."""
+        layers = [module for module in self.language_model.modules() if isinstance(module, MoELayer)]
+        return {layer.layer_idx: layer for layer in layers}
+
+    def train(self, mode: bool = True) -> "HfMoeModel":
+        # A frozen tower keeps its batch statistics and drops nothing.
+        super().train(mode)
+        if self.vision_tower is not None and not any(p.requires_grad for p in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Return the images as the decoder sees them, in `pooler_output`: a list of (P', d).
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): N images, or packed patches with
+                `pixel_attention_mask` and `spatial_shapes` where the tower takes those.
+            image_features (`torch.Tensor` of shape `(N, P, C)`, *optional*): the tower's features, computed before.
+        """
+        if self.vision_tower is None:
+            raise ValueError("This model has no vision tower (vision_config is None): pass text only.")
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("Pass either pixel_values or image_features.")
+        if image_features is None:
+            extra = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+            image_features = tower_features(self.vision_tower, self.config, pixel_values, **extra)
+        if image_features.dim() != 3 or image_features.shape[-1] != self.config.vision_feature_size:
+            raise ValueError(
+                f"image_features must have the shape (images, patches, {self.config.vision_feature_size}), got "
+                f"{tuple(image_features.shape)}."
+            )
+        weight = next(self.connector.parameters())
+        connected = self.connector(image_features.to(weight.device, weight.dtype))  # (N, P', d)
+        if pixel_attention_mask is None:
+            images = list(connected)
+        else:
+            images = [rows[keep.bool()] for rows, keep in zip(connected, pixel_attention_mask, strict=True)]
+        return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=images)
+
+    def routing_context(
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        condition_ids: dict[str, torch.Tensor] | None = None,
+        routing_overrides: RoutingOverrides | None = None,
+    ) -> RoutingContext:
+        """Build what the routers may know of this forward pass.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or if `mm_token_type_ids` does not
+                have their shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        given = inputs_embeds if input_ids is None else input_ids
+        batch, positions = given.shape[:2]
+        token_mask = torch.ones(batch, positions, dtype=torch.bool, device=given.device)
+        # A 4-D mask belongs to a static cache, at inference, where every token of the call counts as real.
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -positions:].bool()
+        if mm_token_type_ids is None:
+            mm_token_type_ids = torch.zeros(batch, positions, dtype=torch.long, device=given.device)
+            placeholders = (self.config.image_token_id, self.config.video_token_id, self.config.audio_token_id)
+            for modality, token_id in enumerate(placeholders, start=1):
+                if token_id is not None and input_ids is not None:
+                    mm_token_type_ids = mm_token_type_ids.masked_fill(input_ids == token_id, modality)
+        elif mm_token_type_ids.shape != (batch, positions):
+            raise ValueError(
+                f"mm_token_type_ids must have the shape {(batch, positions)} of the tokens, got "
+                f"{tuple(mm_token_type_ids.shape)}."
+            )
+        return RoutingContext(
+            modality_ids=mm_token_type_ids.long(),
+            token_mask=token_mask,
+            input_ids=input_ids,
+            condition_ids=condition_ids,
+            progress=self.training_progress if self.training else 1.0,
+            overrides=routing_overrides,
+        )
+
+    # How far training is, 0 to 1; the trainer moves it, schedules in routers read it from the context.
+    training_progress = 0.0
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        condition_ids: dict[str, torch.Tensor] | None = None,
+        routing_overrides: RoutingOverrides | None = None,
+        routing_context: RoutingContext | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> HfMoeModelOutputWithPast | tuple:
+        r"""
+        Args:
+            pixel_values, image_features, pixel_attention_mask, spatial_shapes: see [`~HfMoeModel.get_image_features`].
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*): connected features, as
+                `get_image_features` returns them, under the key `"image"`.
+            mm_token_type_ids (`torch.Tensor` of shape `(B, S)`, *optional*): 0 text, 1 image, 2 video, 3 audio. Derived
+                from the placeholder ids when absent; embeddings alone count as text.
+            condition_ids (`dict[str, torch.Tensor]`, *optional*): task, domain or language ids of shape `(B,)`.
+            routing_overrides (`RoutingOverrides`, *optional*): test-time control of the routing.
+            routing_context (`RoutingContext`, *optional*): a context built before; its `decisions` are filled.
+        """
+        if routing_context is None:
+            routing_context = self.routing_context(
+                input_ids, inputs_embeds, attention_mask, mm_token_type_ids, condition_ids, routing_overrides
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        images = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None or image_features is not None:
+            if images is not None:
+                raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
+            images = self.get_image_features(pixel_values, image_features, pixel_attention_mask, spatial_shapes)
+        if images is not None:
+            inputs_embeds = self._insert_images(input_ids, inputs_embeds, images.pooler_output)
+        elif self.training and self.connector is not None and past_key_values is None:
+            inputs_embeds = inputs_embeds + 0.0 * self._touch_vision(inputs_embeds)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            routing_context=routing_context,
+            return_dict=True,
+            **kwargs,
+        )
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        result = HfMoeModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=_router_logits(routing_context) if wanted else None,
+            image_hidden_states=images.pooler_output if images is not None else None,
+        )
+        return result if self._wants_dict(return_dict) else result.to_tuple()
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return self.config.return_dict if return_dict is None else return_dict
+
+    def _insert_images(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, images: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Replace the placeholders' embeddings by the images, in order.
+
+        Raises:
+            ValueError: if there are more or fewer placeholders than image features.
+        """
+        if input_ids is not None:
+            mask = input_ids == self.config.image_token_id  # (B, S)
+        else:
+            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+        features = torch.cat(list(images)).to(inputs_embeds.device, inputs_embeds.dtype)  # (sum P', d)
+        if not torch.compiler.is_compiling() and int(mask.sum()) != features.shape[0]:
+            raise ValueError(
+                f"Image features and image tokens do not match: {int(mask.sum())} placeholder tokens in the text, "
+                f"{features.shape[0]} features from {len(images)} images. The processor writes "
+                f"{self.config.image_seq_length} placeholders per image; truncation may have cut some."
+            )
+        return inputs_embeds.masked_scatter(mask[..., None], features)
+
+    def _touch_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Return a zero that depends on the connector, and on a trainable tower: a batch of text alone must leave a
+        gradient of zeros on them, or distributed training waits for ever."""
+        if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            inputs = dummy_pixels(self.config, inputs_embeds.device, self.vision_tower.dtype)
+            features = tower_features(self.vision_tower, self.config, **inputs)
+        else:
+            features = inputs_embeds.new_zeros(1, 1, self.config.vision_feature_size)
+        return self.connector(features).sum()
+
+
+class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
+    """The model with its language head, loss and generation.
+
+    The language loss is the host's; objectives are added as `auxiliary.py` says. Population statistics (loads, biases)
+    move on when an optimizer step has ended, which the first forward with cleared gradients tells: plain `Trainer`, and
+    any loop that calls `zero_grad()`, is right without a callback.
+    """
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__(config)
+        self.model = HfMoeModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.objectives = AuxiliaryLosses(config, [layer.spec for layer in self.model.moe_layers().values()])
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    @property
+    def base_model(self) -> HfMoeModel:
+        return self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(*args, **kwargs)
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """Return the MoE layers by layer index."""
+        return self.model.moe_layers()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        condition_ids: dict[str, torch.Tensor] | None = None,
+        routing_overrides: RoutingOverrides | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> HfMoeCausalLMOutputWithPast | tuple:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the tokens to predict, -100 where masked; shifted
+                inside.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): how many of the last positions get logits; 0 for
+                all.
+            num_items_in_batch (`int`, *optional*): labels of the whole optimizer step, as `Trainer` passes it.
+            output_routing (`bool`, defaults to `False`): return the decision of every MoE layer.
+
+            The rest as in [`HfMoeModel`].
+        """
+        if self.training and labels is not None:
+            self._end_finished_step()
+        context = self.model.routing_context(
+            input_ids, inputs_embeds, attention_mask, mm_token_type_ids, condition_ids, routing_overrides
+        )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_features=image_features,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            routing_context=context,
+            output_router_logits=output_router_logits,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = scale_logits(logits, self.config.text_config)
+
+        loss, aux_loss, values = None, None, None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+            aux_loss, values = self.objectives(context, labels, num_items_in_batch)
+            loss = loss + aux_loss.to(loss.device)
+            if self.training:
+                for layer_idx, layer in self.moe_layers().items():
+                    layer.gate.accumulate(context.decisions[layer_idx], context)
+
+        result = HfMoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.image_hidden_states,
+            aux_loss=aux_loss,
+            objective_values=values or None,
+            routing=context.decisions if output_routing else None,
+        )
+        return result if self.model._wants_dict(return_dict) else result.to_tuple()
+
+    def _end_finished_step(self) -> None:
+        """Close the statistics of the previous optimizer step if its gradients have been cleared.
+
+        `Trainer` and `optimizer.zero_grad()` set gradients to `None`, so the first micro-batch of a step finds none.
+        """
+        gates = (parameter for layer in self.moe_layers().values() for parameter in layer.gate.parameters())
+        watched = next((parameter for parameter in gates if parameter.requires_grad), None)
+        if watched is not None and watched.grad is None:
+            self.objectives.end_step()
+            for layer in self.moe_layers().values():
+                layer.gate.end_step()
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, image_features: torch.Tensor | None = None, **kwargs: Any):
+        """Generate as every Transformers model does; `image_features` may stand in for `pixel_values`."""
+        if image_features is not None:
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(image_features=image_features)}
+        return super().generate(inputs, **kwargs)
+
+
+def _router_logits(context: RoutingContext) -> tuple[torch.Tensor, ...] | None:
+    """Return the layers' router logits, or `None` where their widths differ: tools stack them."""
+    assignments = [item for item in context.decisions.values() if isinstance(item, ExpertAssignment)]
+    logits = [item.router_logits for item in assignments if item.router_logits is not None]
+    if len({item.shape[-1] for item in logits}) != 1:
+        return None
+    return tuple(logits)
+
+
+__all__ = ["HfMoeForConditionalGeneration", "HfMoeModel", "HfMoePreTrainedModel"]
