@@ -1,0 +1,53 @@
+"""Null load: holds the share of the slots that go to null experts, without balancing the null experts themselves.
+
+    value of a row = mean over its real tokens t of  (E + M) * sum_{i < E + M} f~_i * P_{t, i}
+
+P_t is the router's distribution over E real and M null experts. f~_i is the share of the slots that went to real expert
+i; each null expert has the mean share of all null ones, so that it does not matter which of them a slot went to. The
+shares come from the previous optimizer step (detached), the mean over layers is taken, and the value is 1.0 at uniform.
+It pushes the mean number of real experts per token towards K E / (E + M).
+
+The paper's shares are per token and sum to K: its coefficient is K times as strong as the same number here.
+
+Source: AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models, arXiv:2406.13233.
+"""
+
+import torch
+
+from ..gating import renormalise
+from ..population import PopulationObjective
+from ..registry import register_objective
+from ..routing import Decision, RoutingContext
+
+
+@register_objective("null_load")
+class NullLoad(PopulationObjective):
+    """Balance over real experts and the whole of the null ones, for routers with null experts.
+
+    Args:
+        specs: the MoE layers of the model.
+        coef: coefficient of the loss, >= 0.
+
+    Raises:
+        ValueError: in `forward`, if no router has null experts.
+    """
+
+    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+        values = []
+        for layer, decision in self.assignments(decisions).items():
+            candidates = decision.router_probs.shape[-1]
+            num_null = candidates - decision.num_experts
+            if num_null == 0:
+                continue
+            counts = self.population_counts(layer, decision, context)
+            share = renormalise(counts.float(), minimum=1.0)  # (B, NUM_MODALITIES, E + 1)
+            nulls = (share[..., -1:] / num_null).expand(*share.shape[:-1], num_null)
+            share = torch.cat([share[..., :-1], nulls], dim=-1)  # (B, NUM_MODALITIES, E + M)
+            share = self.per_token(share, decision, context)  # (T, E + M)
+            values.append(context.row_mean((share * decision.router_probs).sum(-1) * candidates))
+        if not values:
+            raise ValueError(
+                f"null_load needs a router with null experts, such as 'adamoe'; the routers of layers "
+                f"{sorted(decisions)} have none: use load_balance."
+            )
+        return self.layer_mean(values)

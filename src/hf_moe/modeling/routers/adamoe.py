@@ -1,0 +1,63 @@
+"""AdaMoE routing: null experts let a token use fewer real ones.
+
+    P = softmax([W x ; W_null x])  over E + M candidates        S = the K largest of P
+    w_i = P_i / sum_{j in S, j < E} P_j        for real i in S
+
+The M null experts output zero and have no parameters but their gate rows; a slot that goes to one is empty. So a token
+uses 0 to min(K, E) experts, as the gate decides; one whose slots are all null keeps the residual only. K is larger than
+a plain router's. Balance with the objective `null_load`, which holds the mean number of real experts near
+K E / (E + M).
+
+Source: AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models, arXiv:2406.13233.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from ..gating import apply_overrides, check_choice, check_slots, gate_logits, renormalise, router_scores, select_experts
+from ..registry import register_router
+from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+
+
+@register_router("adamoe")
+class AdaMoERouter(Router):
+    """Softmax gate over E real and M null experts, top-k.
+
+    Args:
+        spec: facts of the layer.
+        num_null_experts: M >= 1; E when `None` (the released Mixtral run has 16 for 8 experts).
+        null_router_init: `"copy"` starts the null rows as copies of the real ones, in turn, also of trained ones where
+            a checkpoint holds no null rows; `"normal"` draws them.
+
+    Raises:
+        ValueError: if K does not lie in [1, E + M], or M < 1, or `null_router_init` is unknown.
+    """
+
+    def __init__(self, spec: MoELayerSpec, *, num_null_experts: int | None = None, null_router_init: str = "copy"):
+        super().__init__(spec)
+        num_null = spec.num_experts if num_null_experts is None else num_null_experts
+        if num_null < 1:
+            raise ValueError(f"num_null_experts={num_null} must be at least 1; without, take the router 'top_k'.")
+        check_slots(spec, spec.num_experts + num_null, "adamoe")
+        check_choice("null_router_init", null_router_init, ("copy", "normal"))
+        self.null_router_init = null_router_init
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
+        self.null_weight = nn.Parameter(torch.empty(num_null, spec.hidden_size))
+
+    def initialize(self, std: float) -> None:
+        init.normal_(self.weight, mean=0.0, std=std)
+        if self.null_router_init == "copy":
+            rows = torch.arange(len(self.null_weight), device=self.weight.device) % self.spec.num_experts
+            init.copy_(self.null_weight, self.weight[rows])
+        else:
+            init.normal_(self.null_weight, mean=0.0, std=std)
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        logits = gate_logits(hidden_states, torch.cat([self.weight, self.null_weight]))  # (T, E + M)
+        logits = apply_overrides(logits, self.spec, context)
+        scores, probs = router_scores(logits, "softmax")
+        index, weight = select_experts(scores, logits, self.spec)  # (T, K) both
+        return ExpertAssignment(
+            index, renormalise(weight), self.spec.num_experts, router_logits=logits, router_probs=probs
+        )

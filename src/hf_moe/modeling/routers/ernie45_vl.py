@@ -1,0 +1,104 @@
+"""ERNIE-4.5-VL routing: text and vision tokens have banks of experts of their own.
+
+    p = softmax(W_bank x)  over the experts of the token's bank        S = the K largest of p + b
+    w_i = p_i / max(sum_{j in S} p_j, norm_min)        for i in S
+
+Image and video tokens see the vision bank, all others the text bank. Each bank may have a width of its own (vision
+experts are a third as wide in the released models): name the banks in `moe_config.expert_banks`, text first. The bias b
+moves the choice, has no gradient, and follows the load of its own bank.
+
+Source: ERNIE 4.5 Technical Report (2025), and Transformers' `ernie4_5_vl_moe`.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from ..gating import (
+    BiasBalancedRouter,
+    apply_overrides,
+    gate_logits,
+    is_vision,
+    renormalise,
+    router_scores,
+    select_experts,
+)
+from ..registry import register_router
+from ..routing import ExpertAssignment, MoELayerSpec, RoutingContext
+
+
+@register_router("ernie45_vl")
+class Ernie45VLRouter(BiasBalancedRouter):
+    """Two isolated softmax gates with a balancing bias, top-k in the bank of the token.
+
+    The rows of `weight` (E, d) follow the experts: the text bank first, then the vision bank.
+
+    Args:
+        spec: facts of the layer. `banks` has two entries, text and vision; without banks E is split in two halves.
+        norm_min: least divisor of the weights, > 0.
+        bias_update_rate: step of the bias, >= 0; 0 freezes it.
+        boundary_token_ids: tokens that count as vision although their modality is text (start and end of an image or
+            video); needs `input_ids`.
+
+    Raises:
+        ValueError: if there are not two banks of at least K experts each; in `forward`, if `boundary_token_ids` are set
+            and the model was called without `input_ids`.
+    """
+
+    def __init__(
+        self,
+        spec: MoELayerSpec,
+        *,
+        norm_min: float = 1e-12,
+        bias_update_rate: float = 0.001,
+        boundary_token_ids: list[int] | None = None,
+    ):
+        super().__init__(spec, (spec.num_experts,), bias_update_rate)
+        half = spec.num_experts // 2
+        self.bank_sizes = [size for _, size, _ in spec.banks] or [half, spec.num_experts - half]
+        if len(self.bank_sizes) != 2 or min(self.bank_sizes) < spec.num_experts_per_tok:
+            raise ValueError(
+                f"Router 'ernie45_vl' of layer {spec.layer_idx} needs two banks, text and vision, of at least "
+                f"num_experts_per_tok={spec.num_experts_per_tok} experts each; got {self.bank_sizes}."
+            )
+        self.norm_min = norm_min
+        self.boundary_token_ids = boundary_token_ids or []
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
+
+    def initialize(self, std: float) -> None:
+        super().initialize(std)
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def balanced_together(self, load: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return load.split(self.bank_sizes, dim=-1)
+
+    def in_vision_bank(self, context: RoutingContext, device: torch.device) -> torch.Tensor:
+        """Return which tokens see the vision bank, (T,) bool."""
+        vision = is_vision(context, device)
+        if not self.boundary_token_ids:
+            return vision
+        if context.input_ids is None:
+            raise ValueError(
+                "Router 'ernie45_vl' has boundary_token_ids and finds the tokens by input_ids: pass input_ids, not "
+                "inputs_embeds, or leave the option out."
+            )
+        boundary = torch.tensor(self.boundary_token_ids, device=device)
+        return vision | torch.isin(context.input_ids.reshape(-1).to(device), boundary)
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        device = hidden_states.device
+        gate_index = self.in_vision_bank(context, device).long()  # (T,)
+        bank_of_expert = torch.arange(self.spec.num_experts, device=device) >= self.bank_sizes[0]  # (E,)
+        logits = gate_logits(hidden_states, self.weight)  # (T, E)
+        logits = logits.masked_fill(gate_index[:, None] != bank_of_expert, float("-inf"))
+        logits = apply_overrides(logits, self.spec, context)
+        scores, probs = router_scores(logits, "softmax")
+        index, weight = select_experts(scores, logits, self.spec, self.e_score_correction_bias)  # (T, K) both
+        return ExpertAssignment(
+            index,
+            renormalise(weight, self.norm_min),
+            self.spec.num_experts,
+            router_logits=logits,
+            router_probs=probs,
+            gate_index=gate_index,
+        )

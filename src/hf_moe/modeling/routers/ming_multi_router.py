@@ -1,0 +1,107 @@
+"""Ming-Omni routing: one gate per modality over one common pool of experts.
+
+    g = gate of the token's modality        the rest is an ordinary gate with W_g (and b_g)
+
+Version 1 is a softmax gate with renormalised top-k. Version 2 has sigmoid scores, chooses by `score + b_g` after group
+limiting, and weighs by the renormalised unbiased scores; every gate owns its bias, so balance is kept per modality:
+`b_g += bias_update_rate * sign(mean load_g - load_g)` after every optimizer step.
+
+All gates start as copies of the text gate, so that the model starts as the single-router model.
+
+Source: Ming-Omni: A Unified Multimodal Model for Perception and Generation, arXiv:2506.09344, and its released code.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from ..configuration.configuration_hf_moe import MODALITIES
+from ..gating import (
+    BiasBalancedRouter,
+    apply_overrides,
+    check_choice,
+    check_groups,
+    check_slots,
+    per_gate_logits,
+    renormalise,
+    router_scores,
+    select_experts,
+)
+from ..registry import register_router
+from ..routing import ExpertAssignment, MoELayerSpec, RoutingContext
+
+
+@register_router("ming_multi_router")
+class MingMultiRouter(BiasBalancedRouter):
+    """G gates of equal shape, `weight` (G, E, d), of which the token's modality picks one.
+
+    Args:
+        spec: facts of the layer.
+        modalities: the modalities with a gate of their own, text first. Video shares the image gate unless it is
+            named; any other modality without a gate shares the text gate.
+        gate: `"softmax"` (version 1) or `"sigmoid_bias"` (version 2).
+        routed_scaling_factor: multiplies the weights.
+        n_group: number of expert groups; must divide E.
+        topk_group: groups that a token may choose from.
+        bias_update_rate: step of the biases of `"sigmoid_bias"`, >= 0; 0 freezes them.
+        init_from_text_gate: start all gates as copies of the text gate.
+
+    Raises:
+        ValueError: if K, the groups, `gate` or `modalities` do not fit.
+    """
+
+    def __init__(
+        self,
+        spec: MoELayerSpec,
+        *,
+        modalities: list[str] | tuple[str, ...] = ("text", "image", "audio"),
+        gate: str = "softmax",
+        routed_scaling_factor: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
+        bias_update_rate: float = 0.001,
+        init_from_text_gate: bool = True,
+    ):
+        check_choice("gate", gate, ("softmax", "sigmoid_bias"))
+        for name in modalities:
+            check_choice("modalities", name, MODALITIES)
+        if modalities[0] != "text" or len(set(modalities)) != len(modalities):
+            raise ValueError(f"modalities={modalities!r} must begin with 'text' and name each modality once.")
+        rate = bias_update_rate if gate == "sigmoid_bias" else 0.0
+        super().__init__(spec, (len(modalities), spec.num_experts), rate)
+        check_slots(spec, spec.num_experts, "ming_multi_router")
+        check_groups(spec, n_group, topk_group, "ming_multi_router")
+        gates = {name: index for index, name in enumerate(modalities)}
+        gates.setdefault("video", gates.get("image", 0))
+        self.gate_of_modality = [gates.get(name, 0) for name in MODALITIES]
+        self.score_function = "softmax" if gate == "softmax" else "sigmoid"
+        self.routed_scaling_factor = routed_scaling_factor
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.init_from_text_gate = init_from_text_gate
+        self.weight = nn.Parameter(torch.empty(len(modalities), spec.num_experts, spec.hidden_size))
+
+    def initialize(self, std: float) -> None:
+        super().initialize(std)
+        if self.init_from_text_gate:
+            text = torch.empty_like(self.weight[:1]).normal_(mean=0.0, std=std)
+            init.copy_(self.weight, text.expand_as(self.weight))
+        else:
+            init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        table = torch.tensor(self.gate_of_modality, device=hidden_states.device)
+        gate_index = table[context.tokens("modality_ids", hidden_states.device)]  # (T,)
+        logits = per_gate_logits(hidden_states, self.weight, gate_index)  # (T, E)
+        logits = apply_overrides(logits, self.spec, context)
+        scores, probs = router_scores(logits, self.score_function)
+        bias = self.e_score_correction_bias[gate_index]  # (T, E)
+        index, weight = select_experts(scores, logits, self.spec, bias, self.n_group, self.topk_group)  # (T, K) both
+        return ExpertAssignment(
+            index,
+            renormalise(weight) * self.routed_scaling_factor,
+            self.spec.num_experts,
+            router_logits=logits,
+            router_probs=probs,
+            gate_index=gate_index,
+        )
