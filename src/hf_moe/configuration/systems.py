@@ -24,7 +24,7 @@ def load_preset(key: str) -> dict[str, Any]:
 
 
 def list_systems() -> list[dict[str, Any]]:
-    """Return what this version can build: `key`, `title`, `arxiv`, `family`, and `sets`, the fields of `moe_config`."""
+    """Return what this version can build: `key`, `title`, `arxiv`, `family` and `sets` (fields of `moe_config`)."""
     return [
         {name: preset[name] for name in ("key", "title", "arxiv", "family")} | {"sets": sorted(preset["moe_config"])}
         for preset in map(load_preset, _keys())

@@ -21,8 +21,8 @@ def gate_logits(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.T
 def per_gate_logits(hidden_states: torch.Tensor, weight: torch.Tensor, gate_index: torch.Tensor) -> torch.Tensor:
     """Return the logits (T, C) of the gate that each token uses, from stacked gates (G, C, d) and `gate_index` (T,).
 
-    All gates are evaluated and one is picked: G is at most the number of modalities, so this costs less than a split by
-    modality, and a gate without tokens still receives a gradient of zeros.
+    All gates are evaluated and one is picked: G is at most the number of modalities, so this costs less than a split
+    by modality, and a gate without tokens still receives a gradient of zeros.
     """
     num_gates, candidates, width = weight.shape
     logits = gate_logits(hidden_states, weight.reshape(num_gates * candidates, width))  # (T, G * C)
@@ -117,7 +117,7 @@ def is_vision(context: RoutingContext, device: torch.device) -> torch.Tensor:
 
 
 def router_scores(logits: torch.Tensor, score_function: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scores (T, C) of a softmax or sigmoid gate, and the same as probabilities; a logit of -inf gives 0."""
+    """Return the scores (T, C) of a softmax or sigmoid gate, and the probabilities; a logit of -inf gives 0."""
     if score_function == "softmax":
         scores = logits.softmax(dim=-1)
         return scores, scores
@@ -189,6 +189,9 @@ class BiasBalancedRouter(Router):
         bias_update_rate: the step, >= 0; 0 freezes the bias.
     """
 
+    e_score_correction_bias: torch.Tensor
+    load: torch.Tensor
+
     def __init__(self, spec: MoELayerSpec, bias_shape: tuple[int, ...], bias_update_rate: float):
         super().__init__(spec)
         if bias_update_rate < 0:
@@ -196,7 +199,8 @@ class BiasBalancedRouter(Router):
         self.bias_update_rate = bias_update_rate
         self.register_buffer("e_score_correction_bias", torch.zeros(bias_shape, dtype=torch.float32))
         load = torch.zeros(bias_shape, dtype=torch.long).view(-1, spec.num_experts)  # (G, E)
-        self.register_buffer("load", load, persistent=False)
+        # Saved too: a checkpoint is written before the next step's first forward closes this one.
+        self.register_buffer("load", load)
 
     def initialize(self, std: float) -> None:
         init.zeros_(self.e_score_correction_bias)
@@ -218,16 +222,18 @@ class BiasBalancedRouter(Router):
         if self.bias_update_rate == 0.0 or not isinstance(decision, ExpertAssignment):
             return
         index = decision.expert_index
-        one_gate = decision.gate_index is None or len(self.load) == 1
-        group = torch.zeros_like(index[:, 0]) if one_gate else decision.gate_index
-        self.load += decision.slot_counts(group, len(self.load), context.tokens("token_mask", index.device))
+        group = decision.gate_index
+        if group is None or len(self.load) == 1:
+            group = torch.zeros_like(index[:, 0])
+        counts = decision.slot_counts(group, len(self.load), context.tokens("token_mask", index.device))
+        # Summed over processes at once: DDP overwrites buffers by those of its first process at every forward.
+        self.load += sum_over_ranks(counts)
 
     def end_step(self) -> None:
         if self.bias_update_rate == 0.0:
             return
-        load = sum_over_ranks(self.load)
         # E * mean - E * load, in integers: a balanced expert must compare as exactly equal.
-        ahead = [part.sum(-1, keepdim=True) - part * part.shape[-1] for part in self.balanced_together(load)]
+        ahead = [part.sum(-1, keepdim=True) - part * part.shape[-1] for part in self.balanced_together(self.load)]
         step = torch.cat(ahead, dim=-1).sign().view_as(self.e_score_correction_bias)
         self.e_score_correction_bias += self.bias_update_rate * step
         self.load.zero_()

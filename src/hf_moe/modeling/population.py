@@ -19,6 +19,8 @@ class PopulationObjective(Objective):
 
     The population of a layer is its slot counts (NUM_MODALITIES, E + 1) of the previous optimizer step, summed over
     micro-batches and processes: one row per sub-population (gate or modality), the last column for empty slots.
+    Micro-batches are summed over processes as they come, so that the counts are the same everywhere: DDP broadcasts the
+    buffers of its first process at every forward, and only that process saves them.
     """
 
     def __init__(self, specs: list[MoELayerSpec], coef: float):
@@ -26,7 +28,7 @@ class PopulationObjective(Objective):
         for spec in specs:
             zeros = torch.zeros(NUM_MODALITIES, spec.num_experts + 1, dtype=torch.long)
             self.register_buffer(f"population_{spec.layer_idx}", zeros)
-            self.register_buffer(f"accumulated_{spec.layer_idx}", zeros.clone(), persistent=False)
+            self.register_buffer(f"accumulated_{spec.layer_idx}", zeros.clone())
 
     def initialize(self, std: float) -> None:
         for buffer in self.buffers():
@@ -64,12 +66,11 @@ class PopulationObjective(Objective):
     def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
         for layer, decision in self.assignments(decisions).items():
             accumulated = self.get_buffer(f"accumulated_{layer}")
-            accumulated += self.row_counts(decision, context).sum(0).to(accumulated.device)
+            accumulated += sum_over_ranks(self.row_counts(decision, context).sum(0)).to(accumulated.device)
 
     def end_step(self) -> None:
         for spec in self.specs:
             population = self.get_buffer(f"population_{spec.layer_idx}")
             accumulated = self.get_buffer(f"accumulated_{spec.layer_idx}")
-            counts = sum_over_ranks(accumulated)
-            population.copy_(torch.where(counts.sum(-1, keepdim=True) > 0, counts, population))
+            population.copy_(torch.where(accumulated.sum(-1, keepdim=True) > 0, accumulated, population))
             accumulated.zero_()

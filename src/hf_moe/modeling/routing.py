@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ..configuration.configuration_hf_moe import MODALITIES
 
-# Transformers' `mm_token_type_ids` know text, image, video and audio; population statistics keep one row for each.
-NUM_MODALITIES = 4
+
+# Population statistics keep one row for each.
+NUM_MODALITIES = len(MODALITIES)
 
 
 class RoutingOverrides:
@@ -131,13 +133,13 @@ class ExpertAssignment:
         expert_index (`torch.Tensor` of shape `(T, K)`, int64): the value `num_experts` marks an empty slot.
         expert_weight (`torch.Tensor` of shape `(T, K)`): 0 at empty slots.
         num_experts: E.
-        router_logits (`torch.Tensor` of shape `(T, C)`, float32): C >= E candidates, the real experts first; -inf where
-            a token may not choose a candidate.
+        router_logits (`torch.Tensor` of shape `(T, C)`, float32): C >= E candidates, the real experts first; -inf
+            where a token may not choose a candidate.
         router_probs (`torch.Tensor` of shape `(T, C)`, float32): the same as probabilities; rows sum to 1.
         gate_index (`torch.Tensor` of shape `(T,)`, *optional*): which of several gates decided, in
             [0, NUM_MODALITIES). Every gate is a population of its own in the balance losses.
-        chosen_index (`torch.Tensor` of shape `(T, K)`, *optional*): `expert_index` before a capacity emptied slots. The
-            balance statistics count these: a full expert must not look less wanted than it is.
+        chosen_index (`torch.Tensor` of shape `(T, K)`, *optional*): `expert_index` before a capacity emptied slots.
+            The balance statistics count these: a full expert must not look less wanted than it is.
         signals: named per-token values of shape `(T,)`, for logs and pictures (importance, slot count, ...).
     """
 

@@ -6,6 +6,7 @@ Two layers with GELU are LLaVA-1.5's (Improved Baselines with Visual Instruction
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ class MlpConnector(Connector):
         self.pool = pool
         self.norm = nn.LayerNorm(feature_size) if norm else None
         widths = [feature_size] + [hidden_size] * num_layers
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.act_fn = ACT2FN[act]
 
     def initialize(self, std: float) -> None:

@@ -8,6 +8,7 @@ arXiv:2504.05299.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -48,11 +49,11 @@ class PixelShuffleConnector(Connector):
         super().__init__(feature_size, hidden_size)
         if num_layers < 1 or scale_factor < 1:
             raise ValueError(
-                f"Connector 'pixel_shuffle': num_layers={num_layers} and scale_factor={scale_factor} must be at least 1."
+                f"Connector 'pixel_shuffle': num_layers={num_layers} and scale_factor={scale_factor} must be >= 1."
             )
         self.scale_factor = scale_factor
         widths = [feature_size * scale_factor**2] + [hidden_size] * num_layers
-        self.layers = nn.ModuleList(nn.Linear(before, after, bias=bias) for before, after in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(before, after, bias=bias) for before, after in pairwise(widths))
         self.act_fn = ACT2FN[act]
 
     def initialize(self, std: float) -> None:
@@ -65,9 +66,9 @@ class PixelShuffleConnector(Connector):
         side = math.isqrt(num_patches)
         if side * side != num_patches or side % self.scale_factor:
             raise ValueError(
-                f"Connector 'pixel_shuffle' with scale_factor={self.scale_factor} needs a square grid of patches whose "
-                f"side is a multiple of {self.scale_factor}; got {num_patches} patches. Change scale_factor or the "
-                "image size."
+                f"Connector 'pixel_shuffle' with scale_factor={self.scale_factor} needs a square grid of patches "
+                f"whose side is a multiple of {self.scale_factor}; got {num_patches} patches. Change scale_factor "
+                "or the image size."
             )
         return (side // self.scale_factor) ** 2
 

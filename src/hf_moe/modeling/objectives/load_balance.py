@@ -3,8 +3,8 @@
     value of a row = mean over its real tokens t of  sum_i f_{g(t), i} * C_t * P_{t, i}
 
 P_t is the router's distribution renormalised over the real experts, C_t the number of experts that t may choose, and
-f_g the share of the chosen slots of population g that went to expert i (detached). The mean over layers is taken. It is
-exactly 1.0 when f or P is uniform over the candidates, and C when all tokens sit on one expert with certainty; it
+f_g the share of the chosen slots of population g that went to expert i (detached). The mean over layers is taken. It
+is exactly 1.0 when f or P is uniform over the candidates, and C when all tokens sit on one expert with certainty; it
 does not grow with K.
 
 Taking f from the previous optimizer step makes the value linear in the tokens: rows may be split over micro-batches

@@ -2,10 +2,10 @@
 
     value of a row = mean over its real tokens t of  (E + M) * sum_{i < E + M} f~_i * P_{t, i}
 
-P_t is the router's distribution over E real and M null experts. f~_i is the share of the slots that went to real expert
-i; each null expert has the mean share of all null ones, so that it does not matter which of them a slot went to. The
-shares come from the previous optimizer step (detached), the mean over layers is taken, and the value is 1.0 at uniform.
-It pushes the mean number of real experts per token towards K E / (E + M).
+P_t is the router's distribution over E real and M null experts. f~_i is the share of the slots that went to real
+expert i; each null expert has the mean share of all null ones, so that it does not matter which of them a slot went
+to. The shares come from the previous optimizer step (detached), the mean over layers is taken, and the value is 1.0 at
+uniform. It pushes the mean number of real experts per token towards K E / (E + M).
 
 The paper's shares are per token and sum to K: its coefficient is K times as strong as the same number here.
 

@@ -4,8 +4,8 @@
     w_i = P_i / sum_{j in S, j < E} P_j        for real i in S
 
 The M null experts output zero and have no parameters but their gate rows; a slot that goes to one is empty. So a token
-uses 0 to min(K, E) experts, as the gate decides; one whose slots are all null keeps the residual only. K is larger than
-a plain router's. Balance with the objective `null_load`, which holds the mean number of real experts near
+uses 0 to min(K, E) experts, as the gate decides; one whose slots are all null keeps the residual only. K is larger
+than a plain router's. Balance with the objective `null_load`, which holds the mean number of real experts near
 K E / (E + M).
 
 Source: AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models, arXiv:2406.13233.
@@ -15,7 +15,15 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from ..gating import apply_overrides, check_choice, check_slots, gate_logits, renormalise, router_scores, select_experts
+from ..gating import (
+    apply_overrides,
+    check_choice,
+    check_slots,
+    gate_logits,
+    renormalise,
+    router_scores,
+    select_experts,
+)
 from ..registry import register_router
 from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
 

@@ -4,8 +4,8 @@
     w_i = p_i / max(sum_{j in S} p_j, norm_min)        for i in S
 
 Image and video tokens see the vision bank, all others the text bank. Each bank may have a width of its own (vision
-experts are a third as wide in the released models): name the banks in `moe_config.expert_banks`, text first. The bias b
-moves the choice, has no gradient, and follows the load of its own bank.
+experts are a third as wide in the released models): name the banks in `moe_config.expert_banks`, text first. The bias
+b moves the choice, has no gradient, and follows the load of its own bank.
 
 Source: ERNIE 4.5 Technical Report (2025), and Transformers' `ernie4_5_vl_moe`.
 """
@@ -41,8 +41,8 @@ class Ernie45VLRouter(BiasBalancedRouter):
             video); needs `input_ids`.
 
     Raises:
-        ValueError: if there are not two banks of at least K experts each; in `forward`, if `boundary_token_ids` are set
-            and the model was called without `input_ids`.
+        ValueError: if there are not two banks of at least K experts each; in `forward`, if `boundary_token_ids` are
+            set and the model was called without `input_ids`.
     """
 
     def __init__(

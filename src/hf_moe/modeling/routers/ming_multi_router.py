@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from ..configuration.configuration_hf_moe import MODALITIES
 from ..gating import (
     BiasBalancedRouter,
     apply_overrides,
@@ -28,7 +27,7 @@ from ..gating import (
     select_experts,
 )
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from ..routing import MODALITIES, ExpertAssignment, MoELayerSpec, RoutingContext
 
 
 @register_router("ming_multi_router")

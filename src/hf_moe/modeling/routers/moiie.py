@@ -5,9 +5,9 @@
     S = the K largest of p        w_i = p_i / sum_{j in S} p_j        for i in S
 
 The experts stand in the order vision, inter, text. Image and video tokens are vision, all others text. With
-`boundary_rule="next_token"` (the released code) a vision token counts as vision only if the next one is vision too: the
-last patch of a run predicts text and goes to the text gate. That looks one token ahead, so a prefill cut inside an image
-would route its last patch differently; the default does not.
+`boundary_rule="next_token"` (the released code) a vision token counts as vision only if the next one is vision too:
+the last patch of a run predicts text and goes to the text gate. That looks one token ahead, so a prefill cut inside an
+image would route its last patch differently; the default does not.
 
 Source: MoIIE: Mixture of Intra- and Inter-Modality Experts for Large Vision Language Models, arXiv:2508.09779.
 """
@@ -57,8 +57,8 @@ class MoIIERouter(Router):
         super().__init__(spec)
         check_choice("boundary_rule", boundary_rule, ("none", "next_token"))
         sizes = [round(fraction * spec.num_experts) for fraction in group_fractions]
-        exact = all(abs(fraction * spec.num_experts - size) < 1e-6 for fraction, size in zip(group_fractions, sizes))
-        if len(sizes) != 3 or min(sizes) < 0 or not exact or sum(sizes) != spec.num_experts:
+        rest = [fraction * spec.num_experts - size for fraction, size in zip(group_fractions, sizes, strict=True)]
+        if len(sizes) != 3 or min(sizes) < 0 or max(map(abs, rest)) > 1e-6 or sum(sizes) != spec.num_experts:
             raise ValueError(
                 f"group_fractions={list(group_fractions)} [vision, inter, text] must split num_experts="
                 f"{spec.num_experts} of layer {spec.layer_idx} into whole groups and sum to 1; the default needs a "

@@ -60,7 +60,5 @@ class SwitchTransformerRouter(Router):
         logits = apply_overrides(logits, self.spec, context)
         scores, probs = router_scores(logits, "softmax")
         index, weight = select_experts(scores, logits, self.spec)  # (T, 1) both
-        assignment = ExpertAssignment(
-            index, weight, self.spec.num_experts, router_logits=logits, router_probs=probs
-        )
+        assignment = ExpertAssignment(index, weight, self.spec.num_experts, router_logits=logits, router_probs=probs)
         return limit_capacity(assignment, self.capacity_factor if self.training else None, self.spec, context)

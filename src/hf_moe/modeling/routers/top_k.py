@@ -37,8 +37,9 @@ class TopKRouter(Router):
         norm_topk_prob: divide the K weights by their sum; without effect when K = 1.
         jitter_noise: while training, multiply the gate's input by uniform(1 - jitter_noise, 1 + jitter_noise).
         routed_scaling_factor: multiplies the weights.
-        capacity_factor: while training, an expert takes at most `ceil(capacity_factor * n * K / E)` slots of a sequence
-            of n tokens, earlier positions first; `None` drops nothing (the weights are renormalised before dropping).
+        capacity_factor: while training, an expert takes at most `ceil(capacity_factor * n * K / E)` slots of a
+            sequence of n tokens, earlier positions first; `None` drops nothing. Weights are renormalised before
+            slots are emptied.
 
     Raises:
         ValueError: if K does not lie in [1, E], or `score_function` is unknown.
