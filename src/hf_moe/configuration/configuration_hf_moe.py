@@ -38,9 +38,10 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_hf_moe.HfMoeForConditionalGeneration",
 }
 
-# Called as `hook(saved_object, folder)` once a config or a processor has been written. The package fills it with the
-# function that writes the code bundle; in a bundle it stays empty, since Transformers copies bundled code by itself.
-SAVE_HOOKS: list[Callable[[Any, str], None]] = []
+# Called as `hook(saved_object, folder)` before a config or a processor is written, so that a refused save leaves the old
+# checkpoint whole; what it returns is called afterwards. The package fills it with the function that writes the code
+# bundle; in a bundle it stays empty, since Transformers copies bundled code by itself.
+SAVE_HOOKS: list[Callable[[Any, str], Callable[[], None]]] = []
 
 
 def at_layer(value: Any, layer_idx: int) -> Any:
@@ -73,9 +74,10 @@ def unknown_name_message(kind: str, name: str, known: list[str]) -> str:
 
 def save_with_hooks(obj: Any, save: Callable[..., Any], folder: Any, push_to_hub: bool, kwargs: dict) -> Any:
     """Save `obj`, run the hooks, and only then upload: Transformers would upload before the code is written."""
+    finish = [hook(obj, str(folder)) for hook in SAVE_HOOKS]
     result = save(folder, **({} if push_to_hub else kwargs))
-    for hook in SAVE_HOOKS:
-        hook(obj, str(folder))
+    for write in finish:
+        write()
     if push_to_hub:
         obj.push_to_hub(kwargs.pop("repo_id", str(folder).rstrip("/").rsplit("/", 1)[-1]), **kwargs)
     return result

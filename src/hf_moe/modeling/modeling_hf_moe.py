@@ -18,7 +18,15 @@ from .host import install_moe_layers, scale_logits
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
 from .registry import build
-from .routing import Connector, Decision, ExpertAssignment, Experts, Router, RoutingContext, RoutingOverrides
+from .routing import (
+    Connector,
+    ExpertAssignment,
+    Experts,
+    Objective,
+    Router,
+    RoutingContext,
+    RoutingOverrides,
+)
 from .vision import derive_vision_fields, dummy_pixels, freeze_unreachable, patches_per_image, tower_features
 
 
@@ -55,7 +63,8 @@ class HfMoeCausalLMOutputWithPast(ModelOutput):
             [`HfMoeModelOutputWithPast`].
         aux_loss (`torch.Tensor`, scalar, *optional*): the auxiliary part of the loss.
         objective_values (`dict[str, torch.Tensor]`, *optional*): every objective's value before its coefficient.
-        routing (`dict[int, Decision]`, *optional*): the decision of every MoE layer, with `output_routing=True`.
+        routing (`RoutingContext`, *optional*): modality ids, token mask and the decision of every MoE layer, with
+            `output_routing=True`.
     """
 
     loss: torch.Tensor | None = None
@@ -67,7 +76,7 @@ class HfMoeCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: list[torch.Tensor] | None = None
     aux_loss: torch.Tensor | None = None
     objective_values: dict[str, torch.Tensor] | None = None
-    routing: dict[int, Decision] | None = None
+    routing: RoutingContext | None = None
 
 
 class HfMoePreTrainedModel(PreTrainedModel):
@@ -103,7 +112,7 @@ class HfMoePreTrainedModel(PreTrainedModel):
         # parameters: ours are initialised first, and marked.
         std = self.config.initializer_range
         for module in self.modules():
-            if isinstance(module, Router | Experts | Connector) and not getattr(module, "_is_hf_initialized", False):
+            if isinstance(module, Router | Experts | Objective | Connector) and not getattr(module, "_is_hf_initialized", False):
                 module.initialize(std)
                 for part in module.modules():
                     part._is_hf_initialized = True
@@ -420,7 +429,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): how many of the last positions get logits; 0 for
                 all.
             num_items_in_batch (`int`, *optional*): labels of the whole optimizer step, as `Trainer` passes it.
-            output_routing (`bool`, defaults to `False`): return the decision of every MoE layer.
+            output_routing (`bool`, defaults to `False`): return the routing context, with the decision of every MoE layer.
 
             The rest as in [`HfMoeModel`].
         """
@@ -474,7 +483,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
             aux_loss=aux_loss,
             objective_values=values or None,
-            routing=context.decisions if output_routing else None,
+            routing=context if output_routing else None,
         )
         return result if self.model._wants_dict(return_dict) else result.to_tuple()
 

@@ -1,0 +1,46 @@
+# Everything sets itself up: `make demo` and `make test` on a fresh machine need Python 3.11+ and a package index.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all test-bare lint bench docs clean
+
+$(STAMP): pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable ".[timm,train,eval,dev]"
+	touch $(STAMP)
+
+# Fine-tunes a multimodal MoE on real images and questions and loads the result without the package.
+demo: $(STAMP)
+	$(RUN) scripts/demo.py
+
+# The fast tests; what CI runs.
+test: $(STAMP) lint
+	$(RUN) -m pytest -m "not slow"
+
+# Everything, the slow tests included.
+test-all: $(STAMP) lint
+	$(RUN) -m pytest
+
+# A saved checkpoint in an environment that has only torch, transformers and pillow.
+test-bare: $(STAMP)
+	$(RUN) scripts/test_bare.py
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+# Regenerates every table under benchmarks/.
+bench: $(STAMP)
+	$(RUN) benchmarks/dispatch.py
+
+# Regenerates the configuration reference from the code.
+docs: $(STAMP)
+	$(RUN) scripts/config_reference.py
+
+clean:
+	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Routing statistics, active parameters and pictures of a model's routing."""

@@ -1,0 +1,124 @@
+"""What a model's routers did: slot counts by layer, modality and expert, and the figures read off them."""
+
+from typing import Any
+
+import torch
+
+from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.routing import NUM_MODALITIES, ExpertAssignment, RoutingContext
+
+
+LAYER_GROUPS = ("early", "middle", "late")
+
+
+class RoutingStatistics:
+    """Counts of the slots that real tokens used, summed over any number of forward passes.
+
+    Attributes:
+        tables: layer index -> (NUM_MODALITIES, E + 1) int64; the last column counts empty slots.
+        tokens: layer index -> (NUM_MODALITIES,) int64 real tokens.
+    """
+
+    def __init__(self) -> None:
+        self.tables: dict[int, torch.Tensor] = {}
+        self.tokens: dict[int, torch.Tensor] = {}
+
+    def update(self, context: RoutingContext) -> None:
+        """Add the decisions of one forward pass; decisions that assign no experts are passed over."""
+        for layer, decision in context.decisions.items():
+            if not isinstance(decision, ExpertAssignment):
+                continue
+            device = decision.expert_index.device
+            modality = context.tokens("modality_ids", device)
+            mask = context.tokens("token_mask", device)
+            table = decision.slot_table(modality, NUM_MODALITIES, mask).cpu()
+            tokens = torch.bincount(modality[mask], minlength=NUM_MODALITIES).cpu()
+            self.tables[layer] = self.tables.get(layer, 0) + table
+            self.tokens[layer] = self.tokens.get(layer, 0) + tokens
+
+    def shares(self, layer: int) -> torch.Tensor:
+        """Return each expert's share of the filled slots, (NUM_MODALITIES, E) float32; rows without slots are 0."""
+        counts = self.tables[layer][:, :-1].float()
+        return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+
+    def active_experts(self, layer: int) -> torch.Tensor:
+        """Return the mean number of filled slots of a token, (NUM_MODALITIES,) float32."""
+        return self.tables[layer][:, :-1].sum(-1).float() / self.tokens[layer].clamp(min=1)
+
+    def figures(self) -> dict[str, float]:
+        """Return a small fixed set of figures per modality and third of the MoE layers.
+
+        `active` is the mean number of experts of a token, `entropy` that of the expert shares over log E, in 0..1,
+        `largest` the largest share of an expert, `empty` the share of empty slots. A modality without tokens has none.
+        """
+        layers = sorted(self.tables)
+        figures = {}
+        for group_index, group in enumerate(LAYER_GROUPS):
+            chosen = [
+                layer for rank, layer in enumerate(layers) if rank * len(LAYER_GROUPS) // len(layers) == group_index
+            ]
+            for modality, name in enumerate(MODALITIES):
+                seen = [layer for layer in chosen if self.tokens[layer][modality] > 0]
+                if not seen:
+                    continue
+                rows = [self._row(layer, modality) for layer in seen]
+                for key in rows[0]:
+                    figures[f"{name}/{group}/{key}"] = sum(row[key] for row in rows) / len(rows)
+        return figures
+
+    def _row(self, layer: int, modality: int) -> dict[str, float]:
+        share = self.shares(layer)[modality]
+        experts = max(share.numel(), 2)
+        entropy = -(share * share.clamp(min=1e-12).log()).sum() / torch.tensor(float(experts)).log()
+        table = self.tables[layer][modality].float()
+        return {
+            "active": self.active_experts(layer)[modality].item(),
+            "entropy": entropy.item(),
+            "largest": share.max().item(),
+            "empty": (table[-1] / table.sum().clamp(min=1)).item(),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts as plain data, for a report."""
+        return {
+            str(layer): {
+                name: {"tokens": int(self.tokens[layer][row]), "slots": self.tables[layer][row].tolist()}
+                for row, name in enumerate(MODALITIES)
+                if self.tokens[layer][row] > 0
+            }
+            for layer in sorted(self.tables)
+        }
+
+
+def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> dict[str, int]:
+    """Return the decoder parameters that work on an average token of each modality the statistics saw.
+
+    Everything of the language side outside the routed experts counts in full, an expert by the share of tokens that
+    used it. The vision tower and the connector work per image, not per token, and are left out.
+    """
+    layers = model.moe_layers()
+    experts = {layer: _expert_sizes(module) for layer, module in layers.items()}
+    decoder = sum(p.numel() for p in model.model.language_model.parameters())
+    head = model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    always = decoder - sum(int(sizes.sum()) for sizes in experts.values()) + (0 if tied else head.numel())
+    active = {}
+    for row, name in enumerate(MODALITIES):
+        if not any(tokens[row] > 0 for tokens in statistics.tokens.values()):
+            continue
+        routed = sum(
+            (statistics.tables[layer][row, :-1].double() * sizes).sum() / statistics.tokens[layer][row].clamp(min=1)
+            for layer, sizes in experts.items()
+        )
+        active[name] = always + int(routed)
+    return active
+
+
+def _expert_sizes(layer: torch.nn.Module) -> torch.Tensor:
+    """Return the parameters of every routed expert of a MoE layer, (E,) float64, from its stacked tensors."""
+    banks = [module for module in layer.experts.modules() if hasattr(module, "num_experts")]
+    sizes = []
+    for bank in banks:
+        per_expert = sum(p.numel() for p in bank.parameters()) / bank.num_experts
+        sizes += [per_expert] * bank.num_experts
+    return torch.tensor(sizes, dtype=torch.float64)

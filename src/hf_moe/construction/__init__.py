@@ -1,0 +1,1 @@
+"""From dense models to a multimodal MoE: loading, upcycling, adopting, building."""

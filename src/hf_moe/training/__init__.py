@@ -1,0 +1,1 @@
+"""Fine-tuning: a thin trainer, and recipes that run whole jobs."""

@@ -1,0 +1,85 @@
+"""Recipes: a whole training job as one YAML file."""
+
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..configuration.configuration_hf_moe import unknown_name_message
+
+
+RECIPES = Path(str(files("hf_moe.configuration") / "recipes"))
+
+
+@dataclass
+class Recipe:
+    """One training job.
+
+    Args:
+        name: of the run; the default output folder is `runs/<name>`.
+        model: keyword arguments of [`build_model`]; `tokenizer: words` trains one on the data's text.
+        data: `train` and `eval` sources, see [`load_rows`]; `max_length` in tokens, *optional*.
+        training: fields of `TrainingArguments`.
+        trainable: parts that are trained, see [`train_only`].
+        evaluation: `batch_size`, `blind` (also score with the image features zeroed), `generated` (questions that are
+            also answered by `generate`).
+        card: `datasets`, `base_models` and `license` for the model card.
+        seed: of the weights, the data order and the training.
+    """
+
+    name: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+    trainable: list[str] = field(default_factory=lambda: ["connector", "routers", "experts", "embeddings", "backbone"])
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain data."""
+        return asdict(self)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by name or from a YAML file.
+
+    Args:
+        source: a name of [`recipe_names`] or a path.
+        overrides: `key.subkey=value` strings; values are YAML.
+
+    Raises:
+        FileNotFoundError: if there is neither a file nor a shipped recipe of that name.
+        ValueError: if a field is unknown or missing, or an override is not of the form above.
+    """
+    path = Path(source) if Path(source).is_file() else RECIPES / f"{Path(source).stem}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} is no file; the shipped recipes are: {', '.join(recipe_names())}.")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for override in overrides or []:
+        _override(content, override)
+    known = [item.name for item in fields(Recipe)]
+    for name in content:
+        if name not in known:
+            raise ValueError(unknown_name_message(f"field of the recipe {path.name}", name, known))
+    missing = [name for name in ("name", "model", "data") if name not in content]
+    if missing:
+        raise ValueError(f"The recipe {path.name} lacks {', '.join(missing)}.")
+    return Recipe(**content)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ValueError(f"--set {override!r}: expected key=value, for example training.max_steps=10.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+    content[last] = yaml.safe_load(value)

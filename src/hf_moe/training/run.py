@@ -1,0 +1,157 @@
+"""Runs a recipe: data, model, training, evaluation, checkpoint, card and report."""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..analysis.pictures import draw_routing
+from ..analysis.routing_statistics import RoutingStatistics, active_parameters
+from ..construction.build import build_model
+from ..construction.tokenizer import train_word_tokenizer
+from ..data.collator import VisionLanguageCollator, tokenize_rows
+from ..data.features import FeatureCache
+from ..data.sources import load_rows
+from ..evaluation.vqa import evaluate_vqa, predict_answers, versions
+from ..hub.card import write_card
+from .parts import train_only
+from .recipe import Recipe, load_recipe, recipe_names
+from .trainer import HfMoeTrainer
+
+
+def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: bool = False) -> dict[str, Any]:
+    """Run a recipe to its end and return the report, which is also written to `report.json`.
+
+    Leaves `checkpoint/` (a complete checkpoint: config, safetensors, processor, chat template, code, card, picture),
+    `report.json` and the trainer's own files in `output_dir`.
+
+    Args:
+        recipe: the job.
+        output_dir: `runs/<name>` when absent.
+        resume: continue from the last trainer checkpoint in `output_dir`, if there is one.
+    """
+    started = time.perf_counter()
+    folder = Path(output_dir or Path("runs") / recipe.name)
+    set_seed(recipe.seed)
+    splits = {"train": "train", "eval": "test"}
+    rows = {part: load_rows(recipe.data[part], split) for part, split in splits.items() if part in recipe.data}
+    model, processor = _build(recipe, rows["train"])
+    trainable = train_only(model, recipe.trainable)
+    features = None
+    if model.model.vision_tower is not None and "vision_tower" not in trainable:
+        features = FeatureCache.build(model, processor, list(rows.values()), cache_dir=folder / "features")
+
+    trainer = HfMoeTrainer(
+        model=model,
+        args=training_arguments(recipe, folder),
+        train_dataset=tokenize_rows(rows["train"], processor, max_length=recipe.data.get("max_length")),
+        data_collator=VisionLanguageCollator(processor, feature_cache=features),
+        processing_class=processor,
+    )
+    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    train_started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last)
+    train_seconds = time.perf_counter() - train_started
+
+    report: dict[str, Any] = {"recipe": recipe.to_dict(), "trainable_parameters": trainable}
+    if "eval" in rows:
+        report |= evaluate(recipe, model, processor, rows["eval"], features, folder)
+    report |= {
+        "train_seconds": round(train_seconds, 1),
+        "parameters_total": sum(parameter.numel() for parameter in model.parameters()),
+        "seed": recipe.seed,
+        "versions": versions(),
+        "log_history": trainer.state.log_history,
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "total_seconds": round(time.perf_counter() - started, 1),
+    }
+    save_checkpoint(recipe, model, processor, report, folder)
+    write_json(folder / "report.json", report)
+    return report
+
+
+def _build(recipe: Recipe, rows: Any) -> tuple[Any, Any]:
+    options = dict(recipe.model)
+    if options.get("tokenizer") == "words":
+        texts = (part["text"] for row in rows["messages"] for turn in row for part in turn["content"] if part["text"])
+        options["tokenizer"] = train_word_tokenizer(texts)
+    return build_model(**options, seed=recipe.seed)
+
+
+def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    """Return the recipe's `TrainingArguments`; on a machine without an accelerator they run on the CPU."""
+    options = {"report_to": "none", "remove_unused_columns": False, "use_cpu": not torch.cuda.is_available()}
+    return TrainingArguments(output_dir=str(folder), seed=recipe.seed, **{**options, **recipe.training})
+
+
+def evaluate(
+    recipe: Recipe, model: Any, processor: Any, rows: Any, features: FeatureCache | None, folder: Path
+) -> dict[str, Any]:
+    """Score the evaluation rows, with and without sight, and record what the routers do on them."""
+    options = dict(recipe.evaluation)
+    batch_size = options.get("batch_size", 64)
+    model.eval()
+    statistics = RoutingStatistics()
+    result = evaluate_vqa(model, processor, rows, feature_cache=features, batch_size=batch_size, statistics=statistics)
+    report = {
+        "accuracy": result["accuracy"],
+        "accuracy_by_question_type": result["accuracy_by_question_type"],
+        "evaluated": result["count"],
+        "parameters_active": active_parameters(model, statistics),
+        "routing": statistics.to_dict(),
+    }
+    if options.get("blind"):
+        blind = evaluate_vqa(model, processor, rows, feature_cache=features, batch_size=batch_size, zero_images=True)
+        report["blind_accuracy"] = blind["accuracy"]
+        report["blind_accuracy_by_question_type"] = blind["accuracy_by_question_type"]
+    if options.get("generated"):
+        sample = rows.select(range(min(options["generated"], len(rows))))
+        arguments = {"feature_cache": features, "batch_size": batch_size}
+        prefilled = predict_answers(model, processor, sample, **arguments)
+        generated = predict_answers(model, processor, sample, generate=True, **arguments)
+        report["generation_agrees"] = sum(map(str.__eq__, prefilled, generated)) / len(sample)
+    draw_routing(statistics, folder / "routing.png", title=f"Routing of {recipe.name} on its evaluation data")
+    return report
+
+
+def save_checkpoint(recipe: Recipe, model: Any, processor: Any, report: dict[str, Any], folder: Path) -> None:
+    """Write the checkpoint folder: model, processor, code, card and picture."""
+    target = folder / "checkpoint"
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    pictures = []
+    if (folder / "routing.png").is_file():
+        (target / "routing.png").write_bytes((folder / "routing.png").read_bytes())
+        pictures.append("routing.png")
+    write_card(target, model=model, report=report, recipe=recipe.to_dict(), pictures=pictures, **recipe.card)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `hf-moe train`."""
+    parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument("--output-dir", help="default: runs/<name of the recipe>")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="training.max_steps=10"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `hf-moe train`."""
+    report = run_recipe(load_recipe(args.recipe, args.overrides), args.output_dir, args.resume)
+    shown = ("accuracy", "blind_accuracy", "accuracy_by_question_type", "train_seconds", "total_seconds")
+    print(json.dumps({key: report[key] for key in shown if key in report}, indent=2))
+    return 0

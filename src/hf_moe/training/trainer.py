@@ -1,0 +1,56 @@
+"""`Trainer` with eyes: it logs the objectives by name and what the routers do.
+
+The losses need nothing from here: they live in the model, and plain `Trainer` trains it as well.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..analysis.routing_statistics import RoutingStatistics
+
+
+class HfMoeTrainer(Trainer):
+    """Logs, beside the loss, `objective/<name>` and `routing/<modality>/<early|middle|late>/<figure>`.
+
+    An objective's value is its label-weighted mean over the steps since the last log. The routing figures come from the
+    last step before a log, so the other steps pay nothing for them. Also moves the model's `training_progress`, which
+    schedules in routers read.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._objective_sums: dict[str, torch.Tensor] = {}
+        self._objective_steps = 0
+        self._routing = RoutingStatistics()
+        self._progress_holder = next(m for m in self.model.modules() if hasattr(m, "training_progress"))
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._progress_holder.training_progress = self.state.global_step / max(self.state.max_steps, 1)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        next_step = self.state.global_step + 1
+        watch = next_step == 1 or next_step % max(int(self.state.logging_steps), 1) == 0
+        loss, outputs = super().compute_loss(model, {**inputs, "output_routing": watch}, return_outputs=True, **kwargs)
+        for name, value in (outputs.objective_values or {}).items():
+            self._objective_sums[name] = self._objective_sums.get(name, 0.0) + value
+        if watch:
+            self._routing.update(outputs.routing)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            steps = max(self.state.global_step - self._objective_steps, 1)
+            for name, total in self._objective_sums.items():
+                # Every process holds the share of its own labels.
+                logs[f"objective/{name}"] = round(self._nested_gather(total).sum().item() / steps, 6)
+            logs |= {f"routing/{name}": round(value, 4) for name, value in self._routing.figures().items()}
+            self._objective_sums, self._objective_steps = {}, self.state.global_step
+            self._routing = RoutingStatistics()
+        super().log(logs, *args, **kwargs)
