@@ -7,6 +7,7 @@ survives every kind of recomputation, and the variable reaches a block that PEFT
 """
 
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,15 +73,18 @@ def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
     """Return the decoder layers of a host.
 
     Raises:
-        ValueError: if the model keeps them under no known name.
+        ValueError: if the model is no decoder, or keeps its layers under no known name.
     """
-    for name in LAYER_LIST_NAMES:
-        layers = getattr(language_model, name, None)
+    name = type(language_model).__name__
+    if getattr(language_model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} cannot host MoE layers: it is an encoder-decoder, and the host must be a decoder.")
+    for attribute in LAYER_LIST_NAMES:
+        layers = getattr(language_model, attribute, None)
         if isinstance(layers, nn.ModuleList):
             return layers
     raise ValueError(
-        f"{type(language_model).__name__} cannot host MoE layers: no list of decoder layers under "
-        f"{' or '.join(LAYER_LIST_NAMES)}; it has {[name for name, _ in language_model.named_children()]}."
+        f"{name} cannot host MoE layers: no list of decoder layers under {' or '.join(LAYER_LIST_NAMES)}; it has "
+        f"{[child for child, _ in language_model.named_children()]}."
     )
 
 
@@ -103,23 +107,43 @@ def read_ffn(ffn: nn.Module) -> HostFfn:
     """Return what a host's feed-forward is, dense or MoE.
 
     Raises:
-        ValueError: if its projections have no known names.
+        ValueError: if its projections have no known names, or it is more than its projections.
     """
-    experts = getattr(ffn, "experts", None)
-    stack = getattr(experts, "gate_up_proj", None)
-    if stack is not None and stack.dim() == 3:
-        return HostFfn(experts.down_proj.shape[-1], gated=True, bias=hasattr(experts, "down_proj_bias"), layout=None)
+    name = type(ffn).__name__
+    inputs = [p.name for p in inspect.signature(ffn.forward).parameters.values() if p.default is p.empty]
+    if len(inputs) != 1:
+        raise ValueError(f"{name} cannot become a MoE layer: it takes {inputs}, not the hidden states alone.")
+    if hasattr(ffn, "experts"):
+        return _read_experts(ffn)
     for layout in LAYOUTS:
-        names = [name for name in (layout.gate, layout.up, layout.down) if name is not None]
-        if all(hasattr(getattr(ffn, name, None), "weight") for name in names):
-            down = getattr(ffn, layout.down)
-            width = down.weight.shape[0 if layout.transposed else 1]
-            gated = layout.fused or layout.gate is not None
-            return HostFfn(width, gated=gated, bias=down.bias is not None, layout=layout)
+        projections = [item for item in (layout.gate, layout.up, layout.down) if item is not None]
+        if not all(hasattr(getattr(ffn, item, None), "weight") for item in projections):
+            continue
+        biases = {getattr(ffn, item).bias is not None for item in projections}
+        held = {parameter for parameter, _ in ffn.named_parameters()}
+        extra = held - {f"{item}.{kind}" for item in projections for kind in ("weight", "bias")}
+        if extra or len(biases) > 1:
+            raise ValueError(
+                f"{name} cannot become a MoE layer: experts have no place for {sorted(extra)}."
+                if extra
+                else f"{name} cannot become a MoE layer: only some of its projections {projections} have a bias."
+            )
+        width = getattr(ffn, layout.down).weight.shape[0 if layout.transposed else 1]
+        return HostFfn(width, gated=layout.fused or layout.gate is not None, bias=biases.pop(), layout=layout)
     raise ValueError(
-        f"{type(ffn).__name__} cannot become a MoE layer: its projections {[name for name, _ in ffn.named_children()]} "
-        f"are none of {[(layout.gate, layout.up, layout.down) for layout in LAYOUTS]}."
+        f"{name} cannot become a MoE layer: its projections {[child for child, _ in ffn.named_children()]} are none "
+        f"of {[(layout.gate, layout.up, layout.down) for layout in LAYOUTS]}."
     )
+
+
+def _read_experts(ffn: nn.Module) -> HostFfn:
+    stack, down = getattr(ffn.experts, "gate_up_proj", None), getattr(ffn.experts, "down_proj", None)
+    if stack is None or stack.dim() != 3 or stack.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
+        raise ValueError(
+            f"{type(ffn).__name__} cannot become a MoE layer: its experts are not stacked as gate_up_proj (E, 2f, d) "
+            "and down_proj (E, d, f)."
+        )
+    return HostFfn(down.shape[2], gated=True, bias=hasattr(ffn.experts, "down_proj_bias"), layout=None)
 
 
 def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
@@ -167,7 +191,42 @@ def install_moe_layers(language_model: PreTrainedModel, config) -> dict[int, MoE
         setattr(layer, name, installed[layer_idx])
     for layer in layers:
         layer.__class__ = routed_layer_class(type(layer))
+    _check_context_arrives(language_model, layers[0])
     return installed
+
+
+class _Arrived(Exception):
+    """Ends the probe of `_check_context_arrives` at the first layer; holds the layer's keyword arguments."""
+
+
+def _check_context_arrives(language_model: PreTrainedModel, first_layer: nn.Module) -> None:
+    """Refuse a host that drops the routing context on the way to its layers: its routers would see text only.
+
+    Raises:
+        ValueError: if the context does not arrive.
+    """
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise _Arrived(kwargs)
+
+    embedding = next(language_model.parameters()).new_zeros(1, 1, language_model.config.hidden_size)
+    handle, received = first_layer.register_forward_pre_hook(stop, with_kwargs=True), {}
+    try:
+        if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(language_model.forward).parameters.values()):
+            # A 4-D mask is passed on unread: on the meta device, where models are loaded, it has no values to read.
+            mask = embedding.new_ones(1, 1, 1, 1)
+            language_model(
+                inputs_embeds=embedding, attention_mask=mask, routing_context=language_model, use_cache=False
+            )
+    except _Arrived as arrived:
+        received = arrived.args[0]
+    finally:
+        handle.remove()
+    if received.get("routing_context") is not language_model:
+        raise ValueError(
+            f"{type(language_model).__name__} cannot host MoE layers: it does not pass further keyword arguments, "
+            f"such as the routing context, on to its layers ({type(first_layer).__name__})."
+        )
 
 
 @functools.cache
