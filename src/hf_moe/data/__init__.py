@@ -1,0 +1,9 @@
+"""Rows of messages and images: where they come from, how they become batches, features computed once."""
+
+from .collator import VisionLanguageCollator
+from .features import FeatureCache
+from .sources import load_rows
+from .tokenisation import tokenize_rows
+
+
+__all__ = ["FeatureCache", "VisionLanguageCollator", "load_rows", "tokenize_rows"]

@@ -1,0 +1,115 @@
+"""Rows to batches: padded tokens, labels on the assistant's turns, images or their cached features."""
+
+from typing import Any
+
+import torch
+
+from ..modeling.processing_hf_moe import HfMoeProcessor
+from .features import FeatureCache
+from .rows import describe_row, row_images
+from .tokenisation import (
+    IGNORE_INDEX,
+    ConversationTokenizer,
+    Tokens,
+    expand_placeholders,
+    placeholder_counts,
+    process_images,
+)
+
+
+class VisionLanguageCollator:
+    """Collate rows of `messages` and `images` for `Trainer` and TRL's `SFTTrainer`.
+
+    The batch holds `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels`, each (B, S), and the image
+    processor's tensors or `image_features` (N, P, C). A row may have any number of images, none included. Training
+    pads on the right; prompts (`train=False`) end in the generation prompt and pad on the left, without labels.
+
+    Args:
+        processor: an [`HfMoeProcessor`] with a chat template.
+        max_length: tokens per row, >= 1; what exceeds it is cut off, but never inside or before an image.
+        feature_cache: features of a frozen tower, used in place of pixels; rows then need its key column.
+        train: `False` for prompts.
+    """
+
+    def __init__(
+        self,
+        processor: HfMoeProcessor,
+        max_length: int | None = None,
+        feature_cache: FeatureCache | None = None,
+        train: bool = True,
+    ):
+        self.processor = processor
+        self.max_length = max_length
+        self.feature_cache = feature_cache
+        self.train = train
+        self.tokenizer = ConversationTokenizer(processor, train)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the batch.
+
+        Raises:
+            ValueError: naming the first row whose placeholders do not match its images, whose image would be cut, or
+                which has nothing to learn from.
+        """
+        images = [row_images(row) for row in rows]
+        if self.feature_cache is None:
+            pixels = process_images([image for items in images for image in items], self.processor)
+        else:
+            keys = [key for row in rows for key in self.feature_cache.row_keys(row)]
+            pixels = {"image_features": self.feature_cache.lookup(keys)} if keys else {}
+        counts = placeholder_counts(sum(map(len, images)), self.processor, pixels)
+
+        batch = []
+        for index, (row, items) in enumerate(zip(rows, images, strict=True)):
+            own, counts = counts[: len(items)], counts[len(items) :]
+            try:
+                batch.append(self._row_tokens(row, own))
+            except ValueError as error:
+                raise ValueError(f"{describe_row(row, index, 'batch')} {error}") from error
+        return self._pad(batch) | pixels
+
+    def _row_tokens(self, row: dict[str, Any], counts: list[int]) -> Tokens:
+        placeholder = self.processor.image_token_id
+        if "input_ids" in row:
+            input_ids, labels = row["input_ids"], row["labels"]
+            found = input_ids.count(placeholder)
+            if found != sum(counts):
+                raise ValueError(
+                    f"has {found} placeholder tokens and {len(counts)} images of {sum(counts)} tokens: tokenise it "
+                    "again with the processor of this collator."
+                )
+        else:
+            tokens = self.tokenizer(row["messages"], len(counts))
+            input_ids, labels = expand_placeholders(tokens, placeholder, counts)
+        if self.max_length is not None and len(input_ids) > self.max_length:
+            if placeholder in input_ids[self.max_length :]:
+                raise ValueError(
+                    f"has {len(input_ids)} tokens, and max_length={self.max_length} would cut an image: "
+                    "raise max_length or drop the row."
+                )
+            if not self.train:
+                raise ValueError(f"has a prompt of {len(input_ids)} tokens, above max_length={self.max_length}.")
+            input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+        if self.train and all(label == IGNORE_INDEX for label in labels):
+            raise ValueError(f"has no assistant token to learn from within {len(input_ids)} tokens.")
+        return input_ids, labels
+
+    def _pad(self, batch: list[Tokens]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        side = "right" if self.train else "left"
+
+        def stack(sequences: list[list[int]], value: int) -> torch.Tensor:
+            tensors = [torch.tensor(sequence) for sequence in sequences]
+            return torch.nn.utils.rnn.pad_sequence(tensors, True, float(value), padding_side=side)
+
+        input_ids = stack([ids for ids, _ in batch], pad_id)  # (B, S)
+        attention_mask = stack([[1] * len(ids) for ids, _ in batch], 0)
+        result = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": (input_ids == self.processor.image_token_id).long() * attention_mask,
+        }
+        if self.train:
+            result["labels"] = stack([labels for _, labels in batch], IGNORE_INDEX)
+        return result
