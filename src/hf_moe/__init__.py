@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from .configuration import HfMoeConfig, MoeConfig
+from .hub import install as _install_bundle
 
 
 __version__ = "0.1.0"
@@ -54,8 +55,14 @@ def list_mechanisms(kind: str) -> list[str]:
 
 def register() -> None:
     """Make the installed classes win over those a checkpoint carries, for every Auto class; safe to call again."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-    from transformers import AutoModelForMultimodalLM
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
 
     from .modeling.modeling_hf_moe import HfMoeForConditionalGeneration
     from .modeling.processing_hf_moe import HfMoeProcessor
@@ -64,3 +71,6 @@ def register() -> None:
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto_class.register(HfMoeConfig, HfMoeForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(HfMoeConfig, HfMoeProcessor, exist_ok=True)
+
+
+_install_bundle()

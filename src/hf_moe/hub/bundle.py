@@ -1,0 +1,226 @@
+"""The bundle: the code that a checkpoint runs, written beside its weights.
+
+In the package the code lies in folders; in a checkpoint it lies flat: the model's files, one file per mechanism that
+the config names, and a generated `mechanisms.py` that lists them. Transformers copies these files by itself whenever a
+model that was loaded from them is saved again.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import get_relative_imports
+
+from ..configuration.configuration_hf_moe import AUTO_MAP, at_layer
+from ..modeling.mechanisms import get_mechanism
+from ..modeling.registry import KINDS
+from .flatten import PACKAGE, flat_name, flatten, top_level_effects
+
+
+MARK = "# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file."
+
+CONFIGURATION = PACKAGE / "configuration" / "configuration_hf_moe.py"
+MODELING = PACKAGE / "modeling" / "modeling_hf_moe.py"
+PROCESSING = PACKAGE / "modeling" / "processing_hf_moe.py"
+MECHANISMS = PACKAGE / "modeling" / "mechanisms.py"
+
+# Only the bundled copies are registered: with it, Transformers' own copying does every later save, which it could not
+# do for a package in folders.
+REGISTRATION = {
+    CONFIGURATION: "HfMoeConfig.register_for_auto_class()",
+    MODELING: 'HfMoeForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")',
+    PROCESSING: "HfMoeProcessor.register_for_auto_class()",
+}
+PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_hf_moe.HfMoeProcessor"}
+
+GENERATED_MECHANISMS = '''\
+"""The mechanisms that this checkpoint carries."""
+
+from .configuration_hf_moe import unknown_name_message
+{imports}
+
+
+MECHANISMS: dict[str, dict[str, type]] = {{
+{entries}
+}}
+
+
+def mechanism_names(kind: str) -> list[str]:
+    """Return the names of the mechanisms of `kind` that this checkpoint carries.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
+    if kind not in MECHANISMS:
+        raise ValueError(unknown_name_message("kind of mechanism", kind, list(MECHANISMS)))
+    return sorted(MECHANISMS[kind])
+
+
+def get_mechanism(kind: str, name: str) -> type:
+    """Return the class of a mechanism.
+
+    Raises:
+        ValueError: if this checkpoint does not carry it.
+    """
+    if name not in mechanism_names(kind):
+        raise ValueError(
+            f"This checkpoint does not carry the {{kind}} {{name!r}} that its config.json asks for, only: "
+            f"{{', '.join(mechanism_names(kind)) or 'none'}}. Restore config.json, or build and save the model with "
+            "the package: pip install hf-moe"
+        )
+    return MECHANISMS[kind][name]
+'''
+
+
+def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
+    """Collect the code that a config or a processor needs, before anything is saved.
+
+    Args:
+        obj: an `HfMoeConfig`, which brings the model's code, or an `HfMoeProcessor`.
+        folder: the checkpoint's folder.
+
+    Returns:
+        A function that writes the code, to be called once `obj` has been written.
+
+    Raises:
+        ValueError: if a mechanism cannot travel: it is defined in a notebook or script, imports what a checkpoint does
+            not carry, or its file has the name of another one. Nothing has been written then.
+    """
+    target = Path(folder)
+    if isinstance(obj, PreTrainedConfig):
+        obj.auto_map = {**(getattr(obj, "auto_map", None) or {}), **AUTO_MAP}
+        entry_files = [CONFIGURATION, MODELING]
+        if (target / PROCESSING.name).is_file():
+            entry_files.append(PROCESSING)
+        files = bundle_files(entry_files, used_mechanisms(obj))
+        stale = {path.name for path in target.glob("*.py") if _is_marked(path)} - set(files)
+    else:
+        files = bundle_files([PROCESSING], {})
+        stale = set()
+    for name in files:
+        if (target / name).exists() and not _is_marked(target / name):
+            raise ValueError(
+                f"{target / name} is in the way of the checkpoint's code and was not written by hf_moe: save to "
+                "another folder, or rename that file."
+            )
+
+    def write() -> None:
+        for name, text in files.items():
+            _replace(target / name, text)
+        for name in stale:
+            (target / name).unlink()
+        if not isinstance(obj, PreTrainedConfig):
+            for name in ("processor_config.json", "tokenizer_config.json"):
+                _add_auto_map(target / name)
+
+    return write
+
+
+def used_mechanisms(config: Any) -> dict[str, dict[str, type]]:
+    """Return the classes of the mechanisms that a model of this config builds, by kind and name."""
+    names: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    for layer in config.moe_layers():
+        for kind in ("router", "experts"):
+            names[kind].add(at_layer(getattr(config.moe_config, kind), layer)["name"])
+    names["objective"] = set(config.moe_config.objectives)
+    if config.vision_config is not None:
+        names["connector"].add(config.connector["name"])
+    return {kind: {name: get_mechanism(kind, name) for name in sorted(used)} for kind, used in names.items()}
+
+
+def bundle_files(entry_files: list[Path], mechanisms: dict[str, dict[str, type]]) -> dict[str, str]:
+    """Return the files of a bundle, name to text: everything that the entry files and the mechanisms import.
+
+    Raises:
+        ValueError: as [`prepare_bundle`].
+    """
+    sources = {cls: _source_file(kind, name, cls) for kind in mechanisms for name, cls in mechanisms[kind].items()}
+    pending, found = [*entry_files, *sources.values()], {}
+    while pending:
+        path = pending.pop()
+        if path in found:
+            continue
+        if path == MECHANISMS:
+            found[path] = _generated_mechanisms(mechanisms, sources)
+            continue
+        text, imported = flatten(path)
+        if path in REGISTRATION:
+            text += f"\n\n{REGISTRATION[path]}\n"
+        if PACKAGE not in path.parents and (lines := top_level_effects(path)):
+            warnings.warn(
+                f"{path} travels whole with the checkpoint, and its lines {lines} run wherever the model is loaded: "
+                "move them under `if __name__ == '__main__':` or to another file.",
+                stacklevel=2,
+            )
+        found[path] = text
+        pending += imported
+    files: dict[str, str] = {}
+    origin: dict[str, Path] = {}
+    for path, text in found.items():
+        name = f"{flat_name(path)}.py"
+        if name in files:
+            raise ValueError(f"{origin[name]} and {path} would both be {name} in the checkpoint: rename one of them.")
+        origin[name] = path
+        files[name] = f"{MARK}\n{text}"
+    _check_scan(files, origin)
+    return files
+
+
+def _source_file(kind: str, name: str, cls: type) -> Path:
+    module = sys.modules.get(cls.__module__)
+    file = getattr(module, "__file__", None)
+    if cls.__module__ == "__main__" or file is None or getattr(module, cls.__name__, None) is not cls:
+        raise ValueError(
+            f"The {kind} {name!r} ({cls.__module__}.{cls.__qualname__}) cannot travel with the checkpoint: it is "
+            f"defined in a notebook, in the script that runs or inside a function. Put {cls.__name__} at the top "
+            f"level of a file of its own, for example my_{kind}.py, and import it from there."
+        )
+    return Path(file).resolve()
+
+
+def _generated_mechanisms(mechanisms: dict[str, dict[str, type]], sources: dict[type, Path]) -> str:
+    imports = [f"from .{flat_name(path)} import {cls.__name__}" for cls, path in sources.items()]
+    entries = [
+        f'    "{kind}": {{' + ", ".join(f'"{name}": {cls.__name__}' for name, cls in classes.items()) + "},"
+        for kind, classes in mechanisms.items()
+    ]
+    return GENERATED_MECHANISMS.format(imports="\n".join(sorted(imports)), entries="\n".join(entries))
+
+
+def _check_scan(files: dict[str, str], origin: dict[str, Path]) -> None:
+    """Refuse a file in whose text Transformers' own search would find an import that is none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, text in files.items():
+            copy = Path(scratch) / name
+            copy.write_text(text, encoding="utf-8")
+            for module in get_relative_imports(copy):
+                if f"{module}.py" not in files:
+                    raise ValueError(
+                        f"{origin[name]} has a line that begins with `from .{module} import` and is not an import, in "
+                        "a docstring perhaps; Transformers would look for that file: reword the line."
+                    )
+
+
+def _is_marked(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().rstrip("\n") == MARK
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file such that a reader, or a crash, sees the old text or the new one."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _add_auto_map(path: Path) -> None:
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["auto_map"] = {**content.get("auto_map", {}), **PROCESSOR_AUTO_MAP}
+        _replace(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
