@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,24 @@ def load_rows(source: dict[str, Any] | str, split: str = "train") -> Dataset | I
 
     - `{"name": "easy_vqa"}`: a dataset this package knows.
     - `{"path": "rows.jsonl"}`: one row a line, image paths relative to the file. `{split}` in the path is filled in.
-    - `{"image_folder": "folder", "question": "What is this?"}`: as `datasets`' `imagefolder` reads it. The question of a
-      row is its `question`, else the source's; the answer is its `answer`, its `text`, or the name of its class folder.
+    - `{"image_folder": "folder", "question": "What is this?"}`: as `datasets`' `imagefolder` reads it. The question of
+      a row is its `question`, else the source's; the answer is its `answer`, its `text`, or its class folder's name.
     - `{"hub": "user/name", "name": "config", "streaming": true}`: rows that have `messages` already.
 
-    Each takes `limit` (at most so many rows), `shuffle` (bool) and `seed`; limiting comes after shuffling. A string is a
-    dataset's name, a path ending in `.jsonl`, a folder, or a Hub id.
+    Each takes `limit` (at most so many rows), `shuffle` (bool) and `seed`; limiting comes after shuffling. A string is
+    a dataset's name, a path ending in `.jsonl`, a folder, or a Hub id.
 
     Raises:
-        ValueError: if the source is unknown, has an unknown option, or rows are not of the form above (naming the row).
+        ValueError: if the source is unknown, has an unknown option, or rows are not of this form (naming the row).
         FileNotFoundError: if a file or an image is not there.
     """
     source = _as_dict(source)
-    loaders = {"image_folder": _load_image_folder, "hub": _load_hub, "path": _load_jsonl, "name": _load_named}
+    loaders: dict[str, Callable] = {
+        "image_folder": _load_image_folder,
+        "hub": _load_hub,
+        "path": _load_jsonl,
+        "name": _load_named,
+    }
     kind = next((kind for kind in loaders if kind in source), None)
     if kind is None:
         raise ValueError(f"A source of rows has one of the keys {', '.join(loaders)}; got {source!r}.")
@@ -119,19 +125,20 @@ def _load_image_folder(split: str, image_folder: str, question: str | None = Non
             f"and answer (or text), or put the images in a folder per class. Found: {', '.join(rows.column_names)}."
         )
     if question is None and "question" not in rows.column_names:
-        raise ValueError(
-            f"The images of {folder} have no questions: add a column question, or set the source's question."
-        )
+        raise ValueError(f"The images of {folder} have no questions: add a column, or set the source's question.")
     label = rows.features[answer]
     names = label.names if isinstance(label, ClassLabel) else None
     rows = rows.cast_column("image", Image(decode=False))
 
     def to_row(row: dict[str, Any]) -> dict[str, Any]:
+        asked = row.get("question") or question
         text = names[row[answer]] if names is not None else row[answer]
+        if not asked or not text:
+            raise ValueError(f"The image {row['image']['path']} has no question or no answer.")
         path = Path(row["image"]["path"])
         name = path.relative_to(folder.resolve()) if path.is_relative_to(folder.resolve()) else path
         return {
-            "messages": question_messages(row.get("question") or question, text),
+            "messages": question_messages(asked, text),
             "images": [row["image"]],
             "image_id": str(name),
             "answer": text,

@@ -7,9 +7,9 @@ from os.path import commonprefix
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..modeling.processing_hf_moe import HfMoeProcessor
 from .rows import describe_row, normalise_messages, open_image, row_images, undecoded
 
 
@@ -34,12 +34,12 @@ class ConversationTokenizer:
         ValueError: if the processor has no chat template, or its tokenizer knows no offsets.
     """
 
-    def __init__(self, processor: ProcessorMixin, train: bool = True):
+    def __init__(self, processor: HfMoeProcessor, train: bool = True):
         if not processor.chat_template:
             raise ValueError("The processor has no chat template: set processor.chat_template.")
         if not processor.tokenizer.is_fast:
             raise ValueError(
-                f"{type(processor.tokenizer).__name__} knows no character offsets, which labels need: use a fast tokenizer."
+                f"{type(processor.tokenizer).__name__} knows no character offsets, which labels need: use a fast one."
             )
         self.processor = processor
         self.train = train
@@ -63,8 +63,8 @@ class ConversationTokenizer:
         found = input_ids.count(self.processor.image_token_id)
         if found != num_images:
             raise ValueError(
-                f"has {found} {self.processor.image_token} placeholders and {num_images} images: write one content part "
-                "of type 'image' per image, and let the chat template render it."
+                f"has {found} {self.processor.image_token} placeholders and {num_images} images: write one content "
+                "part of type 'image' per image, and let the chat template render it."
             )
         return input_ids, labels
 
@@ -100,16 +100,18 @@ class ConversationTokenizer:
     def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """Return the rendered conversation and the characters of its assistant turns."""
         template = self.processor.chat_template
+        template = template if isinstance(template, str) else template["default"]
         if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages],
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 **self.processor.tokenizer.special_tokens_map,
             )
-            return texts[0], [(start, self._close(texts[0], end)) for start, end in spans[0]]
+            text, marked = rendered[0][0], rendered[1][0]
+            return text, [(start, self._close(text, end)) for start, end in marked]
         text = self._render(messages)
-        spans = []
+        spans: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -147,19 +149,19 @@ def expand_placeholders(tokens: Tokens, placeholder: int, counts: Sequence[int])
     return input_ids, labels
 
 
-def takes_packed_patches(processor: ProcessorMixin) -> bool:
+def takes_packed_patches(processor: HfMoeProcessor) -> bool:
     """Tell whether images differ in their number of placeholders."""
     return "pixel_attention_mask" in processor.image_processor.model_input_names
 
 
-def process_images(images: list[Any], processor: ProcessorMixin) -> dict[str, Any]:
+def process_images(images: list[Any], processor: HfMoeProcessor) -> dict[str, Any]:
     """Return the image processor's tensors; no key without images."""
     if not images:
         return {}
     return dict(processor.image_processor([open_image(image) for image in images], return_tensors="pt"))
 
 
-def placeholder_counts(num_images: int, processor: ProcessorMixin, pixels: dict[str, Any]) -> list[int]:
+def placeholder_counts(num_images: int, processor: HfMoeProcessor, pixels: dict[str, Any]) -> list[int]:
     """Return the placeholders of every image."""
     if "pixel_attention_mask" in pixels:
         return pixels["pixel_attention_mask"].sum(-1).tolist()
@@ -167,7 +169,7 @@ def placeholder_counts(num_images: int, processor: ProcessorMixin, pixels: dict[
 
 
 def tokenize_rows(
-    rows: Dataset | IterableDataset, processor: ProcessorMixin, train: bool = True
+    rows: Dataset | IterableDataset, processor: HfMoeProcessor, train: bool = True
 ) -> Dataset | IterableDataset:
     """Tokenise all rows before training; [`VisionLanguageCollator`] then only pads.
 
