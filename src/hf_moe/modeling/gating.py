@@ -65,7 +65,10 @@ def limit_groups(scores: torch.Tensor, n_group: int, topk_group: int) -> torch.T
     if n_group <= 1:
         return scores
     grouped = scores.view(scores.shape[0], n_group, -1)  # (T, G, E / G)
-    group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # (T, G)
+    best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values  # (T, G, 2)
+    # A group of which one expert is left still counts by that one.
+    second = best[..., 1:].masked_fill(best[..., 1:] == float("-inf"), 0.0)
+    group_score = best[..., 0] + second.sum(-1)  # (T, G)
     kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(
         1, group_score.topk(topk_group, dim=-1).indices, True
     )

@@ -19,8 +19,8 @@ class PopulationObjective(Objective):
 
     The population of a layer is its slot counts (NUM_MODALITIES, E + 1) of the previous optimizer step, summed over
     micro-batches and processes: one row per sub-population (gate or modality), the last column for empty slots.
-    Micro-batches are summed over processes as they come, so that the counts are the same everywhere: DDP broadcasts the
-    buffers of its first process at every forward, and only that process saves them.
+    Micro-batches are summed over processes as they come, so that the counts are the same everywhere: DDP broadcasts
+    the buffers of its first process at every forward, and only that process saves them.
     """
 
     def __init__(self, specs: list[MoELayerSpec], coef: float):
