@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -27,7 +28,7 @@ from .routing import (
     RoutingContext,
     RoutingOverrides,
 )
-from .vision import derive_vision_fields, dummy_pixels, freeze_unreachable, patches_per_image, tower_features
+from .vision import dummy_pixels, probe_tower, takes_packed_patches, tower_features
 
 
 @dataclass
@@ -102,6 +103,16 @@ class HfMoePreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"^objectives\."]
     _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "HfMoePreTrainedModel":
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file (.safetensors) of {pretrained_model_name_or_path} is damaged or cut short: {error}. "
+                "Copy or download it again."
+            ) from error
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or RAGGED)
 
@@ -141,15 +152,23 @@ class HfMoeModel(HfMoePreTrainedModel):
         self.vision_tower = None
         self.connector = None
         if config.vision_config is not None:
-            derive_vision_fields(config)
+            probe = probe_tower(config)
             self.vision_tower = AutoModel.from_config(config.vision_config)
-            freeze_unreachable(self.vision_tower, config)
-            options = dict(config.connector)
+            for name in probe.unreachable:
+                # It would never get a gradient, and distributed training would fail at its second step.
+                self.vision_tower.get_parameter(name).requires_grad_(False)
+            options = {**config.connector}
             connector = get_mechanism("connector", options.pop("name"))
             sizes = (config.vision_feature_size, config.text_config.hidden_size)
             self.connector = build("connector", connector, options, *sizes)
+            num_tokens = self.connector.num_tokens(probe.num_patches)
+            if takes_packed_patches(config.vision_config) and num_tokens != probe.num_patches:
+                raise ValueError(
+                    f"The tower {config.vision_config.model_type} takes images of any grid, and the connector "
+                    f"{config.connector} merges patches of a square one: choose a connector that keeps every patch."
+                )
             if config.image_seq_length is None:
-                config.image_seq_length = self.connector.num_tokens(patches_per_image(config))
+                config.image_seq_length = num_tokens
         self.language_model = AutoModel.from_config(config.text_config)
         install_moe_layers(self.language_model, config)
         self.post_init()

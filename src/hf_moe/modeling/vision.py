@@ -1,25 +1,26 @@
 """Vision towers: patch features out of any tower, and what a tower's type does not tell."""
 
 import inspect
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoModel
 
 
-def tower_features(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+def tower_features(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """Return the patch features (N, P, C) of N images.
 
-    Takes the hidden state that `config.vision_feature_layer` names, or the last one; flattens feature maps (N, C, H, W)
-    row by row and drops the prefix tokens (class, registers).
+    Takes the hidden state that `config.vision_feature_layer` names, or the last one; flattens feature maps
+    (N, C, H, W) row by row and drops the prefix tokens (class, registers).
 
     Args:
         kwargs: further inputs of towers that take packed patches, such as SigLIP2's `spatial_shapes`.
     """
     layer = config.vision_feature_layer
     accepted = inspect.signature(tower.forward).parameters
-    kwargs = {name: value for name, value in kwargs.items() if value is not None and name in accepted}
+    kwargs = {name: value for name, value in kwargs.items() if name in accepted}
     if layer is None:
         features = tower(pixel_values, **kwargs).last_hidden_state
     else:
@@ -31,7 +32,7 @@ def tower_features(tower: PreTrainedModel, config, pixel_values: torch.Tensor, *
     return features[:, config.vision_prefix_tokens or 0 :]
 
 
-def dummy_pixels(config, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def dummy_pixels(config, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
     """Return one black image in the form the tower takes.
 
     Raises:
@@ -39,14 +40,14 @@ def dummy_pixels(config, device: torch.device, dtype: torch.dtype) -> dict[str, 
     """
     vision = config.vision_config
     channels = getattr(vision, "num_channels", None) or 3
-    if getattr(vision, "num_patches", None) and not getattr(vision, "image_size", None):
-        # Towers that take packed patches (SigLIP2): one square grid of as many patches as they have positions.
+    if takes_packed_patches(vision):
         side = int(vision.num_patches**0.5)
         pixels = torch.zeros(1, side * side, channels * vision.patch_size**2, device=device, dtype=dtype)
         return {
             "pixel_values": pixels,
-            "pixel_attention_mask": torch.ones(1, side * side, dtype=torch.long, device=device),
-            "spatial_shapes": torch.tensor([[side, side]]),
+            "pixel_attention_mask": None,
+            # The tower reads the numbers themselves: the meta device has none.
+            "spatial_shapes": torch.tensor([[side, side]], device="cpu"),
         }
     size = config.image_size
     if size is None:
@@ -56,46 +57,53 @@ def dummy_pixels(config, device: torch.device, dtype: torch.dtype) -> dict[str, 
     return {"pixel_values": torch.zeros(1, channels, size, size, device=device, dtype=dtype)}
 
 
-def derive_vision_fields(config) -> None:
-    """Fill `vision_feature_size`, `vision_prefix_tokens` and the patches per image, by one run on the meta device.
+def takes_packed_patches(vision_config) -> bool:
+    """Whether the tower takes patches of any grid, as SigLIP2 does: it has a number of positions and no image size."""
+    return bool(getattr(vision_config, "num_patches", None)) and not getattr(vision_config, "image_size", None)
 
-    The fields are stored in the config, so that a checkpoint opens without this.
+
+@dataclass(frozen=True)
+class TowerProbe:
+    """What one run of a tower on the meta device tells.
+
+    Attributes:
+        num_patches: P, the features of one image of `image_size`.
+        unreachable: names of the parameters that have no part in the features, such as CLIP's `post_layernorm` and
+            SigLIP's pooling head.
     """
-    if None not in (config.vision_feature_size, config.vision_prefix_tokens):
-        return
-    with torch.device("meta"):
+
+    num_patches: int
+    unreachable: tuple[str, ...]
+
+
+def probe_tower(config) -> TowerProbe:
+    """Run a tower of `config.vision_config` once, without memory or data, and fill the config's `vision_feature_size`
+    and `vision_prefix_tokens` where they are absent."""
+    meta = torch.device("meta")
+    with meta:
         tower = AutoModel.from_config(config.vision_config).eval()
-    inputs = dummy_pixels(config, torch.device("meta"), torch.float32)
-    config.vision_prefix_tokens = 0
-    features = tower_features(tower, config, **inputs)
-    config.vision_feature_size = features.shape[-1]
-    timm_model = getattr(tower, "timm_model", None)
+    names, parameters = zip(*tower.named_parameters(), strict=True)
+    inputs = dummy_pixels(config, meta, parameters[0].dtype)
+    with torch.enable_grad():
+        features = tower_features(tower, config, **inputs)  # (1, P, C)
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    num_patches = features.shape[1]
+    config.vision_feature_size = config.vision_feature_size or features.shape[-1]
+    if config.vision_prefix_tokens is None:
+        config.vision_prefix_tokens = _prefix_tokens(tower, config, num_patches)
+        num_patches -= config.vision_prefix_tokens
+    unreachable = tuple(name for name, gradient in zip(names, gradients, strict=True) if gradient is None)
+    return TowerProbe(num_patches, unreachable)
+
+
+def _prefix_tokens(tower: PreTrainedModel, config, num_tokens: int) -> int:
+    """Return how many of the tower's tokens are no patches; 0 where it returns a map or merges patches."""
     patch_size = getattr(config.vision_config, "patch_size", None)
+    timm_model = getattr(tower, "timm_model", None)
     if timm_model is not None:
-        config.vision_prefix_tokens = getattr(timm_model, "num_prefix_tokens", 0)
-    elif patch_size is not None and config.image_size is not None:
-        config.vision_prefix_tokens = features.shape[1] - (config.image_size // patch_size) ** 2
-
-
-def patches_per_image(config) -> int:
-    """Return P of one image of `image_size`, by a run on the meta device."""
-    with torch.device("meta"):
-        tower = AutoModel.from_config(config.vision_config).eval()
-    return tower_features(tower, config, **dummy_pixels(config, torch.device("meta"), torch.float32)).shape[1]
-
-
-def freeze_unreachable(tower: PreTrainedModel, config) -> None:
-    """Freeze the tower's parameters that have no part in its features.
-
-    CLIP's `post_layernorm` and SigLIP's pooling head are such: they would never get a gradient, and distributed
-    training would fail at its second step.
-    """
-    with torch.device("meta"):
-        probe: nn.Module = AutoModel.from_config(config.vision_config).eval()
-    features = tower_features(probe, config, **dummy_pixels(config, torch.device("meta"), torch.float32))
-    names, parameters = zip(*probe.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-    own = dict(tower.named_parameters())
-    for name, gradient in zip(names, gradients, strict=True):
-        if gradient is None:
-            own[name].requires_grad_(False)
+        # timm's feature maps come without their prefix tokens.
+        returns_maps = getattr(tower, "features_only", False) or config.vision_feature_layer is not None
+        return 0 if returns_maps else getattr(timm_model, "num_prefix_tokens", 0)
+    if isinstance(patch_size, int) and config.image_size is not None:
+        return max(0, num_tokens - (config.image_size // patch_size) ** 2)
+    return 0
