@@ -98,7 +98,7 @@ class FfnExperts(Experts):
         """Run expert e on its mixed slots: inputs `dispatch^T x`, outputs `combine y`, both within one sequence."""
         dtype = compute_dtype(hidden_states)
         batch, positions, slots = decision.dispatch.shape
-        tokens = hidden_states.view(batch, positions, -1).to(dtype)  # (B, S, d)
+        tokens = hidden_states.reshape(batch, positions, -1).to(dtype)  # (B, S, d)
         inputs = torch.einsum("bsn,bsd->nbd", decision.dispatch.to(dtype), tokens)  # (N, B, d)
         inputs = inputs.reshape(self.num_experts, -1, self.hidden_dim)  # (E, slots * B, d)
         input_weight, down_weight, *biases = (stack.to(dtype) for stack in self._stacks())
