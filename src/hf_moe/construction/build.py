@@ -1,0 +1,353 @@
+"""Building a multimodal MoE from its parts: a decoder, a vision tower and the name of a system.
+
+The dense decoder itself becomes the MoE, one layer at a time: a feed-forward is copied into the experts of its layer
+and let go before the next layer's experts exist, so the dense decoder and the MoE are never both whole in memory.
+"""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import initialization as init
+
+from ..configuration import HfMoeConfig
+from ..modeling.experts.ffn import FfnExperts
+from ..modeling.host import decoder_layers, ffn_name, read_ffn, routed_layer_class
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.moe_layer import MoELayer
+from ..modeling.processing_hf_moe import HfMoeProcessor
+from ..modeling.routing import Connector, ExpertAssignment, Experts, Objective, Router
+from .adoption import adopt
+from .pretrained import load_language_model, load_vision_tower
+from .tokenizer import IMAGE_TOKEN, add_image_token, default_chat_template, end_of_turn
+from .upcycling import expert_difference, ffn_state, fill_layer
+
+
+@dataclass(frozen=True)
+class StepZero:
+    """How the fresh MoE compares with the decoder it was made from, on random text.
+
+    Attributes:
+        logit_difference: the largest absolute difference of a logit.
+        exact: whether the two are equal by design: experts are whole copies without noise, and the weights of every
+            token sum to 1.
+    """
+
+    logit_difference: float
+    exact: bool
+
+
+def build_model(
+    language_model: str | dict[str, Any],
+    vision_tower: str | dict[str, Any] | None,
+    system: str | None = None,
+    *,
+    moe_config: dict[str, Any] | None = None,
+    connector: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat_template: str | None = None,
+    image_token: str = IMAGE_TOKEN,
+    image_size: int | None = None,
+    feature_stage: int | None = None,
+    noise_std: float = 0.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    freeze: Iterable[str] = (),
+    on_check: Callable[[StepZero], None] | None = None,
+) -> tuple[HfMoeForConditionalGeneration, HfMoeProcessor]:
+    """Build a model and its processor.
+
+    A dense decoder is upcycled: its experts start as copies of its feed-forwards. A decoder that is a MoE already is
+    adopted with its experts, and with its routers unless `system` brings others. A config gives a fresh decoder.
+
+    Args:
+        language_model: see [`load_language_model`]; a dict needs `tokenizer`, which decides its vocabulary.
+        vision_tower: see [`load_vision_tower`]; `None` for a model of text alone.
+        system: a key of `hf_moe.list_systems()`; `"top_k"` for a dense decoder when absent.
+        moe_config: fields that override the system's.
+        connector: the connector's name and options; a two-layer MLP when absent.
+        tokenizer: instead of the decoder's own.
+        chat_template: instead of [`default_chat_template`].
+        image_token: the placeholder, added to the tokenizer if it is new there.
+        image_size, feature_stage: see [`load_vision_tower`].
+        noise_std: noise on the expert copies, relative to the standard deviation of each matrix.
+        seed: of everything that is drawn at random.
+        dtype: of the weights; routers stay float32.
+        freeze: parts to freeze, see [`freeze_parts`].
+        on_check: called with the comparison with the decoder's own output, where it had weights.
+
+    Raises:
+        ValueError: if the parts do not fit together, or the decoder cannot host MoE layers.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fields: dict[str, Any] = {"connector": connector} if connector else {}
+        tower, image_processor = None, None
+        if vision_tower is not None:
+            tower, image_processor = load_vision_tower(vision_tower, image_size, feature_stage)
+            fields |= {"vision_config": tower.config, "image_size": _side(image_processor, image_size)}
+        dense = None
+        if not isinstance(language_model, dict):
+            dense, own_tokenizer = load_language_model(language_model, dtype)
+            tokenizer = tokenizer or own_tokenizer
+        if tokenizer is None:
+            raise ValueError("A decoder from scratch has no tokenizer: pass one, such as train_word_tokenizer(texts).")
+        fields["image_token_id"] = add_image_token(tokenizer, image_token)
+        if isinstance(language_model, dict):
+            config = _config(_fresh_text_config(language_model, tokenizer), system, moe_config, fields)
+            model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
+        else:
+            model = _from_decoder(dense, tokenizer, system, moe_config, fields, dtype, noise_std, seed, on_check)
+        if tower is not None:
+            for name, parameter in model.model.vision_tower.named_parameters():
+                tower.get_parameter(name).requires_grad_(parameter.requires_grad)
+            model.model.vision_tower = tower.to(dtype)
+    for layer in model.moe_layers().values():
+        layer.gate.float()
+    model.generation_config = _generation_config(dense, tokenizer, model.config.image_token_id)
+    freeze_parts(model, freeze)
+    template = chat_template or default_chat_template(tokenizer, image_token)
+    tokenizer.chat_template = template
+    processor = HfMoeProcessor(
+        image_processor, tokenizer, model.config.image_seq_length, image_token, chat_template=template
+    )
+    return model.eval(), processor
+
+
+def freeze_parts(model: HfMoeForConditionalGeneration, parts: Iterable[str]) -> None:
+    """Freeze parts of a model.
+
+    Args:
+        parts: `"vision_tower"`, or `"language_model"`: the host's own weights, with its embeddings and head; MoE
+            layers and connector stay trainable.
+
+    Raises:
+        ValueError: if a part is unknown.
+    """
+    for part in parts:
+        if part not in ("vision_tower", "language_model"):
+            raise ValueError(f"Cannot freeze {part!r}: allowed are 'vision_tower' and 'language_model'.")
+        getattr(model.model, part).requires_grad_(False)
+        if part == "language_model":
+            model.lm_head.requires_grad_(False)
+            for layer in model.moe_layers().values():
+                layer.requires_grad_(True)
+
+
+def _side(image_processor: Any, asked: int | None) -> int | None:
+    """Return the side of the images that the tower will see, `None` where it takes any.
+
+    Raises:
+        ValueError: if it is not the one that was asked for.
+    """
+    if hasattr(image_processor, "data_config"):
+        side = image_processor.data_config["input_size"][-1]
+    else:
+        cropped = getattr(image_processor, "do_center_crop", False)
+        size = getattr(image_processor, "crop_size" if cropped else "size", None) or {}
+        side = size.get("height")
+    if asked is not None and asked != side:
+        raise ValueError(
+            f"This tower's image processor gives images of {side} pixels, not {asked}: leave image_size out."
+        )
+    return side
+
+
+def _config(
+    text_config: Any, system: str | None, moe_config: dict[str, Any] | None, fields: dict[str, Any]
+) -> HfMoeConfig:
+    if system is not None:
+        return HfMoeConfig.from_system(system, moe_config=moe_config, text_config=text_config, **fields)
+    return HfMoeConfig(moe_config=moe_config or {}, text_config=text_config, **fields)
+
+
+def _fresh_text_config(source: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:
+    options = {
+        **source,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return AutoConfig.for_model(options.pop("model_type"), **options)
+
+
+def _from_decoder(
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None,
+    moe_config: dict[str, Any] | None,
+    fields: dict[str, Any],
+    dtype: torch.dtype,
+    noise_std: float,
+    seed: int,
+    on_check: Callable[[StepZero], None] | None,
+) -> HfMoeForConditionalGeneration:
+    """Turn a decoder into the model, in place."""
+    dense.eval()
+    text_config = dense.config
+    if hasattr(text_config, "quantization_config"):
+        # Left by a GGUF file, whose weights are plain ones by now.
+        del text_config.quantization_config
+    ids = torch.randint(text_config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(seed))
+    _fit_vocabulary(dense, len(tokenizer))
+    with torch.no_grad():
+        reference = dense(input_ids=ids).logits.float()
+    layers = decoder_layers(dense.base_model)
+    adopted = any(read_ffn(getattr(layer, ffn_name(layer))).layout is None for layer in layers)
+    if adopted:
+        moe_config = {**_adopted_config(dense, system), **(moe_config or {})}
+    config = _config(text_config, system if adopted else system or "top_k", moe_config, fields)
+    with torch.device("meta"):
+        model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
+    moe_layers = model.moe_layers()
+    model.model.language_model = dense.base_model
+    model.lm_head.weight = dense.get_output_embeddings().weight
+    for layer in layers:
+        host_class: Any = type(layer)
+        layer.__class__ = routed_layer_class(host_class)
+    _check_host(model, moe_layers, ids, reference)
+
+    std = config.initializer_range
+    for module in (model.model.connector, model.objectives):
+        if module is not None:
+            _materialise(module, std)
+    generator = torch.Generator().manual_seed(seed)
+    exact = noise_std == 0.0
+    for layer_idx, moe_layer in moe_layers.items():
+        layer = layers[layer_idx]
+        name = ffn_name(layer)
+        ffn = getattr(layer, name)
+        host = read_ffn(ffn)
+        if host.layout is None:
+            _take_experts(moe_layer, ffn, with_gate=system is None, std=std)
+        else:
+            _materialise(moe_layer, std)
+            fill_layer(moe_layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise_std)
+        exact = exact and all(width % host.intermediate_size == 0 for width in _widths(moe_layer))
+        setattr(layer, name, moe_layer)
+    if on_check is not None:
+        on_check(_step_zero(model, ids, reference, whole_copies=exact, own_routers=adopted and system is None))
+    return model
+
+
+def _adopted_config(dense: PreTrainedModel, system: str | None) -> dict[str, Any]:
+    """Return the `moe_config` of a decoder that is a MoE; a system may bring router, slots and objectives."""
+    adopted, _ = adopt(dense)
+    if system is None:
+        return adopted
+    kept = {name: adopted[name] for name in ("layers", "num_experts", "experts")}
+    return {**kept, "num_shared_experts": 0, "granularity": 1, "expert_intermediate_size": None, "expert_banks": None}
+
+
+@torch.no_grad()
+def _fit_vocabulary(dense: PreTrainedModel, size: int) -> None:
+    """Give the tokens that are new to a decoder the mean embedding, and the mean row of the head."""
+    known = dense.get_input_embeddings().weight.shape[0]
+    if size <= known:
+        return
+    dense.resize_token_embeddings(size, mean_resizing=False)
+    for weight in (dense.get_input_embeddings().weight, dense.get_output_embeddings().weight):
+        weight[known:] = weight[:known].mean(0, dtype=torch.float32).to(weight.dtype)
+
+
+@torch.no_grad()
+def _check_host(
+    model: HfMoeForConditionalGeneration,
+    moe_layers: dict[int, MoELayer],
+    ids: torch.Tensor,
+    reference: torch.Tensor,
+) -> None:
+    """Refuse a host that this library would change, whatever the router does; its feed-forwards are still in place.
+
+    Raises:
+        ValueError: if the host's logits change under this library's head, or an expert that holds a feed-forward does
+            not compute what it does.
+    """
+    layers = decoder_layers(model.model.language_model)
+    name = type(layers[0]).__name__
+    # The comparison runs the same operations in the same order; a lower precision rounds experts differently.
+    tolerance = 1e-4 if model.lm_head.weight.dtype == torch.float32 else 1e-1
+    difference = _logit_difference(model.eval()(input_ids=ids).logits, reference)
+    if difference > tolerance:
+        raise ValueError(
+            f"A decoder of {name}s cannot host MoE layers: its own logits differ by {difference:.1e} from those of "
+            "its layers under this library's head."
+        )
+    layer_idx, moe_layer = next(iter(moe_layers.items()))
+    ffn = getattr(layers[layer_idx], ffn_name(layers[layer_idx]))
+    if read_ffn(ffn).layout is None:
+        return
+    difference = expert_difference(model, moe_layer, ffn)
+    if difference > tolerance:
+        raise ValueError(
+            f"{name} cannot host MoE layers: an expert that holds its feed-forward differs from it by "
+            f"{difference:.1e}; the feed-forward does more than its projections and activation."
+        )
+
+
+def _widths(moe_layer: MoELayer) -> list[int]:
+    """Return the inner widths of a layer's experts and of its shared branch."""
+    shared = moe_layer.shared_experts
+    widths = [module.intermediate_dim for module in moe_layer.experts.modules() if isinstance(module, FfnExperts)]
+    return widths + ([] if shared is None else [shared.down_proj.in_features])
+
+
+def _logit_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    return (logits.float() - reference).abs().max().item()
+
+
+@torch.no_grad()
+def _step_zero(
+    model: HfMoeForConditionalGeneration,
+    ids: torch.Tensor,
+    reference: torch.Tensor,
+    whole_copies: bool,
+    own_routers: bool,
+) -> StepZero:
+    output = model(input_ids=ids, output_routing=True)
+    sums = [
+        decision.expert_weight.float().sum(-1)
+        for decision in output.routing.decisions.values()
+        if isinstance(decision, ExpertAssignment)
+    ]
+    sum_to_one = len(sums) == len(output.routing.decisions) and all((total - 1).abs().max() < 1e-3 for total in sums)
+    return StepZero(_logit_difference(output.logits, reference), whole_copies and (own_routers or sum_to_one))
+
+
+@torch.no_grad()
+def _materialise(module: nn.Module, std: float) -> None:
+    """Give a module on the meta device memory, and its first values."""
+    module.to_empty(device="cpu")
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            init.normal_(part.weight, mean=0.0, std=std)
+    for part in module.modules():
+        if isinstance(part, Router | Experts | Objective | Connector):
+            part.initialize(std)
+
+
+@torch.no_grad()
+def _take_experts(moe_layer: MoELayer, block: nn.Module, with_gate: bool, std: float) -> None:
+    """Hand the expert stacks of a host's MoE block to a layer on the meta device; no copy is made."""
+    moe_layer.experts.load_state_dict(block.experts.state_dict(), assign=True)
+    _materialise(moe_layer.gate, std)
+    if with_gate:
+        moe_layer.gate.load_state_dict(block.gate.state_dict())
+
+
+def _generation_config(
+    dense: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, image_token_id: int
+) -> GenerationConfig:
+    """Return the decoder's generation settings, ended by the tokenizer's marks, and never writing a placeholder."""
+    generation = GenerationConfig() if dense is None else deepcopy(dense.generation_config)
+    own = generation.eos_token_id
+    ends = {*end_of_turn(tokenizer), *(own if isinstance(own, list) else [] if own is None else [own])}
+    generation.eos_token_id = sorted(ends) or None
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.suppress_tokens = [image_token_id]
+    return generation
