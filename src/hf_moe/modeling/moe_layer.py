@@ -111,9 +111,19 @@ class MoELayer(nn.Module):
             # Padding is computed by nobody: its slots are empty, and empty slots cost nothing.
             decision = decision.drop(~context.tokens("token_mask", tokens.device))
         context.decisions[self.layer_idx] = decision
-        output = self.experts(tokens, decision).view_as(hidden_states)
+        output = self._run_experts(tokens, decision).view_as(hidden_states)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
+        return output
+
+    def _run_experts(self, tokens: torch.Tensor, decision: Decision) -> torch.Tensor:
+        if not isinstance(decision, ExpertAssignment):
+            return self.experts(tokens, decision)
+        if decision.input_scale is not None:
+            tokens = tokens * decision.input_scale[:, None].to(tokens.dtype)
+        output = self.experts(tokens, decision)
+        if decision.identity_weight is not None:
+            output = output + tokens * decision.identity_weight[:, None].to(tokens.dtype)
         return output
 
 

@@ -26,15 +26,18 @@ class RoutingOverrides:
     Args:
         logit_offset: layer index -> (E,) values added to the router logits.
         disabled_experts: layer index -> expert indices that no token may choose.
+        expert_budget: experts per token that a router with a slot budget aims at, in place of its own target.
     """
 
     def __init__(
         self,
         logit_offset: dict[int, torch.Tensor] | None = None,
         disabled_experts: dict[int, list[int]] | None = None,
+        expert_budget: float | None = None,
     ):
         self.logit_offset = logit_offset or {}
         self.disabled_experts = disabled_experts or {}
+        self.expert_budget = expert_budget
 
 
 class RoutingContext:
@@ -140,7 +143,10 @@ class ExpertAssignment:
             [0, NUM_MODALITIES). Every gate is a population of its own in the balance losses.
         chosen_index (`torch.Tensor` of shape `(T, K)`, *optional*): `expert_index` before a capacity emptied slots.
             The balance statistics count these: a full expert must not look less wanted than it is.
-        signals: named per-token values of shape `(T,)`, for logs and pictures (importance, slot count, ...).
+        input_scale (`torch.Tensor` of shape `(T,)`, *optional*): multiplies what the experts see.
+        identity_weight (`torch.Tensor` of shape `(T,)`, *optional*): weight of experts that return their input; they
+            cost no matrix work and take no index.
+        signals: named per-token values of shape `(T,)`, for logs, pictures and objectives (importance, slots, ...).
     """
 
     expert_index: torch.Tensor
@@ -150,6 +156,8 @@ class ExpertAssignment:
     router_probs: torch.Tensor | None = None
     gate_index: torch.Tensor | None = None
     chosen_index: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    identity_weight: torch.Tensor | None = None
     signals: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def drop(self, dropped: torch.Tensor) -> "ExpertAssignment":

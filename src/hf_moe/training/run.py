@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -15,10 +16,9 @@ from ..analysis.pictures import draw_routing
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..construction.build import build_model
 from ..construction.tokenizer import train_word_tokenizer
-from ..data.collator import VisionLanguageCollator, tokenize_rows
-from ..data.features import FeatureCache
-from ..data.sources import load_rows
-from ..evaluation.vqa import evaluate_vqa, predict_answers, versions
+from ..data import FeatureCache, VisionLanguageCollator, load_rows, tokenize_rows
+from ..evaluation.report import write_report
+from ..evaluation.vqa import evaluate_vqa, predict_answers
 from ..hub.card import write_card
 from .parts import train_only
 from .recipe import Recipe, load_recipe, recipe_names
@@ -45,13 +45,14 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
     trainable = train_only(model, recipe.trainable)
     features = None
     if model.model.vision_tower is not None and "vision_tower" not in trainable:
-        features = FeatureCache.build(model, processor, list(rows.values()), cache_dir=folder / "features")
+        images = concatenate_datasets([part.select_columns(["images", "image_id"]) for part in rows.values()])
+        features = FeatureCache.build(model, processor, images, cache_dir=folder / "features")
 
     trainer = HfMoeTrainer(
         model=model,
         args=training_arguments(recipe, folder),
-        train_dataset=tokenize_rows(rows["train"], processor, max_length=recipe.data.get("max_length")),
-        data_collator=VisionLanguageCollator(processor, feature_cache=features),
+        train_dataset=tokenize_rows(rows["train"], processor),
+        data_collator=VisionLanguageCollator(processor, recipe.data.get("max_length"), features),
         processing_class=processor,
     )
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
@@ -59,20 +60,18 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
     trainer.train(resume_from_checkpoint=last)
     train_seconds = time.perf_counter() - train_started
 
-    report: dict[str, Any] = {"recipe": recipe.to_dict(), "trainable_parameters": trainable}
+    report: dict[str, Any] = {"trainable_parameters": trainable}
     if "eval" in rows:
         report |= evaluate(recipe, model, processor, rows["eval"], features, folder)
     report |= {
         "train_seconds": round(train_seconds, 1),
         "parameters_total": sum(parameter.numel() for parameter in model.parameters()),
-        "seed": recipe.seed,
-        "versions": versions(),
         "log_history": trainer.state.log_history,
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "total_seconds": round(time.perf_counter() - started, 1),
     }
+    report = write_report(folder / "report.json", config=recipe.to_dict(), seed=recipe.seed, **report)
     save_checkpoint(recipe, model, processor, report, folder)
-    write_json(folder / "report.json", report)
     return report
 
 
@@ -130,13 +129,6 @@ def save_checkpoint(recipe: Recipe, model: Any, processor: Any, report: dict[str
         (target / "routing.png").write_bytes((folder / "routing.png").read_bytes())
         pictures.append("routing.png")
     write_card(target, model=model, report=report, recipe=recipe.to_dict(), pictures=pictures, **recipe.card)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,9 @@ from ..analysis.routing_statistics import RoutingStatistics
 class HfMoeTrainer(Trainer):
     """Logs, beside the loss, `objective/<name>` and `routing/<modality>/<early|middle|late>/<figure>`.
 
-    An objective's value is its label-weighted mean over the steps since the last log. The routing figures come from the
-    last step before a log, so the other steps pay nothing for them. Also moves the model's `training_progress`, which
-    schedules in routers read.
+    An objective's value is its label-weighted mean over the steps since the last log. The routing figures come from
+    the last step before a log, so the other steps pay nothing for them. Also moves the model's `training_progress`,
+    which schedules in routers read.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

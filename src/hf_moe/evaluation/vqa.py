@@ -1,0 +1,175 @@
+"""Visual question answering: a model's answers, and how many are right."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from ..analysis.routing_statistics import RoutingStatistics
+from ..data.collator import VisionLanguageCollator
+from ..data.features import FeatureCache
+from ..data.rows import row_images, text_part, undecoded
+from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.processing_hf_moe import HfMoeProcessor
+from ..modeling.vision import tower_features
+from .scoring import mean_scores, vqa_score
+
+
+Rows: TypeAlias = Dataset | IterableDataset
+
+
+@torch.no_grad()
+def predict_answers(
+    model: HfMoeForConditionalGeneration,
+    processor: HfMoeProcessor,
+    rows: Rows,
+    *,
+    feature_cache: FeatureCache | None = None,
+    batch_size: int = 64,
+    candidates: Sequence[str] | None = None,
+    generate: bool = False,
+    zero_images: bool = False,
+    max_new_tokens: int = 8,
+    statistics: RoutingStatistics | None = None,
+) -> list[str]:
+    """Return the model's answer to every row, whose last assistant turn it does not see.
+
+    Where every candidate is one token, one prefill per question answers it: the likeliest token of the whole
+    vocabulary. Otherwise, and with `generate`, answers are generated greedily.
+
+    Args:
+        candidates: answers that occur; by default those of the rows. They decide how to answer, and restrict nothing.
+        zero_images: replace the tower's features by zeros, for the score of a model that cannot see.
+        max_new_tokens: of a generated answer, >= 1.
+        statistics: collects the routing of the prompts; needs the prefill.
+
+    Raises:
+        ValueError: if `statistics` are asked for and the answers must be generated.
+    """
+    collator = VisionLanguageCollator(processor, feature_cache=feature_cache, train=False)
+    rows = undecoded(rows)
+    if candidates is None:
+        candidates = sorted({answer for row in rows for answer in reference_answers(row)})
+    generate = generate or not _are_single_tokens(candidates, next(iter(rows)), processor)
+    if generate and statistics is not None:
+        raise ValueError(
+            "Routing statistics come from the prefill; these answers are generated, being several tokens."
+        )
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    with tqdm(total=_length(rows), desc="Answering", unit="question") as progress:
+        for batch_rows in _batches(rows, batch_size):
+            batch = {name: value.to(model.device) for name, value in collator(batch_rows).items()}
+            if zero_images:
+                batch = _without_sight(model, batch)
+            if generate:
+                pad_id = processor.tokenizer.pad_token_id
+                options = {
+                    "max_new_tokens": max_new_tokens,
+                    "do_sample": False,
+                    "num_beams": 1,
+                    "pad_token_id": pad_id,
+                }
+                tokens = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+            else:
+                tokens = _prefill(model, batch, statistics)
+            answers += [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+            progress.update(len(batch_rows))
+    model.train(was_training)
+    return answers
+
+
+def evaluate_vqa(
+    model: HfMoeForConditionalGeneration, processor: HfMoeProcessor, rows: Rows, **options: Any
+) -> dict[str, Any]:
+    """Score the model's answers by VQA accuracy.
+
+    The right answers of a row are its `answers` (of several humans), its `answer`, or its last assistant turn.
+
+    Args:
+        options: those of [`predict_answers`].
+
+    Returns:
+        `accuracy` (0 to 1), `accuracy_by_question_type` (empty without a column `question_type`), `count` and
+        `predictions`.
+    """
+    predictions = predict_answers(model, processor, rows, **options)
+    rows = undecoded(rows)
+    scores = [vqa_score(*pair) for pair in zip(predictions, map(reference_answers, rows), strict=True)]
+    question_types = [row["question_type"] for row in rows] if "question_type" in (rows.column_names or ()) else None
+    result = {"accuracy_by_question_type": {}, **mean_scores(scores, "accuracy", question_types)}
+    return {**result, "predictions": predictions}
+
+
+def reference_answers(row: dict[str, Any]) -> list[str]:
+    """Return the right answers of a row.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if row.get("answers"):
+        return list(row["answers"])
+    if row.get("answer") is not None:
+        return [row["answer"]]
+    last = row["messages"][-1]
+    if last["role"] != "assistant":
+        raise ValueError("A row to be scored needs a column answer or answers, or an assistant turn at its end.")
+    content = last["content"]
+    return [content if isinstance(content, str) else "".join(part["text"] or "" for part in content)]
+
+
+def _length(rows: Rows) -> int | None:
+    return len(rows) if isinstance(rows, Dataset) else None
+
+
+def _batches(rows: Rows, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    remaining: Iterator[dict[str, Any]] = iter(rows)
+    while batch := list(islice(remaining, batch_size)):
+        yield batch
+
+
+def _are_single_tokens(candidates: Sequence[str], row: dict[str, Any], processor: HfMoeProcessor) -> bool:
+    """Tell whether each candidate, as the answer to `row`, is one token right after the prompt."""
+    tokenizer = processor.tokenizer
+    num_images = len(row_images(row))
+    prompt, _ = ConversationTokenizer(processor, train=False)(row["messages"], num_images)
+    messages = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    trained = ConversationTokenizer(processor)
+    special = set(tokenizer.all_special_ids)
+    for candidate in candidates:
+        turn = {"role": "assistant", "content": [text_part(candidate)]}
+        input_ids, labels = trained([*messages, turn], num_images)
+        answer = [label for label in labels[len(prompt) :] if label != IGNORE_INDEX and label not in special]
+        if input_ids[: len(prompt)] != prompt or len(answer) != 1:
+            return False
+    return True
+
+
+def _prefill(
+    model: HfMoeForConditionalGeneration, batch: dict[str, Any], statistics: RoutingStatistics | None
+) -> torch.Tensor:
+    """Return the likeliest next token of every row, (B, 1)."""
+    position_ids = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    outputs = model(**batch, position_ids=position_ids, logits_to_keep=1, output_routing=True, use_cache=False)
+    if statistics is not None:
+        statistics.update(outputs.routing)
+    return outputs.logits.argmax(-1)
+
+
+def _without_sight(model: HfMoeForConditionalGeneration, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the batch with the features of a tower that sees nothing."""
+    batch = dict(batch)
+    packed = {name: batch.pop(name) for name in ("pixel_attention_mask", "spatial_shapes") if name in batch}
+    features = batch.pop("image_features", None)
+    if "pixel_values" in batch:
+        features = tower_features(model.base_model.vision_tower, model.config, batch.pop("pixel_values"), **packed)
+    if features is not None:
+        mask = packed.get("pixel_attention_mask")
+        connected = model.get_image_features(image_features=torch.zeros_like(features), pixel_attention_mask=mask)
+        batch["mm_encoder_outputs"] = {"image": connected}
+    return batch

@@ -1,0 +1,85 @@
+"""Slot budget: the mean number of real experts per token should be the budget, in the population, not in every row.
+
+    L = (K / K_budget - 1)^2            with K the mean of the soft real slots over the population, per layer
+
+Its gradient is that of `2 (K / K_budget - 1) / K_budget * mean of K_soft`, which is the value of a row here, with K
+taken from the previous optimizer step. It is linear in the tokens, and an image may spend what a caption saves:
+squares of single rows would force every row to the same budget. Two-sided, so that comparisons happen at equal
+compute. Before a step has ended every row is its own population.
+
+Source: the budget of AnyExperts, arXiv:2511.18314, in this library's reading.
+"""
+
+import torch
+from transformers import initialization as init
+
+from ..registry import register_objective
+from ..routing import Decision, ExpertAssignment, MoELayerSpec, Objective, RoutingContext, sum_over_ranks
+
+
+@register_objective("slot_budget")
+class SlotBudget(Objective):
+    """Holds the mean of the signal `soft_real_slots` at a budget.
+
+    Args:
+        specs: the MoE layers of the model.
+        coef: coefficient of the loss, >= 0.
+        budget: K_budget, > 0; 0.9 times each layer's `num_experts_per_tok` when absent.
+
+    Raises:
+        ValueError: if `budget` is not positive, or no router reports `soft_real_slots`.
+    """
+
+    def __init__(self, specs: list[MoELayerSpec], coef: float, *, budget: float | None = None):
+        super().__init__(specs, coef)
+        if budget is not None and budget <= 0:
+            raise ValueError(f"slot_budget: budget={budget} must be positive, in experts per token.")
+        self.budgets = {spec.layer_idx: budget or 0.9 * spec.num_experts_per_tok for spec in specs}
+        for spec in specs:
+            # The sum of the slots and the number of tokens, which may pass the 2^24 of a float32.
+            for name in ("population", "accumulated"):
+                self.register_buffer(f"{name}_{spec.layer_idx}", torch.zeros(2, dtype=torch.float64))
+
+    def initialize(self, std: float) -> None:
+        for buffer in self.buffers():
+            init.zeros_(buffer)
+
+    def budgeted(self, decisions: dict[int, Decision]) -> dict[int, ExpertAssignment]:
+        """Return the decisions that report `soft_real_slots`."""
+        found = {
+            layer: decision
+            for layer, decision in decisions.items()
+            if isinstance(decision, ExpertAssignment) and "soft_real_slots" in decision.signals
+        }
+        if not found:
+            raise ValueError(
+                "The objective 'slot_budget' needs a router with a slot budget, such as 'anyexperts': remove it from "
+                "moe_config.objectives."
+            )
+        return found
+
+    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+        values = []
+        for layer, decision in self.budgeted(decisions).items():
+            own = context.row_mean(decision.signals["soft_real_slots"])  # (B,)
+            slots, tokens = self.get_buffer(f"population_{layer}").to(own.device).float()
+            mean = torch.where(tokens > 0, slots / tokens.clamp(min=1), own.detach())
+            budget = self.budgets[layer]
+            values.append(2.0 * (mean / budget - 1.0) / budget * own)
+        return torch.stack([value.to(values[0].device) for value in values]).mean(0)
+
+    def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
+        for layer, decision in self.budgeted(decisions).items():
+            slots = decision.signals["soft_real_slots"].detach().double()
+            mask = context.tokens("token_mask", slots.device)
+            sums = torch.stack([(slots * mask).sum(), mask.sum().double()])
+            accumulated = self.get_buffer(f"accumulated_{layer}")
+            # Summed over processes at once: DDP overwrites buffers by those of its first process at every forward.
+            accumulated += sum_over_ranks(sums).to(accumulated)
+
+    def end_step(self) -> None:
+        for spec in self.specs:
+            population = self.get_buffer(f"population_{spec.layer_idx}")
+            accumulated = self.get_buffer(f"accumulated_{spec.layer_idx}")
+            population.copy_(torch.where(accumulated[1] > 0, accumulated, population))
+            accumulated.zero_()

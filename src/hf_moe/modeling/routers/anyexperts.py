@@ -1,0 +1,267 @@
+"""AnyExperts: every token gets as many expert slots as it is important, and some of them may stay virtual.
+
+For a token h of width d, in float32 throughout:
+
+    1  importance    a = W2 gelu(W1 h),   w = sigmoid(a)
+    2  fusion        h' = (1 + alpha w) h          feeds the gate and the experts, not the residual stream
+    3  slots         u = sigmoid(slope a + logit(b)),   b = (K_target - K_min) / (K_max - K_min)
+                     K_soft = K_min + (K_max - K_min) u,   K_tot = round(K_soft)
+    4  candidates    real l = W_g h' (E),   virtual v_j = sg(l_(K_tot)) + o_j(h') - gamma (u - b),   j < floor(rho K_max)
+    5  filling       the K_tot best of both, at most floor(rho K_tot) of them virtual
+    6  weights       g = softmax over the filled slots' logits
+    7  gradient      m_r = 1[r < K_tot] + s_r - sg(s_r),   s_r = sigmoid((K_soft - r - 1/2) / tau) for slot rank r
+                     weight_r = g_r m_r / sum_q g_q m_q     (the gradient passes through the sum)
+
+A virtual slot competes at the margin, against the K_tot-th best real expert; gamma makes unimportant tokens prefer it.
+It takes part in the normaliser and adds nothing to the output (or `g h'` with `virtual_output="identity"`), so its
+mass attenuates the layer. Virtual and unused slots carry the index E and weight 0 and cost no matrix work; the expert
+of an unused slot gets no gradient. The objective `slot_budget` holds the mean of real slots at a budget. At inference
+nothing looks at another token: prefill and decoding agree, and the target may be moved without retraining.
+
+Signals per token: `importance` w, `slots` K_tot, `real_slots`, `soft_real_slots` (with gradient, for `slot_budget`),
+`virtual_share`.
+
+The abstract and public summaries give: a slot number in [K_min, K_max] per token, a capped virtual share (0.2 named),
+an importance that drives it and enters a residual fusion, one router for all modalities, 8 -> about 7.2 real experts
+at no loss. The rest is this library's reading; the defaults of what is not published were chosen on toys.
+Source: AnyExperts: On-Demand Expert Allocation for Multimodal Language Models with Mixture of Expert, arXiv:2511.18314.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from ..gating import BiasBalancedRouter, apply_overrides, check_choice, gate_logits
+from ..registry import register_router
+from ..routing import ExpertAssignment, MoELayerSpec, RoutingContext
+
+
+# softplus(SOFTPLUS_ONE) == 1.
+SOFTPLUS_ONE = math.log(math.e - 1.0)
+
+
+@register_router("anyexperts")
+class AnyExpertsRouter(BiasBalancedRouter):
+    """Importance-driven, budget-aware slots with capped virtual experts.
+
+    Args:
+        spec: facts of the layer; its `num_experts_per_tok` is K_target where `target_slots` is absent.
+        min_slots: K_min, >= 1. With 1 a lone slot's weight is constantly 1 and the importance of its token learns
+            nothing from the language loss: needs `normalise="none"` or `probe_slot`.
+        max_slots: K_max, at most E; min(E, 12) when absent.
+        target_slots: K_target, slots at mean importance, strictly between K_min and K_max (or equal to both).
+        max_virtual_share: rho, 0 to 1. Below `max_slots` = 1 / rho there is no room for a virtual slot.
+        virtual_output: `"zero"`, or `"identity"`: a virtual slot adds its weight times h'.
+        virtual_gate: `"included"`: virtual mass stays in the normaliser; `"excluded"`: real weights sum to 1.
+        fusion_alpha: initial alpha; 0 when a checkpoint is converted.
+        importance_hidden: inner width of the importance module; max(16, d / 16) when absent.
+        ste_tau: tau, > 0.
+        normalise: `"filled"` as above, or `"none"`: weights are the plain probabilities over the real experts, as in
+            hosts with `norm_topk_prob=False`.
+        probe_slot: in training, also evaluate the first unused slot at weight 0, so that a token can learn that it
+            wants one more.
+        bias_update_rate: > 0 balances the real experts by a bias on the choice in place of a loss.
+
+    Raises:
+        ValueError: if the slot bounds do not fit E or each other, or an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        spec: MoELayerSpec,
+        *,
+        min_slots: int = 2,
+        max_slots: int | None = None,
+        target_slots: float | None = None,
+        max_virtual_share: float = 0.2,
+        virtual_output: str = "zero",
+        virtual_gate: str = "included",
+        fusion_alpha: float = 0.1,
+        importance_hidden: int | None = None,
+        ste_tau: float = 0.5,
+        normalise: str = "filled",
+        probe_slot: bool = False,
+        bias_update_rate: float = 0.0,
+    ):
+        super().__init__(spec, (spec.num_experts,), bias_update_rate)
+        check_choice("virtual_output", virtual_output, ("zero", "identity"))
+        check_choice("virtual_gate", virtual_gate, ("included", "excluded"))
+        check_choice("normalise", normalise, ("filled", "none"))
+        self.min_slots = min_slots
+        self.max_slots = min(spec.num_experts, 12) if max_slots is None else max_slots
+        self.target_slots = float(spec.num_experts_per_tok if target_slots is None else target_slots)
+        self._check_slots(max_virtual_share, ste_tau)
+        if min_slots == 1 and normalise == "filled" and not probe_slot and self.max_slots > 1:
+            raise ValueError(
+                "min_slots=1 with normalise='filled' gives the importance of one-slot tokens no gradient: set "
+                "min_slots=2, normalise='none' or probe_slot=True."
+            )
+        self.max_virtual_share = max_virtual_share
+        self.virtual_output = virtual_output
+        self.virtual_gate = virtual_gate
+        self.fusion_alpha = fusion_alpha
+        self.ste_tau = ste_tau
+        self.normalise = normalise
+        self.probe_slot = probe_slot
+        self.num_virtual = self._virtual_cap(torch.tensor(self.max_slots)).item()
+        hidden = max(16, spec.hidden_size // 16) if importance_hidden is None else importance_hidden
+
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
+        self.importance_in = nn.Parameter(torch.empty(hidden, spec.hidden_size))
+        self.importance_in_bias = nn.Parameter(torch.empty(hidden))
+        self.importance_out = nn.Parameter(torch.empty(1, hidden))
+        self.importance_out_bias = nn.Parameter(torch.empty(1))
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.slope = nn.Parameter(torch.empty(1))
+        if self.num_virtual > 0:
+            self.virtual_weight = nn.Parameter(torch.empty(self.num_virtual, spec.hidden_size))
+            self.virtual_bias = nn.Parameter(torch.empty(self.num_virtual))
+            self.gamma = nn.Parameter(torch.empty(1))
+
+    def _check_slots(self, max_virtual_share: float, ste_tau: float) -> None:
+        spec, low, high, target = self.spec, self.min_slots, self.max_slots, self.target_slots
+        if not 1 <= low <= high <= spec.num_experts:
+            raise ValueError(
+                f"Layer {spec.layer_idx}: min_slots={low} and max_slots={high} must satisfy 1 <= min_slots <= "
+                f"max_slots <= num_experts={spec.num_experts}."
+            )
+        if not (low < target < high or low == target == high):
+            raise ValueError(
+                f"Layer {spec.layer_idx}: target_slots={target} (num_experts_per_tok unless set) must lie strictly "
+                f"between min_slots={low} and max_slots={high}, or equal both."
+            )
+        if not 0.0 <= max_virtual_share <= 1.0 or ste_tau <= 0.0:
+            raise ValueError(
+                f"max_virtual_share={max_virtual_share} must lie in [0, 1] and ste_tau={ste_tau} above 0."
+            )
+
+    def initialize(self, std: float) -> None:
+        super().initialize(std)
+        init.normal_(self.weight, mean=0.0, std=std)
+        init.normal_(self.importance_in, mean=0.0, std=self.spec.hidden_size**-0.5)
+        init.zeros_(self.importance_in_bias)
+        init.normal_(self.importance_out, mean=0.0, std=std)
+        init.zeros_(self.importance_out_bias)
+        init.constant_(self.alpha, self.fusion_alpha)
+        init.constant_(self.slope, SOFTPLUS_ONE)
+        if self.num_virtual > 0:
+            init.zeros_(self.virtual_weight)
+            init.constant_(self.virtual_bias, -0.5)
+            init.constant_(self.gamma, 5.0)
+
+    def _virtual_cap(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return floor(rho * slots); the margin keeps 0.29 * 100 from coming out one short."""
+        return (self.max_virtual_share * slots + 1e-6).floor().long()
+
+    def importance(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the importance logit a, (T,) float32."""
+        inner = F.gelu(gate_logits(hidden_states, self.importance_in, self.importance_in_bias))
+        return gate_logits(inner, self.importance_out, self.importance_out_bias).squeeze(-1)
+
+    def soft_slots(self, importance: torch.Tensor, target: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K_soft and u - b of every token, (T,) each, for a slot target.
+
+        A target at or beyond an end gives every token that end: elastic inference may go all the way.
+        """
+        span = self.max_slots - self.min_slots
+        share = (target - self.min_slots) / span if span else 0.0
+        if not 0.0 < share < 1.0:
+            end = float(self.max_slots if share >= 1.0 else self.min_slots)
+            return torch.full_like(importance, end), torch.zeros_like(importance)
+        # Bounded, so that a target near an end leaves the importance its say.
+        offset = min(max(math.log(share / (1.0 - share)), -4.0), 4.0)
+        use = torch.sigmoid(F.softplus(self.slope.float()) * importance + offset)
+        return self.min_slots + span * use, use - share
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        experts = self.spec.num_experts
+        a = self.importance(hidden_states)  # (T,)
+        w = torch.sigmoid(a)
+        scale = 1.0 + self.alpha.float() * w  # (T,)
+        fused = hidden_states.float() * scale[:, None]  # (T, d)
+        logits = apply_overrides(gate_logits(fused, self.weight), self.spec, context)  # (T, E)
+
+        budget = None if context.overrides is None else context.overrides.expert_budget
+        k_soft, excess = self.soft_slots(a, self.target_slots if budget is None else budget)  # (T,) both
+        k_total = k_soft.detach().round().long().clamp(self.min_slots, self.max_slots)  # (T,)
+
+        choice = logits.detach() + self.e_score_correction_bias  # (T, E)
+        candidates = logits
+        if self.num_virtual > 0:
+            virtual = self._virtual_logits(fused, logits, k_total, excess)  # (T, V)
+            candidates = torch.cat([logits, virtual], dim=-1)  # (T, E + V)
+            # Of the virtual candidates only the floor(rho K_tot) best may compete.
+            rank = virtual.detach().argsort(dim=-1, descending=True).argsort(dim=-1)
+            barred = rank >= self._virtual_cap(k_total)[:, None]
+            choice = torch.cat([choice, virtual.detach().masked_fill(barred, float("-inf"))], dim=-1)
+        width = min(self.max_slots + self.probe_slot, experts)
+        value, index = choice.topk(width, dim=-1)  # (T, width)
+
+        rank = torch.arange(width, device=index.device)
+        filled = (rank < k_total[:, None]) & (value > float("-inf"))  # (T, width)
+        soft = torch.sigmoid((k_soft[:, None] - rank - 0.5) / self.ste_tau)
+        mask = filled + soft - soft.detach()  # (T, width), the slots' straight-through indicator
+        slot_logits = candidates.gather(1, index)
+        real = filled & (index < experts)
+        probed = (rank == k_total[:, None]) & (index < experts) if self.probe_slot and self.training else None
+        weight = self._weights(slot_logits, logits, filled, real, mask, probed)  # (T, width)
+
+        kept = real if probed is None else real | probed
+        identity = (weight * (filled & ~real)).sum(-1) if self.virtual_output == "identity" else None
+        return ExpertAssignment(
+            expert_index=index.masked_fill(~kept, experts),
+            expert_weight=weight.masked_fill(~kept, 0.0),
+            num_experts=experts,
+            router_logits=logits,
+            router_probs=logits.softmax(-1),
+            chosen_index=index.masked_fill(~real, experts),
+            input_scale=scale,
+            identity_weight=identity,
+            signals={
+                "importance": w,
+                "slots": k_total.float(),
+                "real_slots": real.sum(-1).float(),
+                # Unfilled ranks count 0 but pass their gradient: half of the boundary lies there.
+                "soft_real_slots": (mask * (index < experts)).sum(-1),
+                "virtual_share": (filled & ~real).sum(-1) / k_total,
+            },
+        )
+
+    def _virtual_logits(
+        self, fused: torch.Tensor, logits: torch.Tensor, k_total: torch.Tensor, excess: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the virtual candidates' logits (T, V), relative to the K_tot-th best real expert."""
+        ordered = logits.detach().sort(dim=-1, descending=True).values
+        margin = ordered.gather(1, k_total[:, None] - 1)  # (T, 1)
+        offset = gate_logits(fused, self.virtual_weight, self.virtual_bias)  # (T, V)
+        return margin + offset - F.relu(self.gamma.float()) * excess[:, None]
+
+    def _weights(
+        self,
+        slot_logits: torch.Tensor,
+        logits: torch.Tensor,
+        filled: torch.Tensor,
+        real: torch.Tensor,
+        mask: torch.Tensor,
+        probed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the slot weights (T, width); 0 where a slot is not filled."""
+        if self.normalise == "none":
+            share = (slot_logits - logits.logsumexp(-1, keepdim=True)).exp()
+        else:
+            counted = real if self.virtual_gate == "excluded" else filled
+            # Over the filled slots alone: over all candidates it would underflow where barred virtual ones hold the
+            # mass. A token whose counted slots are all gone gets weights of 0, not NaN.
+            peak = slot_logits.detach().masked_fill(~counted, float("-inf")).amax(-1, keepdim=True)
+            share = (slot_logits - peak.nan_to_num(neginf=0.0)).exp()
+        open_slots = filled if probed is None else filled | probed
+        weight = share.masked_fill(~open_slots, 0.0) * mask
+        if self.normalise == "none":
+            return weight
+        counted = real if self.virtual_gate == "excluded" else filled
+        counted = counted if probed is None else counted | probed
+        total = weight.masked_fill(~counted, 0.0).sum(-1, keepdim=True)
+        return weight / total.clamp(min=1e-20)
