@@ -5,7 +5,8 @@
 
 All contestants of a row get the same tokens, the same routing and the same experts, in turn within one process; the
 numbers are medians. The dense feed-forward runs every token through one expert as wide as the experts a token uses
-on average. `autocast` means float32 weights under bf16 autocast.
+on average. `autocast` means float32 weights under bf16 autocast. The second table is a whole training step (forward,
+backward, AdamW) of a four-layer decoder, MoE against dense of equal active parameters.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from types import SimpleNamespace
 import torch
 from common import interleaved_ms, keep_freed_memory, make_parser, markdown_table, median, publish
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.modeling.experts.ffn import FfnExperts
 from hf_moe.modeling.routing import MoELayerSpec
 
@@ -121,6 +124,72 @@ def ratio_row(row: dict, rows: list[dict]) -> dict:
     }
 
 
+def build_decoders(hidden: int, intermediate: int) -> dict[str, torch.nn.Module]:
+    """Return a dense decoder, and a MoE of it: top-2 of 8 experts of half the width, so as many active parameters."""
+    text_config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=4,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        vocab_size=4096,
+    )
+    moe_config = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "expert_intermediate_size": intermediate // 2,
+        "objectives": {"load_balance": 0.01, "router_z": 0.001},
+    }
+    dense = LlamaForCausalLM(text_config)
+    return {
+        "dense": dense,
+        "moe": HfMoeForConditionalGeneration(HfMoeConfig(text_config=text_config, moe_config=moe_config)),
+    }
+
+
+def measure_step(rows: int, hidden: int, intermediate: int, dtype: str, seeds: int, repetitions: int) -> dict:
+    """Return one row of the second table: median milliseconds of a training step on `rows` rows of 256 tokens."""
+    times: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        models = build_decoders(hidden, intermediate)
+        if dtype == "bfloat16":
+            models = {name: model.to(torch.bfloat16) for name, model in models.items()}
+        optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
+        input_ids = torch.randint(0, 4096, (rows, 256))
+
+        def step(name: str, backend: str | None, models=models, optimizers=optimizers, input_ids=input_ids) -> None:
+            if backend is not None:
+                models[name].set_experts_implementation(backend)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
+                loss = models[name](input_ids=input_ids, labels=input_ids).loss
+            loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+
+        runs = {backend: partial(step, "moe", backend) for backend in ("ragged", "grouped_mm", "eager")}
+        for name, values in interleaved_ms({"dense": partial(step, "dense", None), **runs}, repetitions).items():
+            times.setdefault(name, []).extend(values)
+    sizes = {f"{name}_parameters": sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    facts = {"tokens": 256 * rows, "hidden": hidden, "intermediate": intermediate, "dtype": dtype, **sizes}
+    return {**facts, **{f"{name}_ms": median(values) for name, values in times.items()}}
+
+
+def step_row(row: dict) -> dict:
+    """Return a line of the second printed table."""
+    return {
+        "tokens": row["tokens"],
+        "dtype": row["dtype"],
+        "parameters, dense": f"{row['dense_parameters'] / 1e6:.1f} M",
+        "MoE": f"{row['moe_parameters'] / 1e6:.1f} M",
+        "dense ms": row["dense_ms"],
+        "MoE ms": row["ragged_ms"],
+        "MoE / dense": row["ragged_ms"] / row["dense_ms"],
+        "with grouped_mm / dense": row["grouped_mm_ms"] / row["dense_ms"],
+        "with eager / dense": row["eager_ms"] / row["dense_ms"],
+    }
+
+
 def main() -> None:
     arguments = make_parser(__doc__).parse_args()
     keep_freed_memory()
@@ -128,13 +197,15 @@ def main() -> None:
     rows = []
     for shape in shapes:
         # Small shapes take microseconds and jitter by as much: they are repeated more often.
-        repetitions = 5 if arguments.quick else 7 if shape[0] > 16 else 41
+        repetitions = 5 if arguments.quick else 7 if shape[0] > 16 else 21
         for dtype in DTYPES:
             for mode in MODES:
                 for empty_share in (0.0, 0.4) if shape not in FEW_TOKENS else (0.0,):
                     rows.append(measure(shape, dtype, mode, empty_share, arguments.seeds, repetitions))
-    tables = markdown_table([ratio_row(row, rows) for row in rows])
-    publish("dispatch", arguments, {"rows": rows}, tables)
+    sizes, repetitions = ((1, 64, 64), 5) if arguments.quick else ((4, 576, 1536), 9)
+    steps = [measure_step(*sizes, dtype, arguments.seeds, repetitions) for dtype in DTYPES]
+    tables = [markdown_table([ratio_row(row, rows) for row in rows]), markdown_table([step_row(row) for row in steps])]
+    publish("dispatch", arguments, {"rows": rows, "training_step": steps}, "\n\n".join(tables))
 
 
 if __name__ == "__main__":

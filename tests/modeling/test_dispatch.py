@@ -357,3 +357,5 @@ def test_the_benchmark_writes_the_named_keys(tmp_path):
     covered = {(row["dtype"], row["mode"], row["empty_share"]) for row in result["rows"]}
     assert len(covered) == 12
     assert "ragged / grouped_mm" in printed
+    assert [step["dtype"] for step in result["training_step"]] == ["float32", "bfloat16", "autocast"]
+    assert all(step[key] > 0 for step in result["training_step"] for key in times)
