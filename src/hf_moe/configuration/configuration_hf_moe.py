@@ -137,7 +137,7 @@ class MoeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
-            if not name.startswith("_") and name not in ("model_type", "name_or_path", "num_labels"):
+            if not name.startswith("_") and not hasattr(PreTrainedConfig, name):
                 raise ValueError(unknown_name_message("option of moe_config", name, list(MoeConfig.__annotations__)))
         super().__post_init__(**kwargs)
         self.router = {"name": self.router} if isinstance(self.router, str) else self.router

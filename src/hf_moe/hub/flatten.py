@@ -15,8 +15,8 @@ from ..modeling.mechanisms import FOLDERS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TRAVELLING_FOLDERS = (PACKAGE / "configuration", PACKAGE / "modeling")
-# Packaging is a requirement of Transformers.
-ALLOWED_PACKAGES = frozenset({"packaging", "torch", "transformers"}) | sys.stdlib_module_names
+# Packaging and safetensors are requirements of Transformers.
+ALLOWED_PACKAGES = frozenset({"packaging", "safetensors", "torch", "transformers"}) | sys.stdlib_module_names
 
 _KIND_OF_FOLDER = {PACKAGE / "modeling" / folder: kind for kind, folder in FOLDERS.items()}
 
