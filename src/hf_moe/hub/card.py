@@ -1,0 +1,163 @@
+"""Writes the model card of a checkpoint: what the model is, what was measured, and what code it runs."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..configuration.configuration_hf_moe import at_layer
+from ..configuration.systems import load_preset
+from .bundle import used_mechanisms
+
+
+# Beside this file in an installed package, in its own folder in the repository.
+TEMPLATE_NAME = "card.md.jinja"
+TEMPLATES = (Path(__file__).with_name(TEMPLATE_NAME), Path(__file__).parents[3] / "model_cards" / TEMPLATE_NAME)
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    model: Any,
+    report: dict[str, Any],
+    recipe: dict[str, Any] | None = None,
+    pictures: Sequence[str] = (),
+    base_models: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    license: str = "apache-2.0",
+) -> Path:
+    """Write README.md into a saved checkpoint.
+
+    Every number comes from the report; what it does not hold is left out.
+
+    Args:
+        folder: the checkpoint, with its code: the model and the processor have been saved to it.
+        model: the `HfMoeForConditionalGeneration` that was saved.
+        report: any of `accuracy`, `blind_accuracy`, `accuracy_by_question_type`, `train_seconds`, `total_seconds`,
+            `peak_memory_gib`, `parameters_total`, `parameters_active` (by modality), `seed`, `versions`.
+        recipe: the training job as plain data, *optional*.
+        pictures: files in the folder.
+        base_models: ids of the pretrained parts.
+        datasets: what the model was trained on; the results are listed under the first one.
+        license: an identifier of the Hub.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        FileNotFoundError: if the folder holds no checkpoint, or a picture is not in it.
+        ImportError: if jinja2 is not installed.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: save the model and the processor there first.")
+    missing = [name for name in pictures if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: write the pictures into the checkpoint first.")
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ImportError("Model cards need jinja2: pip install 'hf-moe[train]'") from error
+
+    config = model.config
+    multimodal = config.vision_config is not None
+    metadata = ModelCardData(
+        model_name=folder.resolve().name,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text" if multimodal else "text-generation",
+        tags=["moe", *(["vision-language"] if multimodal else []), "custom_code", "hf_moe"],
+        license=license,
+        base_model=list(base_models) or None,
+        datasets=list(datasets) or None,
+        eval_results=_eval_results(report, datasets),
+    )
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template = next(path for path in TEMPLATES if path.is_file())
+    text = environment.from_string(template.read_text(encoding="utf-8")).render(
+        metadata=metadata.to_yaml(),
+        name=metadata.model_name,
+        config=config,
+        multimodal=multimodal,
+        tower=_tower_name(config) if multimodal else None,
+        layers=_layer_rows(model),
+        system=load_preset(config.system) if config.system else None,
+        objectives=_objectives(config),
+        sources=_sources(config),
+        report=report,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
+        pictures=pictures,
+        base_models=base_models,
+        datasets=datasets,
+        code=[(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(folder.glob("*.py"))],
+    )
+    path = folder / "README.md"
+    path.write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
+    return path
+
+
+def _eval_results(report: dict[str, Any], datasets: Sequence[str]) -> list[EvalResult] | None:
+    """Return the accuracies as the Hub's model index wants them; it lists no result without a data set."""
+    by_type = report.get("accuracy_by_question_type", {})
+    named = {"Accuracy": report.get("accuracy")} | {f"Accuracy ({kind})": value for kind, value in by_type.items()}
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=datasets[0],
+            dataset_name=datasets[0],
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in named.items()
+        if datasets and value is not None
+    ]
+    return results or None
+
+
+def _tower_name(config: Any) -> str:
+    """Return what the vision tower is called: a timm architecture, or the type of a Transformers model."""
+    tower = config.vision_config
+    return tower.architecture if tower.model_type == "timm_wrapper" else tower.model_type
+
+
+def _layer_rows(model: Any) -> list[dict[str, Any]]:
+    """Return the kinds of MoE layer with the layers of each, in order of first appearance."""
+    moe = model.config.moe_config
+    layers_of: dict[tuple, list[int]] = {}
+    for index, layer in model.moe_layers().items():
+        spec = layer.spec
+        widths = " + ".join(f"{name}: {count} x {width}" for name, count, width in spec.banks)
+        kind = (
+            at_layer(moe.router, index)["name"],
+            spec.num_experts,
+            spec.num_experts_per_tok,
+            widths or str(spec.expert_intermediate_size),
+            at_layer(moe.num_shared_experts, index),
+        )
+        layers_of.setdefault(kind, []).append(index)
+    names = ("router", "experts", "slots", "width", "shared")
+    return [{**dict(zip(names, kind, strict=True)), "layers": layers} for kind, layers in layers_of.items()]
+
+
+def _objectives(config: Any) -> dict[str, float]:
+    """Return the coefficient of every objective."""
+    values = config.moe_config.objectives
+    return {name: value["coef"] if isinstance(value, dict) else value for name, value in values.items()}
+
+
+def _sources(config: Any) -> list[dict[str, str]]:
+    """Return what the mechanisms in use say about their source, the end of the docstring of each one's file."""
+    sources = []
+    for kind, classes in used_mechanisms(config).items():
+        for name, cls in classes.items():
+            _, marker, source = (sys.modules[cls.__module__].__doc__ or "").partition("\nSource")
+            if marker:
+                text = " ".join(source.lstrip("s:").split())
+                linked = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+                sources.append({"kind": kind, "name": name, "source": linked})
+    return sources

@@ -1,0 +1,140 @@
+import hashlib
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor
+from hf_moe.construction.pretrained import square_image_processor
+from hf_moe.construction.tokenizer import train_word_tokenizer
+from hf_moe.hub.card import write_card
+
+
+REPORT = {
+    "accuracy": 0.93612,
+    "blind_accuracy": 0.65123,
+    "accuracy_by_question_type": {"color": 0.91234, "shape": 0.97654},
+    "train_seconds": 271.4,
+    "total_seconds": 402.6,
+    "peak_memory_gib": 2.345,
+    "parameters_total": 6_543_210,
+    "parameters_active": {"text": 1_234_567, "image": 2_345_678},
+    "seed": 7,
+    "versions": {"torch": "2.14.1", "transformers": "5.23.0"},
+}
+
+
+def tiny_text_config(vocab_size: int) -> LlamaConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=vocab_size, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved multimodal model: its folder and itself."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("cards") / "tiny"
+    tokenizer = train_word_tokenizer(["What is in the picture ?", "a red circle"])
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = HfMoeConfig.from_system(
+        "moiie",
+        text_config=tiny_text_config(len(tokenizer)),
+        vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        moe_config={"objectives": {"load_balance": {"coef": 0.02, "scope": "sequence"}}},
+    )
+    model = HfMoeForConditionalGeneration(config).eval()
+    processor = HfMoeProcessor(
+        square_image_processor(16), tokenizer, config.image_seq_length, chat_template=tokenizer.chat_template
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    Image.new("RGB", (40, 30), (200, 40, 90)).save(folder / "routing.png")
+    return folder, model
+
+
+def card_of(saved, **options) -> ModelCard:
+    folder, model = saved
+    return ModelCard.load(write_card(folder, model=model, **{"report": REPORT, **options}))
+
+
+def snippets(card: ModelCard) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+
+
+def test_the_hub_reads_the_metadata_and_the_results(saved):
+    card = card_of(saved, base_models=["timm/tower"], datasets=["easy-vqa"], license="mit")
+    data = card.data
+    assert (data.pipeline_tag, data.library_name, data.license) == ("image-text-to-text", "transformers", "mit")
+    assert data.tags == ["moe", "vision-language", "custom_code", "hf_moe"]
+    assert (data.base_model, data.datasets, data.model_name) == (["timm/tower"], ["easy-vqa"], "tiny")
+    results = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert results == {"Accuracy": 0.93612, "Accuracy (color)": 0.91234, "Accuracy (shape)": 0.97654}
+    assert {result.dataset_name for result in data.eval_results} == {"easy-vqa"}
+
+
+def test_the_card_says_what_the_model_is_and_where_it_comes_from(saved):
+    text = card_of(saved).text
+    assert "| 1 | `moiie` | 4 | 2 | 64 | 0 |" in text
+    assert "`clip_vision_model`. An image of 16 x 16 pixels becomes 4 tokens" in text
+    assert "`load_balance` (coefficient 0.02)" in text
+    assert "[arXiv:2508.09779](https://arxiv.org/abs/2508.09779)" in text
+    assert "title = {MoIIE: Mixture of Intra- and Inter-Modality Experts" in text
+    assert "objective `load_balance`: GShard, [arXiv:2006.16668]" in text
+
+
+def test_every_number_of_the_report_is_in_the_card(saved):
+    text = card_of(saved, recipe={"name": "demo", "training": {"max_steps": 12}}).text
+    shown = ["0.9361", "0.6512", "0.9123", "0.9765", "271", "403", "2.35 GiB", "6,543,210", "1,234,567 for text"]
+    for number in [*shown, "2,345,678 for image", "Seed: 7", "torch 2.14.1", "max_steps: 12"]:
+        assert number in text, number
+
+
+def test_a_number_that_is_absent_leaves_no_trace(saved):
+    card = card_of(saved, report={}, datasets=["easy-vqa"])
+    assert card.data.eval_results is None
+    for word in ("Results", "Parameters", "Seed", "GiB", "Versions", "blind", "None", "Undefined"):
+        assert word not in card.text, word
+    assert "No quality has been measured." in card.text
+
+
+def test_the_card_lists_the_digest_of_every_file_of_code(saved):
+    text = card_of(saved).text
+    files = sorted(saved[0].glob("*.py"))
+    assert "router_moiie.py" in [path.name for path in files]
+    for path in files:
+        assert f"| `{path.name}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |" in text
+
+
+def test_pictures_are_shown_and_missing_ones_refused(saved):
+    assert "![Expert shares by modality and layer](routing.png)" in card_of(saved, pictures=["routing.png"]).text
+    with pytest.raises(FileNotFoundError, match="has no absent.png"):
+        card_of(saved, pictures=["routing.png", "absent.png"])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_snippets_of_the_card_answer_a_question(saved, index, monkeypatch, capsys):
+    code = snippets(card_of(saved))[index]
+    monkeypatch.chdir(saved[0].parent)
+    Image.new("RGB", (20, 20), (200, 40, 90)).save("picture.png")
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_text_model_gets_a_text_card(tmp_path):
+    model = HfMoeForConditionalGeneration(HfMoeConfig(text_config=tiny_text_config(32), moe_config={"num_experts": 4}))
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(write_card(tmp_path, model=model, report={}))
+    assert card.data.pipeline_tag == "text-generation"
+    assert "vision-language" not in card.content
+    assert "AutoModelForCausalLM" in snippets(card)[0]
+
+
+def test_a_folder_without_a_checkpoint_is_refused(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="save the model and the processor there first"):
+        write_card(tmp_path, model=saved[1], report={})
