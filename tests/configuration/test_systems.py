@@ -1,11 +1,13 @@
 import inspect
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from hf_moe.configuration.configuration_hf_moe import HfMoeConfig, MoeConfig
 from hf_moe.configuration.systems import list_systems, load_preset
 from hf_moe.modeling.mechanisms import get_mechanism
+from hf_moe.modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 
 
 KEYS = [system["key"] for system in list_systems()]
@@ -85,3 +87,22 @@ def test_fine_grained_preset_keeps_the_parameters_of_its_coarse_form():
     moe = MoeConfig(**load_preset("deepseekmoe")["moe_config"])
     assert (moe.num_experts + moe.num_shared_experts) % moe.granularity == 0
     assert (moe.num_experts_per_tok + moe.num_shared_experts) % moe.granularity == 0
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_preset_builds_a_model_that_trains(key):
+    config = HfMoeConfig.from_system(key, text_config=tiny_host(num_hidden_layers=2))
+    model = HfMoeForConditionalGeneration(config).train()
+    input_ids = torch.arange(24).view(2, 12)
+    modality = torch.zeros_like(input_ids)
+    modality[:, 2:6] = 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        output = model(input_ids=input_ids, mm_token_type_ids=modality, labels=input_ids)
+        output.loss.backward()
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        optimizer.zero_grad()
+    assert set(output.objective_values) == set(config.moe_config.objectives)
+    assert all(value.isfinite() for value in output.objective_values.values())
