@@ -50,7 +50,7 @@ def adopt(dense: PreTrainedModel) -> tuple[dict[str, Any], Callable[[HfMoeForCon
                 f"{name} cannot be adopted: the MoE block of layer {layer_idx} holds {sorted(held)}, where a top-k "
                 f"gate and gated experts hold {sorted(ADOPTED)}."
             )
-    gate = next(iter(blocks.values())).gate
+    gate: Any = next(iter(blocks.values())).gate
     # Mixtral always renormalises, and has no field for it.
     norm_topk_prob = getattr(gate, "norm_topk_prob", True)
     if norm_topk_prob and gate.top_k == 1:

@@ -292,7 +292,7 @@ def _check_host(
 
 def _widths(moe_layer: MoELayer) -> list[int]:
     """Return the inner widths of a layer's experts and of its shared branch."""
-    shared = moe_layer.shared_experts
+    shared = moe_layer.shared_expert
     widths = [module.intermediate_dim for module in moe_layer.experts.modules() if isinstance(module, FfnExperts)]
     return widths + ([] if shared is None else [shared.down_proj.in_features])
 

@@ -74,7 +74,7 @@ def fill_layer(layer: MoELayer, state: dict[str, torch.Tensor], generator: torch
         state: the feed-forward as [`ffn_state`] returns it.
     """
     # A shared branch gives half of the output, the routed experts the other half.
-    branch = 1.0 if layer.shared_experts is None else 0.5
+    branch = 1.0 if layer.shared_expert is None else 0.5
     for bank in (module for module in layer.experts.modules() if isinstance(module, FfnExperts)):
         for expert in range(bank.num_experts):
             source = take_neurons(state, bank.intermediate_dim, expert * bank.intermediate_dim)
@@ -85,8 +85,8 @@ def fill_layer(layer: MoELayer, state: dict[str, torch.Tensor], generator: torch
                 if noise_std > 0.0:
                     noise = torch.randn(target.shape, generator=generator) * noise_std * tensor.float().std().cpu()
                     target += noise.to(target)
-    if layer.shared_experts is not None:
-        _fill_shared(layer.shared_experts, state, branch)
+    if layer.shared_expert is not None:
+        _fill_shared(layer.shared_expert, state, branch)
 
 
 def _fill_shared(shared: SharedExperts, state: dict[str, torch.Tensor], branch: float) -> None:
@@ -162,8 +162,8 @@ def upcycle(
     for layer_idx, layer in model.moe_layers().items():
         if not any(isinstance(module, FfnExperts) for module in layer.experts.modules()):
             raise ValueError(
-                f"Experts of the kind {type(layer.experts).mechanism_name!r} cannot be copies of a feed-forward: "
-                "choose 'ffn'."
+                f"Experts of the class {type(layer.experts).__name__} cannot be copies of a feed-forward: choose the "
+                "kind 'ffn'."
             )
         ffn = getattr(layers[layer_idx], ffn_name(layers[layer_idx]))
         layout = read_ffn(ffn).layout
@@ -200,7 +200,8 @@ def check_host_logits(model: HfMoeForConditionalGeneration, dense: PreTrainedMod
     moe_layers = model.moe_layers()
     ffns = {layer_idx: getattr(theirs[layer_idx], ffn_name(theirs[layer_idx])) for layer_idx in moe_layers}
     for layer_idx, ffn in ffns.items():
-        difference = expert_difference(model, moe_layers[layer_idx], ffn) if read_ffn(ffn).layout is not None else 0.0
+        layout = read_ffn(ffn).layout
+        difference = 0.0 if layout is None else expert_difference(model, moe_layers[layer_idx], ffn, layout)
         if difference > atol:
             raise ValueError(
                 f"{name} cannot host MoE layers: an expert that holds the feed-forward of layer {layer_idx} differs "
@@ -221,14 +222,16 @@ def check_host_logits(model: HfMoeForConditionalGeneration, dense: PreTrainedMod
 
 
 @torch.no_grad()
-def expert_difference(model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.Module) -> float:
+def expert_difference(
+    model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.Module, layout: FfnLayout
+) -> float:
     """Return the largest difference between a feed-forward and an expert of its weights, on random hidden states."""
-    host = read_ffn(ffn)
-    spec = replace(layer.spec, num_experts=1, expert_intermediate_size=host.intermediate_size, banks=())
+    width = read_ffn(ffn).intermediate_size
+    spec = replace(layer.spec, num_experts=1, expert_intermediate_size=width, banks=())
     weight = next(ffn.parameters())
     with torch.device(weight.device):
         expert = FfnExperts(model.config, spec).to(weight.dtype)
-    for name, tensor in ffn_state(dict(ffn.named_parameters()), host.layout).items():
+    for name, tensor in ffn_state(dict(ffn.named_parameters()), layout).items():
         getattr(expert, name)[0].copy_(tensor)
     hidden = torch.randn(8, spec.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
     index = torch.zeros(8, 1, dtype=torch.long, device=weight.device)

@@ -190,7 +190,7 @@ def install_moe_layers(language_model: PreTrainedModel, config) -> dict[int, MoE
         installed[layer_idx] = MoELayer(config, spec)
         setattr(layer, name, installed[layer_idx])
     for layer in layers:
-        layer.__class__ = routed_layer_class(type(layer))
+        layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]
     _check_context_arrives(language_model, layers[0])
     return installed
 
@@ -230,7 +230,7 @@ def _check_context_arrives(language_model: PreTrainedModel, first_layer: nn.Modu
 
 
 @functools.cache
-def routed_layer_class(host_class: type) -> type:
+def routed_layer_class(host_class: Any) -> Any:
     """Return the subclass of a decoder layer's class that takes `routing_context`.
 
     It keeps the host's name, by which device maps and FSDP wrapping policies find it, and pickles.
@@ -250,7 +250,7 @@ def routed_layer_class(host_class: type) -> type:
     return type(host_class.__name__, (host_class,), body)
 
 
-def _new_routed_layer(host_class: type) -> nn.Module:
+def _new_routed_layer(host_class: Any) -> nn.Module:
     cls = routed_layer_class(host_class)
     return cls.__new__(cls)
 

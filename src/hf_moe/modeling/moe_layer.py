@@ -31,8 +31,8 @@ class ExpertBanks(Experts):
     def forward(self, hidden_states: torch.Tensor, decision: Decision) -> torch.Tensor:
         if not isinstance(decision, ExpertAssignment):
             raise ValueError(
-                f"Isolated banks need a router that assigns experts; {type(decision).__name__} mixes all of one width. "
-                "Leave moe_config.expert_banks out."
+                f"Isolated banks need a router that assigns experts; {type(decision).__name__} mixes experts of one "
+                "width. Leave moe_config.expert_banks out."
             )
         output, start = torch.zeros_like(hidden_states), 0
         for name, size in zip(self.names, self.sizes, strict=True):
@@ -78,7 +78,7 @@ class MoELayer(nn.Module):
 
     The routing context is not an argument, since hosts pass none to their feed-forward: it is read from the context
     variable that the decoder layer sets for the duration of its forward (see `host.py`). The modules are named `gate`,
-    `experts` and `shared_experts`, the names other tools look for.
+    `experts` and `shared_expert`, the names other tools look for.
 
     Args:
         config: the outer `HfMoeConfig`.
@@ -94,12 +94,13 @@ class MoELayer(nn.Module):
         self.gate = build("router", get_mechanism("router", router), options, spec)
         self.experts = _build_experts(config, spec)
         num_shared = at_layer(moe.num_shared_experts, spec.layer_idx)
-        self.shared_experts = None
+        # In the singular: conversion rules of MoE hosts would take `shared_experts.down_proj` for a stack of theirs.
+        self.shared_expert = None
         if num_shared > 0:
             width = (
                 at_layer(moe.shared_intermediate_size, spec.layer_idx) or num_shared * spec.expert_intermediate_size
             )
-            self.shared_experts = SharedExperts(spec, width, at_layer(moe.shared_expert_gate, spec.layer_idx))
+            self.shared_expert = SharedExperts(spec, width, at_layer(moe.shared_expert_gate, spec.layer_idx))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         context = ACTIVE_CONTEXT.get()
@@ -112,8 +113,8 @@ class MoELayer(nn.Module):
             decision = decision.drop(~context.tokens("token_mask", tokens.device))
         context.decisions[self.layer_idx] = decision
         output = self._run_experts(tokens, decision).view_as(hidden_states)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(hidden_states)
         return output
 
     def _run_experts(self, tokens: torch.Tensor, decision: Decision) -> torch.Tensor:

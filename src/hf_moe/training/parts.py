@@ -20,7 +20,7 @@ def part_of(name: str) -> str:
         return "connector"
     if ".gate." in name:
         return "routers"
-    if ".experts." in name or ".shared_experts." in name:
+    if ".experts." in name or ".shared_expert." in name:
         return "experts"
     if ".embed" in name or ".wte." in name or name.startswith("lm_head."):
         return "embeddings"
