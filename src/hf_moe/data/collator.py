@@ -55,8 +55,7 @@ class VisionLanguageCollator:
         if self.feature_cache is None:
             pixels = process_images([image for items in images for image in items], self.processor)
         else:
-            keys = [key for row in rows for key in self.feature_cache.row_keys(row)]
-            pixels = {"image_features": self.feature_cache.lookup(keys)} if keys else {}
+            pixels = self._cached_features(rows, self.feature_cache)
         counts = placeholder_counts(sum(map(len, images)), self.processor, pixels)
 
         batch = []
@@ -67,6 +66,15 @@ class VisionLanguageCollator:
             except ValueError as error:
                 raise ValueError(f"{describe_row(row, index, 'batch')} {error}") from error
         return self._pad(batch) | pixels
+
+    def _cached_features(self, rows: list[dict[str, Any]], cache: FeatureCache) -> dict[str, torch.Tensor]:
+        keys = []
+        for index, row in enumerate(rows):
+            try:
+                keys += cache.row_keys(row)
+            except ValueError as error:
+                raise ValueError(f"{describe_row(row, index, 'batch')} {error}") from error
+        return {"image_features": cache.lookup(keys)} if keys else {}
 
     def _row_tokens(self, row: dict[str, Any], counts: list[int]) -> Tokens:
         placeholder = self.processor.image_token_id

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration, HfMoeModel
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from ..modeling.vision import tower_features
-from .rows import row_images, undecoded
+from .rows import describe_row, row_images, undecoded
 from .tokenisation import process_images, takes_packed_patches
 
 
@@ -127,12 +127,12 @@ def _row_keys(row: dict[str, Any], key: str) -> list[str]:
         return []
     if row.get(key) is None:
         raise ValueError(
-            f"Cached features need the column {key!r}, which names a row's images; this row has {', '.join(row)}. "
+            f"has images but no {key!r}, by which cached features are found; it has {', '.join(row)}. "
             "Trainer drops columns it does not know: set remove_unused_columns=False."
         )
     names = row[key] if isinstance(row[key], list) else [row[key]]
     if len(names) != count:
-        raise ValueError(f"The column {key!r} names {len(names)} images, the row has {count}: {names!r}.")
+        raise ValueError(f"has {count} images, but its {key!r} names {len(names)}: {names!r}.")
     return [str(name) for name in names]
 
 
@@ -142,8 +142,12 @@ def _distinct_images(rows: Iterable, key: str) -> dict[str, Any]:
         names = [name for name in ("images", "image", key) if name in (rows.column_names or ())]
         rows = undecoded(rows).select_columns(names)
     images: dict[str, Any] = {}
-    for row in rows:
-        for name, image in zip(_row_keys(row, key), row_images(row), strict=True):
+    for index, row in enumerate(rows):
+        try:
+            names = _row_keys(row, key)
+        except ValueError as error:
+            raise ValueError(f"{describe_row(row, index, 'dataset')} {error}") from error
+        for name, image in zip(names, row_images(row), strict=True):
             images.setdefault(name, image)
     return images
 

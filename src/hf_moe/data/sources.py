@@ -91,8 +91,10 @@ def _load_jsonl(split: str, path: str) -> Dataset:
             if line.strip():
                 try:
                     rows.append(_jsonl_row(json.loads(line), file.parent))
-                except (ValueError, FileNotFoundError) as error:
-                    raise type(error)(f"Row {index} of {file}: {error}") from error
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(f"Row {index} of {file}: {error}") from error
+                except ValueError as error:
+                    raise ValueError(f"Row {index} of {file}: {error}") from error
     if not rows:
         raise ValueError(f"{file} holds no rows.")
     rows_dataset = Dataset.from_list(rows)

@@ -162,10 +162,16 @@ def process_images(images: list[Any], processor: HfMoeProcessor) -> dict[str, An
 
 
 def placeholder_counts(num_images: int, processor: HfMoeProcessor, pixels: dict[str, Any]) -> list[int]:
-    """Return the placeholders of every image."""
+    """Return the placeholders of every image.
+
+    Raises:
+        ValueError: if the processor does not know them.
+    """
     if "pixel_attention_mask" in pixels:
         return pixels["pixel_attention_mask"].sum(-1).tolist()
-    return [processor.image_seq_length] * num_images
+    if num_images and processor.image_seq_length is None:
+        raise ValueError("The processor has no image_seq_length: set it to the model config's.")
+    return [processor.image_seq_length or 0] * num_images
 
 
 def tokenize_rows(

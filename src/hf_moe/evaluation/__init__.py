@@ -1,0 +1,1 @@
+"""Metrics, question answering scores and their reports."""

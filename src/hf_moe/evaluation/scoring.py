@@ -1,0 +1,72 @@
+"""Scores of short answers: VQA accuracy with its answer normalisation, exact match, means by question type.
+
+    accuracy(answer) = min(humans who gave it / 3, 1)
+
+VQA: Visual Question Answering (arXiv:1505.00468). The official server also averages over the subsets that leave one
+human out; this is the formula of the paper.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+
+AGREEING_HUMANS = 3
+ARTICLES = {"a", "an", "the"}
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(NUMBERS)}
+SPELLED_CONTRACTIONS = """
+    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't
+    oughtn't shan't shouldn't wasn't weren't won't wouldn't could've i've might've must've not've should've
+    they've we've who've would've you've i'm let's he's here's how's she's somebody's someone's something's
+    that's there's what's when's where's who's why's it'd they'd who'd you'd it'll that'll they'll what'll
+    who'll you'll they're what're you're ma'am o'clock y'all 'twas
+""".split()
+CONTRACTIONS = {word.replace("'", ""): word for word in SPELLED_CONTRACTIONS}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+
+
+def normalise_answer(answer: str) -> str:
+    """Return the answer as VQA compares it: lower case, no punctuation, no articles, digits, spelled contractions."""
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    has_thousands = re.search(r"\d,\d", answer) is not None
+    text = answer
+    for mark in PUNCTUATION:
+        # A mark beside a space says nothing; one between two words separates them, except in 1,000.
+        touches_space = f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if touches_space or has_thousands else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [DIGITS.get(word, word) for word in text.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa_score(prediction: str, references: str | Sequence[str]) -> float:
+    """Return the VQA accuracy of one answer, 0 to 1; fewer than three references must all agree for a 1."""
+    references = [references] if isinstance(references, str) else references
+    answer = normalise_answer(prediction)
+    agreeing = sum(normalise_answer(reference) == answer for reference in references)
+    return min(agreeing / min(AGREEING_HUMANS, len(references)), 1.0)
+
+
+def exact_match_score(prediction: str, references: str | Sequence[str]) -> float:
+    """Return 1 if the answer is one of the references but for white space around it, else 0."""
+    references = [references] if isinstance(references, str) else references
+    return float(prediction.strip() in {reference.strip() for reference in references})
+
+
+def mean_scores(scores: Sequence[float], name: str, question_types: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the mean as `name`, the `count`, and with `question_types` the means as `name_by_question_type`.
+
+    Raises:
+        ValueError: without scores, or if scores and question types differ in number.
+    """
+    if not scores:
+        raise ValueError("There are no answers to score.")
+    result: dict[str, Any] = {name: sum(scores) / len(scores), "count": len(scores)}
+    if question_types is not None:
+        groups: dict[str, list[float]] = {}
+        for score, question_type in zip(scores, question_types, strict=True):
+            groups.setdefault(question_type, []).append(score)
+        by_type = {question_type: sum(group) / len(group) for question_type, group in sorted(groups.items())}
+        result[f"{name}_by_question_type"] = by_type
+    return result
