@@ -38,8 +38,8 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_hf_moe.HfMoeForConditionalGeneration",
 }
 
-# Called as `hook(saved_object, folder)` before a config or a processor is written, so that a refused save leaves the old
-# checkpoint whole; what it returns is called afterwards. The package fills it with the function that writes the code
+# Called as `hook(saved_object, folder)` before a config or a processor is written, so that a refused save leaves the
+# old # checkpoint whole; what it returns is called afterwards. The package fills it with the function that writes the code
 # bundle; in a bundle it stays empty, since Transformers copies bundled code by itself.
 SAVE_HOOKS: list[Callable[[Any, str], Callable[[], None]]] = []
 
@@ -94,8 +94,8 @@ class MoeConfig(PreTrainedConfig):
             Decoder layers whose feed-forward becomes a MoE: `"all"`, `"every_N"` (the last of each N layers: `every_2`
             gives 1, 3, 5, ...), `"from_N"` (all from layer N on: the first N stay dense) or a list of layer indices.
         num_experts (`int`, *optional*):
-            Routed experts E of a layer. Derived when absent: the sum over `expert_banks`, else the host's own number if
-            the host is a MoE, else 8.
+            Routed experts E of a layer. Derived when absent: the sum over `expert_banks`, else the host's own number
+            if the host is a MoE, else 8.
         num_experts_per_tok (`int`, *optional*):
             Slots K of a token. Derived when absent: the host's own number if the host is a MoE, else 2.
         num_shared_experts (`int`, defaults to 0):
@@ -174,7 +174,7 @@ class MoeConfig(PreTrainedConfig):
                     range(step - 1, num_hidden_layers, step) if form == "every" else range(step, num_hidden_layers)
                 )
             raise ValueError(
-                f"moe_config.layers={self.layers!r}: allowed are 'all', 'every_N', 'from_N' or a list of layer indices."
+                f"moe_config.layers={self.layers!r}: allowed are 'all', 'every_N', 'from_N' or a list of indices."
             )
         outside = [index for index in self.layers if not 0 <= index < num_hidden_layers]
         if outside:
@@ -223,6 +223,12 @@ class HfMoeConfig(PreTrainedConfig):
             Standard deviation of the initial weights of connector, routers and experts.
         output_router_logits (`bool`, defaults to `False`):
             Return the router logits of every MoE layer, where all layers have one width.
+        tie_word_embeddings (`bool`, defaults to `False`):
+            Share the weights of the token embeddings and the head. `True` whenever the decoder's own config says so.
+        config_format (`int`, defaults to 1):
+            Format of the config; written by the library.
+        system (`str`, *optional*):
+            The catalogue key that `from_system` took the `moe_config` from.
 
     Example:
 
@@ -275,8 +281,8 @@ class HfMoeConfig(PreTrainedConfig):
         if self.config_format > CONFIG_FORMAT:
             raise ValueError(
                 f"This checkpoint has the config format {self.config_format}; this code reads formats up to "
-                f"{CONFIG_FORMAT}. Upgrade with: pip install -U hf-moe (or load with trust_remote_code=True, which runs "
-                "the code that the checkpoint carries)."
+                f"{CONFIG_FORMAT}. Upgrade with: pip install -U hf-moe (or load with trust_remote_code=True, which "
+                "runs the code that the checkpoint carries)."
             )
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)

@@ -12,8 +12,7 @@ from torch import nn
 
 from .mechanisms import get_mechanism
 from .registry import build
-from .routing import MoELayerSpec
-from .routing import RoutingContext
+from .routing import MoELayerSpec, RoutingContext
 
 
 class AuxiliaryLosses(nn.Module):

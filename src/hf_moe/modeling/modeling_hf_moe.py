@@ -1,143 +1,24 @@
 """The multimodal MoE model: vision tower -> connector -> decoder whose feed-forwards are MoE layers."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from .auxiliary import AuxiliaryLosses
-from .dispatch import RAGGED
+from .base import HfMoePreTrainedModel
 from .host import install_moe_layers, scale_logits
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
+from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast
 from .registry import build
-from .routing import (
-    Connector,
-    ExpertAssignment,
-    Experts,
-    Objective,
-    Router,
-    RoutingContext,
-    RoutingOverrides,
-)
+from .routing import ExpertAssignment, RoutingContext, RoutingOverrides
 from .vision import dummy_pixels, probe_tower, takes_packed_patches, tower_features
-
-
-@dataclass
-class HfMoeModelOutputWithPast(ModelOutput):
-    """
-    Output of [`HfMoeModel`].
-
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(B, S, d)`): the decoder's last hidden state.
-        past_key_values (`Cache`, *optional*): the decoder's cache.
-        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): as the decoder returns them.
-        router_logits (`tuple[torch.Tensor]` of shape `(T, C)`, *optional*): one per MoE layer, float32.
-        image_hidden_states (`list[torch.Tensor]`, *optional*): the connected features of every image, (P', d) each.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: list[torch.Tensor] | None = None
-
-
-@dataclass
-class HfMoeCausalLMOutputWithPast(ModelOutput):
-    """
-    Output of [`HfMoeForConditionalGeneration`].
-
-    Args:
-        loss (`torch.Tensor`, scalar, *optional*): language loss plus auxiliary loss, when labels are given.
-        logits (`torch.Tensor` of shape `(B, S, vocab_size)`): prediction scores.
-        past_key_values, hidden_states, attentions, router_logits, image_hidden_states: see
-            [`HfMoeModelOutputWithPast`].
-        aux_loss (`torch.Tensor`, scalar, *optional*): the auxiliary part of the loss.
-        objective_values (`dict[str, torch.Tensor]`, *optional*): every objective's value before its coefficient.
-        routing (`RoutingContext`, *optional*): modality ids, token mask and the decision of every MoE layer, with
-            `output_routing=True`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: list[torch.Tensor] | None = None
-    aux_loss: torch.Tensor | None = None
-    objective_values: dict[str, torch.Tensor] | None = None
-    routing: RoutingContext | None = None
-
-
-class HfMoePreTrainedModel(PreTrainedModel):
-    """Base of the model's classes: weight initialisation and what Transformers may do with them."""
-
-    config: HfMoeConfig
-    config_class = HfMoeConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    # Transformers greps this file for a decorator to see whether the experts backend can be set; ours read the
-    # interface themselves, in another file.
-    _can_set_experts_implementation_cached_value = True
-    # Routers stay float32 in a bf16 model. The pattern is a regular expression over parameter names.
-    _keep_in_fp32_modules_strict = [r"\.gate\."]
-    # Objectives may change between two runs; their statistics build up again within a step.
-    _keys_to_ignore_on_load_missing = [r"^objectives\."]
-    _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "HfMoePreTrainedModel":
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"A weights file (.safetensors) of {pretrained_model_name_or_path} is damaged or cut short: {error}. "
-                "Copy or download it again."
-            ) from error
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        return super().get_correct_experts_implementation(requested_experts or RAGGED)
-
-    @torch.no_grad()
-    @init.guard_torch_init_functions()
-    def initialize_weights(self) -> None:
-        # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
-        # parameters: ours are initialised first, and marked.
-        std = self.config.initializer_range
-        for module in self.modules():
-            if isinstance(module, Router | Experts | Objective | Connector) and not getattr(module, "_is_hf_initialized", False):
-                module.initialize(std)
-                for part in module.modules():
-                    part._is_hf_initialized = True
-        super().initialize_weights()
-
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        function = kwargs.get("gradient_checkpointing_func")
-        if enable and getattr(function, "keywords", {}).get("use_reentrant") and self.config.moe_config.objectives:
-            raise ValueError(
-                "use_reentrant=True cuts the gradient of the routing objectives "
-                f"({', '.join(self.config.moe_config.objectives)}) without a word: pass "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
 
 class HfMoeModel(HfMoePreTrainedModel):
@@ -151,13 +32,16 @@ class HfMoeModel(HfMoePreTrainedModel):
         super().__init__(config)
         self.vision_tower = None
         self.connector = None
+        for part in filter(None, (config.text_config, config.vision_config)):
+            # A requested experts backend reaches these too, and a class without experts refuses it.
+            part._experts_implementation = None
         if config.vision_config is not None:
             probe = probe_tower(config)
             self.vision_tower = AutoModel.from_config(config.vision_config)
             for name in probe.unreachable:
                 # It would never get a gradient, and distributed training would fail at its second step.
                 self.vision_tower.get_parameter(name).requires_grad_(False)
-            options = {**config.connector}
+            options = dict(config.connector)  # type: ignore[arg-type]
             connector = get_mechanism("connector", options.pop("name"))
             sizes = (config.vision_feature_size, config.text_config.hidden_size)
             self.connector = build("connector", connector, options, *sizes)
@@ -238,8 +122,8 @@ class HfMoeModel(HfMoePreTrainedModel):
         """Build what the routers may know of this forward pass.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or if `mm_token_type_ids` does not
-                have their shape.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or if `mm_token_type_ids` does
+                not have their shape.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -297,8 +181,8 @@ class HfMoeModel(HfMoePreTrainedModel):
             pixel_values, image_features, pixel_attention_mask, spatial_shapes: see [`~HfMoeModel.get_image_features`].
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*): connected features, as
                 `get_image_features` returns them, under the key `"image"`.
-            mm_token_type_ids (`torch.Tensor` of shape `(B, S)`, *optional*): 0 text, 1 image, 2 video, 3 audio. Derived
-                from the placeholder ids when absent; embeddings alone count as text.
+            mm_token_type_ids (`torch.Tensor` of shape `(B, S)`, *optional*): 0 text, 1 image, 2 video, 3 audio.
+                Derived from the placeholder ids when absent; embeddings alone count as text.
             condition_ids (`dict[str, torch.Tensor]`, *optional*): task, domain or language ids of shape `(B,)`.
             routing_overrides (`RoutingOverrides`, *optional*): test-time control of the routing.
             routing_context (`RoutingContext`, *optional*): a context built before; its `decisions` are filled.
@@ -380,8 +264,8 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
     """The model with its language head, loss and generation.
 
     The language loss is the host's; objectives are added as `auxiliary.py` says. Population statistics (loads, biases)
-    move on when an optimizer step has ended, which the first forward with cleared gradients tells: plain `Trainer`, and
-    any loop that calls `zero_grad()`, is right without a callback.
+    move on when an optimizer step has ended, which the first forward with cleared gradients tells: plain `Trainer`,
+    and any loop that calls `zero_grad()`, is right without a callback.
     """
 
     def __init__(self, config: HfMoeConfig):
@@ -443,12 +327,12 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
     ) -> HfMoeCausalLMOutputWithPast | tuple:
         r"""
         Args:
-            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the tokens to predict, -100 where masked; shifted
-                inside.
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the tokens to predict, -100 where masked;
+                shifted inside.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): how many of the last positions get logits; 0 for
                 all.
             num_items_in_batch (`int`, *optional*): labels of the whole optimizer step, as `Trainer` passes it.
-            output_routing (`bool`, defaults to `False`): return the routing context, with the decision of every MoE layer.
+            output_routing (`bool`, defaults to `False`): return the routing context, with every MoE layer's decision.
 
             The rest as in [`HfMoeModel`].
         """
@@ -490,7 +374,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
             loss = loss + aux_loss.to(loss.device)
             if self.training:
                 for layer_idx, layer in self.moe_layers().items():
-                    layer.gate.accumulate(context.decisions[layer_idx], context)
+                    layer.router.accumulate(context.decisions[layer_idx], context)
 
         result = HfMoeCausalLMOutputWithPast(
             loss=loss,
@@ -516,7 +400,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         if watched is not None and watched.grad is None:
             self.objectives.end_step()
             for layer in self.moe_layers().values():
-                layer.gate.end_step()
+                layer.router.end_step()
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, image_features: torch.Tensor | None = None, **kwargs: Any):

@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 from ..configuration.configuration_hf_moe import at_layer
 from .mechanisms import get_mechanism
 from .registry import build
-from .routing import ACTIVE_CONTEXT, Decision, ExpertAssignment, Experts, MoELayerSpec, RoutingContext
+from .routing import ACTIVE_CONTEXT, Decision, ExpertAssignment, Experts, MoELayerSpec, Router, RoutingContext
 
 
 class ExpertBanks(Experts):
@@ -101,6 +101,11 @@ class MoELayer(nn.Module):
                 at_layer(moe.shared_intermediate_size, spec.layer_idx) or num_shared * spec.expert_intermediate_size
             )
             self.shared_expert = SharedExperts(spec, width, at_layer(moe.shared_expert_gate, spec.layer_idx))
+
+    @property
+    def router(self) -> Router:
+        """The router itself, also where PEFT has wrapped `gate` to adapt its parameters."""
+        return self.gate.get_base_layer() if hasattr(self.gate, "get_base_layer") else self.gate
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         context = ACTIVE_CONTEXT.get()

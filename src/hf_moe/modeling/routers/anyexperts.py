@@ -6,7 +6,8 @@ For a token h of width d, in float32 throughout:
     2  fusion        h' = (1 + alpha w) h          feeds the gate and the experts, not the residual stream
     3  slots         u = sigmoid(slope a + logit(b)),   b = (K_target - K_min) / (K_max - K_min)
                      K_soft = K_min + (K_max - K_min) u,   K_tot = round(K_soft)
-    4  candidates    real l = W_g h' (E),   virtual v_j = sg(l_(K_tot)) + o_j(h') - gamma (u - b),   j < floor(rho K_max)
+    4  candidates    real l = W_g h' (E)
+                     virtual v_j = sg(l_(K_tot)) + o_j(h') - gamma (u - b)   for j < floor(rho K_max)
     5  filling       the K_tot best of both, at most floor(rho K_tot) of them virtual
     6  weights       g = softmax over the filled slots' logits
     7  gradient      m_r = 1[r < K_tot] + s_r - sg(s_r),   s_r = sigmoid((K_soft - r - 1/2) / tau) for slot rank r
@@ -24,7 +25,9 @@ Signals per token: `importance` w, `slots` K_tot, `real_slots`, `soft_real_slots
 The abstract and public summaries give: a slot number in [K_min, K_max] per token, a capped virtual share (0.2 named),
 an importance that drives it and enters a residual fusion, one router for all modalities, 8 -> about 7.2 real experts
 at no loss. The rest is this library's reading; the defaults of what is not published were chosen on toys.
-Source: AnyExperts: On-Demand Expert Allocation for Multimodal Language Models with Mixture of Expert, arXiv:2511.18314.
+
+Source: AnyExperts: On-Demand Expert Allocation for Multimodal Language Models with Mixture of Expert,
+arXiv:2511.18314.
 """
 
 import math

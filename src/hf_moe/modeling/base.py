@@ -1,0 +1,73 @@
+"""The base of the model's classes: loading, initialisation and what Transformers may do with them."""
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from ..configuration.configuration_hf_moe import HfMoeConfig
+from .dispatch import RAGGED
+from .routing import Connector, Experts, Objective, Router
+
+
+class HfMoePreTrainedModel(PreTrainedModel):
+    """Base of the model's classes: weight initialisation and what Transformers may do with them."""
+
+    config: HfMoeConfig
+    config_class = HfMoeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Transformers greps this file for a decorator to see whether the experts backend can be set; ours read the
+    # interface themselves, in another file.
+    _can_set_experts_implementation_cached_value = True
+    # Routers stay float32 in a bf16 model. The pattern is a regular expression over parameter names.
+    _keep_in_fp32_modules_strict = [r"\.gate\.(?!load$)"]
+    # Objectives may change between two runs; their statistics build up again within a step.
+    _keys_to_ignore_on_load_missing = [r"^objectives\."]
+    _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "HfMoePreTrainedModel":
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file (.safetensors) of {pretrained_model_name_or_path} is damaged or cut short: {error}. "
+                "Copy or download it again."
+            ) from error
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or RAGGED)
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
+        # parameters: ours are initialised first, and marked.
+        std = self.config.initializer_range
+        for module in self.modules():
+            ours = isinstance(module, Router | Experts | Objective | Connector)
+            if ours and not getattr(module, "_is_hf_initialized", False):
+                module.initialize(std)
+                for part in module.modules():
+                    part._is_hf_initialized = True
+        super().initialize_weights()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        function = kwargs.get("gradient_checkpointing_func")
+        if enable and getattr(function, "keywords", {}).get("use_reentrant") and self.config.moe_config.objectives:
+            raise ValueError(
+                "use_reentrant=True cuts the gradient of the routing objectives "
+                f"({', '.join(self.config.moe_config.objectives)}) without a word: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)

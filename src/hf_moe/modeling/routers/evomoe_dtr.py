@@ -1,0 +1,123 @@
+"""EvoMoE's dynamic token-aware router: a hypernetwork writes, for every token, the adapter that it is scored through.
+
+For a token z of width C and the hypernetwork of its modality:
+
+    theta = W2 (W1 z + b1) + b2,   split into Theta_down (r, C) and Theta_up (C, r)          no nonlinearity in between
+    e     = Theta_up act(Theta_down z)                                                       (C,)
+    rho   = softmax(Phi e)                                                                   (E,), Phi common to all
+    S     = the K largest of rho,  weight = rho itself                                       K = 1 in the paper
+
+The weight is the plain probability: renormalised, a lone slot would weigh 1 for ever and Phi learn nothing. theta is
+never materialised: with A = W1 z + b1 (h,) both products are linear in the h * r values A_i (W2_i z). That is about
+2 C h r multiply-adds per token, and h r = C by default: in small models the router can cost more than an expert, so
+time it, and let `hyper_hidden` follow the expert's width.
+
+Image and video tokens use the vision hypernetwork, all others that of text. W2's bias b2 is a random adapter at the
+start, so that the router begins as an ordinary two-layer one with a small token-dependent part.
+
+The tokens are sorted by modality and every hypernetwork runs on its own, which breaks a compiled graph.
+Source: EvoMoE: Expert Evolution in Mixture of Experts for Multimodal Large Language Models, arXiv:2505.23830 (its
+inner sizes, initialisation and the treatment of the top-1 weight are not published and were chosen).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from ..dispatch import grouped_linear
+from ..gating import apply_overrides, check_choice, check_slots, gate_logits, is_vision, router_scores, select_experts
+from ..registry import register_router
+from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+
+
+@register_router("evomoe_dtr")
+class EvoMoEDtrRouter(Router):
+    """Hypernetworks H of text (0) and vision (1), and one scorer `weight` (E, C) for both.
+
+    Args:
+        spec: facts of the layer; the paper has K = 1.
+        hyper_hidden: h; C / 8 when absent.
+        bottleneck_rank: r.
+        bottleneck_act: `"silu_gate_self"`: silu(a) a; `"split"`: SwiGLU on the halves of a bottleneck of 2 r.
+        per_modality: `False` gives all tokens one hypernetwork (an ablation of the paper).
+        shared_router: add the scores of a linear router common to all tokens, times a learnt scalar that starts at 1
+            (an ablation of the paper; it hurt).
+
+    Raises:
+        ValueError: if K does not fit or `bottleneck_act` is unknown.
+    """
+
+    def __init__(
+        self,
+        spec: MoELayerSpec,
+        *,
+        hyper_hidden: int | None = None,
+        bottleneck_rank: int = 8,
+        bottleneck_act: str = "silu_gate_self",
+        per_modality: bool = True,
+        shared_router: bool = False,
+    ):
+        super().__init__(spec)
+        check_slots(spec, spec.num_experts, "evomoe_dtr")
+        check_choice("bottleneck_act", bottleneck_act, ("silu_gate_self", "split"))
+        width, rank = spec.hidden_size, bottleneck_rank
+        inner = 2 * rank if bottleneck_act == "split" else rank
+        hidden = max(1, width // 8) if hyper_hidden is None else hyper_hidden
+        nets = 2 if per_modality else 1
+        self.bottleneck_act = bottleneck_act
+        self.per_modality = per_modality
+        self.token_weight = nn.Parameter(torch.empty(nets, hidden, width))  # W1
+        self.token_bias = nn.Parameter(torch.empty(nets, hidden))  # b1
+        self.down_weight = nn.Parameter(torch.empty(nets, hidden * inner, width))  # the rows of W2 for Theta_down
+        self.down_bias = nn.Parameter(torch.empty(nets, inner, width))  # b2
+        self.up_weight = nn.Parameter(torch.empty(nets, width, hidden * rank))
+        self.up_bias = nn.Parameter(torch.empty(nets, width, rank))
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, width))  # Phi
+        if shared_router:
+            self.shared_weight = nn.Parameter(torch.empty(spec.num_experts, width))
+            self.shared_scale = nn.Parameter(torch.empty(1))
+        self.shared_router = shared_router
+
+    def initialize(self, std: float) -> None:
+        for weight in (self.token_weight, self.down_weight, self.up_weight, self.weight):
+            init.normal_(weight, mean=0.0, std=std)
+        init.zeros_(self.token_bias)
+        init.normal_(self.down_bias, mean=0.0, std=self.down_bias.shape[-1] ** -0.5)
+        init.normal_(self.up_bias, mean=0.0, std=self.up_bias.shape[-1] ** -0.5)
+        if self.shared_router:
+            init.normal_(self.shared_weight, mean=0.0, std=std)
+            init.ones_(self.shared_scale)
+
+    @torch.compiler.disable
+    def adapt(self, tokens: torch.Tensor, network: torch.Tensor) -> torch.Tensor:
+        """Return e (T, C) of tokens (T, C) float32, through the hypernetwork that each names in `network` (T,)."""
+        ordered, order = network.sort(stable=True)
+        nets = torch.arange(self.token_weight.shape[0], device=order.device)
+        offsets = torch.searchsorted(ordered, nets, right=True).int()
+        rows = tokens.index_select(0, order)  # (T, C)
+        mixing = grouped_linear(rows, self.token_weight, offsets, self.token_bias)  # (T, h), A
+        down = grouped_linear(rows, self.down_weight, offsets).unflatten(-1, (mixing.shape[-1], -1))  # (T, h, r)
+        inner = (mixing[..., None] * down).sum(1) + grouped_linear(rows, self.down_bias, offsets)  # (T, r)
+        if self.bottleneck_act == "split":
+            gate, up = inner.chunk(2, dim=-1)
+            inner = F.silu(gate) * up
+        else:
+            inner = F.silu(inner) * inner
+        outer = (mixing[..., None] * inner[:, None]).flatten(1)  # (T, h * r)
+        adapted = grouped_linear(outer, self.up_weight, offsets) + grouped_linear(inner, self.up_bias, offsets)
+        return torch.empty_like(adapted).index_copy(0, order, adapted)
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        network = is_vision(context, hidden_states.device).long()  # (T,)
+        if not self.per_modality:
+            network = torch.zeros_like(network)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            adapted = self.adapt(hidden_states.float(), network)
+        logits = gate_logits(adapted, self.weight)  # (T, E)
+        if self.shared_router:
+            logits = logits + self.shared_scale.float() * gate_logits(hidden_states, self.shared_weight)
+        logits = apply_overrides(logits, self.spec, context)
+        scores, probs = router_scores(logits, "softmax")
+        index, weight = select_experts(scores, logits, self.spec)  # (T, K) both
+        return ExpertAssignment(index, weight, self.spec.num_experts, router_logits=logits, router_probs=probs)
