@@ -39,8 +39,8 @@ AUTO_MAP = {
 }
 
 # Called as `hook(saved_object, folder)` before a config or a processor is written, so that a refused save leaves the
-# old # checkpoint whole; what it returns is called afterwards. The package fills it with the function that writes the code
-# bundle; in a bundle it stays empty, since Transformers copies bundled code by itself.
+# old checkpoint whole; what it returns is called afterwards. The package fills it with the function that writes the
+# code bundle; in a bundle it stays empty, since Transformers copies bundled code by itself.
 SAVE_HOOKS: list[Callable[[Any, str], Callable[[], None]]] = []
 
 

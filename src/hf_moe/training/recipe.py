@@ -23,8 +23,8 @@ class Recipe:
         data: `train` and `eval` sources, see [`load_rows`]; `max_length` in tokens, *optional*.
         training: fields of `TrainingArguments`.
         trainable: parts that are trained, see [`train_only`].
-        evaluation: `batch_size`, `blind` (also score with the image features zeroed), `generated` (questions that are
-            also answered by `generate`).
+        evaluation: `batch_size`, `bf16` (score under autocast), `blind` (also score with the image features zeroed),
+            `generated` (questions that are also answered by `generate`).
         card: `datasets`, `base_models` and `license` for the model card.
         seed: of the weights, the data order and the training.
     """

@@ -93,30 +93,42 @@ def evaluate(
     recipe: Recipe, model: Any, processor: Any, rows: Any, features: FeatureCache | None, folder: Path
 ) -> dict[str, Any]:
     """Score the evaluation rows, with and without sight, and record what the routers do on them."""
-    options = dict(recipe.evaluation)
-    batch_size = options.get("batch_size", 64)
-    model.eval()
-    statistics = RoutingStatistics()
-    result = evaluate_vqa(model, processor, rows, feature_cache=features, batch_size=batch_size, statistics=statistics)
-    report = {
-        "accuracy": result["accuracy"],
-        "accuracy_by_question_type": result["accuracy_by_question_type"],
-        "evaluated": result["count"],
-        "parameters_active": active_parameters(model, statistics),
-        "routing": statistics.to_dict(),
-    }
-    if options.get("blind"):
-        blind = evaluate_vqa(model, processor, rows, feature_cache=features, batch_size=batch_size, zero_images=True)
-        report["blind_accuracy"] = blind["accuracy"]
-        report["blind_accuracy_by_question_type"] = blind["accuracy_by_question_type"]
-    if options.get("generated"):
-        sample = rows.select(range(min(options["generated"], len(rows))))
-        arguments = {"feature_cache": features, "batch_size": batch_size}
-        prefilled = predict_answers(model, processor, sample, **arguments)
-        generated = predict_answers(model, processor, sample, generate=True, **arguments)
-        report["generation_agrees"] = sum(map(str.__eq__, prefilled, generated)) / len(sample)
+    wanted = recipe.evaluation
+    options = {"feature_cache": features, "batch_size": wanted.get("batch_size", 64)}
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bool(wanted.get("bf16"))):
+        result = evaluate_vqa(model, processor, rows, **options)
+        statistics = collect_routing(model, VisionLanguageCollator(processor, feature_cache=features), rows)
+        report = {
+            "accuracy": result["accuracy"],
+            "accuracy_by_question_type": result["accuracy_by_question_type"],
+            "evaluated": result["count"],
+            "parameters_active": active_parameters(model, statistics),
+            "routing": statistics.to_dict(),
+        }
+        if wanted.get("blind"):
+            blind = evaluate_vqa(model, processor, rows, zero_images=True, **options)
+            report["blind_accuracy"] = blind["accuracy"]
+            report["blind_accuracy_by_question_type"] = blind["accuracy_by_question_type"]
+        if wanted.get("generated"):
+            sample = rows.select(range(min(wanted["generated"], len(rows))))
+            generated = predict_answers(model, processor, sample, generate=True, **options)
+            report["generation_agrees"] = sum(map(str.__eq__, result["predictions"], generated)) / len(sample)
     draw_routing(statistics, folder / "routing.png", title=f"Routing of {recipe.name} on its evaluation data")
     return report
+
+
+@torch.no_grad()
+def collect_routing(
+    model: Any, collator: VisionLanguageCollator, rows: Any, limit: int = 1024, batch_size: int = 64
+) -> RoutingStatistics:
+    """Return what the routers do on the first `limit` rows, answers included."""
+    statistics = RoutingStatistics()
+    model.eval()
+    for start in range(0, min(limit, len(rows)), batch_size):
+        chosen = rows.select(range(start, min(start + batch_size, limit, len(rows))))
+        batch = {name: tensor.to(model.device) for name, tensor in collator(list(chosen)).items()}
+        statistics.update(model(**batch, output_routing=True, logits_to_keep=1).routing)
+    return statistics
 
 
 def save_checkpoint(recipe: Recipe, model: Any, processor: Any, report: dict[str, Any], folder: Path) -> None:

@@ -49,7 +49,7 @@ class HfMoeTrainer(Trainer):
             steps = max(self.state.global_step - self._objective_steps, 1)
             for name, total in self._objective_sums.items():
                 # Every process holds the share of its own labels.
-                logs[f"objective/{name}"] = round(self._nested_gather(total).sum().item() / steps, 6)
+                logs[f"objective/{name}"] = round(self.accelerator.gather(total).sum().item() / steps, 6)
             logs |= {f"routing/{name}": round(value, 4) for name, value in self._routing.figures().items()}
             self._objective_sums, self._objective_steps = {}, self.state.global_step
             self._routing = RoutingStatistics()
