@@ -93,7 +93,8 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
             not carry, or its file has the name of another one. Nothing has been written then.
     """
     target = Path(folder)
-    if isinstance(obj, PreTrainedConfig):
+    is_config = isinstance(obj, PreTrainedConfig)
+    if is_config:
         obj.auto_map = {**(getattr(obj, "auto_map", None) or {}), **AUTO_MAP}
         entry_files = [CONFIGURATION, MODELING]
         if (target / PROCESSING.name).is_file():
@@ -115,7 +116,7 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
             _replace(target / name, text)
         for name in stale:
             (target / name).unlink()
-        if not isinstance(obj, PreTrainedConfig):
+        if not is_config:
             for name in ("processor_config.json", "tokenizer_config.json"):
                 _add_auto_map(target / name)
 

@@ -1,0 +1,60 @@
+"""Opens a checkpoint in a virtual environment that has only torch, transformers and pillow.
+
+    make test-bare
+
+The environment is made under `runs/bare` at the first call and kept; delete the folder to start over.
+"""
+
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "hub"))
+
+from hub_checkpoints import open_without_package, record, tiny_config, tiny_model, tiny_processor  # noqa: E402
+
+
+RUNS = ROOT / "runs" / "bare"
+PACKAGES = ("torch", "transformers", "pillow")
+
+
+def bare_python() -> str:
+    """Return the interpreter of the bare environment, which is made if it is not there."""
+    python = RUNS / "venv" / "bin" / "python"
+    if not (RUNS / "complete").exists():
+        shutil.rmtree(RUNS / "venv", ignore_errors=True)
+        venv.create(RUNS / "venv", with_pip=True)
+        print(f"Installing {', '.join(PACKAGES)} into {RUNS / 'venv'} ...", flush=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        (RUNS / "complete").touch()
+    absent = "import importlib.util, sys; sys.exit(importlib.util.find_spec('hf_moe') is not None)"
+    subprocess.run([python, "-c", absent], check=True)
+    return str(python)
+
+
+def main() -> None:
+    checkpoint = RUNS / "checkpoint"
+    for folder in (checkpoint, RUNS / "checkpoint_again", RUNS / "modules"):
+        shutil.rmtree(folder, ignore_errors=True)
+    python = bare_python()
+    model = tiny_model(tiny_config(router="moiie", objectives={"load_balance": 0.01}))
+    processor = tiny_processor()
+    model.save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    record(checkpoint, model, processor)
+    found = open_without_package([checkpoint], RUNS / "modules", python)["checkpoint"]
+    print("\n".join(f"{name}: {value}" for name, value in found.items()))
+    if "error" in found:
+        sys.exit("The checkpoint does not open in the bare environment.")
+    differences = [found[door] for door in ("difference", "AutoModel", "AutoModelForCausalLM")]
+    # Another build of torch may sum in another order.
+    if max(*differences, found["again"]["difference"]) > 1e-5 or not (found["ids_equal"] and found["inputs_equal"]):
+        sys.exit("The checkpoint answers otherwise in the bare environment.")
+
+
+if __name__ == "__main__":
+    main()
