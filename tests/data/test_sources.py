@@ -8,7 +8,7 @@ from hf_moe.data import VisionLanguageCollator, load_rows
 
 
 @pytest.fixture
-def write_jsonl(picture):
+def write_jsonl(tmp_path, picture):
     def write(*rows):
         picture(0).save(tmp_path / "a.png")
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
