@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
@@ -18,7 +18,7 @@ from .moe_layer import MoELayer
 from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast
 from .registry import build
 from .routing import ExpertAssignment, RoutingContext, RoutingOverrides
-from .vision import dummy_pixels, probe_tower, takes_packed_patches, tower_features
+from .vision import dummy_pixels, probe_tower, run_tower, takes_packed_patches, tower_features
 
 
 class HfMoeModel(HfMoePreTrainedModel):
@@ -81,22 +81,26 @@ class HfMoeModel(HfMoePreTrainedModel):
         image_features: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPooling | tuple:
         """Return the images as the decoder sees them, in `pooler_output`: a list of (P', d).
 
         Args:
             pixel_values (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): N images, or packed patches with
                 `pixel_attention_mask` and `spatial_shapes` where the tower takes those.
             image_features (`torch.Tensor` of shape `(N, P, C)`, *optional*): the tower's features, computed before.
+            kwargs: `output_hidden_states` and `output_attentions` of the tower.
         """
         if self.vision_tower is None:
             raise ValueError("This model has no vision tower (vision_config is None): pass text only.")
         if (pixel_values is None) == (image_features is None):
             raise ValueError("Pass either pixel_values or image_features.")
+        outputs = BaseModelOutput(last_hidden_state=image_features)
         if image_features is None:
-            extra = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-            image_features = tower_features(self.vision_tower, self.config, pixel_values, **extra)
+            kwargs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+            outputs = run_tower(self.vision_tower, self.config, pixel_values, **kwargs)
+            image_features = outputs.last_hidden_state
         if image_features.dim() != 3 or image_features.shape[-1] != self.config.vision_feature_size:
             raise ValueError(
                 f"image_features must have the shape (images, patches, {self.config.vision_feature_size}), got "
@@ -108,7 +112,13 @@ class HfMoeModel(HfMoePreTrainedModel):
             images = list(connected)
         else:
             images = [rows[keep.bool()] for rows, keep in zip(connected, pixel_attention_mask, strict=True)]
-        return BaseModelOutputWithPooling(last_hidden_state=image_features, pooler_output=images)
+        result = BaseModelOutputWithPooling(
+            last_hidden_state=image_features,
+            pooler_output=images,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result if self._wants_dict(return_dict) else result.to_tuple()
 
     def routing_context(
         self,
@@ -198,7 +208,8 @@ class HfMoeModel(HfMoePreTrainedModel):
         if pixel_values is not None or image_features is not None:
             if images is not None:
                 raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
-            images = self.get_image_features(pixel_values, image_features, pixel_attention_mask, spatial_shapes)
+            inputs = (pixel_values, image_features, pixel_attention_mask, spatial_shapes)
+            images = self.get_image_features(*inputs, return_dict=True)
         if images is not None:
             inputs_embeds = self._insert_images(input_ids, inputs_embeds, images.pooler_output)
         elif self.training and self.connector is not None and past_key_values is None:
@@ -213,13 +224,16 @@ class HfMoeModel(HfMoePreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if output_router_logits is None:
+            # Tools set it on the decoder's config.
+            text_config = self.config.text_config
+            output_router_logits = self.config.output_router_logits or text_config.output_router_logits
         result = HfMoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=_router_logits(routing_context) if wanted else None,
+            router_logits=_router_logits(routing_context) if output_router_logits else None,
             image_hidden_states=images.pooler_output if images is not None else None,
         )
         return result if self._wants_dict(return_dict) else result.to_tuple()
@@ -295,7 +309,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
         return self.model.get_image_features(*args, **kwargs)
 
     def moe_layers(self) -> dict[int, MoELayer]:
@@ -406,7 +420,9 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, image_features: torch.Tensor | None = None, **kwargs: Any):
         """Generate as every Transformers model does; `image_features` may stand in for `pixel_values`."""
         if image_features is not None:
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(image_features=image_features)}
+            mask = kwargs.pop("pixel_attention_mask", None)
+            images = self.get_image_features(None, image_features, mask, return_dict=True)
+            kwargs["mm_encoder_outputs"] = {"image": images}
         return super().generate(inputs, **kwargs)
 
 

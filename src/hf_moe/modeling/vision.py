@@ -6,30 +6,43 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import AutoModel
 
 
-def tower_features(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Return the patch features (N, P, C) of N images.
+def run_tower(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
+    """Run a tower on N images; `last_hidden_state` holds their patch features (N, P, C).
 
     Takes the hidden state that `config.vision_feature_layer` names, or the last one; flattens feature maps
     (N, C, H, W) row by row and drops the prefix tokens (class, registers).
 
     Args:
-        kwargs: further inputs of towers that take packed patches, such as SigLIP2's `spatial_shapes`.
+        kwargs: further inputs of towers that take packed patches, such as SigLIP2's `spatial_shapes`, and
+            `output_hidden_states` and `output_attentions`.
     """
     layer = config.vision_feature_layer
     accepted = inspect.signature(tower.forward).parameters
-    kwargs = {name: value for name, value in kwargs.items() if name in accepted}
-    if layer is None:
-        features = tower(pixel_values, **kwargs).last_hidden_state
-    else:
-        features = tower(pixel_values, output_hidden_states=True, **kwargs).hidden_states[layer]
+    kwargs = {name: value for name, value in kwargs.items() if name in accepted or name.startswith("output_")}
+    if layer is not None:
+        kwargs["output_hidden_states"] = True
+    outputs = tower(pixel_values, return_dict=True, **kwargs)
+    features = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
     if isinstance(features, list | tuple):
         features = features[-1]
     if features.dim() == 4:
-        return features.flatten(2).transpose(1, 2)
-    return features[:, config.vision_prefix_tokens or 0 :]
+        features = features.flatten(2).transpose(1, 2)
+    else:
+        features = features[:, config.vision_prefix_tokens or 0 :]
+    return BaseModelOutput(
+        last_hidden_state=features,
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
+
+
+def tower_features(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Return the patch features (N, P, C) of N images, see [`run_tower`]."""
+    return run_tower(tower, config, pixel_values, **kwargs).last_hidden_state
 
 
 def dummy_pixels(config, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
