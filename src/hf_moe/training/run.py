@@ -126,7 +126,7 @@ def collect_routing(
     model.eval()
     for start in range(0, min(limit, len(rows)), batch_size):
         chosen = rows.select(range(start, min(start + batch_size, limit, len(rows))))
-        batch = {name: tensor.to(model.device) for name, tensor in collator(list(chosen)).items()}
+        batch = {name: tensor.to(model.device) for name, tensor in collator(list(chosen)).items() if name != "labels"}
         statistics.update(model(**batch, output_routing=True, logits_to_keep=1).routing)
     return statistics
 
