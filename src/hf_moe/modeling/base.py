@@ -29,8 +29,6 @@ class HfMoePreTrainedModel(PreTrainedModel):
     # Transformers greps this file for a decorator to see whether the experts backend can be set; ours read the
     # interface themselves, in another file.
     _can_set_experts_implementation_cached_value = True
-    # Routers stay float32 in a bf16 model. The pattern is a regular expression over parameter names.
-    _keep_in_fp32_modules_strict = [r"\.gate\.(?!load$)"]
     # Objectives may change between two runs; their statistics build up again within a step.
     _keys_to_ignore_on_load_missing = [r"^objectives\."]
     _keys_to_ignore_on_load_unexpected = [r"^objectives\."]

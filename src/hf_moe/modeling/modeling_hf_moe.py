@@ -1,5 +1,6 @@
 """The multimodal MoE model: vision tower -> connector -> decoder whose feed-forwards are MoE layers."""
 
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.models.auto import AutoModel
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from .auxiliary import AuxiliaryLosses
 from .base import HfMoePreTrainedModel
+from .elastic import ElasticBudget
 from .host import install_moe_layers, scale_logits
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
@@ -55,6 +57,9 @@ class HfMoeModel(HfMoePreTrainedModel):
                 config.image_seq_length = num_tokens
         self.language_model = AutoModel.from_config(config.text_config)
         install_moe_layers(self.language_model, config)
+        # Routers, but for their counts, stay float32 in a bf16 model; those that a host keeps are its own affair.
+        moe_layers = [name for name, module in self.language_model.named_modules() if isinstance(module, MoELayer)]
+        self._keep_in_fp32_modules_strict = [rf"{re.escape(name)}\.gate\b(?!\.load$)" for name in moe_layers]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -274,13 +279,16 @@ class HfMoeModel(HfMoePreTrainedModel):
         return self.connector(features).sum()
 
 
-class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
+class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, GenerationMixin):
     """The model with its language head, loss and generation.
 
     The language loss is the host's; objectives are added as `auxiliary.py` says. Population statistics (loads, biases)
     move on when an optimizer step has ended, which the first forward with cleared gradients tells: plain `Trainer`,
     and any loop that calls `zero_grad()`, is right without a callback.
     """
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
@@ -355,6 +363,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         context = self.model.routing_context(
             input_ids, inputs_embeds, attention_mask, mm_token_type_ids, condition_ids, routing_overrides
         )
+        context.keep_outputs = labels is not None and self.objectives.reads_outputs
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,137 @@
+"""Transformers' own common model tests, from its source distribution, against our model class."""
+
+import importlib
+import subprocess
+import sys
+import tarfile
+import types
+import unittest
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+
+
+CACHE = Path(__file__).parents[2] / ".cache"
+PACKAGE = "transformers_common_tests"
+UNREACHABLE = ("No matching distribution found", "Failed to establish a new connection", "Temporary failure in name")
+
+# Tests of the mixin that do not apply to this model, and why.
+NOT_APPLICABLE = {
+    "test_generation_tester_mixin_inheritance": (
+        "the generation mixin is not in the source distribution; tests/modeling/test_generation.py tests generation"
+    ),
+    "test_training_gradient_checkpointing_use_reentrant_true": (
+        "reentrant checkpointing would cut the objectives' gradient and is refused; tests/modeling/test_training.py "
+        "tests the refusal, and reentrant checkpointing without objectives"
+    ),
+}
+
+
+def common_tests() -> types.ModuleType:
+    """Import the installed release's `tests/test_modeling_common.py`, fetching it once."""
+    name = f"transformers-{transformers.__version__}"
+    folder = CACHE / name / "tests"
+    if not folder.is_dir():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        fetched = subprocess.run(
+            [*command, f"transformers=={transformers.__version__}", "--dest", str(CACHE)],
+            capture_output=True,
+            text=True,
+        )
+        if any(symptom in fetched.stderr for symptom in UNREACHABLE):
+            pytest.skip(
+                "TRANSFORMERS' COMMON MODEL TESTS DID NOT RUN: the package registry cannot be reached for the source "
+                f"distribution of {name}.",
+                allow_module_level=True,
+            )
+        assert fetched.returncode == 0, fetched.stderr
+        with tarfile.open(CACHE / f"{name}.tar.gz") as archive:
+            wanted = [item for item in archive.getmembers() if item.name.startswith(f"{name}/tests/")]
+            archive.extractall(CACHE, wanted, filter="data")
+    package = types.ModuleType(PACKAGE)
+    package.__path__ = [str(folder)]
+    sys.modules[PACKAGE] = package
+    # Two mixins live in folders that the source distribution leaves out.
+    for module, mixin in (
+        ("exporters.test_export", "ExportTesterMixin"),
+        ("generation.test_utils", "GenerationTesterMixin"),
+    ):
+        stub = types.ModuleType(f"{PACKAGE}.{module}")
+        setattr(stub, mixin, type(mixin, (), {}))
+        sys.modules[f"{PACKAGE}.{module.split('.')[0]}"] = types.ModuleType(f"{PACKAGE}.{module.split('.')[0]}")
+        sys.modules[f"{PACKAGE}.{module}"] = stub
+    return importlib.import_module(f"{PACKAGE}.test_modeling_common")
+
+
+common = common_tests()
+
+
+class HfMoeModelTester:
+    """The tiny model and inputs that the common tests ask for: two rows with one image each."""
+
+    is_training = True
+    batch_size = 2
+    seq_length = 11
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    image_token_id = 3
+
+    def get_config(self) -> HfMoeConfig:
+        return HfMoeConfig(
+            text_config=LlamaConfig(
+                vocab_size=96,
+                hidden_size=self.hidden_size,
+                intermediate_size=48,
+                num_hidden_layers=self.num_hidden_layers,
+                num_attention_heads=self.num_attention_heads,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            ),
+            vision_config=CLIPVisionConfig(
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=16,
+                patch_size=8,
+            ),
+            moe_config={"layers": "from_1", "num_experts": 4, "objectives": {"load_balance": 0.01}},
+            image_token_id=self.image_token_id,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[HfMoeConfig, dict[str, torch.Tensor]]:
+        input_ids = common.ids_tensor([self.batch_size, self.seq_length], 90) + 4
+        input_ids[:, 1:5] = self.image_token_id
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": common.floats_tensor([self.batch_size, 3, 16, 16]),
+        }
+        return self.get_config(), inputs
+
+
+class HfMoeModelTest(common.ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (HfMoeForConditionalGeneration,)
+    _is_composite = True
+
+    def setUp(self):
+        self.model_tester = HfMoeModelTester()
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs_dict = super()._prepare_for_class(inputs_dict, model_class)
+        if return_labels:
+            inputs_dict["labels"] = inputs_dict["input_ids"].clone()
+        return inputs_dict
+
+
+for test, reason in NOT_APPLICABLE.items():
+    setattr(HfMoeModelTest, test, unittest.skip(reason)(getattr(HfMoeModelTest, test)))
