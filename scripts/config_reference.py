@@ -1,0 +1,136 @@
+"""Writes docs/configuration.md, and the table of systems in README.md, from the code.
+
+python scripts/config_reference.py
+"""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from hf_moe import HfMoeConfig, MoeConfig, list_mechanisms, list_systems
+from hf_moe.modeling.mechanisms import get_mechanism
+
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "docs" / "configuration.md"
+README = ROOT / "README.md"
+SYSTEMS_BEGIN, SYSTEMS_END = "<!-- systems: written by scripts/config_reference.py -->", "<!-- end of systems -->"
+
+INTRODUCTION = """\
+# Configuration reference
+
+Written from the code by `make docs`; edit the docstrings, not this file.
+
+A model is described by one `HfMoeConfig`: a decoder, a vision tower, a connector, and a `moe_config` that says which
+layers are mixtures of experts and what they are made of. A published system fills the `moe_config`:
+
+```python run
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from hf_moe import HfMoeConfig
+
+config = HfMoeConfig.from_system(
+    "moiie",
+    text_config=LlamaConfig(),
+    vision_config=CLIPVisionConfig(),
+    image_token_id=31999,
+    moe_config={"num_experts": 8},  # overrides the preset's
+)
+```
+
+A mechanism is named by a dict, `{"name": "top_k", "norm_topk_prob": false}`; without options its name alone will do.
+An unknown name or option is an error that gives the nearest valid ones. Any value of `moe_config` may be a map from
+layer to value, at any depth: `{"default": 8, "3": 16}`.
+"""
+
+KINDS = {
+    "router": ("Routers", "`moe_config.router`: which experts a token uses."),
+    "experts": ("Experts", "`moe_config.experts`: what an expert is."),
+    "objective": (
+        "Objectives",
+        "`moe_config.objectives`: auxiliary losses, by name. The value is a coefficient, or a dict of `coef` and "
+        'options: `{"load_balance": {"coef": 0.01, "scope": "sequence"}, "router_z": 0.001}`.',
+    ),
+    "connector": ("Connectors", "`connector`: the module between the vision tower and the decoder."),
+}
+
+
+def documented_arguments(cls: type) -> dict[str, tuple[str, str]]:
+    """Return the entries of a docstring's `Args:` section, name to (what stands in parentheses, description)."""
+    section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)*)", inspect.getdoc(cls) or "", flags=re.MULTILINE)
+    entries: dict[str, tuple[str, str]] = {}
+    # An entry begins at the first indent, what is indented further belongs to it.
+    for entry in re.split(r"\n(?=[ ]{4}\S)", section.group(1).rstrip()) if section else []:
+        found = re.match(r"\s*([\w, ]+?)\s*(?:\((.*?)\))?:\s+(.*)", entry, flags=re.DOTALL)
+        if found is None:
+            raise ValueError(f"{cls.__name__}: an entry of Args is not of the form `name: text`: {entry.strip()!r}")
+        names, facts, text = found.groups()
+        for name in names.split(", "):
+            entries[name] = (facts or "", " ".join(text.split()))
+    return entries
+
+
+def config_section(cls: type) -> str:
+    """Return the fields of a config class. Raises KeyError for a field without documentation."""
+    documented = documented_arguments(cls)
+    lines = ["- `{}` ({}): {}".format(name, *documented[name]) for name in cls.__annotations__]
+    return f"## {cls.__name__}\n\n" + "\n".join(lines) + "\n"
+
+
+def mechanism_section(kind: str, name: str) -> str:
+    """Return what a mechanism's file says about it, and its options. Raises KeyError for an undocumented option."""
+    cls = get_mechanism(kind, name)
+    documented = documented_arguments(cls)
+    options = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    lines = [
+        f"- `{option.name}` (`{inspect.formatannotation(option.annotation)}`, default `{option.default!r}`): "
+        f"{documented[option.name][1]}"
+        for option in options
+    ]
+    about = inspect.getdoc(sys.modules[cls.__module__])
+    return f"### {name}\n\n{about}\n\n" + ("\n".join(lines) if lines else "No options.") + "\n"
+
+
+def own_mechanisms(kind: str) -> list[str]:
+    """Return this library's mechanisms, without those that somebody registered."""
+    return [name for name in list_mechanisms(kind) if get_mechanism(kind, name).__module__.startswith("hf_moe.")]
+
+
+def reference() -> str:
+    """Return the text of docs/configuration.md."""
+    sections = [INTRODUCTION, config_section(HfMoeConfig), config_section(MoeConfig)]
+    for kind, (title, introduction) in KINDS.items():
+        sections += [
+            f"## {title}\n\n{introduction}\n",
+            *(mechanism_section(kind, name) for name in own_mechanisms(kind)),
+        ]
+    # Docstrings link to a class by [`Name`].
+    return re.sub(r"\[(`[^`]+`)\](?!\()", r"\1", "\n".join(sections))
+
+
+def systems_table() -> str:
+    """Return the systems that the presets describe, as a table."""
+    rows = ["| Key | System | Source |", "|---|---|---|"]
+    for system in list_systems():
+        arxiv = system["arxiv"]
+        source = f"[arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""
+        rows.append(f"| `{system['key']}` | {system['title']} | {source} |")
+    return "\n".join(rows)
+
+
+def readme() -> str:
+    """Return README.md with the present table of systems."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(SYSTEMS_BEGIN)
+    after = rest.partition(SYSTEMS_END)[2]
+    return f"{before}{SYSTEMS_BEGIN}\n{systems_table()}\n{SYSTEMS_END}{after}"
+
+
+def main() -> None:
+    for path, text in ((REFERENCE, reference()), (README, readme())):
+        path.write_text(text, encoding="utf-8")
+        print(f"Wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The documentation does what it says: snippets run, commands and links exist, generated text is up to date."""
+
+import ast
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from hf_moe import cli
+from hf_moe.modeling import registry
+from hf_moe.training.recipe import load_recipe
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+class Snippet(NamedTuple):
+    language: str
+    mark: str
+    code: str
+
+
+def snippets(page: Path) -> list[Snippet]:
+    """Return the fenced blocks of a page: language, what follows it on its line, text."""
+    found = re.findall(
+        r"^```(\w+) ?(\S*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    return [Snippet(*item) for item in found]
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = "".join(item.code for item in snippets(page) if item.language == "bash").replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in lines.splitlines() if shlex.split(line, comments=True)]
+
+
+def run_page(page: Path, folder: Path) -> dict:
+    """Write the blocks marked `file=NAME` and run those marked `run`, in order, as one program in `folder`."""
+    namespace: dict = {"__name__": "page"}
+    for snippet in snippets(page):
+        if snippet.mark.startswith("file="):
+            (folder / snippet.mark.removeprefix("file=")).write_text(snippet.code, encoding="utf-8")
+        elif snippet.mark == "run":
+            exec(compile(snippet.code, str(page), "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """An empty current folder that can be imported from; what is registered or imported there is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "_REGISTERED", {kind: registry.registered(kind) for kind in registry.KINDS})
+    before = set(sys.modules)
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if name not in before and str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def test_the_quick_start_of_the_readme_trains_saves_and_answers(workshop, capsys):
+    page = run_page(ROOT / "README.md", workshop)
+    assert page["model"].config.system == "moiie"
+    assert (workshop / "colours" / "router_moiie.py").is_file()
+    assert "generated_text" in capsys.readouterr().out
+
+
+def test_the_thirty_line_router_trains_travels_and_loads(workshop, capsys):
+    page = ROOT / "docs" / "write-your-own-router.md"
+    model = run_page(page, workshop)["model"]
+    gate = model.moe_layers()[0].gate
+    assert type(gate).__name__ == "ModalityBiasRouter"
+    assert gate.bias_scale == 2.0
+    assert gate.bias[:2].abs().sum() > 0
+    assert gate.bias[2:].abs().sum() == 0
+    assert Image.open("routing.png").format == "PNG"
+    # Without this library, as far as the loader can tell: no bundled file imports it.
+    bundled = list((workshop / "checkpoint").glob("*.py"))
+    assert "modality_bias.py" in [path.name for path in bundled]
+    assert "hf_moe" not in set().union(*map(imported_packages, bundled))
+    capsys.readouterr()
+    loaded = runpy.run_path("load.py")["model"]
+    assert "transformers_modules" in capsys.readouterr().out
+    assert loaded.moe_layers()[0].gate.bias.equal(gate.bias)
+
+
+def test_the_example_of_the_reference_builds_a_config(workshop):
+    config = run_page(ROOT / "docs" / "configuration.md", workshop)["config"]
+    assert (config.system, config.moe_config.num_experts) == ("moiie", 8)
+
+
+def test_the_router_of_the_guide_is_thirty_lines(workshop):
+    file = next(item for item in snippets(ROOT / "docs" / "write-your-own-router.md") if item.mark.startswith("file="))
+    assert len([line for line in file.code.splitlines() if line.strip()]) <= 30
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Return the top-level packages that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_exists(page, monkeypatch):
+    asked = []
+    for module, _ in cli.COMMANDS.values():
+        monkeypatch.setattr(f"{module}.run", lambda args: asked.append(args) or 0)
+    for program, *arguments in commands(page):
+        if program == "make":
+            assert set(arguments) <= make_targets(), arguments
+        else:
+            assert program == "hf-moe"
+            assert cli.main(arguments) == 0, arguments
+    for args in asked:
+        if args.command == "train":
+            load_recipe(args.recipe, args.overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_local_link_of_a_page_leads_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+    missing = [target for target in targets if not os.path.exists(page.parent / target)]
+    assert not missing
+
+
+def test_the_generated_pages_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("config_reference", ROOT / "scripts" / "config_reference.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.REFERENCE.read_text(encoding="utf-8") == script.reference(), "run `make docs`"
+    assert script.README.read_text(encoding="utf-8") == script.readme(), "run `make docs`"
