@@ -17,6 +17,7 @@ REPORT = {
     "accuracy": 0.93612,
     "blind_accuracy": 0.65123,
     "accuracy_by_question_type": {"color": 0.91234, "shape": 0.97654},
+    "evaluated": 9_673,
     "train_seconds": 271.4,
     "total_seconds": 402.6,
     "peak_memory_gib": 2.345,
@@ -80,6 +81,7 @@ def test_the_hub_reads_the_metadata_and_the_results(saved):
 
 def test_the_card_says_what_the_model_is_and_where_it_comes_from(saved):
     text = card_of(saved).text
+    assert "`pip install torch transformers pillow`" in text
     assert "| 1 | `moiie` | 4 | 2 | 64 | 0 |" in text
     assert "`clip_vision_model`. An image of 16 x 16 pixels becomes 4 tokens" in text
     assert "`load_balance` (coefficient 0.02)" in text
@@ -91,7 +93,7 @@ def test_the_card_says_what_the_model_is_and_where_it_comes_from(saved):
 def test_every_number_of_the_report_is_in_the_card(saved):
     text = card_of(saved, recipe={"name": "demo", "training": {"max_steps": 12}}).text
     shown = ["0.9361", "0.6512", "0.9123", "0.9765", "271", "403", "2.35 GiB", "6,543,210", "1,234,567 for text"]
-    for number in [*shown, "2,345,678 for image", "Seed: 7", "torch 2.14.1", "max_steps: 12"]:
+    for number in [*shown, "9,673 questions", "2,345,678 for image", "Seed: 7", "torch 2.14.1", "max_steps: 12"]:
         assert number in text, number
 
 

@@ -38,8 +38,9 @@ def write_card(
     Args:
         folder: the checkpoint, with its code: the model and the processor have been saved to it.
         model: the `HfMoeForConditionalGeneration` that was saved.
-        report: any of `accuracy`, `blind_accuracy`, `accuracy_by_question_type`, `train_seconds`, `total_seconds`,
-            `peak_memory_gib`, `parameters_total`, `parameters_active` (by modality), `seed`, `versions`.
+        report: any of `accuracy`, `blind_accuracy`, `accuracy_by_question_type`, `evaluated` (questions),
+            `train_seconds`, `total_seconds`, `peak_memory_gib`, `parameters_total`, `parameters_active` (by modality),
+            `seed`, `versions`.
         recipe: the training job as plain data, *optional*.
         pictures: files in the folder.
         base_models: ids of the pretrained parts.
@@ -83,6 +84,7 @@ def write_card(
         name=metadata.model_name,
         config=config,
         multimodal=multimodal,
+        requirements=_requirements(config),
         tower=_tower_name(config) if multimodal else None,
         layers=_layer_rows(model),
         system=load_preset(config.system) if config.system else None,
@@ -117,6 +119,13 @@ def _eval_results(report: dict[str, Any], datasets: Sequence[str]) -> list[EvalR
         if datasets and value is not None
     ]
     return results or None
+
+
+def _requirements(config: Any) -> list[str]:
+    """Return the packages that loading the checkpoint takes."""
+    tower = config.vision_config
+    vision = ["pillow"] if tower is not None else []
+    return ["torch", "transformers", *vision, *(["timm"] if vision and tower.model_type == "timm_wrapper" else [])]
 
 
 def _tower_name(config: Any) -> str:
