@@ -42,7 +42,7 @@ class VisionLanguageCollator:
         self.max_length = max_length
         self.feature_cache = feature_cache
         self.train = train
-        self.tokenizer = ConversationTokenizer(processor, train)
+        self.conversations = ConversationTokenizer(processor, train)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch.
@@ -87,7 +87,7 @@ class VisionLanguageCollator:
                     "again with the processor of this collator."
                 )
         else:
-            tokens = self.tokenizer(row["messages"], len(counts))
+            tokens = self.conversations(row["messages"], len(counts))
             input_ids, labels = expand_placeholders(tokens, placeholder, counts)
         if self.max_length is not None and len(input_ids) > self.max_length:
             if placeholder in input_ids[self.max_length :]:
