@@ -41,7 +41,8 @@ def main(folder: str) -> None:
 
     ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
     messages = [{"role": "user", "content": content}]
-    reply = ask(text=messages, max_new_tokens=4, do_sample=False, return_full_text=False)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    reply = ask(text=messages, return_full_text=False, generate_kwargs=options)
     print(f"  pipeline: {asked[-1][0]}  ->  {reply[0]['generated_text'].strip()}")
     assert "hf_moe" not in sys.modules
 
