@@ -92,6 +92,7 @@ def test_the_card_says_what_the_model_is_and_where_it_comes_from(saved):
 
 def test_every_number_of_the_report_is_in_the_card(saved):
     text = card_of(saved, recipe={"name": "demo", "training": {"max_steps": 12}}).text
+    assert text.strip().startswith("# demo")
     shown = ["0.9361", "0.6512", "0.9123", "0.9765", "271", "403", "2.35 GiB", "6,543,210", "1,234,567 for text"]
     for number in [*shown, "9,673 questions", "2,345,678 for image", "Seed: 7", "torch 2.14.1", "max_steps: 12"]:
         assert number in text, number
@@ -100,7 +101,7 @@ def test_every_number_of_the_report_is_in_the_card(saved):
 def test_a_number_that_is_absent_leaves_no_trace(saved):
     card = card_of(saved, report={}, datasets=["easy-vqa"])
     assert card.data.eval_results is None
-    for word in ("Results", "Parameters", "Seed", "GiB", "Versions", "blind", "None", "Undefined"):
+    for word in ("Results", "Parameters", "Seed", "GiB", "Versions", "without sight", "None", "Undefined"):
         assert word not in card.text, word
     assert "No quality has been measured." in card.text
 
@@ -121,7 +122,7 @@ def test_pictures_are_shown_and_missing_ones_refused(saved):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_snippets_of_the_card_answer_a_question(saved, index, monkeypatch, capsys):
-    code = snippets(card_of(saved))[index]
+    code = snippets(card_of(saved, recipe={"name": "demo"}))[index]
     monkeypatch.chdir(saved[0].parent)
     Image.new("RGB", (20, 20), (200, 40, 90)).save("picture.png")
     exec(compile(code, "card", "exec"), {})

@@ -41,7 +41,7 @@ def write_card(
         report: any of `accuracy`, `blind_accuracy`, `accuracy_by_question_type`, `evaluated` (questions),
             `train_seconds`, `total_seconds`, `peak_memory_gib`, `parameters_total`, `parameters_active` (by modality),
             `seed`, `versions`.
-        recipe: the training job as plain data, *optional*.
+        recipe: the training job as plain data, *optional*; the model takes its `name`, else that of the folder.
         pictures: files in the folder.
         base_models: ids of the pretrained parts.
         datasets: what the model was trained on; the results are listed under the first one.
@@ -68,7 +68,7 @@ def write_card(
     config = model.config
     multimodal = config.vision_config is not None
     metadata = ModelCardData(
-        model_name=folder.resolve().name,
+        model_name=recipe["name"] if recipe else folder.resolve().name,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
         tags=["moe", *(["vision-language"] if multimodal else []), "custom_code", "hf_moe"],
@@ -82,6 +82,7 @@ def write_card(
     text = environment.from_string(template.read_text(encoding="utf-8")).render(
         metadata=metadata.to_yaml(),
         name=metadata.model_name,
+        folder=folder.resolve().name,
         config=config,
         multimodal=multimodal,
         requirements=_requirements(config),
