@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe import HfMoeForConditionalGeneration, HfMoeModel, RoutingOverrides
@@ -147,6 +148,14 @@ def test_a_model_loaded_in_bf16_has_float32_gates(tiny_model, training_batch, tm
     assert model.moe_layers()[1].experts.down_proj.dtype == torch.bfloat16
     model.train()(**training_batch).loss.backward()
     assert model.moe_layers()[1].gate.weight.grad.dtype == torch.float32
+
+
+def test_a_host_keeps_the_precision_of_its_own_moe_layers(tiny_model, training_batch, tmp_path):
+    tiny_model("mixtral", {"num_local_experts": 4}, moe_config={"layers": [1]}).save_pretrained(tmp_path)
+    model = HfMoeForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    gates = [layer.mlp.gate.weight.dtype for layer in model.model.language_model.layers]
+    assert gates == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert torch.isfinite(model(**training_batch).loss)
 
 
 def test_router_logits_are_float32_under_autocast_and_equal_those_of_their_inputs(tiny_model, training_batch):
@@ -311,6 +320,16 @@ def test_saved_model_loads_with_equal_logits(tiny_model, batch, tmp_path, host, 
         loaded.save_pretrained(tmp_path / "two", max_shard_size="60kB")
         again = HfMoeForConditionalGeneration.from_pretrained(tmp_path / "two")
         assert torch.equal(again(**batch).logits, expected)
+
+
+def test_a_moe_host_keeps_its_own_names_on_disk(tiny_model, tmp_path):
+    tiny_model("mixtral", {"num_local_experts": 4}, moe_config={"num_shared_experts": 1}).save_pretrained(tmp_path)
+    names = {
+        name for name in load_file(tmp_path / "model.safetensors") if ".layers.1." in name and "vision" not in name
+    }
+    block = "model.language_model.layers.1.block_sparse_moe."
+    assert {f"{block}gate.weight", f"{block}experts.0.w1.weight", f"{block}experts.3.w2.weight"} < names
+    assert f"{block}shared_expert.down_proj.weight" in names
 
 
 def test_base_model_loads_from_the_checkpoint_of_the_full_model(tiny_model, batch, tmp_path):

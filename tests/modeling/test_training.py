@@ -1,5 +1,7 @@
 """Training modes: checkpointing, two forwards in one backward, compilation, wrapped blocks, adapters."""
 
+import logging
+
 import pytest
 import torch
 
@@ -8,7 +10,9 @@ OBJECTIVES = {"load_balance": 0.1, "router_z": 0.01}
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
+    # pytest listens to every logger, and writing the compiler's trace takes longer than compiling.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     yield
     torch._dynamo.reset()
 
@@ -75,7 +79,7 @@ def test_two_forwards_in_one_backward_keep_their_own_routing(tiny_model, make_ba
     assert_equal_gradients(gradients(model), expected)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_model_compiles_as_one_graph_with_grouped_mm(tiny_model, training_batch, training):
     model = tiny_model(host_fields={"num_hidden_layers": 2}, moe_config={"objectives": OBJECTIVES}).train(training)
     model.set_experts_implementation("grouped_mm")
@@ -97,15 +101,13 @@ def test_ragged_breaks_the_graph_at_the_dispatch_only(tiny_model, make_batch):
     model = tiny_model(host_fields={"num_hidden_layers": 1}, tower=False, moe_config={"layers": "all"})
     batch = make_batch([(0, 6, 0)])
     batch.pop("pixel_values", None)
+    torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         expected = model(**batch).logits
-        explained = torch._dynamo.explain(model)(**batch)
-        assert explained.break_reasons
-        places = {reason.user_stack[-1].line for reason in explained.break_reasons}
-        assert places == {"return backend(self, hidden_states, decision.expert_index, weight)"}
-        assert all("ragged_experts_forward" in reason.reason for reason in explained.break_reasons)
-        torch._dynamo.reset()
         assert (torch.compile(model, backend="aot_eager")(**batch).logits - expected).abs().max() < 1e-5
+    reasons = list(torch._dynamo.utils.counters["graph_break"])
+    assert reasons
+    assert all("ragged_experts_forward" in reason for reason in reasons), reasons
 
 
 def test_compile_and_checkpointing_together(tiny_model, training_batch):
