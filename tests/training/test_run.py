@@ -1,8 +1,10 @@
 """The demo's recipe from its first line to its report, shortened."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +66,18 @@ def test_the_checkpoint_answers_without_the_package(run):
     result = subprocess.run([sys.executable, script, folder / "checkpoint"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("->") == 4
+
+
+def test_the_benchmark_reads_a_finished_run_of_the_same_recipe_only(run, monkeypatch):
+    folder, report = run
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    spec = importlib.util.spec_from_file_location("easyvqa_benchmark", benchmarks / "easyvqa.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    assert benchmark.finished(load_recipe("easyvqa_demo", SHORT), folder) == json.loads(json.dumps(report))
+    assert benchmark.finished(load_recipe("easyvqa_demo", [*SHORT, "seed=1"]), folder) is None
+    row = {"seed": 0, "steps": 2, "loss_curve": [[1, 3.0], [2, 2.5]], **report}
+    lines = benchmark.table([row, {**row, "seed": 1, "accuracy": report["accuracy"] + 0.5}]).splitlines()
+    assert lines[2].startswith("| 0 | 2 |") and lines[2].endswith("| 2.500 |")
+    assert "spread 0.5000 over 2 seeds" in lines[-1]
