@@ -4,7 +4,7 @@ The dense decoder itself becomes the MoE, one layer at a time: a feed-forward is
 and let go before the next layer's experts exist, so the dense decoder and the MoE are never both whole in memory.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +56,9 @@ def build_model(
     noise_std: float = 0.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    freeze: Iterable[str] = (),
     on_check: Callable[[StepZero], None] | None = None,
-) -> tuple[HfMoeForConditionalGeneration, HfMoeProcessor]:
-    """Build a model and its processor.
+) -> tuple[HfMoeForConditionalGeneration, HfMoeProcessor | PreTrainedTokenizerBase]:
+    """Build a model and its processor; without a tower, its tokenizer.
 
     A dense decoder is upcycled: its experts start as copies of its feed-forwards. A decoder that is a MoE already is
     adopted with its experts, and with its routers unless `system` brings others. A config gives a fresh decoder.
@@ -77,7 +76,6 @@ def build_model(
         noise_std: noise on the expert copies, relative to the standard deviation of each matrix.
         seed: of everything that is drawn at random.
         dtype: of the weights; routers stay float32.
-        freeze: parts to freeze, see [`freeze_parts`].
         on_check: called with the comparison with the decoder's own output, where it had weights.
 
     Raises:
@@ -96,7 +94,8 @@ def build_model(
             tokenizer = tokenizer or own_tokenizer
         if tokenizer is None:
             raise ValueError("A decoder from scratch has no tokenizer: pass one, such as train_word_tokenizer(texts).")
-        fields["image_token_id"] = add_image_token(tokenizer, image_token)
+        image_token_id = add_image_token(tokenizer, image_token) if tower is not None else None
+        fields["image_token_id"] = image_token_id
         if isinstance(language_model, dict):
             config = _config(_fresh_text_config(language_model, tokenizer), system, moe_config, fields)
             model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
@@ -108,34 +107,15 @@ def build_model(
             model.model.vision_tower = tower.to(dtype)
     for layer in model.moe_layers().values():
         layer.gate.float()
-    model.generation_config = _generation_config(dense, tokenizer, model.config.image_token_id)
-    freeze_parts(model, freeze)
+    model.generation_config = _generation_config(dense, tokenizer, image_token_id)
     template = chat_template or default_chat_template(tokenizer, image_token)
     tokenizer.chat_template = template
-    processor = HfMoeProcessor(
-        image_processor, tokenizer, model.config.image_seq_length, image_token, chat_template=template
+    if tower is None:
+        return model.eval(), tokenizer
+    image_seq_length = model.config.image_seq_length
+    return model.eval(), HfMoeProcessor(
+        image_processor, tokenizer, image_seq_length, image_token, chat_template=template
     )
-    return model.eval(), processor
-
-
-def freeze_parts(model: HfMoeForConditionalGeneration, parts: Iterable[str]) -> None:
-    """Freeze parts of a model.
-
-    Args:
-        parts: `"vision_tower"`, or `"language_model"`: the host's own weights, with its embeddings and head; MoE
-            layers and connector stay trainable.
-
-    Raises:
-        ValueError: if a part is unknown.
-    """
-    for part in parts:
-        if part not in ("vision_tower", "language_model"):
-            raise ValueError(f"Cannot freeze {part!r}: allowed are 'vision_tower' and 'language_model'.")
-        getattr(model.model, part).requires_grad_(False)
-        if part == "language_model":
-            model.lm_head.requires_grad_(False)
-            for layer in model.moe_layers().values():
-                layer.requires_grad_(True)
 
 
 def _side(image_processor: Any, asked: int | None) -> int | None:
@@ -199,6 +179,7 @@ def _from_decoder(
         reference = dense(input_ids=ids).logits.float()
     layers = decoder_layers(dense.base_model)
     adopted = any(read_ffn(getattr(layer, ffn_name(layer))).layout is None for layer in layers)
+    own_routers = adopted and system is None and "router" not in (moe_config or {})
     if adopted:
         moe_config = {**_adopted_config(dense, system), **(moe_config or {})}
     config = _config(text_config, system if adopted else system or "top_k", moe_config, fields)
@@ -224,14 +205,15 @@ def _from_decoder(
         ffn = getattr(layer, name)
         host = read_ffn(ffn)
         if host.layout is None:
-            _take_experts(moe_layer, ffn, with_gate=system is None, std=std)
+            _take_experts(moe_layer, ffn, own_routers, std)
+            exact = exact and own_routers
         else:
             _materialise(moe_layer, std)
             fill_layer(moe_layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise_std)
         exact = exact and all(width % host.intermediate_size == 0 for width in _widths(moe_layer))
         setattr(layer, name, moe_layer)
     if on_check is not None:
-        on_check(_step_zero(model, ids, reference, whole_copies=exact, own_routers=adopted and system is None))
+        on_check(_step_zero(model, ids, reference, exact, own_routers))
     return model
 
 
@@ -280,9 +262,10 @@ def _check_host(
         )
     layer_idx, moe_layer = next(iter(moe_layers.items()))
     ffn = getattr(layers[layer_idx], ffn_name(layers[layer_idx]))
-    if read_ffn(ffn).layout is None:
+    layout = read_ffn(ffn).layout
+    if layout is None:
         return
-    difference = expert_difference(model, moe_layer, ffn)
+    difference = expert_difference(model, moe_layer, ffn, layout)
     if difference > tolerance:
         raise ValueError(
             f"{name} cannot host MoE layers: an expert that holds its feed-forward differs from it by "
@@ -341,7 +324,7 @@ def _take_experts(moe_layer: MoELayer, block: nn.Module, with_gate: bool, std: f
 
 
 def _generation_config(
-    dense: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, image_token_id: int
+    dense: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, image_token_id: int | None
 ) -> GenerationConfig:
     """Return the decoder's generation settings, ended by the tokenizer's marks, and never writing a placeholder."""
     generation = GenerationConfig() if dense is None else deepcopy(dense.generation_config)
@@ -349,5 +332,5 @@ def _generation_config(
     ends = {*end_of_turn(tokenizer), *(own if isinstance(own, list) else [] if own is None else [own])}
     generation.eos_token_id = sorted(ends) or None
     generation.pad_token_id = tokenizer.pad_token_id
-    generation.suppress_tokens = [image_token_id]
+    generation.suppress_tokens = None if image_token_id is None else [image_token_id]
     return generation

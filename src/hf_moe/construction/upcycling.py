@@ -72,10 +72,19 @@ def fill_layer(layer: MoELayer, state: dict[str, torch.Tensor], generator: torch
 
     Args:
         state: the feed-forward as [`ffn_state`] returns it.
+
+    Raises:
+        ValueError: if the experts are no feed-forwards.
     """
     # A shared branch gives half of the output, the routed experts the other half.
     branch = 1.0 if layer.shared_expert is None else 0.5
-    for bank in (module for module in layer.experts.modules() if isinstance(module, FfnExperts)):
+    banks = [module for module in layer.experts.modules() if isinstance(module, FfnExperts)]
+    if not banks:
+        raise ValueError(
+            f"Experts of the class {type(layer.experts).__name__} cannot be copies of a feed-forward: choose the kind "
+            "'ffn'."
+        )
+    for bank in banks:
         for expert in range(bank.num_experts):
             source = take_neurons(state, bank.intermediate_dim, expert * bank.intermediate_dim)
             for name, tensor in source.items():
@@ -160,11 +169,6 @@ def upcycle(
     generator = torch.Generator().manual_seed(seed)
     layers = decoder_layers(dense.base_model)
     for layer_idx, layer in model.moe_layers().items():
-        if not any(isinstance(module, FfnExperts) for module in layer.experts.modules()):
-            raise ValueError(
-                f"Experts of the class {type(layer.experts).__name__} cannot be copies of a feed-forward: choose the "
-                "kind 'ffn'."
-            )
         ffn = getattr(layers[layer_idx], ffn_name(layers[layer_idx]))
         layout = read_ffn(ffn).layout
         if layout is None:

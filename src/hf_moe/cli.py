@@ -1,0 +1,50 @@
+"""The command line: `hf-moe build`, `hf-moe train` and `hf-moe list`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import list_mechanisms
+from .configuration.systems import list_systems
+
+
+# Each module has `add_arguments(parser)` and `run(args) -> int`; it is imported when its command runs, since `train`
+# needs packages that the others do not.
+COMMANDS = {
+    "build": ("hf_moe.construction.command", "make a checkpoint from a decoder, a vision tower and a system"),
+    "train": ("hf_moe.training.run", "run a recipe: data, model, training, evaluation, checkpoint"),
+}
+KINDS = ("router", "experts", "objective", "connector")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 2 where what was asked cannot be done."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="hf-moe", description="Multimodal Mixture-of-Experts models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="show what this version can build")
+    listing.add_argument("what", choices=("systems", "mechanisms"))
+    listing.set_defaults(run=_list)
+    try:
+        for name, (module_name, purpose) in COMMANDS.items():
+            command = commands.add_parser(name, help=purpose)
+            if name in arguments[:1]:
+                module = importlib.import_module(module_name)
+                module.add_arguments(command)
+                command.set_defaults(run=module.run)
+        args = parser.parse_args(arguments)
+        return args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"hf-moe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _list(args: argparse.Namespace) -> int:
+    if args.what == "systems":
+        for system in list_systems():
+            print(f"{system['key']:24} {system['title']} (arXiv:{system['arxiv']})")
+    else:
+        for kind in KINDS:
+            print(f"{kind + ':':11} {', '.join(list_mechanisms(kind))}")
+    return 0

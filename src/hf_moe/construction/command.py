@@ -1,0 +1,132 @@
+"""`hf-moe build`: a checkpoint folder from its parts, and a report of what it holds."""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..analysis.routing_statistics import RoutingStatistics, active_parameters
+from ..modeling.vision import dummy_pixels
+from .build import StepZero, build_model
+
+
+# In bytes.
+SMALLEST_SHARD, LARGEST_SHARD = 50_000_000, 5_000_000_000
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_checkpoint(output: str | Path, overwrite: bool = False, **options: Any) -> dict[str, Any]:
+    """Build a model and write its checkpoint: weights, config, processor, chat template and code.
+
+    The folder appears when it is complete; a failed build leaves nothing behind, and the old folder as it was.
+
+    Args:
+        output: the checkpoint's folder.
+        overwrite: replace the folder if it is a checkpoint already.
+        options: arguments of [`build_model`].
+
+    Returns:
+        `parameters_total`, `parameters_active` by modality, `bytes` of the weights, and, where the decoder had
+        weights, `logit_difference` at step 0 and whether the model is `exact` by design.
+
+    Raises:
+        FileExistsError: if the folder holds something and may not be replaced.
+    """
+    target = Path(output).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not overwrite:
+            raise FileExistsError(f"{output} exists and is not empty: choose another folder, or pass --overwrite.")
+        if not (target / "config.json").is_file():
+            raise FileExistsError(f"{output} is not a checkpoint (no config.json), so it is not replaced.")
+    checks: list[StepZero] = []
+    model, processor = build_model(**options, on_check=checks.append)
+    report: dict[str, Any] = {
+        "parameters_total": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters_active": probe_active_parameters(model),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        fresh = Path(scratch) / target.name
+        # Transformers copies a shard's experts where the host has a file format of its own, as Mixtral does.
+        shard = sum(tensor.nbytes for tensor in model.state_dict().values()) // 10
+        model.save_pretrained(fresh, max_shard_size=min(max(shard, SMALLEST_SHARD), LARGEST_SHARD))
+        processor.save_pretrained(fresh)
+        report["bytes"] = sum(file.stat().st_size for file in fresh.glob("*.safetensors"))
+        if target.exists():
+            os.replace(target, Path(scratch) / "replaced")
+        os.replace(fresh, target)
+    for check in checks:
+        report |= vars(check)
+    return report
+
+
+@torch.no_grad()
+def probe_active_parameters(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
+    """Return the decoder parameters that an average token of text, and of an image, uses at random inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    config, device = model.config, model.device
+    ids = torch.randint(config.text_config.vocab_size, (1, 64), generator=generator).to(device)
+    inputs: dict[str, Any] = {}
+    if config.vision_config is not None:
+        inputs = dummy_pixels(config, device, model.dtype)
+        inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape, generator=generator).to(device, model.dtype)
+        image = ids.new_full((1, config.image_seq_length), config.image_token_id)
+        text = ids[ids != config.image_token_id][None]
+        ids = torch.cat([image, text], dim=1)
+    statistics = RoutingStatistics()
+    statistics.update(model(input_ids=ids, output_routing=True, **inputs).routing)
+    return active_parameters(model, statistics)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `hf-moe build`."""
+    add = parser.add_argument
+    add("--language-model", required=True, help="Hub id, folder, .gguf file or packaged model; may be a MoE already")
+    add("--vision-tower", help="Hub id, folder or packaged model; a model of text alone when absent")
+    add("--system", help="a key of `hf-moe list systems`; top_k, or a MoE decoder's own routing, when absent")
+    add("-o", "--output", required=True, help="the checkpoint's folder")
+    add("--overwrite", action="store_true", help="replace the checkpoint that the folder holds")
+    add(
+        "--moe-config",
+        type=json.loads,
+        metavar="JSON",
+        help="fields that override the system's: '{\"num_experts\": 8}'",
+    )
+    add("--connector", type=json.loads, metavar="JSON", help='default: \'{"name": "mlp"}\'')
+    add("--image-size", type=int, help="side of the images in pixels, where the tower leaves it open")
+    add("--feature-stage", type=int, help="stage of a packaged convolutional tower")
+    add("--noise", type=float, default=0.0, help="noise on the expert copies, relative to their standard deviation")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights; routers stay float32")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `hf-moe build`."""
+    report = build_checkpoint(
+        args.output,
+        args.overwrite,
+        language_model=args.language_model,
+        vision_tower=args.vision_tower,
+        system=args.system,
+        moe_config=args.moe_config,
+        connector=args.connector,
+        image_size=args.image_size,
+        feature_stage=args.feature_stage,
+        noise_std=args.noise,
+        seed=args.seed,
+        dtype=DTYPES[args.dtype],
+    )
+    active = report["parameters_active"]
+    print(f"{args.output}: {report['bytes'] / 2**20:.1f} MiB of weights")
+    print(f"parameters: {report['parameters_total']:,} in total")
+    for modality, count in active.items():
+        print(f"decoder parameters active per {modality} token: {count:,}")
+    if "logit_difference" in report:
+        design = "" if report["exact"] else " (not exact by design)"
+        print(f"largest logit difference to the decoder at step 0: {report['logit_difference']:.1e}{design}")
+    return 0
