@@ -139,7 +139,8 @@ def test_the_probe_slot_costs_a_row_in_training_only_and_changes_no_weight():
     [
         ({"max_slots": 17}, "max_slots=17"),
         ({"min_slots": 5, "max_slots": 3}, "min_slots=5"),
-        ({"target_slots": 2}, "strictly"),
+        ({"target_slots": 12.5}, r"a budget of 12.5 .* \[2, 12\]"),
+        ({"virtual_gate": "excluded", "virtual_output": "identity"}, "virtual_output='zero'"),
         ({"min_slots": 1}, "no gradient"),
         ({"max_virtual_share": 1.5}, "max_virtual_share=1.5"),
         ({"normalise": "sum"}, "normalise='sum'"),
@@ -148,6 +149,13 @@ def test_the_probe_slot_costs_a_row_in_training_only_and_changes_no_weight():
 def test_impossible_options_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         make_router(**options)
+
+
+def test_a_target_at_an_end_serves_but_does_not_train():
+    router = make_router(target_slots=2)
+    with pytest.raises(ValueError, match="without a gradient"):
+        route(router, torch.randn(4, 24))
+    assert (route(router.eval(), torch.randn(4, 24)).signals["slots"] == 2).all()
 
 
 def test_the_budget_objective_pulls_the_mean_and_not_every_row():

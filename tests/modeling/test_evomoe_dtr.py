@@ -36,7 +36,7 @@ def materialised_scores(router: EvoMoEDtrRouter, tokens: torch.Tensor, network: 
 def test_the_factored_form_equals_the_materialised_one(act, modality):
     torch.manual_seed(0)
     router = EvoMoEDtrRouter(MoELayerSpec(0, 24, 4, 1, 16), bottleneck_rank=4, bottleneck_act=act)
-    router.initialize(0.3)
+    router.initialize(0.1)
     tokens, modality = torch.randn(6, 24), torch.tensor(modality)
     decision = router(tokens, make_context(modality))
     network = ((modality == 1) | (modality == 2)).long()

@@ -311,14 +311,13 @@ class HfMoeConfig(PreTrainedConfig):
     def _write_contract_fields(self) -> None:
         """Write the fields that TRL, vLLM and others look for, where the host has none of that name.
 
-        On a host that is a MoE the same names decide what the host builds, so they are left alone.
+        On a host that is a MoE the same names decide what the host builds, so they are left alone. A model
+        without a MoE layer counts no experts.
         """
-        fields = {
-            "num_experts": self.moe_config.num_experts,
-            "num_experts_per_tok": self.moe_config.num_experts_per_tok,
-            "output_router_logits": self.output_router_logits,
-            "router_aux_loss_coef": 0.0,
-        }
+        fields = {"output_router_logits": self.output_router_logits, "router_aux_loss_coef": 0.0}
+        if self.moe_layers():
+            fields["num_experts"] = self.moe_config.num_experts
+            fields["num_experts_per_tok"] = self.moe_config.num_experts_per_tok
         for name, value in fields.items():
             if isinstance(value, int | float) and not hasattr(self.text_config, name):
                 setattr(self.text_config, name, value)

@@ -34,6 +34,11 @@ class AuxiliaryLosses(nn.Module):
             coef = options.pop("coef")
             self.by_name[name] = build("objective", get_mechanism("objective", name), options, specs, coef)
 
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether an objective reads what the experts put out."""
+        return any(objective.reads_outputs for objective in self.by_name.values())
+
     def forward(
         self, context: RoutingContext, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -118,6 +118,8 @@ class MoELayer(nn.Module):
             decision = decision.drop(~context.tokens("token_mask", tokens.device))
         context.decisions[self.layer_idx] = decision
         output = self._run_experts(tokens, decision).view_as(hidden_states)
+        if context.keep_outputs:
+            context.outputs[self.layer_idx] = output
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output

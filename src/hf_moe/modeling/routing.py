@@ -74,6 +74,9 @@ class RoutingContext:
         self.carry: dict[str, Any] = {}
         # Keyed by layer, so that a layer which is recomputed in the backward pass overwrites its own entry.
         self.decisions: dict[int, Decision] = {}
+        # The routed experts' output (B, S, d) of every layer, kept for objectives that read it.
+        self.keep_outputs = False
+        self.outputs: dict[int, torch.Tensor] = {}
 
     @classmethod
     def all_text(cls, hidden_states: torch.Tensor) -> "RoutingContext":
@@ -289,6 +292,9 @@ class Objective(nn.Module):
         specs: the MoE layers of the model.
         coef: coefficient of the loss, >= 0.
     """
+
+    # Whether the loss reads `context.outputs`, which is kept for it.
+    reads_outputs = False
 
     def __init__(self, specs: list[MoELayerSpec], coef: float):
         super().__init__()

@@ -26,9 +26,10 @@ class FfnExperts(Experts):
     Args:
         config: the outer `HfMoeConfig`; its `_experts_implementation` picks the backend at every call.
         spec: facts of the layer.
+        dropout: expert dropout: while training, the share of an expert's inner neurons that is dropped per token.
     """
 
-    def __init__(self, config, spec: MoELayerSpec):
+    def __init__(self, config, spec: MoELayerSpec, *, dropout: float = 0.0):
         super().__init__()
         self.config = config
         self.num_experts = spec.num_experts
@@ -43,6 +44,9 @@ class FfnExperts(Experts):
         # What makes the stock backends skip the index E of an empty slot instead of crashing or returning NaN.
         self._is_expert_parallel = True
         self.act_fn = ACT2FN[spec.hidden_act]
+        if dropout > 0.0:
+            # The activation is the one step that every backend takes through this module.
+            self.act_fn = nn.Sequential(self.act_fn, nn.Dropout(dropout))
 
         inner = 2 * self.intermediate_dim if self.has_gate else self.intermediate_dim
         self.input_name = "gate_up_proj" if self.has_gate else "up_proj"

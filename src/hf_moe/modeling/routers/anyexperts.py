@@ -55,10 +55,12 @@ class AnyExpertsRouter(BiasBalancedRouter):
         min_slots: K_min, >= 1. With 1 a lone slot's weight is constantly 1 and the importance of its token learns
             nothing from the language loss: needs `normalise="none"` or `probe_slot`.
         max_slots: K_max, at most E; min(E, 12) when absent.
-        target_slots: K_target, slots at mean importance, strictly between K_min and K_max (or equal to both).
+        target_slots: K_target, slots at mean importance, in [K_min, K_max]; trained strictly between them (or equal to
+            both).
         max_virtual_share: rho, 0 to 1. Below `max_slots` = 1 / rho there is no room for a virtual slot.
         virtual_output: `"zero"`, or `"identity"`: a virtual slot adds its weight times h'.
-        virtual_gate: `"included"`: virtual mass stays in the normaliser; `"excluded"`: real weights sum to 1.
+        virtual_gate: `"included"`: virtual mass stays in the normaliser; `"excluded"`: real weights sum to 1, virtual
+            ones are 0.
         fusion_alpha: initial alpha; 0 when a checkpoint is converted.
         importance_hidden: inner width of the importance module; max(16, d / 16) when absent.
         ste_tau: tau, > 0.
@@ -93,6 +95,11 @@ class AnyExpertsRouter(BiasBalancedRouter):
         check_choice("virtual_output", virtual_output, ("zero", "identity"))
         check_choice("virtual_gate", virtual_gate, ("included", "excluded"))
         check_choice("normalise", normalise, ("filled", "none"))
+        if virtual_gate == "excluded" and virtual_output == "identity":
+            raise ValueError(
+                "virtual_gate='excluded' leaves virtual slots no weight to return their input with: set "
+                "virtual_output='zero'."
+            )
         self.min_slots = min_slots
         self.max_slots = min(spec.num_experts, 12) if max_slots is None else max_slots
         self.target_slots = float(spec.num_experts_per_tok if target_slots is None else target_slots)
@@ -109,7 +116,8 @@ class AnyExpertsRouter(BiasBalancedRouter):
         self.ste_tau = ste_tau
         self.normalise = normalise
         self.probe_slot = probe_slot
-        self.num_virtual = self._virtual_cap(torch.tensor(self.max_slots)).item()
+        # In plain numbers: models are loaded on the meta device.
+        self.num_virtual = int(max_virtual_share * self.max_slots + 1e-6)
         hidden = max(16, spec.hidden_size // 16) if importance_hidden is None else importance_hidden
 
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
@@ -125,20 +133,29 @@ class AnyExpertsRouter(BiasBalancedRouter):
             self.gamma = nn.Parameter(torch.empty(1))
 
     def _check_slots(self, max_virtual_share: float, ste_tau: float) -> None:
-        spec, low, high, target = self.spec, self.min_slots, self.max_slots, self.target_slots
+        spec, low, high = self.spec, self.min_slots, self.max_slots
         if not 1 <= low <= high <= spec.num_experts:
             raise ValueError(
                 f"Layer {spec.layer_idx}: min_slots={low} and max_slots={high} must satisfy 1 <= min_slots <= "
                 f"max_slots <= num_experts={spec.num_experts}."
             )
-        if not (low < target < high or low == target == high):
-            raise ValueError(
-                f"Layer {spec.layer_idx}: target_slots={target} (num_experts_per_tok unless set) must lie strictly "
-                f"between min_slots={low} and max_slots={high}, or equal both."
-            )
+        self.check_budget(self.target_slots)
         if not 0.0 <= max_virtual_share <= 1.0 or ste_tau <= 0.0:
             raise ValueError(
                 f"max_virtual_share={max_virtual_share} must lie in [0, 1] and ste_tau={ste_tau} above 0."
+            )
+
+    def check_budget(self, budget: float | None) -> None:
+        """Refuse a slot target out of range.
+
+        Raises:
+            ValueError: if it does not lie in [min_slots, max_slots].
+        """
+        if budget is not None and not self.min_slots <= budget <= self.max_slots:
+            raise ValueError(
+                f"Layer {self.spec.layer_idx}: a budget of {budget} experts per token (target_slots, or "
+                f"num_experts_per_tok where that is absent) must lie in [min_slots, max_slots] = [{self.min_slots}, "
+                f"{self.max_slots}]."
             )
 
     def initialize(self, std: float) -> None:
@@ -188,6 +205,13 @@ class AnyExpertsRouter(BiasBalancedRouter):
         logits = apply_overrides(gate_logits(fused, self.weight), self.spec, context)  # (T, E)
 
         budget = None if context.overrides is None else context.overrides.expert_budget
+        self.check_budget(budget)
+        at_an_end = self.target_slots in (self.min_slots, self.max_slots) and self.min_slots < self.max_slots
+        if self.training and at_an_end:
+            raise ValueError(
+                f"Layer {self.spec.layer_idx}: target_slots={self.target_slots} at an end of [{self.min_slots}, "
+                f"{self.max_slots}] leaves the importance without a gradient: train strictly between them."
+            )
         k_soft, excess = self.soft_slots(a, self.target_slots if budget is None else budget)  # (T,) both
         k_total = k_soft.detach().round().long().clamp(self.min_slots, self.max_slots)  # (T,)
 
@@ -253,18 +277,15 @@ class AnyExpertsRouter(BiasBalancedRouter):
     ) -> torch.Tensor:
         """Return the slot weights (T, width); 0 where a slot is not filled."""
         if self.normalise == "none":
-            share = (slot_logits - logits.logsumexp(-1, keepdim=True)).exp()
+            counted = filled if self.virtual_output == "identity" else real
         else:
             counted = real if self.virtual_gate == "excluded" else filled
-            # Over the filled slots alone: over all candidates it would underflow where barred virtual ones hold the
-            # mass. A token whose counted slots are all gone gets weights of 0, not NaN.
-            peak = slot_logits.detach().masked_fill(~counted, float("-inf")).amax(-1, keepdim=True)
-            share = (slot_logits - peak.nan_to_num(neginf=0.0)).exp()
-        open_slots = filled if probed is None else filled | probed
-        weight = share.masked_fill(~open_slots, 0.0) * mask
-        if self.normalise == "none":
-            return weight
-        counted = real if self.virtual_gate == "excluded" else filled
         counted = counted if probed is None else counted | probed
-        total = weight.masked_fill(~counted, 0.0).sum(-1, keepdim=True)
-        return weight / total.clamp(min=1e-20)
+        slot_logits = slot_logits.masked_fill(~counted, float("-inf"))
+        if self.normalise == "none":
+            return (slot_logits - logits.logsumexp(-1, keepdim=True)).exp() * mask
+        # Over the counted slots alone: over all candidates the softmax would underflow where barred virtual ones hold
+        # the mass. A token without any gets weights of 0, not NaN.
+        peak = slot_logits.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        weight = (slot_logits - peak).exp() * mask
+        return weight / weight.sum(-1, keepdim=True).clamp(min=1e-20)
