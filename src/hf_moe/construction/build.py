@@ -260,6 +260,8 @@ def _check_host(
             f"A decoder of {name}s cannot host MoE layers: its own logits differ by {difference:.1e} from those of "
             "its layers under this library's head."
         )
+    if not moe_layers:
+        return
     layer_idx, moe_layer = next(iter(moe_layers.items()))
     ffn = getattr(layers[layer_idx], ffn_name(layers[layer_idx]))
     layout = read_ffn(ffn).layout

@@ -1,0 +1,269 @@
+"""Expert evolution: experts that follow the training of one feed-forward, each at its own distance.
+
+The dense model is trained; the feed-forward of every layer that will be a MoE layer is expert 1. Experts 2..N start
+equal to it and are rewritten after every optimizer step, with D the change of expert 1 in that step and beta drawn
+anew for every step and expert, uniformly from the expert's range:
+
+    delta     theta_n <- theta_n + (1 - beta) D                       keeps a fraction of every update
+    ema       theta_n <- beta theta_n + (1 - beta) theta_1            ends at expert 1 as the learning rate falls
+    literal   theta_n <- beta theta_1 + (1 - beta) grad theta_1       the equation as printed
+
+The printed equation contradicts the paper's prose and its table of constant betas (beta = 0 equals expert 1), which
+`delta` agrees with. The experts are tensors of the callback, not of the model: no optimizer touches them, and the
+optimizer's state is that of one expert.
+
+Source: EvoMoE: Expert Evolution in Mixture of Experts for Multimodal Large Language Models, arXiv:2505.23830.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..configuration import HfMoeConfig
+from ..modeling.experts.ffn import FfnExperts
+from ..modeling.gating import check_choice
+from ..modeling.host import decoder_layers, ffn_name, read_ffn
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.moe_layer import MoELayer
+from .upcycling import ffn_state, fill_layer
+
+
+BETA_RANGES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))
+EVOLUTION_FILE = "expert_evolution.safetensors"
+GENERATOR_KEY = "generator"
+
+
+class ExpertEvolution(TrainerCallback):
+    """Evolves experts 2..N beside the training of a dense model, once per optimizer step.
+
+    The experts are float32 tensors on the CPU, saved in every checkpoint of the trainer and restored from there when
+    it resumes.
+
+    Args:
+        layers: decoder layers whose feed-forward is an expert 1.
+        rule: `"delta"`, `"ema"` or `"literal"`, see above.
+        beta_ranges: a range within [0, 1], or a number that fixes beta, for each of the experts 2..N.
+        beta_granularity: `"step"`: one beta per step and expert; `"tensor"`: one for each of an expert's tensors;
+            `"row"`: one for every row of every tensor, drawn once and kept, which leaves the experts of one line.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if a range or a choice is not allowed.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        *,
+        rule: str = "delta",
+        beta_ranges: Sequence[Sequence[float] | float] = BETA_RANGES,
+        beta_granularity: str = "step",
+        seed: int = 0,
+    ):
+        check_choice("rule", rule, ("delta", "ema", "literal"))
+        check_choice("beta_granularity", beta_granularity, ("step", "tensor", "row"))
+        self.layers = sorted(layers)
+        self.rule = rule
+        self.beta_ranges = [(item, item) if isinstance(item, int | float) else tuple(item) for item in beta_ranges]
+        for pair in self.beta_ranges:
+            if len(pair) != 2 or not 0.0 <= pair[0] <= pair[1] <= 1.0:
+                raise ValueError(
+                    f"beta_ranges={list(beta_ranges)}: each must be a number in [0, 1] or a range [low, high] in it."
+                )
+        self.beta_granularity = beta_granularity
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+        # One per evolved expert: "<layer>.<parameter>" -> tensor, named as the host names its feed-forward.
+        self.experts: list[dict[str, torch.Tensor]] = []
+        self._before: dict[str, torch.Tensor] = {}
+        self._gradient: dict[str, torch.Tensor] = {}
+
+    def first_expert(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters of expert 1 in a dense model, by `"<layer>.<parameter>"`.
+
+        Raises:
+            ValueError: if one of the layers is a MoE layer, or the decoder does not have it.
+        """
+        found: dict[str, nn.Parameter] = {}
+        hosts = decoder_layers(model.model.language_model)
+        for layer in self.layers:
+            if layer >= len(hosts):
+                raise ValueError(f"Evolution of layer {layer}: the decoder has the layers 0 to {len(hosts) - 1}.")
+            ffn = getattr(hosts[layer], ffn_name(hosts[layer]))
+            if isinstance(ffn, MoELayer):
+                raise ValueError(
+                    f"Evolution of layer {layer}, which is a MoE layer already: train the dense model "
+                    "(moe_config.layers = []) and assemble the MoE afterwards."
+                )
+            found |= {f"{layer}.{name}": parameter for name, parameter in ffn.named_parameters()}
+        return dict(sorted(found.items()))
+
+    def snapshot(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return a float32 copy of expert 1 on the CPU."""
+        return {name: _copy(parameter) for name, parameter in self.first_expert(model).items()}
+
+    def start(self, model: nn.Module) -> None:
+        """Make experts 2..N copies of expert 1."""
+        self.generator.manual_seed(self.seed)
+        self.experts = [self.snapshot(model) for _ in self.beta_ranges]
+
+    def evolve(
+        self,
+        before: dict[str, torch.Tensor],
+        after: dict[str, torch.Tensor],
+        gradient: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Apply one step, in which expert 1 went from `before` to `after`; `gradient` is for the rule `literal`."""
+        for expert, betas in zip(self.experts, self._betas(), strict=True):
+            for (name, theta), beta in zip(expert.items(), betas, strict=True):
+                # In float64, so that beta = 0 gives expert 1 to the bit, and beta = 1 leaves the expert as it is.
+                first = after[name].double()
+                if self.rule == "delta":
+                    theta.copy_(theta + (1.0 - beta) * (first - before[name]))
+                elif self.rule == "ema":
+                    theta.copy_(beta * theta.double() + (1.0 - beta) * first)
+                elif gradient is not None:
+                    theta.copy_(beta * first + (1.0 - beta) * gradient[name].double())
+
+    def _betas(self) -> Iterator[list[torch.Tensor]]:
+        """Yield the betas of every expert's tensors, float64: () or (rows, 1, ...)."""
+        # Rows keep theirs: drawn anew in every step they would all have the same mean.
+        rows = torch.Generator().manual_seed(self.seed)
+        for expert, (low, high) in zip(self.experts, self.beta_ranges, strict=True):
+            if self.beta_granularity == "row":
+                shapes = [(theta.shape[0], *[1] * (theta.dim() - 1)) for theta in expert.values()]
+                draws = [torch.rand(shape, generator=rows, dtype=torch.float64) for shape in shapes]
+            elif self.beta_granularity == "tensor":
+                draws = list(torch.rand(len(expert), generator=self.generator, dtype=torch.float64))
+            else:
+                draws = [torch.rand((), generator=self.generator, dtype=torch.float64)] * len(expert)
+            yield [low + (high - low) * draw for draw in draws]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the experts and the state of the draws to `expert_evolution.safetensors`."""
+        tensors = {
+            f"{expert}.{name}": theta for expert, held in enumerate(self.experts) for name, theta in held.items()
+        }
+        save_file({**tensors, GENERATOR_KEY: self.generator.get_state()}, Path(folder) / EVOLUTION_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Read what [`~ExpertEvolution.save`] wrote.
+
+        Raises:
+            FileNotFoundError: if the folder has no such file.
+            ValueError: if it holds other layers, or another number of experts.
+        """
+        path = Path(folder) / EVOLUTION_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {EVOLUTION_FILE}: it was not saved by an ExpertEvolution.")
+        tensors = load_file(path)
+        self.generator.set_state(tensors.pop(GENERATOR_KEY))
+        experts: list[dict[str, torch.Tensor]] = [{} for _ in self.beta_ranges]
+        found = {(int(name.split(".")[0]), int(name.split(".")[1])) for name in tensors}
+        if found != {(expert, layer) for expert in range(len(experts)) for layer in self.layers}:
+            raise ValueError(
+                f"{path} holds {len({expert for expert, _ in found})} experts of the layers "
+                f"{sorted({layer for _, layer in found})}, expected {len(experts)} of {self.layers}."
+            )
+        for name in sorted(tensors):
+            expert, _, parameter = name.partition(".")
+            experts[int(expert)][parameter] = tensors[name]
+        self.experts = experts
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0:
+            self.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        else:
+            self.start(model)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._before = self.snapshot(model)
+        if self.rule == "literal":
+            parameters = self.first_expert(model)
+            self._gradient = {name: _copy(item.grad) for name, item in parameters.items() if item.grad is not None}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self.evolve(self._before, self.snapshot(model), self._gradient)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    # A model on the CPU in float32 must not be handed out itself.
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+@torch.no_grad()
+def assemble(
+    dense: HfMoeForConditionalGeneration,
+    config: HfMoeConfig,
+    evolution: ExpertEvolution | None = None,
+    *,
+    noise_std: float = 0.0,
+    seed: int = 0,
+) -> HfMoeForConditionalGeneration:
+    """Return a MoE from a dense model of this library (`moe_config.layers = []`).
+
+    Args:
+        dense: its feed-forwards become expert 1.
+        config: of the MoE; the same but for `moe_config`.
+        evolution: holds experts 2..N; without it they are copies of expert 1.
+        noise_std: noise on copied experts, relative to the standard deviation of each matrix.
+        seed: of the new routers and of the noise.
+
+    Raises:
+        ValueError: if the models differ in more than their MoE layers, or the evolution's experts do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = HfMoeForConditionalGeneration._from_config(config, dtype=dense.dtype)
+    model.generation_config = dense.generation_config
+    moe_layers = model.moe_layers()
+    if evolution is not None and evolution.layers != sorted(moe_layers):
+        raise ValueError(f"Experts evolved in the layers {evolution.layers}, the MoE has {sorted(moe_layers)}.")
+    loaded = model.load_state_dict(dense.state_dict(), strict=False)
+    hosts, ours = (decoder_layers(item.model.language_model) for item in (dense, model))
+    names = {module: name for name, module in model.named_modules()}
+    replaced = tuple(f"{names[ours[layer]]}.{ffn_name(ours[layer])}." for layer in moe_layers)
+    differing = [*loaded.missing_keys, *loaded.unexpected_keys]
+    differing = [name for name in differing if not name.startswith((*replaced, "objectives."))]
+    if differing:
+        raise ValueError(f"The MoE's config does not fit the dense model: they differ in {', '.join(differing[:3])}.")
+    generator = torch.Generator().manual_seed(seed)
+    for layer, moe_layer in moe_layers.items():
+        ffn = getattr(hosts[layer], ffn_name(hosts[layer]))
+        layout = read_ffn(ffn).layout
+        if layout is None:
+            raise ValueError(f"Layer {layer} of the dense model is a MoE layer already.")
+        fill_layer(moe_layer, ffn_state(dict(ffn.named_parameters()), layout), generator, noise_std)
+        if evolution is not None:
+            prefix = f"{layer}."
+            for number, held in enumerate(evolution.experts, start=1):
+                own = {name.removeprefix(prefix): theta for name, theta in held.items() if name.startswith(prefix)}
+                _fill_expert(moe_layer, number, ffn_state(own, layout), len(evolution.experts) + 1)
+    return model.eval()
+
+
+def _fill_expert(moe_layer: MoELayer, number: int, state: dict[str, torch.Tensor], num_experts: int) -> None:
+    experts = moe_layer.experts
+    fits = isinstance(experts, FfnExperts) and experts.num_experts == num_experts
+    if not fits or moe_layer.shared_expert is not None or experts.down_proj.shape[1:] != state["down_proj"].shape:
+        raise ValueError(
+            f"Evolved experts are {num_experts} whole feed-forwards a layer; layer {moe_layer.layer_idx} of the MoE "
+            f"is not: set num_experts={num_experts}, num_shared_experts=0, granularity=1 and no expert_banks."
+        )
+    for name, tensor in state.items():
+        getattr(experts, name)[number].copy_(tensor)
