@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
 from ..modeling.routing import NUM_MODALITIES, ExpertAssignment, RoutingContext
@@ -17,11 +18,16 @@ class RoutingStatistics:
     Attributes:
         tables: layer index -> (NUM_MODALITIES, E + 1) int64; the last column counts empty slots.
         tokens: layer index -> (NUM_MODALITIES,) int64 real tokens.
+        signals: layer index -> name -> (NUM_MODALITIES,) float64, a router's signal summed over real tokens.
+        slot_histograms: layer index -> (NUM_MODALITIES, most slots + 1) int64, the tokens by their number of slots, of
+            routers that report `slots`.
     """
 
     def __init__(self) -> None:
         self.tables: dict[int, torch.Tensor] = {}
         self.tokens: dict[int, torch.Tensor] = {}
+        self.signals: dict[int, dict[str, torch.Tensor]] = {}
+        self.slot_histograms: dict[int, torch.Tensor] = {}
 
     def update(self, context: RoutingContext) -> None:
         """Add the decisions of one forward pass; decisions that assign no experts are passed over."""
@@ -35,6 +41,29 @@ class RoutingStatistics:
             tokens = torch.bincount(modality[mask], minlength=NUM_MODALITIES).cpu()
             self.tables[layer] = self.tables.get(layer, 0) + table
             self.tokens[layer] = self.tokens.get(layer, 0) + tokens
+            self._update_signals(layer, decision.signals, modality, mask)
+
+    def _update_signals(
+        self, layer: int, signals: dict[str, torch.Tensor], modality: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        sums = self.signals.setdefault(layer, {})
+        for name, values in signals.items():
+            real = values.detach().double()[mask]
+            total = torch.zeros(NUM_MODALITIES, dtype=torch.float64, device=real.device)
+            sums[name] = sums.get(name, 0) + total.index_add(0, modality[mask], real).cpu()
+        if "slots" in signals:
+            slots = signals["slots"][mask].round().long()
+            width = int(slots.max()) + 1 if slots.numel() else 1
+            cell = modality[mask] * width + slots
+            counts = torch.bincount(cell, minlength=NUM_MODALITIES * width).view(NUM_MODALITIES, width).cpu()
+            known = self.slot_histograms.get(layer, counts[:, :0])
+            widest = max(width, known.shape[1])
+            counts, known = (F.pad(part, (0, widest - part.shape[1])) for part in (counts, known))
+            self.slot_histograms[layer] = counts + known
+
+    def signal_means(self, layer: int, name: str) -> torch.Tensor:
+        """Return the mean of a signal over the tokens of each modality, (NUM_MODALITIES,) float64."""
+        return self.signals[layer][name] / self.tokens[layer].clamp(min=1)
 
     def shares(self, layer: int) -> torch.Tensor:
         """Return each expert's share of the filled slots, (NUM_MODALITIES, E) float32; rows without slots are 0."""
@@ -49,7 +78,8 @@ class RoutingStatistics:
         """Return a small fixed set of figures per modality and third of the MoE layers.
 
         `active` is the mean number of experts of a token, `entropy` that of the expert shares over log E, in 0..1,
-        `largest` the largest share of an expert, `empty` the share of empty slots. A modality without tokens has none.
+        `largest` the largest share of an expert, `empty` the share of empty slots; a router's signals are their means.
+        A modality without tokens has none.
         """
         layers = sorted(self.tables)
         figures = {}
@@ -63,7 +93,8 @@ class RoutingStatistics:
                     continue
                 rows = [self._row(layer, modality) for layer in seen]
                 for key in rows[0]:
-                    figures[f"{name}/{group}/{key}"] = sum(row[key] for row in rows) / len(rows)
+                    values = [row[key] for row in rows if key in row]
+                    figures[f"{name}/{group}/{key}"] = sum(values) / len(values)
         return figures
 
     def _row(self, layer: int, modality: int) -> dict[str, float]:
@@ -76,13 +107,18 @@ class RoutingStatistics:
             "entropy": entropy.item(),
             "largest": share.max().item(),
             "empty": (table[-1] / table.sum().clamp(min=1)).item(),
+            **{name: self.signal_means(layer, name)[modality].item() for name in self.signals.get(layer, {})},
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as plain data, for a report."""
         return {
             str(layer): {
-                name: {"tokens": int(self.tokens[layer][row]), "slots": self.tables[layer][row].tolist()}
+                name: {
+                    "tokens": int(self.tokens[layer][row]),
+                    "slots": self.tables[layer][row].tolist(),
+                    "signals": {key: self.signal_means(layer, key)[row].item() for key in self.signals.get(layer, {})},
+                }
                 for row, name in enumerate(MODALITIES)
                 if self.tokens[layer][row] > 0
             }

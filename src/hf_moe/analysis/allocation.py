@@ -1,0 +1,198 @@
+"""Pictures of how a router with a slot budget spends its experts: by image patch and word, by modality, by layer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.routing import ExpertAssignment, RoutingContext
+from .pictures import FAINT, INK
+from .routing_statistics import RoutingStatistics
+
+
+COLORS = ("#3b6ea5", "#d98032", "#6a9f58", "#9b6a9e")
+IMAGE = MODALITIES.index("image")
+# In inches, of the panel with the words; and the width of a character there, in parts of the panel's width.
+WORDS_WIDTH = 4.6
+CHARACTER = 0.021
+
+
+def draw_importance(
+    routing: RoutingContext,
+    tokens: list[str],
+    picture: Any,
+    path: str | Path,
+    *,
+    row: int = 0,
+    layers: list[int] | None = None,
+    signal: str = "importance",
+    title: str | None = None,
+) -> Path:
+    """Draw a signal over the patches of a row's image and over its words, one line of panels per layer.
+
+    Args:
+        routing: of a forward pass with `output_routing=True`.
+        tokens: the row's tokens as text, padding included.
+        picture: the row's image (`PIL.Image.Image`), the first if it has several.
+        path: the PNG file to write.
+        row: of the batch.
+        layers: all that report the signal when absent.
+        signal: one value per token, 0 to 1, or any number for other signals than `importance`.
+        title: of the picture, *optional*.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        ValueError: if no layer reports the signal, or the row has no image with a square number of tokens.
+    """
+    found = {
+        layer: decision.signals[signal].detach().float().cpu().view(routing.token_mask.shape)[row]
+        for layer, decision in sorted(routing.decisions.items())
+        if isinstance(decision, ExpertAssignment) and signal in decision.signals
+        if layers is None or layer in layers
+    }
+    if not found:
+        raise ValueError(
+            f"No layer reports {signal!r}: it comes from routers with a slot budget, such as 'anyexperts'."
+        )
+    mask = routing.token_mask[row].cpu()
+    patches = (routing.modality_ids[row].cpu() == IMAGE) & mask
+    side = round(int(patches.sum()) ** 0.5)
+    if side == 0 or side * side != int(patches.sum()):
+        raise ValueError(f"Row {row} has {int(patches.sum())} image tokens, which are no square of patches.")
+    words = [index for index in range(len(tokens)) if mask[index] and not patches[index]]
+    values = torch.cat([item[mask] for item in found.values()])
+    low, high = values.min().item(), max(values.max().item(), values.min().item() + 1e-6)
+
+    figure, canvas = _figure((2.4 + WORDS_WIDTH, 2.5 * len(found) + 0.3))
+    axes = figure.subplots(len(found), 2, squeeze=False, width_ratios=[2.2, WORDS_WIDTH])
+    for (image_axes, word_axes), (layer, signals) in zip(axes, found.items(), strict=True):
+        grid = signals[patches].view(side, side)
+        image_axes.imshow(picture.convert("L"), cmap="gray", extent=(0, side, side, 0), alpha=0.75)
+        heat = image_axes.imshow(
+            grid.tolist(), cmap="inferno", vmin=low, vmax=high, alpha=0.55, extent=(0, side, side, 0)
+        )
+        image_axes.set_title(f"layer {layer}", color=INK, fontsize=10, loc="left")
+        image_axes.set_axis_off()
+        _draw_words(word_axes, [(tokens[index], signals[index].item()) for index in words], low, high)
+    scale = figure.colorbar(heat, ax=axes, fraction=0.025, pad=0.02)
+    scale.set_label(signal, color=INK, fontsize=9)
+    scale.outline.set_visible(False)
+    scale.ax.tick_params(length=0, labelsize=8, colors=INK)
+    return _write(figure, canvas, path, title)
+
+
+def _draw_words(axes: Any, words: list[tuple[str, float]], low: float, high: float) -> None:
+    from matplotlib import colormaps
+
+    axes.set_axis_off()
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    left, top = 0.0, 0.9
+    for word, value in words:
+        text = word.strip() or "·"
+        width = (len(text) + 2) * CHARACTER
+        if left > 0 and left + width > 1:
+            left, top = 0.0, top - 0.17
+        share = (value - low) / (high - low)
+        color = "white" if share < 0.55 else INK
+        box = {"boxstyle": "round,pad=0.25", "facecolor": colormaps["inferno"](share), "edgecolor": "none"}
+        axes.text(left, top, text, fontsize=8, color=color, bbox=box, va="top", family="monospace")
+        axes.text(left, top - 0.085, f"{value:.2f}", fontsize=6, color=INK, va="top", family="monospace")
+        left += width + 0.012
+
+
+def draw_slot_histogram(statistics: RoutingStatistics, path: str | Path, title: str | None = None) -> Path:
+    """Draw how many slots the tokens of each modality get, over all layers that report it.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        ValueError: if no layer reports `slots`.
+    """
+    if not statistics.slot_histograms:
+        raise ValueError("No layer reported 'slots': it comes from routers with a slot budget, such as 'anyexperts'.")
+    widest = max(counts.shape[1] for counts in statistics.slot_histograms.values())
+    total = torch.zeros(len(MODALITIES), widest)
+    for counts in statistics.slot_histograms.values():
+        total[:, : counts.shape[1]] += counts
+    seen = [modality for modality in range(len(MODALITIES)) if total[modality].sum() > 0]
+    used = total.sum(0).nonzero().flatten()
+    figure, canvas = _figure((5.6, 3.2))
+    axes = figure.subplots()
+    width = 0.8 / len(seen)
+    for place, modality in enumerate(seen):
+        share = total[modality] / total[modality].sum()
+        mean = (share * torch.arange(widest)).sum().item()
+        positions = [slots + (place - (len(seen) - 1) / 2) * width for slots in range(widest)]
+        axes.bar(
+            positions, share.tolist(), width=width * 0.92, color=COLORS[modality],
+            label=f"{MODALITIES[modality]} (mean {mean:.2f})",
+        )  # fmt: skip
+    axes.set_xlim(used.min().item() - 0.6, used.max().item() + 0.6)
+    axes.set_xticks(range(int(used.min()), int(used.max()) + 1))
+    axes.set_xlabel("expert slots of a token", color=INK, fontsize=9)
+    axes.set_ylabel("share of tokens", color=INK, fontsize=9)
+    _dress(axes)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _write(figure, canvas, path, title)
+
+
+def draw_virtual_share(statistics: RoutingStatistics, path: str | Path, title: str | None = None) -> Path:
+    """Draw the share of virtual slots by layer and modality.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        ValueError: if no layer reports `virtual_share`.
+    """
+    layers = [layer for layer in sorted(statistics.signals) if "virtual_share" in statistics.signals[layer]]
+    if not layers:
+        raise ValueError("No layer reported 'virtual_share': it comes from the router 'anyexperts'.")
+    seen = [m for m in range(len(MODALITIES)) if any(statistics.tokens[layer][m] > 0 for layer in layers)]
+    figure, canvas = _figure((max(3.6, 0.5 * len(layers) + 2.2), 3.0))
+    axes = figure.subplots()
+    width = 0.8 / len(seen)
+    for place, modality in enumerate(seen):
+        shares = [statistics.signal_means(layer, "virtual_share")[modality].item() for layer in layers]
+        positions = [rank + (place - (len(seen) - 1) / 2) * width for rank in range(len(layers))]
+        bars = axes.bar(positions, shares, width=width * 0.92, color=COLORS[modality], label=MODALITIES[modality])
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, color=INK if max(shares) > 0 else FAINT)
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_xlabel("layer", color=INK, fontsize=9)
+    axes.set_ylabel("share of virtual slots", color=INK, fontsize=9)
+    axes.set_ylim(bottom=0.0)
+    _dress(axes)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return _write(figure, canvas, path, title)
+
+
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install 'hf-moe[train]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, FigureCanvasAgg(figure)
+
+
+def _dress(axes: Any) -> None:
+    axes.tick_params(length=0, labelsize=8, colors=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+
+
+def _write(figure: Any, canvas: Any, path: str | Path, title: str | None) -> Path:
+    if title is not None:
+        figure.suptitle(title, color=INK, fontsize=11, fontweight="bold")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.print_figure(path, dpi=150, facecolor="white")
+    return path

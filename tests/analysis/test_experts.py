@@ -1,0 +1,89 @@
+"""Similarity of experts, divergence of modalities and the shuffle test, on models whose answer is known."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.analysis.experts import expert_similarity, mean_similarity, modality_divergence, shuffle_test
+from hf_moe.analysis.routing_statistics import RoutingStatistics
+
+
+def model_of(**moe_config) -> HfMoeForConditionalGeneration:
+    torch.manual_seed(0)
+    text = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
+    config = HfMoeConfig(text_config=text, initializer_range=0.3, moe_config={"num_experts": 4, **moe_config})
+    return HfMoeForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(0, 40, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def replicate(model):
+    with torch.no_grad():
+        for layer in model.moe_layers().values():
+            for stack in layer.experts.parameters():
+                stack.copy_(stack[:1].expand_as(stack))
+
+
+def test_copies_are_equal_and_random_experts_are_not(batch):
+    model = model_of()
+    fresh = expert_similarity(model, batch)[1]
+    assert all(abs(mean_similarity(matrix)) < 0.3 for matrix in fresh.values())
+    replicate(model)
+    copied = expert_similarity(model, batch)
+    assert set(copied) == {0, 1}
+    for matrix in copied[1].values():
+        torch.testing.assert_close(matrix, torch.ones(4, 4))
+
+
+def test_one_expert_turned_round_is_found(batch):
+    model = model_of()
+    replicate(model)
+    with torch.no_grad():
+        model.moe_layers()[0].experts.down_proj[2] *= -1
+    outputs = expert_similarity(model, batch)[0]["outputs"]
+    expected = torch.ones(4, 4)
+    expected[2], expected[:, 2], expected[2, 2] = -1, -1, 1
+    torch.testing.assert_close(outputs, expected)
+
+
+@pytest.mark.parametrize("router", ["top_k", "evomoe_dtr"])
+def test_shuffling_costs_nothing_with_copies_and_something_otherwise(batch, router):
+    model = model_of(router=router, num_experts_per_tok=1, objectives={"load_balance": 0.1})
+    before = model(**batch).logits
+    assert abs(shuffle_test(model, [batch])["change"]) > 1e-3
+    replicate(model)
+    assert abs(shuffle_test(model, [batch])["change"]) < 1e-6
+    assert not torch.equal(model(**batch).logits, before)
+    assert not any(layer.gate._forward_hooks for layer in model.moe_layers().values())
+
+
+def test_shuffling_keeps_empty_slots_empty(batch):
+    model = model_of(router={"name": "anyexperts", "min_slots": 2, "max_slots": 4}, num_experts_per_tok=3)
+    replicate(model)
+    assert abs(shuffle_test(model, [batch])["change"]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "expected"),
+    [([8, 8, 0, 0, 0], [0, 0, 4, 4, 9], 1.0), ([4, 4, 4, 4, 0], [1, 1, 1, 1, 0], 0.0), ([4, 0, 0, 0, 0], None, 0.0)],
+)
+def test_divergence_is_one_bit_for_disjoint_experts_and_zero_for_equal_ones(text, image, expected):
+    statistics = RoutingStatistics()
+    empty = [0] * 5
+    statistics.tables[2] = torch.tensor([text, image or empty, empty, empty])
+    statistics.tokens[2] = torch.tensor([8, 8, 0, 0])
+    assert modality_divergence(statistics) == {2: pytest.approx(expected, abs=1e-6)}
+
+
+def test_experts_of_several_banks_are_refused(batch):
+    banks = {"text": {"num_experts": 2, "intermediate_size": 16}, "vision": {"num_experts": 2}}
+    model = model_of(num_experts=None, expert_banks=banks)
+    with pytest.raises(ValueError, match="not ExpertBanks"):
+        expert_similarity(model, batch)
