@@ -1,7 +1,10 @@
 """The parts of a model, for freezing and training them by name."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
+from hashlib import blake2b
 
+import torch
 from torch import nn
 
 
@@ -27,21 +30,59 @@ def part_of(name: str) -> str:
     return "backbone"
 
 
-def train_only(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
+def selects(selector: str, name: str, part: str) -> bool:
+    """Whether `"<part>"` or `"<part>/<pattern of the last component>"` selects a parameter of that part."""
+    wanted, _, pattern = selector.partition("/")
+    return wanted == part and fnmatchcase(name.rpartition(".")[2], pattern or "*")
+
+
+def train_only(model: nn.Module, parts: Iterable[str], experts: Collection[str] = ()) -> dict[str, int]:
     """Make exactly the named parts trainable and return the trainable parameters of each.
 
     Parameters that the model froze at its construction, because no gradient can reach them, stay frozen.
+
+    Args:
+        parts: names of [`PARTS`], or `"routers/importance_*"` for those parameters of a part.
+        experts: parameters of a dense model that count as `experts`, being those of an expert-to-be.
 
     Raises:
         ValueError: if a part is unknown.
     """
     wanted = set(parts)
-    if wanted - set(PARTS):
-        raise ValueError(f"Unknown parts {sorted(wanted - set(PARTS))}: allowed are {', '.join(PARTS)}.")
+    unknown = {part for part in wanted if part.partition("/")[0] not in PARTS}
+    if unknown:
+        raise ValueError(f"Unknown parts {sorted(unknown)}: allowed are {', '.join(PARTS)}, each with /pattern.")
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        parameter.requires_grad_(part in wanted and parameter.requires_grad)
+        part = "experts" if name in experts else part_of(name)
+        chosen = any(selects(selector, name, part) for selector in wanted)
+        parameter.requires_grad_(chosen and parameter.requires_grad)
         if parameter.requires_grad:
             counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
+
+
+def fingerprints(model: nn.Module) -> dict[str, bytes]:
+    """Return a digest of every parameter's bits."""
+    digests = {}
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digests[name] = blake2b(bits, digest_size=16).digest()
+    return digests
+
+
+def check_moved(model: nn.Module, before: dict[str, bytes]) -> list[str]:
+    """Return the trainable parameters that are what they were when `before` was taken.
+
+    Raises:
+        RuntimeError: if a frozen parameter is not.
+    """
+    after = fingerprints(model)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    strayed = [name for name in after if name not in trainable and after[name] != before[name]]
+    if strayed:
+        raise RuntimeError(
+            f"{len(strayed)} frozen parameters moved in training, for example {', '.join(strayed[:3])}: something "
+            "besides the optimizer writes to them."
+        )
+    return [name for name in after if name in trainable and after[name] == before[name]]

@@ -1,6 +1,6 @@
 """Recipes: a whole training job as one YAML file."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,31 @@ RECIPES = Path(str(files("hf_moe.configuration") / "recipes"))
 
 
 @dataclass
+class Stage:
+    """One stage of a training job.
+
+    Args:
+        name: of the stage and of its folder.
+        trainable: parts that are trained, see [`train_only`]; while experts evolve, `experts` is expert 1.
+        training: fields of `TrainingArguments` that override the recipe's.
+        construct: what becomes of the previous stage's model before this one: `{upcycle: options}` and, with the
+            experts that evolved, `{assemble: options}` make a MoE of a dense model, `{convert_router: options}`
+            exchanges the routers; see [`construct`].
+        evolve: `layers` and options of [`ExpertEvolution`], for experts that evolve beside the training.
+        objectives: replace the model's; empty for none.
+        learning_rate_scales: factors on the learning rate, by part as in `trainable`.
+    """
+
+    name: str
+    trainable: list[str]
+    training: dict[str, Any] = field(default_factory=dict)
+    construct: dict[str, dict[str, Any]] | None = None
+    evolve: dict[str, Any] | None = None
+    objectives: dict[str, Any] | None = None
+    learning_rate_scales: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Recipe:
     """One training job.
 
@@ -23,6 +48,7 @@ class Recipe:
         data: `train` and `eval` sources, see [`load_rows`]; `max_length` in tokens, *optional*.
         training: fields of `TrainingArguments`.
         trainable: parts that are trained, see [`train_only`].
+        stages: where the job has several, see [`Stage`]; each takes over the model of the one before.
         evaluation: `batch_size`, `bf16` (score under autocast), `blind` (also score with the image features zeroed),
             `generated` (questions that are also answered by `generate`).
         card: `datasets`, `base_models` and `license` for the model card.
@@ -34,6 +60,7 @@ class Recipe:
     data: dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
     trainable: list[str] = field(default_factory=lambda: ["connector", "routers", "experts", "embeddings", "backbone"])
+    stages: list[Stage] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -65,14 +92,22 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     for override in overrides or []:
         _override(content, override)
-    known = [item.name for item in fields(Recipe)]
+    _check_fields(Recipe, content, f"recipe {path.name}")
+    stages = content.pop("stages", [])
+    for number, stage in enumerate(stages, start=1):
+        _check_fields(Stage, stage, f"stage {number} of {path.name}")
+    return Recipe(**content, stages=[Stage(**stage) for stage in stages])
+
+
+def _check_fields(cls: type, content: dict[str, Any], place: str) -> None:
+    known = [item.name for item in fields(cls)]
     for name in content:
         if name not in known:
-            raise ValueError(unknown_name_message(f"field of the recipe {path.name}", name, known))
-    missing = [name for name in ("name", "model", "data") if name not in content]
+            raise ValueError(unknown_name_message(f"field of the {place}", name, known))
+    needed = [item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING]
+    missing = [name for name in needed if name not in content]
     if missing:
-        raise ValueError(f"The recipe {path.name} lacks {', '.join(missing)}.")
-    return Recipe(**content)
+        raise ValueError(f"The {place} lacks {', '.join(missing)}.")
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -81,5 +116,6 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override!r}: expected key=value, for example training.max_steps=10.")
     *parents, last = key.split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
+        # A stage goes by its number from 0.
+        content = content[int(parent)] if isinstance(content, list) else content.setdefault(parent, {})
     content[last] = yaml.safe_load(value)

@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import concatenate_datasets
-from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 
 from ..analysis.pictures import draw_routing
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..construction.build import build_model
 from ..construction.tokenizer import train_word_tokenizer
-from ..data import FeatureCache, VisionLanguageCollator, load_rows, tokenize_rows
+from ..data import FeatureCache, VisionLanguageCollator, load_rows
 from ..evaluation.report import write_report
 from ..evaluation.vqa import evaluate_vqa, predict_answers
 from ..hub.card import write_card
-from .parts import train_only
-from .recipe import Recipe, load_recipe, recipe_names
-from .trainer import HfMoeTrainer
+from .recipe import Recipe, Stage, load_recipe, recipe_names
+from .stages import image_features, run_stages, train_model
 
 
 def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: bool = False) -> dict[str, Any]:
@@ -34,7 +31,8 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
     Args:
         recipe: the job.
         output_dir: `runs/<name>` when absent.
-        resume: continue from the last trainer checkpoint in `output_dir`, if there is one.
+        resume: continue from the last trainer checkpoint in `output_dir`, if there is one; of a job in stages, run
+            what is left.
     """
     started = time.perf_counter()
     folder = Path(output_dir or Path("runs") / recipe.name)
@@ -42,31 +40,22 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
     splits = {"train": "train", "eval": "test"}
     rows = {part: load_rows(recipe.data[part], split) for part, split in splits.items() if part in recipe.data}
     model, processor = _build(recipe, rows["train"])
-    trainable = train_only(model, recipe.trainable)
-    features = None
-    if model.model.vision_tower is not None and "vision_tower" not in trainable:
-        images = concatenate_datasets([part.select_columns(["images", "image_id"]) for part in rows.values()])
-        features = FeatureCache.build(model, processor, images, cache_dir=folder / "features")
-
-    trainer = HfMoeTrainer(
-        model=model,
-        args=training_arguments(recipe, folder),
-        train_dataset=tokenize_rows(rows["train"], processor),
-        data_collator=VisionLanguageCollator(processor, recipe.data.get("max_length"), features),
-        processing_class=processor,
-    )
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    train_started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
-    train_seconds = time.perf_counter() - train_started
-
-    report: dict[str, Any] = {"trainable_parameters": trainable}
+    report: dict[str, Any] = {}
+    if recipe.stages:
+        model, report["stages"] = run_stages(recipe, model, processor, rows, folder, resume)
+        trained = report["stages"][-1]
+        features = image_features(model, processor, rows, [], folder)
+    else:
+        stage = Stage(recipe.name, recipe.trainable)
+        features = image_features(model, processor, rows, recipe.trainable, folder)
+        trained = train_model(recipe, stage, model, processor, rows["train"], features, folder, resume)
+    report["trainable_parameters"] = trained["trainable_parameters"]
     if "eval" in rows:
         report |= evaluate(recipe, model, processor, rows["eval"], features, folder)
     report |= {
-        "train_seconds": round(train_seconds, 1),
+        "train_seconds": round(sum(item["train_seconds"] for item in report.get("stages", [trained])), 1),
         "parameters_total": sum(parameter.numel() for parameter in model.parameters()),
-        "log_history": trainer.state.log_history,
+        "log_history": trained["log_history"],
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "total_seconds": round(time.perf_counter() - started, 1),
     }
@@ -81,12 +70,6 @@ def _build(recipe: Recipe, rows: Any) -> tuple[Any, Any]:
         texts = (part["text"] for row in rows["messages"] for turn in row for part in turn["content"] if part["text"])
         options["tokenizer"] = train_word_tokenizer(texts)
     return build_model(**options, seed=recipe.seed)
-
-
-def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    """Return the recipe's `TrainingArguments`; on a machine without an accelerator they run on the CPU."""
-    options = {"report_to": "none", "remove_unused_columns": False, "use_cpu": not torch.cuda.is_available()}
-    return TrainingArguments(output_dir=str(folder), seed=recipe.seed, **{**options, **recipe.training})
 
 
 def evaluate(
@@ -113,7 +96,8 @@ def evaluate(
             sample = rows.select(range(min(wanted["generated"], len(rows))))
             generated = predict_answers(model, processor, sample, generate=True, **options)
             report["generation_agrees"] = sum(map(str.__eq__, result["predictions"], generated)) / len(sample)
-    draw_routing(statistics, folder / "routing.png", title=f"Routing of {recipe.name} on its evaluation data")
+    if statistics.tables:
+        draw_routing(statistics, folder / "routing.png", title=f"Routing of {recipe.name} on its evaluation data")
     return report
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer
 
 from ..analysis.routing_statistics import RoutingStatistics
+from .parts import part_of, selects
 
 
 class HfMoeTrainer(Trainer):
@@ -17,14 +18,31 @@ class HfMoeTrainer(Trainer):
     An objective's value is its label-weighted mean over the steps since the last log. The routing figures come from
     the last step before a log, so the other steps pay nothing for them. Also moves the model's `training_progress`,
     which schedules in routers read.
+
+    Args:
+        learning_rate_scales: factors on the learning rate of parts of the model, named as in [`train_only`].
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, learning_rate_scales: dict[str, float] | None = None, **kwargs: Any):
+        self.learning_rate_scales = learning_rate_scales or {}
         super().__init__(*args, **kwargs)
         self._objective_sums: dict[str, torch.Tensor] = {}
         self._objective_steps = 0
         self._routing = RoutingStatistics()
         self._progress_holder = next(m for m in self.model.modules() if hasattr(m, "training_progress"))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(*args, **kwargs)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for selector, scale in self.learning_rate_scales.items():
+            for group in list(optimizer.param_groups):
+                chosen = [p for p in group["params"] if selects(selector, names[p], part_of(names[p]))]
+                if chosen:
+                    group["params"] = [p for p in group["params"] if all(p is not other for other in chosen)]
+                    optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * scale})
+        return optimizer
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._progress_holder.training_progress = self.state.global_step / max(self.state.max_steps, 1)

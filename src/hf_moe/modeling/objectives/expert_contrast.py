@@ -5,7 +5,8 @@ mean output of expert e over the row:
 
     L = mean over tokens of -log( exp(y_t . c_e(t) / tau) / sum_e exp(y_t . c_e / tau) )
 
-where the sum runs over the experts that the row uses. A token with several experts has one mixed output, which belongs to none: top-1 routing only.
+where the sum runs over the experts that the row uses. A token with several experts has one mixed output, which belongs
+to none: top-1 routing only.
 
 Source: EvoMoE, arXiv:2505.23830, compares a contrastive loss between experts without giving its form; this one is the
 smallest that needs no expert to run on tokens it was not chosen for.
