@@ -1,0 +1,51 @@
+"""The double of the Hub, and a small complete checkpoint to push to it."""
+
+import shutil
+
+import pytest
+from hub_checkpoints import tiny_config, tiny_model, tiny_processor
+from hub_server import OWNER_TOKEN, HubServer
+from huggingface_hub import constants
+
+
+CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# tiny
+
+checkpoint = "{folder}"  # this folder, or the id of its repository
+ask = pipeline("image-text-to-text", model="{folder}", trust_remote_code=True)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The double; the client of this process talks to it as its owner."""
+    with HubServer(tmp_path / "hub") as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def saved_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    tiny_model(tiny_config(router="moiie", objectives={"load_balance": 0.01})).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    (folder / "README.md").write_text(CARD.format(folder="tiny"))
+    return folder
+
+
+@pytest.fixture
+def checkpoint(saved_checkpoint, tmp_path):
+    """A complete checkpoint that the test may change."""
+    return shutil.copytree(saved_checkpoint, tmp_path / "tiny")
