@@ -15,7 +15,7 @@ COLORS = ("#3b6ea5", "#d98032", "#6a9f58", "#9b6a9e")
 IMAGE = MODALITIES.index("image")
 # In inches, of the panel with the words; and the width of a character there, in parts of the panel's width.
 WORDS_WIDTH = 4.6
-CHARACTER = 0.021
+CHARACTER = 0.0175
 
 
 def draw_importance(
@@ -66,13 +66,13 @@ def draw_importance(
     values = torch.cat([item[mask] for item in found.values()])
     low, high = values.min().item(), max(values.max().item(), values.min().item() + 1e-6)
 
-    figure, canvas = _figure((2.4 + WORDS_WIDTH, 2.5 * len(found) + 0.3))
+    figure, canvas = _figure((2.4 + WORDS_WIDTH, 2.0 * len(found) + 0.3))
     axes = figure.subplots(len(found), 2, squeeze=False, width_ratios=[2.2, WORDS_WIDTH])
     for (image_axes, word_axes), (layer, signals) in zip(axes, found.items(), strict=True):
         grid = signals[patches].view(side, side)
         image_axes.imshow(picture.convert("L"), cmap="gray", extent=(0, side, side, 0), alpha=0.75)
         heat = image_axes.imshow(
-            grid.tolist(), cmap="inferno", vmin=low, vmax=high, alpha=0.55, extent=(0, side, side, 0)
+            grid.tolist(), cmap="inferno", vmin=low, vmax=high, alpha=0.7, extent=(0, side, side, 0)
         )
         image_axes.set_title(f"layer {layer}", color=INK, fontsize=10, loc="left")
         image_axes.set_axis_off()
@@ -80,6 +80,7 @@ def draw_importance(
     scale = figure.colorbar(heat, ax=axes, fraction=0.025, pad=0.02)
     scale.set_label(signal, color=INK, fontsize=9)
     scale.outline.set_visible(False)
+    scale.solids.set_alpha(1.0)
     scale.ax.tick_params(length=0, labelsize=8, colors=INK)
     return _write(figure, canvas, path, title)
 
@@ -137,7 +138,6 @@ def draw_slot_histogram(statistics: RoutingStatistics, path: str | Path, title: 
     axes.set_xlabel("expert slots of a token", color=INK, fontsize=9)
     axes.set_ylabel("share of tokens", color=INK, fontsize=9)
     _dress(axes)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return _write(figure, canvas, path, title)
 
 
@@ -165,9 +165,8 @@ def draw_virtual_share(statistics: RoutingStatistics, path: str | Path, title: s
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_xlabel("layer", color=INK, fontsize=9)
     axes.set_ylabel("share of virtual slots", color=INK, fontsize=9)
-    axes.set_ylim(bottom=0.0)
+    axes.set_ylim(0.0, max(axes.get_ylim()[1], 0.05))
     _dress(axes)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return _write(figure, canvas, path, title)
 
 
@@ -187,6 +186,10 @@ def _dress(axes: Any) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(FAINT)
+    # Above the bars, which may fill the whole panel.
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=INK, ncols=len(MODALITIES), loc="lower left", bbox_to_anchor=(0, 1)
+    )
 
 
 def _write(figure: Any, canvas: Any, path: str | Path, title: str | None) -> Path:
