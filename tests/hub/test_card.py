@@ -1,9 +1,11 @@
 import hashlib
+import json
 import re
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -11,6 +13,7 @@ from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor
 from hf_moe.construction.pretrained import square_image_processor
 from hf_moe.construction.tokenizer import train_word_tokenizer
 from hf_moe.hub.card import write_card
+from hf_moe.hub.evaluation import check_evaluation
 
 
 REPORT = {
@@ -127,6 +130,47 @@ def test_the_snippets_of_the_card_answer_a_question(saved, index, monkeypatch, c
     Image.new("RGB", (20, 20), (200, 40, 90)).save("picture.png")
     exec(compile(code, "card", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_hub_reads_the_results_and_people_find_the_numbers(saved):
+    card_of(saved, datasets=["easy-vqa"])
+    folder = saved[0]
+    assert json.loads((folder / "evaluation.json").read_text()) == REPORT
+    entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results" / "easy-vqa.yaml").read_text()))
+    assert {(entry.dataset_id, entry.task_id, entry.value) for entry in entries} == {
+        ("easy-vqa", "default", 0.93612),
+        ("easy-vqa", "color", 0.91234),
+        ("easy-vqa", "shape", 0.97654),
+    }
+    check_evaluation(folder)
+
+
+def test_files_of_an_earlier_report_go(saved):
+    card_of(saved, datasets=["easy-vqa"])
+    card_of(saved, report={})
+    assert not (saved[0] / "evaluation.json").exists()
+    assert not (saved[0] / ".eval_results").exists()
+    check_evaluation(saved[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("README.md", "| 0.9361 |", "| 0.9461 |", "README.md: 0.9461"),
+        ("README.md", "9,673 questions", "9,999 questions", "README.md: 9,999"),
+        ("README.md", "value: 0.91234", "value: 0.99", r"metadata: Accuracy \(color\) 0.99"),
+        ("evaluation.json", '"blind_accuracy": 0.65123', '"blind_accuracy": 0.1', "README.md: 0.6512"),
+        (".eval_results/easy-vqa.yaml", "value: 0.97654", "value: 0.98", "easy-vqa.yaml: 0.98"),
+    ],
+)
+def test_a_result_without_a_file_behind_it_is_an_error(saved, file, old, new, message):
+    card_of(saved, datasets=["easy-vqa"])
+    path = saved[0] / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        check_evaluation(saved[0])
 
 
 def test_a_text_model_gets_a_text_card(tmp_path):

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, constants
 
 from hf_moe.cli import main
 from hf_moe.hub import push
+from hf_moe.hub.evaluation import write_evaluation
 from hf_moe.hub.push import PushError, push_checkpoint
 
 
@@ -259,6 +260,25 @@ def test_an_incomplete_checkpoint_is_refused(hub, checkpoint, name):
     with pytest.raises(FileNotFoundError, match=name):
         push_checkpoint(checkpoint, REPO)
     assert not hub.requests
+
+
+def test_a_card_with_an_invented_result_is_refused(hub, checkpoint):
+    with (checkpoint / "README.md").open("a") as card:
+        card.write("\n## Results\n\n| all | 0.9990 |\n")
+    with pytest.raises(ValueError, match="results that evaluation.json does not hold: README.md: 0.9990"):
+        push_checkpoint(checkpoint, REPO)
+    assert not hub.requests
+
+
+def test_the_hub_shows_the_results_of_the_evaluation_files(hub, checkpoint):
+    numbers = {"accuracy": 0.75, "accuracy_by_question_type": {"yes/no": 0.5}}
+    write_evaluation(checkpoint, numbers, ["owner/questions"])
+    push_checkpoint(checkpoint, REPO)
+    results = HfApi().model_info(REPO, expand=["evalResults"]).eval_results
+    assert [(result.dataset_id, result.task_id, result.value) for result in results] == [
+        ("owner/questions", "default", 0.75),
+        ("owner/questions", "yes_no", 0.5),
+    ]
 
 
 def test_the_command_dry_runs_without_a_request_then_pushes(hub, checkpoint, capsys):

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..configuration.configuration_hf_moe import at_layer
 from ..configuration.systems import load_preset
 from .bundle import used_mechanisms
+from .evaluation import scores, write_evaluation
 
 
 # Beside this file in an installed package, in its own folder in the repository.
@@ -31,9 +32,9 @@ def write_card(
     datasets: Sequence[str] = (),
     license: str = "apache-2.0",
 ) -> Path:
-    """Write README.md into a saved checkpoint.
+    """Write README.md into a saved checkpoint, and beside it the evaluation files that its numbers come from.
 
-    Every number comes from the report; what it does not hold is left out.
+    What the report does not hold is left out.
 
     Args:
         folder: the checkpoint, with its code: the model and the processor have been saved to it.
@@ -65,6 +66,7 @@ def write_card(
     except ImportError as error:
         raise ImportError("Model cards need jinja2: pip install 'hf-moe[train]'") from error
 
+    report = write_evaluation(folder, report, datasets)
     config = model.config
     multimodal = config.vision_config is not None
     metadata = ModelCardData(
@@ -105,19 +107,17 @@ def write_card(
 
 def _eval_results(report: dict[str, Any], datasets: Sequence[str]) -> list[EvalResult] | None:
     """Return the accuracies as the Hub's model index wants them; it lists no result without a data set."""
-    by_type = report.get("accuracy_by_question_type", {})
-    named = {"Accuracy": report.get("accuracy")} | {f"Accuracy ({kind})": value for kind, value in by_type.items()}
     results = [
         EvalResult(
             task_type="image-text-to-text",
             dataset_type=datasets[0],
             dataset_name=datasets[0],
             metric_type="accuracy",
-            metric_name=name,
+            metric_name="Accuracy" if kind is None else f"Accuracy ({kind})",
             metric_value=value,
         )
-        for name, value in named.items()
-        if datasets and value is not None
+        for kind, value in scores(report).items()
+        if datasets
     ]
     return results or None
 

@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 
+from .evaluation import check_evaluation
 from .leaks import find_leaks
 
 
@@ -91,8 +92,8 @@ def push_checkpoint(
 
     Raises:
         FileNotFoundError: if the checkpoint is incomplete.
-        ValueError: if it holds what must not be published, naming file and line, or an option contradicts the
-            repository.
+        ValueError: if it holds what must not be published, naming file and line, if its card states a result that no
+            evaluation file holds, or if an option contradicts the repository.
         PushError: if the Hub refuses or cannot be reached.
     """
     folder = Path(folder)
@@ -102,6 +103,7 @@ def push_checkpoint(
     leaks = find_leaks(folder, files)
     if leaks:
         raise ValueError(f"{folder} holds what should not be published, remove it first:\n  " + "\n  ".join(leaks))
+    check_evaluation(folder)
     if dry_run:
         return PushResult(repo_id, None, None, files, None, _snippet(folder, repo_id, "main"))
 
