@@ -201,7 +201,8 @@ def train_toy(router_class: type, steps: int, seed: int = 0, budget_coef: float 
     torch.manual_seed(seed)
     task = SkillCount(seed)
     spec = MoELayerSpec(0, 48, 16, 4, 24)
-    options = {"min_slots": 1, "max_slots": 12, "probe_slot": True} if router_class is AnyExpertsRouter else {}
+    # Without the probe, tokens at K_min never learn that another slot would help: the error is above that of top-4.
+    options = {"min_slots": 2, "max_slots": 12, "probe_slot": True} if router_class is AnyExpertsRouter else {}
     router = router_class(spec, **options)
     experts = FfnExperts(SimpleNamespace(_experts_implementation="ragged"), spec)
     router.initialize(0.1)
