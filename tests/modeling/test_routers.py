@@ -414,7 +414,7 @@ def test_deepseek_v3_reproduces_the_block_of_transformers(norm):
     hidden = make_hidden(context)
     output = copy_experts(make_spec(), block.experts)(hidden, router(hidden, context))
     states = hidden.view(3, 10, HIDDEN)
-    expected = block(states) - block.shared_expert(states)
+    expected = block(states) - block.shared_experts(states)
     torch.testing.assert_close(output, expected.view(-1, HIDDEN), atol=1e-5, rtol=0)
 
 
