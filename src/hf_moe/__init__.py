@@ -20,6 +20,7 @@ _LAZY = {
     "HfMoeModel": "modeling.modeling_hf_moe",
     "HfMoeProcessor": "modeling.processing_hf_moe",
     "MoELayerSpec": "modeling.routing",
+    "MoeLoraConfig": "adapters",
     "Objective": "modeling.routing",
     "ParameterMixture": "modeling.routing",
     "Router": "modeling.routing",

@@ -1,0 +1,107 @@
+"""How the objectives of an adapter enter the loss that the base model returns.
+
+    loss = base loss + sum_r (n_r / N) * sum_o coef_o * A_o[r]
+
+with n_r the labels of row r and N those of the optimizer step, exactly as in our own models (`modeling/auxiliary.py`).
+Labels that are not one per token, as in classification, count one a row.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from ..modeling.routing import Router
+from .layer import MoeLoraLayer
+from .routing import AdapterContext, pass_context, root_inputs
+
+
+def tuner_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
+    """Yield the layers with LoRA experts, in the order of the model."""
+    return (module for module in model.modules() if isinstance(module, MoeLoraLayer))
+
+
+def install_hooks(model: nn.Module) -> list[Any]:
+    """Hook the context and the objectives to the root's forward, once; return the handles of the new hooks."""
+    if any(hook is pass_context for hook in model._forward_pre_hooks.values()):
+        return []
+    return [
+        model.register_forward_pre_hook(pass_context, with_kwargs=True),
+        model.register_forward_hook(add_objectives, with_kwargs=True),
+    ]
+
+
+def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Hook after the root's forward: add the objectives of the active adapters to the loss.
+
+    Raises:
+        ValueError: if there is no loss to add them to, or reentrant checkpointing has cut their gradient.
+    """
+    context: AdapterContext | None = kwargs.get("moe_lora_context")
+    inputs = root_inputs(model, args, kwargs)
+    if context is None or inputs.get("labels") is None:
+        return
+    routers = list(_deciding_routers(model, context))
+    if model.training:
+        _end_finished_step(model, routers)
+    for layer in tuner_layers(model):
+        for adapter_name, losses in layer.moe_lora_objectives.items():
+            if adapter_name not in context.decisions:
+                continue
+            if not isinstance(output, ModelOutput) or output.get("loss") is None:
+                raise ValueError(
+                    f"The objectives of adapter {adapter_name!r} are added to the loss that {type(model).__name__} "
+                    "returns, and it returned none: call it with return_dict=True."
+                )
+            _check_gradient(adapter_name, context, routers)
+            context.tokens.decisions = context.decisions[adapter_name]
+            labels = _labels_per_token(inputs["labels"], context)
+            loss, _ = losses(context.tokens, labels, inputs.get("num_items_in_batch"))
+            output.loss = output.loss + loss.to(output.loss.device)
+    if model.training:
+        for adapter_name, router in routers:
+            router.accumulate(context.decisions[adapter_name][router.spec.layer_idx], context.tokens)
+
+
+def _deciding_routers(model: nn.Module, context: AdapterContext) -> Iterator[tuple[str, Router]]:
+    """Yield adapter and router of every decision of a forward pass."""
+    for layer in tuner_layers(model):
+        for adapter_name, router in layer.moe_lora_router.items():
+            if router.spec.layer_idx in context.decisions.get(adapter_name, {}):
+                yield adapter_name, router
+
+
+def _labels_per_token(labels: torch.Tensor, context: AdapterContext) -> torch.Tensor:
+    if labels.shape == context.tokens.token_mask.shape:
+        return labels
+    return labels.new_zeros(len(context.tokens.token_mask), 2, dtype=torch.long)  # one label a row, after the shift
+
+
+def _check_gradient(adapter_name: str, context: AdapterContext, routers: list[tuple[str, Router]]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, router in routers:
+        trained = any(parameter.requires_grad for parameter in router.parameters())
+        if name == adapter_name and trained:
+            probs = context.decisions[name][router.spec.layer_idx].router_probs  # type: ignore[union-attr]
+            if probs is not None and not probs.requires_grad:
+                raise ValueError(
+                    "Reentrant gradient checkpointing cuts the gradient of the objectives: pass "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}, or leave the objectives out."
+                )
+
+
+def _end_finished_step(model: nn.Module, routers: list[tuple[str, Router]]) -> None:
+    """Close the statistics of the previous optimizer step if its gradients have been cleared, as our models do."""
+    for adapter_name in {name for name, _ in routers}:
+        own = [router for name, router in routers if name == adapter_name]
+        watched = next((p for router in own for p in router.parameters() if p.requires_grad), None)
+        if watched is None or watched.grad is not None:
+            continue
+        for router in own:
+            router.end_step()
+        for layer in tuner_layers(model):
+            if adapter_name in layer.moe_lora_objectives:
+                layer.moe_lora_objectives[adapter_name].end_step()

@@ -1,0 +1,72 @@
+"""The configuration refuses what cannot work, and the method is registered with PEFT the way PEFT wants it."""
+
+import enum
+
+import pytest
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+
+from hf_moe import MoeLoraConfig
+from hf_moe.adapters.config import add_peft_type
+from hf_moe.adapters.model import MoeLoraModel
+
+
+def test_the_method_is_a_member_of_pefts_enum_and_registered():
+    member = PeftType("MOE_LORA")
+    assert member is PeftType.MOE_LORA is PeftType["MOE_LORA"] and member in list(PeftType)
+    assert member == "MOE_LORA" and member.value.lower() == "moe_lora"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is MoeLoraConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[member] is MoeLoraModel
+    assert add_peft_type("MOE_LORA") is member
+
+
+def test_an_enum_that_takes_no_members_is_a_clear_error():
+    class Closed(type(PeftType)):
+        def __setattr__(cls, name, value):
+            if name == "MOE_LORA":
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    class ClosedType(enum.StrEnum, metaclass=Closed):
+        LORA = "LORA"
+
+    with pytest.raises(RuntimeError, match="takes no new member 'MOE_LORA'"):
+        add_peft_type("MOE_LORA", ClosedType)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"r": 0}, "r=0"),
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5"),
+        ({"rank_pattern": {"q_proj": 0}}, "q_proj=0"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"router": "top_q"}, "top_k"),
+        ({"router": {"name": "top_k", "norm_top_prob": False}}, "norm_topk_prob"),
+        ({"router": {"norm_topk_prob": False}}, "needs the key 'name'"),
+        ({"router": "switch_transformer"}, "num_experts_per_tok"),
+        ({"router_input": "layer"}, "'decoder_layer', 'target'"),
+        ({"objectives": {"load_balanced": 0.1}}, "load_balance"),
+        ({"objectives": {"router_z": -1.0}}, "must be >= 0"),
+        ({"layers_pattern": "layers"}, "layers_to_transform"),
+    ],
+)
+def test_a_field_that_cannot_work_is_refused_at_once(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MoeLoraConfig(target_modules=["q_proj"], **fields)
+
+
+def test_a_configuration_comes_back_from_disk_as_it_was(tmp_path):
+    config = MoeLoraConfig(
+        r=4,
+        num_experts=8,
+        target_modules=["q_proj", "down_proj"],
+        router={"name": "top_k", "score_function": "sigmoid"},
+        router_input="target",
+        objectives={"load_balance": {"coef": 0.01, "scope": "sequence"}},
+        rank_pattern={"down_proj": 2},
+    )
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()

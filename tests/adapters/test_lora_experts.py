@@ -1,0 +1,253 @@
+"""LoRA experts on hosts of every kind: what they compute, and that nothing of them stays behind."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_moe import MoeLoraConfig
+from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.routing import ACTIVE_LAYER
+
+
+TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+
+
+def adapt(model, adapter="default", **fields):
+    fields.setdefault("target_modules", TARGETS)
+    return get_peft_model(model, MoeLoraConfig(**fields), adapter_name=adapter).eval()
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+
+
+ROUTERS = [
+    {"router": "top_k"},
+    {"router": "top_k", "num_experts_per_tok": 4},
+    {"router": "switch_transformer", "num_experts_per_tok": 1},
+    {"router": "adamoe", "num_experts_per_tok": 3},
+    {"router": "moiie"},
+    {"num_experts": 24, "r": 8},
+]
+
+
+@pytest.mark.parametrize("router_input", ["decoder_layer", "target"])
+@pytest.mark.parametrize("fields", ROUTERS, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_a_fresh_adapter_changes_nothing_and_a_trained_one_trains_all_it_holds(
+    llama, text, randomise, fields, router_input
+):
+    base = logits(llama(), text)
+    model = adapt(llama(), router_input=router_input, **fields)
+    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    randomise(model)
+    assert (logits(model, text) - base).abs().max() > 0.1
+    model.train()(**text).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "moe_lora_" in name}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == (name in trained), name
+
+
+def test_the_output_is_that_of_a_loop_over_tokens_and_experts(llama, text, randomise):
+    model = adapt(llama(), target_modules=["up_proj"], r=3, lora_alpha=6)
+    randomise(model)
+    layer = next(tuner_layers(model))
+    seen = {}
+
+    def record(module, args, output):
+        seen.update(x=args[0].detach(), output=output.detach(), hidden=ACTIVE_LAYER.get().hidden_states.detach())
+
+    layer.register_forward_hook(record)
+    logits(model, text)
+    x, output, hidden = seen["x"], seen["output"], seen["hidden"]
+    lora_a, lora_b = layer.moe_lora_A["default"], layer.moe_lora_B["default"]
+    for row, position in ((0, 0), (0, 8), (1, 5)):
+        probs = (layer.moe_lora_router["default"].weight @ hidden[row, position]).softmax(-1)
+        weight, chosen = probs.topk(2)
+        expected = layer.base_layer(x[row, position])
+        for expert, share in zip(chosen, weight / weight.sum(), strict=True):
+            expected = expected + 2.0 * share * lora_b[expert] @ lora_a[expert] @ x[row, position]
+        torch.testing.assert_close(output[row, position], expected, atol=1e-5, rtol=1e-5)
+    padded = layer.base_layer(x[1, 0])
+    torch.testing.assert_close(output[1, 0], padded, atol=1e-6, rtol=0)
+
+
+def test_one_router_a_decoder_layer_is_shared_by_its_targets_and_runs_once(llama, text):
+    model = adapt(llama())
+    routers = [layer.moe_lora_router["default"] for layer in tuner_layers(model) if layer.moe_lora_router]
+    assert len(routers) == 2 and [router.spec.layer_idx for router in routers] == [0, 1]
+    calls = []
+    for router in routers:
+        router.register_forward_hook(lambda module, args, output: calls.append(module))
+    logits(model, text)
+    assert calls == routers
+    own = adapt(llama(), router_input="target")
+    widths = [layer.moe_lora_router["default"].spec.hidden_size for layer in tuner_layers(own)]
+    assert widths == [32, 32, 32, 48] * 2
+
+
+def test_other_ranks_alphas_and_the_rank_stabilised_scaling(llama):
+    model = adapt(
+        llama(), r=4, lora_alpha=8, use_rslora=True, rank_pattern={"down_proj": 16}, alpha_pattern={"q_proj": 2}
+    )
+    scaling = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "moe_lora_A"):
+            scaling[name.rsplit(".", 1)[1]] = (layer.moe_lora_A["default"].shape[1], layer.scaling["default"])
+    assert scaling == {"q_proj": (4, 1.0), "v_proj": (4, 4.0), "gate_proj": (4, 4.0), "down_proj": (16, 2.0)}
+
+
+def test_padding_and_other_rows_do_not_reach_a_token(llama, text, randomise):
+    model = adapt(llama())
+    randomise(model)
+    together = logits(model, text)
+    alone = logits(model, {"input_ids": text["input_ids"][1:, 3:]})
+    torch.testing.assert_close(together[1:, 3:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_generation_with_a_cache_equals_generation_without(llama, text, randomise):
+    model = adapt(llama())
+    randomise(model)
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(**inputs, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(**inputs, use_cache=False, **options))
+
+
+def test_modality_reaches_the_routers_of_our_own_models(own_model, image_rows, randomise):
+    base = logits(own_model(), image_rows)
+    targets = r".*language_model.*(q_proj|down_proj)"  # the MoE layer has no linear layer
+    model = adapt(own_model(), target_modules=targets, router="moiie")
+    torch.testing.assert_close(logits(model, image_rows), base, atol=1e-6, rtol=0)
+    randomise(model)
+    chosen = []
+    layer = next(tuner_layers(model))
+    layer.moe_lora_router["default"].register_forward_hook(lambda m, a, output: chosen.append(output.expert_index))
+    logits(model, image_rows)
+    image = (image_rows["input_ids"] == 60).flatten()
+    assert (chosen[0][image] < 3).all() and (chosen[0][~image] >= 1).all()
+    restored = model.unload()
+    torch.testing.assert_close(logits(restored, image_rows), base, atol=1e-6, rtol=0)
+
+
+def test_a_vision_transformer_takes_routers_that_read_hidden_states_alone(vit, randomise):
+    pixels = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    base = logits(vit(), pixels)
+    for router_input in ("target", "decoder_layer"):
+        model = adapt(vit(), target_modules="all-linear", router_input=router_input, modules_to_save=["classifier"])
+        torch.testing.assert_close(logits(model, pixels), base, atol=1e-6, rtol=0)
+        randomise(model)
+        model(**pixels, labels=torch.tensor([0, 2])).loss.backward()
+        assert all(p.grad is not None for name, p in model.named_parameters() if "moe_lora_" in name)
+    with pytest.raises(ValueError, match="reads the modality"):
+        adapt(vit(), target_modules="all-linear", router="moiie", router_input="target")
+    with pytest.raises(ValueError, match="padding must not count"):
+        adapt(vit(), target_modules="all-linear", objectives={"router_z": 0.1})
+
+
+def test_transposed_linear_layers_are_targets_too(text, randomise):
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)
+    host = GPT2LMHeadModel(config).eval()
+    base = logits(host, text)
+    model = adapt(host, target_modules=["c_attn", "c_fc", "c_proj"])
+    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    randomise(model)
+    assert (logits(model, text) - base).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"target_modules": ["embed_tokens"]}, "is a Embedding"),
+        ({"target_modules": ["lm_head"]}, "lies in no decoder layer"),
+    ],
+)
+def test_targets_that_cannot_work_are_refused(llama, fields, message):
+    with pytest.raises(ValueError, match=message):
+        adapt(llama(), **fields)
+
+
+def test_two_adapters_with_other_targets_and_numbers_of_experts_live_side_by_side(llama, text, randomise):
+    base = logits(llama(), text)
+    model = adapt(llama(), adapter="first", target_modules=["q_proj", "down_proj"])
+    model.add_adapter("second", MoeLoraConfig(num_experts=24, target_modules=["v_proj", "down_proj"], router="adamoe"))
+    randomise(model)
+    first = logits(model, text)
+    model.set_adapter("second")
+    second = logits(model, text)
+    assert (first - second).abs().max() > 0.1
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    model.base_model.set_adapter(["first", "second"])
+    assert (logits(model, text) - first).abs().max() > 0.1
+    model.set_adapter("first")
+    torch.testing.assert_close(logits(model, text), first)
+    model.delete_adapter("first")
+    model.set_adapter("second")
+    torch.testing.assert_close(logits(model, text), second)
+
+
+def test_nothing_stays_behind(llama, own_model, text):
+    for build in (llama, own_model):
+        untouched = build()
+        classes = [type(module) for module in untouched.modules()]
+        for leave in ("unload", "delete_adapter"):
+            model = adapt(build(), target_modules=["q_proj", "v_proj"])
+            assert [type(module) for module in model.base_model.model.modules()] != classes
+            if leave == "delete_adapter":
+                model.delete_adapter("default")
+            host = model.unload()
+            assert [type(module) for module in host.modules()] == classes
+            assert not host._forward_pre_hooks and not host._forward_hooks
+            torch.testing.assert_close(logits(host, text), logits(untouched, text), atol=0, rtol=0)
+
+
+def test_deleting_the_last_adapter_gives_the_layers_their_class_back(llama):
+    model = adapt(llama())
+    layer = model.base_model.model.model.layers[0]
+    adapted = type(layer)
+    assert adapted.__name__ == "LlamaDecoderLayer"
+    model.delete_adapter("default")
+    assert type(layer) is adapted.__mro__[1]
+    assert not model.base_model.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_independent_and_routes_with_its_own_router(llama, own_model, text, randomise, duplicate):
+    for build in (llama, own_model):
+        model = adapt(build(), target_modules=["q_proj", "v_proj"])
+        randomise(model)
+        expected = logits(model, text)
+        twin = duplicate(model)
+        randomise(model, seed=1)
+        torch.testing.assert_close(logits(twin, text), expected)
+        assert (logits(model, text) - expected).abs().max() > 0.01
+
+
+def test_merging_is_refused_with_the_reason(llama):
+    model = adapt(llama())
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="depends on the token"):
+            merge()
+
+
+def test_every_target_of_a_layer_uses_one_sort(llama, text, monkeypatch):
+    made = []
+    original = ExpertSlots.by_expert.func
+
+    def spy(self):
+        made.append(self)
+        return original(self)
+
+    prop = type(ExpertSlots.__dict__["by_expert"])(spy)
+    prop.__set_name__(ExpertSlots, "by_expert")
+    monkeypatch.setattr(ExpertSlots, "by_expert", prop)
+    logits(adapt(llama(), num_experts=24), text)
+    assert len(made) == 2
