@@ -43,8 +43,8 @@ def largest_difference(model, reference):
     return (logits - reference["logits"]).abs().max().item()
 
 
-def open_model(folder: Path, reference: dict) -> dict:
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+def open_model(source: Path | str, reference: dict, **options) -> dict:
+    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, **options)
     ids = model.generate(**reference["inputs"], max_new_tokens=5, do_sample=False)
     return {
         "class": type(model).__name__,
@@ -53,8 +53,8 @@ def open_model(folder: Path, reference: dict) -> dict:
     }
 
 
-def open_processor(folder: Path, reference: dict) -> dict:
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+def open_processor(source: Path | str, reference: dict, **options) -> dict:
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **options)
     inputs = processor(images=[sample_image()], text=[reference["text"]], return_tensors="pt")
     # Without torchvision Transformers takes its Pillow image processor, which rounds otherwise.
     equal = [
