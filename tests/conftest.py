@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor
+from hf_moe.modeling import registry
 
 
 WORDS = (
@@ -20,6 +21,17 @@ CHAT_TEMPLATE = (
     "{% if message.role == 'assistant' %}</s> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def forget_registered_mechanisms():
+    """Forget the mechanisms that a test registers from outside the package; the package's own stay once imported."""
+    before = {kind: set(registry.registered(kind)) for kind in registry.KINDS}
+    yield
+    for kind, known in before.items():
+        for name, cls in registry.registered(kind).items():
+            if name not in known and not cls.__module__.startswith("hf_moe."):
+                del registry._REGISTERED[kind][name]
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from hf_moe import cli
-from hf_moe.modeling import registry
 from hf_moe.training.recipe import load_recipe
 
 
@@ -54,10 +53,9 @@ def run_page(page: Path, folder: Path) -> dict:
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
-    """An empty current folder that can be imported from; what is registered or imported there is forgotten."""
+    """An empty current folder that can be imported from; what is imported there is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(registry, "_REGISTERED", {kind: registry.registered(kind) for kind in registry.KINDS})
     before = set(sys.modules)
     yield tmp_path
     for name, module in list(sys.modules.items()):

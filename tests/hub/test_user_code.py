@@ -8,7 +8,6 @@ from hub_checkpoints import tiny_config
 
 from hf_moe.hub.bundle import bundle_files
 from hf_moe.hub.flatten import flatten
-from hf_moe.modeling import registry
 
 
 ROUTER = """
@@ -26,7 +25,6 @@ class MyRouter(Router):
 def write_router(tmp_path, monkeypatch):
     """Return a function that writes `my_router.py` with further imports; the router is forgotten after the test."""
     monkeypatch.syspath_prepend(tmp_path)
-    before = dict(registry._REGISTERED["router"])
 
     def write(imports="", name="mine", file="my_router.py"):
         path = tmp_path / file
@@ -34,7 +32,6 @@ def write_router(tmp_path, monkeypatch):
         return path
 
     yield write
-    registry._REGISTERED["router"] = before
     for module in [
         name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))
     ]:

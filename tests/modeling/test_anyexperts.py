@@ -18,7 +18,7 @@ from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingConte
 def make_router(seed: int = 0, hidden_size: int = 24, num_experts: int = 16, **options) -> AnyExpertsRouter:
     torch.manual_seed(seed)
     spec = MoELayerSpec(0, hidden_size, num_experts, 4, 16)
-    router = AnyExpertsRouter(spec, **{"min_slots": 2, "max_slots": 12, **options})
+    router = AnyExpertsRouter(spec, **{"min_slots": 2, "max_slots": 12, "probe_slot": False, **options})
     router.initialize(0.3)
     return router
 

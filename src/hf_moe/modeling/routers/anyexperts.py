@@ -67,7 +67,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
         normalise: `"filled"` as above, or `"none"`: weights are the plain probabilities over the real experts, as in
             hosts with `norm_topk_prob=False`.
         probe_slot: in training, also evaluate the first unused slot at weight 0, so that a token can learn that it
-            wants one more.
+            wants one more. It costs one expert row per token; without it tokens stay at K_min on our toy.
         bias_update_rate: > 0 balances the real experts by a bias on the choice in place of a loss.
 
     Raises:
@@ -88,7 +88,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
         importance_hidden: int | None = None,
         ste_tau: float = 0.5,
         normalise: str = "filled",
-        probe_slot: bool = False,
+        probe_slot: bool = True,
         bias_update_rate: float = 0.0,
     ):
         super().__init__(spec, (spec.num_experts,), bias_update_rate)
