@@ -35,7 +35,9 @@ lint: $(STAMP)
 
 # Regenerates every table under benchmarks/.
 bench: $(STAMP)
-	$(RUN) benchmarks/dispatch.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/dispatch.py
+	$(RUN) benchmarks/easyvqa.py --recipe easyvqa_demo --seeds 3
+	$(RUN) benchmarks/easyvqa.py --recipe smollm2_easyvqa
 
 # Regenerates the configuration reference from the code.
 docs: $(STAMP)

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _list(args: argparse.Namespace) -> int:
     if args.what == "systems":
         for system in list_systems():
-            print(f"{system['key']:24} {system['title']} (arXiv:{system['arxiv']})")
+            source = f" (arXiv:{system['arxiv']})" if system["arxiv"] else ""
+            print(f"{system['key']:24} {system['title']}{source}")
     else:
         for kind in KINDS:
             print(f"{kind + ':':11} {', '.join(list_mechanisms(kind))}")
