@@ -1,4 +1,4 @@
-"""The command line: `hf-moe build`, `hf-moe train`, `hf-moe push` and `hf-moe list`."""
+"""The command line: `hf-moe build`, `train`, `inspect`, `push` and `list`."""
 
 import argparse
 import importlib
@@ -13,6 +13,7 @@ from .configuration.systems import list_systems
 # needs packages that the others do not.
 COMMANDS = {
     "build": ("hf_moe.construction.command", "make a checkpoint from a decoder, a vision tower and a system"),
+    "inspect": ("hf_moe.hub.inspection", "show what a checkpoint is, without loading it"),
     "push": ("hf_moe.hub.push", "upload a checkpoint to the Hub, in one commit"),
     "train": ("hf_moe.training.run", "run a recipe: data, model, training, evaluation, checkpoint"),
 }

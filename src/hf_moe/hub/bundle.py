@@ -123,8 +123,8 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
     return write
 
 
-def used_mechanisms(config: Any) -> dict[str, dict[str, type]]:
-    """Return the classes of the mechanisms that a model of this config builds, by kind and name."""
+def used_names(config: Any) -> dict[str, list[str]]:
+    """Return the names of the mechanisms that a model of this config builds, by kind."""
     names: dict[str, set[str]] = {kind: set() for kind in KINDS}
     for layer in config.moe_layers():
         for kind in ("router", "experts"):
@@ -132,7 +132,12 @@ def used_mechanisms(config: Any) -> dict[str, dict[str, type]]:
     names["objective"] = set(config.moe_config.objectives)
     if config.vision_config is not None:
         names["connector"].add(config.connector["name"])
-    return {kind: {name: get_mechanism(kind, name) for name in sorted(used)} for kind, used in names.items()}
+    return {kind: sorted(used) for kind, used in names.items()}
+
+
+def used_mechanisms(config: Any) -> dict[str, dict[str, type]]:
+    """Return the classes of the mechanisms that a model of this config builds, by kind and name."""
+    return {kind: {name: get_mechanism(kind, name) for name in names} for kind, names in used_names(config).items()}
 
 
 def bundle_files(entry_files: list[Path], mechanisms: dict[str, dict[str, type]]) -> dict[str, str]:

@@ -1,0 +1,297 @@
+"""`hf-moe inspect`: what a checkpoint is, read from its config, its code and the headers of its weights.
+
+Neither weights nor code are loaded: of a repository on the Hub only the small files and the first bytes of the weights
+are fetched, and no line of it runs.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download, parse_local_safetensors_file_metadata
+from huggingface_hub.utils import SafetensorsFileMetadata, httpx
+
+from ..configuration.configuration_hf_moe import HfMoeConfig, at_layer
+from ..modeling.mechanisms import get_mechanism, mechanism_names
+from .bundle import CONFIGURATION, MODELING, PROCESSING, bundle_files, used_names
+
+
+# The first that matches gives the group of a tensor.
+GROUPS = {
+    "vision tower": r"vision_tower\.",
+    "connector": r"connector\.",
+    "objectives": r"^objectives\.",
+    "routers": r"\.gate\.",
+    "routed experts": r"\.experts\.",
+    "shared experts": r"\.shared_experts?\.",
+    "embeddings": r"\.(embed|wte)|^lm_head\.",
+    "rest of the decoder": "",
+}
+DECODER = ("routers", "shared experts", "embeddings", "rest of the decoder")
+# Counters and running statistics: state of a model, no parameters.
+STATE = re.compile(r"^objectives\.|\.running_(mean|var)$|\.num_batches_tracked$")
+SAME, OTHER, UNKNOWN = "as installed", "differs from the installed one", "not part of the package"
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a checkpoint, here or on the Hub."""
+
+    names: list[str]
+    commit: str | None
+    text: Callable[[str], str]
+    header: Callable[[str], SafetensorsFileMetadata]
+
+
+def inspect_checkpoint(
+    source: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, Any]:
+    """Describe a checkpoint without loading it.
+
+    Args:
+        source: a folder, or the name of a repository.
+        revision: of the repository.
+        token: as in `huggingface_hub`.
+
+    Returns:
+        `commit`, `system`, `num_hidden_layers`, `layers` (the kinds of MoE layer), `parameters_total`,
+        `parameters_active` (of the decoder, for a token all of whose K slots are filled: by modality, or by bank
+        where the layers have isolated banks), `bytes` and `parameters` by group, `mechanisms` with their sources,
+        `code` (file, SHA-256, how it compares with the installed package) and `problems`. The headers do not tell a
+        parameter from a saved buffer: a router's balancing bias counts as one.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or no config in it.
+        ValueError: if it is no checkpoint of this library.
+        OSError: if the Hub refuses or cannot be reached.
+    """
+    files = _local(Path(source)) if _is_path(str(source)) else _remote(str(source), revision, token)
+    if "config.json" not in files.names:
+        raise FileNotFoundError(f"{source} holds no config.json: it is no checkpoint.")
+    plain = json.loads(files.text("config.json"))
+    if plain.get("model_type") != HfMoeConfig.model_type:
+        raise ValueError(
+            f"{source} is a checkpoint of model_type {plain.get('model_type')!r}; hf-moe inspects "
+            f"{HfMoeConfig.model_type!r}."
+        )
+    config = HfMoeConfig.from_dict(plain)
+    tensors = {
+        name: tensor
+        for file in files.names
+        if re.fullmatch(r"[^/]+\.safetensors", file)
+        for name, tensor in files.header(file).tensors.items()
+    }
+    groups: dict[str, dict[str, int]] = {group: {"parameters": 0, "bytes": 0} for group in GROUPS}
+    for name, tensor in tensors.items():
+        group = groups[_group(name)]
+        group["bytes"] += tensor.data_offsets[1] - tensor.data_offsets[0]
+        group["parameters"] += 0 if STATE.search(name) else math.prod(tensor.shape)
+    groups = {name: group for name, group in groups.items() if group["bytes"]}
+    code, problems = _code(files, config)
+    return {
+        "source": str(source),
+        "commit": files.commit,
+        "system": config.system,
+        "num_hidden_layers": config.text_config.num_hidden_layers,
+        "layers": _layers(config, tensors),
+        "parameters_total": sum(group["parameters"] for group in groups.values()),
+        "parameters_active": _active(config, tensors, groups),
+        "groups": groups,
+        "mechanisms": _mechanisms(files),
+        "code": code,
+        "problems": problems,
+    }
+
+
+def _is_path(source: str) -> bool:
+    return Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def _local(folder: Path) -> _Files:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    return _Files(
+        names=sorted(path.name for path in folder.iterdir() if path.is_file()),
+        commit=None,
+        text=lambda name: (folder / name).read_text(encoding="utf-8"),
+        header=lambda name: parse_local_safetensors_file_metadata(folder / name),
+    )
+
+
+def _remote(repo_id: str, revision: str | None, token: str | bool | None) -> _Files:
+    api = HfApi(token=token)
+    try:
+        info = api.model_info(repo_id, revision=revision)
+    except httpx.TransportError as error:
+        raise OSError(
+            f"{repo_id} is no folder here, and {api.endpoint} cannot be reached ({type(error).__name__}: {error})."
+        ) from error
+
+    def text(name: str) -> str:
+        path = hf_hub_download(repo_id, name, revision=info.sha, token=token, endpoint=api.endpoint)
+        return Path(path).read_text(encoding="utf-8")
+
+    return _Files(
+        names=sorted(sibling.rfilename for sibling in info.siblings or []),
+        commit=info.sha,
+        text=text,
+        header=lambda name: api.parse_safetensors_file_metadata(repo_id, name, revision=info.sha),
+    )
+
+
+def _group(name: str) -> str:
+    return next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
+
+
+def _expert_tensors(tensors: dict[str, Any], layer: int, bank: str | None = None) -> dict[str, Any]:
+    """Return the tensors of a layer's routed experts, stacked or one per expert as the host's files have them."""
+    inside = re.compile(rf"^[^0-9]*\.{layer}\.(.*\.)?experts\.{re.escape(bank) + '[.]' if bank else ''}")
+    return {
+        name: tensor for name, tensor in tensors.items() if inside.search(name) and _group(name) == "routed experts"
+    }
+
+
+def _layers(config: Any, tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the kinds of MoE layer, each with its layers, in order of first appearance."""
+    moe = config.moe_config
+    kinds: dict[str, dict[str, Any]] = {}
+    for layer in config.moe_layers():
+        outputs = [
+            tensor.shape[-1]
+            for name, tensor in _expert_tensors(tensors, layer).items()
+            if re.search(r"\.(down_proj|w2)(\.weight)?$", name)
+        ]
+        row = {
+            "router": at_layer(moe.router, layer),
+            "experts": at_layer(moe.experts, layer),
+            "num_experts": at_layer(moe.num_experts, layer),
+            "num_experts_per_tok": at_layer(moe.num_experts_per_tok, layer),
+            "num_shared_experts": at_layer(moe.num_shared_experts, layer),
+            "banks": {name: bank["num_experts"] for name, bank in (at_layer(moe.expert_banks, layer) or {}).items()},
+            "expert_width": sorted(set(outputs)),
+        }
+        kinds.setdefault(json.dumps(row, sort_keys=True), {"layers": [], **row})["layers"].append(layer)
+    return list(kinds.values())
+
+
+def _active(config: Any, tensors: dict[str, Any], groups: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Return the decoder's parameters at work on a token: all but the routed experts, and K of those per layer."""
+    moe = config.moe_config
+    always = sum(groups[name]["parameters"] for name in DECODER if name in groups)
+    layers = config.moe_layers()
+    names = dict.fromkeys(name for layer in layers for name in at_layer(moe.expert_banks, layer) or {})
+    modalities = ("text",) if config.vision_config is None else ("text", "image")
+    active = dict.fromkeys(names or modalities, always)
+    for layer in layers:
+        banks = at_layer(moe.expert_banks, layer) or {}
+        for name in active:
+            bank = name if name in banks else None
+            held = sum(math.prod(tensor.shape) for tensor in _expert_tensors(tensors, layer, bank).values())
+            size = banks[bank]["num_experts"] if bank else at_layer(moe.num_experts, layer)
+            active[name] += held * min(at_layer(moe.num_experts_per_tok, layer), size) // size
+    return active
+
+
+def _mechanisms(files: _Files) -> list[dict[str, str]]:
+    """Return what the checkpoint's own list of mechanisms names, with the source that each file's docstring gives."""
+    if "mechanisms.py" not in files.names:
+        return []
+    tree = ast.parse(files.text("mechanisms.py"))
+    module_of = {
+        alias.name: f"{node.module}.py"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    table = next(
+        node.value for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
+    )
+    found = []
+    for kind, classes in zip(table.keys, table.values, strict=True):
+        assert isinstance(kind, ast.Constant) and isinstance(classes, ast.Dict)
+        for name, cls in zip(classes.keys, classes.values, strict=True):
+            assert isinstance(name, ast.Constant) and isinstance(cls, ast.Name)
+            file = module_of[cls.id]
+            docstring = (ast.get_docstring(ast.parse(files.text(file))) or "") if file in files.names else ""
+            source = " ".join(docstring.partition("\nSource")[2].lstrip("s:").split())
+            found.append({"kind": str(kind.value), "name": str(name.value), "file": file, "source": source})
+    return found
+
+
+def _code(files: _Files, config: Any) -> tuple[list[dict[str, str]], list[str]]:
+    """Compare the bundled files with what the installed package would write, and with what the card lists."""
+    present = [name for name in files.names if re.fullmatch(r"[^/]+\.py", name)]
+    entries = [CONFIGURATION, MODELING, *([PROCESSING] if PROCESSING.name in present else [])]
+    names = used_names(config)
+    known = {
+        kind: {name: get_mechanism(kind, name) for name in used if name in mechanism_names(kind)}
+        for kind, used in names.items()
+    }
+    expected = bundle_files(entries, known)
+    problems = [
+        f"the installed package has no {kind} {name!r}"
+        for kind in names
+        for name in names[kind]
+        if name not in known[kind]
+    ]
+    problems += [f"{name} is missing" for name in sorted(set(expected) - set(present))]
+    card = files.text("README.md") if "README.md" in files.names else ""
+    listed = dict(re.findall(r"^\| `([^`]+\.py)` \| `([0-9a-f]{64})` \|$", card, flags=re.MULTILINE))
+    code = []
+    for name in present:
+        text = files.text(name)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        state = UNKNOWN if name not in expected else SAME if text == expected[name] else OTHER
+        code.append({"file": name, "sha256": digest, "state": state})
+        if listed.get(name, digest) != digest:
+            problems.append(f"{name} is not the file whose SHA-256 the card lists")
+    return code, problems
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `hf-moe inspect`."""
+    parser.add_argument("source", help="a checkpoint's folder, or user/name on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `hf-moe inspect`."""
+    found = inspect_checkpoint(args.source, revision=args.revision)
+    print(f"{found['source']}" + (f" at {found['commit']}" if found["commit"] else ""))
+    system = f", system {found['system']}" if found["system"] else ""
+    print(f"\n{found['num_hidden_layers']} decoder layers{system}. Layers with a mixture of experts:")
+    for row in found["layers"]:
+        width = " and ".join(map(str, row["expert_width"])) or "unknown"
+        banks = (
+            ", banks " + " + ".join(f"{name} {size}" for name, size in row["banks"].items()) if row["banks"] else ""
+        )
+        print(
+            f"  {', '.join(map(str, row['layers']))}: {row['num_experts']} experts of width {width}{banks}, "
+            f"{row['num_experts_per_tok']} per token, {row['num_shared_experts']} shared"
+        )
+        for kind in ("router", "experts"):
+            options = ", ".join(f"{name}={value}" for name, value in row[kind].items() if name != "name")
+            print(f"    {kind} {row[kind]['name']}" + (f" ({options})" if options else ""))
+    print(f"\n{found['parameters_total']:,} parameters; of the decoder, at work on a token with every slot filled:")
+    for name, count in found["parameters_active"].items():
+        print(f"  {count:>16,}  {name}")
+    print("\nParameters and bytes by group:")
+    for name, group in found["groups"].items():
+        print(f"  {group['parameters']:>16,} {group['bytes']:>16,}  {name}")
+    print("\nMechanisms:")
+    for item in found["mechanisms"]:
+        print(f"  {item['kind']} {item['name']}: {item['source'] or 'no source named'}")
+    print(f"\nCode, compared with hf-moe {version('hf-moe')}:")
+    for item in found["code"]:
+        print(f"  {item['sha256']}  {item['file']}: {item['state']}")
+    for problem in found["problems"]:
+        print(f"  ! {problem}")
+    return 0
