@@ -6,7 +6,14 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.low_rank import ExpertSlots
@@ -149,6 +156,51 @@ def test_a_vision_transformer_takes_routers_that_read_hidden_states_alone(vit, r
         adapt(vit(), target_modules="all-linear", router="moiie", router_input="target")
     with pytest.raises(ValueError, match="padding must not count"):
         adapt(vit(), target_modules="all-linear", objectives={"router_z": 0.1})
+
+
+def test_a_decoder_that_drops_the_context_says_so_where_it_is_needed(text):
+    host = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)).eval()
+    base = logits(host, text)
+    model = adapt(host, target_modules="all-linear")
+    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    model = adapt(model.unload(), target_modules="all-linear", objectives={"router_z": 0.1})
+    with pytest.raises(ValueError, match="does not pass keyword arguments"):
+        model(**text)
+    model = adapt(model.unload(), target_modules="all-linear", router="moiie")
+    with pytest.raises(ValueError, match="reads the modality"):
+        model(**text)
+
+
+def test_a_vision_language_model_of_transformers_tells_its_routers_the_modality(image_rows, randomise):
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    sizes = {"hidden_size": 32, "intermediate_size": 48}
+    text_config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    vision_config = {"depth": 2, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32, "num_position_embeddings": 16}
+    config = Qwen3VLConfig(
+        text_config={**sizes, **text_config, "head_dim": 8, "rope_parameters": rope},
+        vision_config={**sizes, **vision_config, "deepstack_visual_indexes": [0]},
+        image_token_id=60,
+    )
+    host = Qwen3VLForConditionalGeneration(config).eval()
+    image = image_rows["input_ids"] == 60
+    inputs = {
+        "input_ids": image_rows["input_ids"],
+        "mm_token_type_ids": image.int(),
+        "pixel_values": torch.randn(2 * 16, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+    }
+    base = logits(host, inputs)
+    model = adapt(host, target_modules=r".*language_model.*(q_proj|down_proj)", router="moiie")
+    torch.testing.assert_close(logits(model, inputs), base, atol=1e-6, rtol=0)
+    randomise(model)
+    chosen = []
+    router = next(tuner_layers(model)).moe_lora_router["default"]
+    router.register_forward_hook(lambda module, args, output: chosen.append(output.expert_index))
+    logits(model, inputs)
+    assert (chosen[0][image.flatten()] < 3).all() and (chosen[0][~image.flatten()] >= 1).all()
+    tower = adapt(model.unload(), target_modules=r".*visual.*(qkv|linear_fc1)", router_input="target")
+    torch.testing.assert_close(logits(tower, inputs), base, atol=1e-6, rtol=0)
 
 
 def test_transposed_linear_layers_are_targets_too(text, randomise):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from hf_moe import MoeLoraConfig
 
@@ -79,6 +80,24 @@ def test_what_the_router_reads_and_the_base_are_recorded(llama, saved, tmp_path)
     host.config._commit_hash = "0123abcd"
     get_peft_model(host, MoeLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "pinned")
     assert json.loads((tmp_path / "pinned" / "adapter_config.json").read_text())["revision"] == "0123abcd"
+
+
+def test_an_adapter_of_one_of_our_own_models_opens_with_the_base_it_carries(
+    own_model, image_rows, tmp_path, randomise
+):
+    own_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", trust_remote_code=True)
+    assert type(base).__module__.startswith("transformers_modules")
+    targets = r".*language_model.*(q_proj|down_proj)"
+    model = get_peft_model(base, MoeLoraConfig(target_modules=targets, router="moiie", objectives={"router_z": 0.1}))
+    randomise(model)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
+    with torch.no_grad():
+        expected = model(**image_rows)
+        found = opened.eval()(**image_rows)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 def test_a_second_adapter_loads_beside_the_first(llama, saved, text, tmp_path, randomise):

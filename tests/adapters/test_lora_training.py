@@ -4,8 +4,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from hf_moe import MoeLoraConfig
 
@@ -133,6 +135,24 @@ def test_a_bfloat16_base_keeps_the_adapter_in_float32(llama, text):
     output = model(**text)
     assert output.logits.dtype == torch.bfloat16
     output.loss.backward()
+
+
+def test_trl_trains_the_experts_and_nothing_else(llama, tmp_path):
+    words = {word: index for index, word in enumerate("<pad> <unk> <s> </s> a b c d".split())}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    rows = Dataset.from_list([{"text": "a b c d a"}, {"text": "b c d"}] * 2)
+    arguments = SFTConfig(
+        tmp_path, max_steps=2, learning_rate=0.05, save_strategy="no", report_to="none", use_cpu=True, bf16=False
+    )
+    config = MoeLoraConfig(target_modules=TARGETS)
+    trainer = SFTTrainer(llama(), arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, start[name]) != ("moe_lora_" in name), name
 
 
 def test_trainer_resumes_to_the_same_adapter(llama, tmp_path):

@@ -37,7 +37,8 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
     """Hook after the root's forward: add the objectives of the active adapters to the loss.
 
     Raises:
-        ValueError: if there is no loss to add them to, or reentrant checkpointing has cut their gradient.
+        ValueError: if there is no loss to add them to, the model drops the context on the way to its layers, or
+            reentrant checkpointing has cut the gradient.
     """
     context: AdapterContext | None = kwargs.get("moe_lora_context")
     inputs = root_inputs(model, args, kwargs)
@@ -48,8 +49,14 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
         _end_finished_step(model, routers)
     for layer in tuner_layers(model):
         for adapter_name, losses in layer.moe_lora_objectives.items():
-            if adapter_name not in context.decisions:
+            if layer.disable_adapters or adapter_name not in layer.active_adapters:
                 continue
+            if adapter_name not in context.decisions:
+                raise ValueError(
+                    f"The objectives of adapter {adapter_name!r} found no routing decision: {type(model).__name__} does "
+                    "not pass keyword arguments, such as the routing context, on to its layers. Leave the objectives "
+                    "out."
+                )
             if not isinstance(output, ModelOutput) or output.get("loss") is None:
                 raise ValueError(
                     f"The objectives of adapter {adapter_name!r} are added to the loss that {type(model).__name__} "
