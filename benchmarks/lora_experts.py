@@ -1,0 +1,134 @@
+"""LoRA experts against PEFT's LoRA of equal active and of equal total rank, and against a loop over the experts.
+
+    python benchmarks/lora_experts.py            # all rows, some minutes
+    python benchmarks/lora_experts.py --quick    # small sizes
+
+A number is the median of a whole training step (forward, backward, AdamW) of a two-layer decoder with an adapter on
+all seven linear layers. Every token uses two experts; the router is shared by the targets of a layer. The loop is the
+same adapter with the experts computed one after the other, each over the tokens that chose it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from common import interleaved_ms, keep_freed_memory, make_parser, markdown_table, median, publish
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_moe import MoeLoraConfig
+from hf_moe.adapters.low_rank import ExpertSlots
+
+
+TOP_K = 2
+# (rows of 256 tokens, hidden, intermediate, rank)
+SIZES = (8, 576, 1536, 8)
+QUICK_SIZES = (1, 64, 96, 8)
+EXPERTS = (4, 16, 64)
+DTYPES = ("float32", "bfloat16")
+CONTESTANTS = ("moe_lora", "lora_equal_active", "lora_equal_total", "loop")
+
+
+def looped(
+    result: torch.Tensor, inputs: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, slots: ExpertSlots
+) -> torch.Tensor:
+    """Add the experts' output expert by expert: the usual way to write it."""
+    tokens = inputs.reshape(-1, inputs.shape[-1])
+    output = result.reshape(-1, result.shape[-1])
+    for expert in range(len(lora_a)):
+        token, slot = (slots.index == expert).nonzero(as_tuple=True)
+        if len(token):
+            rows = F.linear(F.linear(tokens[token], lora_a[expert]), lora_b[expert])
+            output = output.index_add(0, token, rows * slots.weight[token, slot, None].to(rows.dtype))
+    return output.view(result.shape)
+
+
+def build_model(config: PeftConfig, hidden: int, intermediate: int, dtype: str) -> nn.Module:
+    """Return a two-layer decoder with an adapter, both in `dtype`."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=2,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 32,
+            vocab_size=4096,
+        )
+    )
+    return get_peft_model(base.to(getattr(torch, dtype)), config, autocast_adapter_dtype=False).train()
+
+
+def make_step(model: nn.Module, input_ids: torch.Tensor) -> Callable[[], None]:
+    """Return a whole training step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+    def step() -> None:
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def in_a_loop(step: Callable[[], None]) -> None:
+    """Run a step in which the layers compute their experts one after the other."""
+    with patch("hf_moe.adapters.layer.add_experts", looped):
+        step()
+
+
+def measure(sizes: tuple[int, int, int, int], experts: int, dtype: str, seeds: int, repetitions: int) -> dict:
+    """Return one row: the facts of the measurement and the median milliseconds of every contestant."""
+    rows, hidden, intermediate, rank = sizes
+    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for seed in range(seeds):
+        build = partial(build_model, hidden=hidden, intermediate=intermediate, dtype=dtype)
+        routed = MoeLoraConfig(
+            r=rank,
+            num_experts=experts,
+            num_experts_per_tok=TOP_K,
+            target_modules="all-linear",
+            init_lora_weights=False,
+        )
+        models = [build(routed)]
+        models += [
+            build(LoraConfig(r=total, target_modules="all-linear", init_lora_weights=False))
+            for total in (TOP_K * rank, experts * rank)
+        ]
+        torch.manual_seed(seed)
+        input_ids = torch.randint(0, 4096, (rows, 256))
+        steps = [make_step(model, input_ids) for model in models]
+        runs = dict(zip(CONTESTANTS, [*steps, partial(in_a_loop, steps[0])], strict=True))
+        for name, values in interleaved_ms(runs, repetitions).items():
+            times[name].extend(values)
+    facts = {"experts": experts, "rank": rank, "active_rank": TOP_K * rank, "tokens": 256 * rows, "dtype": dtype}
+    return {**facts, **{f"{name}_ms": median(values) for name, values in times.items()}}
+
+
+def table_row(row: dict, rows: list[dict]) -> dict:
+    """Return a line of the printed table: ratios of the times of one row."""
+    fewest = next(other for other in rows if other["dtype"] == row["dtype"])
+    return {
+        "experts x rank": f"{row['experts']} x {row['rank']}",
+        "dtype": row["dtype"],
+        "LoRA experts ms": row["moe_lora_ms"],
+        "/ LoRA of equal active rank": row["moe_lora_ms"] / row["lora_equal_active_ms"],
+        "/ LoRA of equal total rank": row["moe_lora_ms"] / row["lora_equal_total_ms"],
+        "/ loop": row["moe_lora_ms"] / row["loop_ms"],
+        f"/ itself at {fewest['experts']} experts": row["moe_lora_ms"] / fewest["moe_lora_ms"],
+    }
+
+
+def main() -> None:
+    arguments = make_parser(__doc__).parse_args()
+    keep_freed_memory()
+    sizes, repetitions = (QUICK_SIZES, 3) if arguments.quick else (SIZES, 7)
+    rows = [measure(sizes, experts, dtype, arguments.seeds, repetitions) for dtype in DTYPES for experts in EXPERTS]
+    publish("lora_experts", arguments, {"rows": rows}, markdown_table([table_row(row, rows) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
