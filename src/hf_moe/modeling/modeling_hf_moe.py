@@ -20,7 +20,7 @@ from .moe_layer import MoELayer
 from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast
 from .registry import build
 from .routing import ExpertAssignment, RoutingContext, RoutingOverrides
-from .vision import dummy_pixels, probe_tower, run_tower, takes_packed_patches, tower_features
+from .vision import insert_images, probe_tower, run_tower, takes_packed_patches, touch_vision
 
 
 class HfMoeModel(HfMoePreTrainedModel):
@@ -29,6 +29,9 @@ class HfMoeModel(HfMoePreTrainedModel):
     Args:
         config: the model's configuration. What the tower's type does not tell is derived and stored in it.
     """
+
+    # How far training is, 0 to 1; the trainer moves it, schedules in routers read it from the context.
+    training_progress = 0.0
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
@@ -111,8 +114,7 @@ class HfMoeModel(HfMoePreTrainedModel):
                 f"image_features must have the shape (images, patches, {self.config.vision_feature_size}), got "
                 f"{tuple(image_features.shape)}."
             )
-        weight = next(self.connector.parameters())
-        connected = self.connector(image_features.to(weight.device, weight.dtype))  # (N, P', d)
+        connected = self.connector(image_features.to(self.dtype))  # (N, P', d)
         if pixel_attention_mask is None:
             images = list(connected)
         else:
@@ -168,9 +170,6 @@ class HfMoeModel(HfMoePreTrainedModel):
             overrides=routing_overrides,
         )
 
-    # How far training is, 0 to 1; the trainer moves it, schedules in routers read it from the context.
-    training_progress = 0.0
-
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -216,9 +215,10 @@ class HfMoeModel(HfMoePreTrainedModel):
             inputs = (pixel_values, image_features, pixel_attention_mask, spatial_shapes)
             images = self.get_image_features(*inputs, return_dict=True)
         if images is not None:
-            inputs_embeds = self._insert_images(input_ids, inputs_embeds, images.pooler_output)
+            mask = self._placeholders(input_ids, inputs_embeds)
+            inputs_embeds = insert_images(inputs_embeds, mask, images.pooler_output, self.config.image_seq_length)
         elif self.training and self.connector is not None and past_key_values is None:
-            inputs_embeds = inputs_embeds + 0.0 * self._touch_vision(inputs_embeds)
+            inputs_embeds = touch_vision(self.vision_tower, self.connector, self.config, inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -243,40 +243,15 @@ class HfMoeModel(HfMoePreTrainedModel):
         )
         return result if self._wants_dict(return_dict) else result.to_tuple()
 
+    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Return where images stand, (B, S) bool."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return self.config.return_dict if return_dict is None else return_dict
-
-    def _insert_images(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, images: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """Replace the placeholders' embeddings by the images, in order.
-
-        Raises:
-            ValueError: if there are more or fewer placeholders than image features.
-        """
-        if input_ids is not None:
-            mask = input_ids == self.config.image_token_id  # (B, S)
-        else:
-            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
-        features = torch.cat(list(images)).to(inputs_embeds.device, inputs_embeds.dtype)  # (sum P', d)
-        if not torch.compiler.is_compiling() and int(mask.sum()) != features.shape[0]:
-            raise ValueError(
-                f"Image features and image tokens do not match: {int(mask.sum())} placeholder tokens in the text, "
-                f"{features.shape[0]} features from {len(images)} images. The processor writes "
-                f"{self.config.image_seq_length} placeholders per image; truncation may have cut some."
-            )
-        return inputs_embeds.masked_scatter(mask[..., None], features)
-
-    def _touch_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Return a zero that depends on the connector, and on a trainable tower: a batch of text alone must leave a
-        gradient of zeros on them, or distributed training waits for ever."""
-        if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
-            inputs = dummy_pixels(self.config, inputs_embeds.device, self.vision_tower.dtype)
-            features = tower_features(self.vision_tower, self.config, **inputs)
-        else:
-            features = inputs_embeds.new_zeros(1, 1, self.config.vision_feature_size)
-        return self.connector(features).sum()
 
 
 class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, GenerationMixin):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import AutoModel
@@ -120,3 +121,39 @@ def _prefix_tokens(tower: PreTrainedModel, config, num_tokens: int) -> int:
     if isinstance(patch_size, int) and config.image_size is not None:
         return max(0, num_tokens - (config.image_size // patch_size) ** 2)
     return 0
+
+
+def insert_images(
+    inputs_embeds: torch.Tensor, placeholders: torch.Tensor, images: list[torch.Tensor], image_seq_length: int
+) -> torch.Tensor:
+    """Replace the placeholders' embeddings by the images, in order.
+
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `(B, S, d)`).
+        placeholders (`torch.Tensor` of shape `(B, S)`, bool).
+        images: the connected features of every image, (P', d) each.
+        image_seq_length: placeholders that the processor writes per image, for the error.
+
+    Raises:
+        ValueError: if there are more or fewer placeholders than image features.
+    """
+    features = torch.cat(list(images)).to(inputs_embeds.device, inputs_embeds.dtype)  # (sum P', d)
+    if not torch.compiler.is_compiling() and int(placeholders.sum()) != features.shape[0]:
+        raise ValueError(
+            f"Image features and image tokens do not match: {int(placeholders.sum())} placeholder tokens in the text, "
+            f"{features.shape[0]} features from {len(images)} images. The processor writes {image_seq_length} "
+            "placeholders per image; truncation may have cut some."
+        )
+    return inputs_embeds.masked_scatter(placeholders[..., None], features)
+
+
+def touch_vision(tower: PreTrainedModel, connector: nn.Module, config, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Return `inputs_embeds`, depending on the connector, and on a trainable tower, by a zero.
+
+    A batch of text alone must leave a gradient of zeros on them, or distributed training waits for ever.
+    """
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        features = tower_features(tower, config, **dummy_pixels(config, inputs_embeds.device, tower.dtype))
+    else:
+        features = inputs_embeds.new_zeros(1, 1, config.vision_feature_size)
+    return inputs_embeds + 0.0 * connector(features).sum()
