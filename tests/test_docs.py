@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from PIL import Image
 
 from hf_moe import cli
@@ -87,6 +88,13 @@ def test_the_thirty_line_router_trains_travels_and_loads(workshop, capsys):
     loaded = runpy.run_path("load.py")["model"]
     assert "transformers_modules" in capsys.readouterr().out
     assert loaded.moe_layers()[0].gate.bias.equal(gate.bias)
+
+
+def test_the_guide_to_lora_experts_trains_saves_and_loads(workshop):
+    page = run_page(ROOT / "docs" / "lora-experts.md", workshop)
+    trained, loaded = page["model"].eval(), page["loaded"]
+    input_ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded(input_ids).logits, trained(input_ids=input_ids).logits)
 
 
 def test_the_example_of_the_reference_builds_a_config(workshop):

@@ -53,9 +53,8 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
                 continue
             if adapter_name not in context.decisions:
                 raise ValueError(
-                    f"The objectives of adapter {adapter_name!r} found no routing decision: {type(model).__name__} does "
-                    "not pass keyword arguments, such as the routing context, on to its layers. Leave the objectives "
-                    "out."
+                    f"The objectives of adapter {adapter_name!r} found no routing decision: {type(model).__name__} "
+                    "does not pass keyword arguments, such as the routing context, on to its layers. Leave them out."
                 )
             if not isinstance(output, ModelOutput) or output.get("loss") is None:
                 raise ValueError(
