@@ -4,6 +4,7 @@ import json
 
 import pytest
 from hub_checkpoints import TEXT, tiny_config, tiny_model, tiny_processor
+from huggingface_hub import constants
 from open_checkpoint import sample_image
 from transformers import MixtralConfig
 
@@ -158,6 +159,18 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="model_type 'llama'"):
         inspect_checkpoint(tmp_path)
+
+
+def test_damaged_weights_are_named_as_such(checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"no json at all, x")
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        inspect_checkpoint(checkpoint)
+
+
+def test_without_a_network_the_endpoint_is_named(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="owner/tiny is no folder here, and http://127.0.0.1:9 cannot be reached"):
+        inspect_checkpoint("owner/tiny")
 
 
 def test_the_command_prints_what_was_found(checkpoint, capsys):

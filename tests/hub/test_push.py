@@ -233,6 +233,7 @@ def test_offline_mode_is_named(hub, checkpoint, monkeypatch):
         (".env", "x", r"\.env: a file of secrets"),
         ("notes.md", f"line\ntoken: {SECRET}\n", r"notes.md, line 2: a Hugging Face token"),
         ("extra.py", "KEY = 'AKIAABCDEFGHIJKLMNOP'\n", r"extra.py, line 1: an AWS key"),
+        ("train.log", f"--token {SECRET}", r"train.log, line 1: a Hugging Face token"),
         ("extra.json", '{"path": "/home/anna/models/a"}', r"extra.json, line 1: a path of this machine \(/home/anna"),
         ("extra.yaml", "a: 1\nb: C:\\Users\\anna", r"extra.yaml, line 2: a path of this machine"),
     ],
@@ -279,6 +280,17 @@ def test_the_hub_shows_the_results_of_the_evaluation_files(hub, checkpoint):
         ("owner/questions", "default", 0.75),
         ("owner/questions", "yes_no", 0.5),
     ]
+
+
+def test_a_card_whose_metadata_is_no_yaml_is_refused(hub, checkpoint):
+    (checkpoint / "README.md").write_text("---\ntags: [moe\n---\n")
+    with pytest.raises(ValueError, match="is no YAML"):
+        push_checkpoint(checkpoint, REPO)
+
+
+def test_a_name_that_the_hub_would_not_take_is_refused_at_once(hub, checkpoint):
+    with pytest.raises(ValueError, match="owner/a/b"):
+        push_checkpoint(checkpoint, "owner/a/b", dry_run=True)
 
 
 def test_the_command_dry_runs_without_a_request_then_pushes(hub, checkpoint, capsys):

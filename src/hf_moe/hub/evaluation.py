@@ -86,7 +86,10 @@ def check_evaluation(folder: Path) -> None:
     known = list(_leaves(read_evaluation(folder)))
     shown = {f"{value:.4f}" for value in known} | {f"{value:,}" for value in known}
     unknown = [f"README.md: {number}" for number in _card_numbers(folder) if number not in shown]
-    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    try:
+        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The metadata of {folder / 'README.md'} is no YAML: {error}") from error
     for result in card.data.eval_results or []:
         if result.metric_value not in known:
             unknown.append(f"README.md, metadata: {result.metric_name} {result.metric_value}")

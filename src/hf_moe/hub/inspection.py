@@ -16,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, parse_local_safetensors_file_metadata
+from huggingface_hub import HfApi, constants, hf_hub_download, parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 
 from ..configuration.configuration_hf_moe import HfMoeConfig, at_layer
@@ -73,7 +74,19 @@ def inspect_checkpoint(
         ValueError: if it is no checkpoint of this library.
         OSError: if the Hub refuses or cannot be reached.
     """
-    files = _local(Path(source)) if _is_path(str(source)) else _remote(str(source), revision, token)
+    try:
+        files = _local(Path(source)) if _is_path(str(source)) else _remote(str(source), revision, token)
+        return {"source": str(source), "commit": files.commit, **_describe(str(source), files)}
+    except httpx.TransportError as error:
+        raise OSError(
+            f"{source} is no folder here, and {constants.ENDPOINT} cannot be reached "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    except SafetensorsParsingError as error:
+        raise ValueError(f"The weights of {source} are damaged or cut short: {error}") from error
+
+
+def _describe(source: str, files: _Files) -> dict[str, Any]:
     if "config.json" not in files.names:
         raise FileNotFoundError(f"{source} holds no config.json: it is no checkpoint.")
     plain = json.loads(files.text("config.json"))
@@ -97,8 +110,6 @@ def inspect_checkpoint(
     groups = {name: group for name, group in groups.items() if group["bytes"]}
     code, problems = _code(files, config)
     return {
-        "source": str(source),
-        "commit": files.commit,
         "system": config.system,
         "num_hidden_layers": config.text_config.num_hidden_layers,
         "layers": _layers(config, tensors),
@@ -128,12 +139,7 @@ def _local(folder: Path) -> _Files:
 
 def _remote(repo_id: str, revision: str | None, token: str | bool | None) -> _Files:
     api = HfApi(token=token)
-    try:
-        info = api.model_info(repo_id, revision=revision)
-    except httpx.TransportError as error:
-        raise OSError(
-            f"{repo_id} is no folder here, and {api.endpoint} cannot be reached ({type(error).__name__}: {error})."
-        ) from error
+    info = api.model_info(repo_id, revision=revision)
 
     def text(name: str) -> str:
         path = hf_hub_download(repo_id, name, revision=info.sha, token=token, endpoint=api.endpoint)

@@ -39,7 +39,6 @@ LOCAL_PATH = re.compile(
     rf"(?<![\w.:/~-])/(?:{_ROOTS})/[\w.+-]+|\bfile:///|(?<!\w)~/[\w.+-]+|(?<!\w)[A-Za-z]:\\+(?:Users|home)\\+"
 )
 
-TEXT = {".cfg", ".jinja", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml", ""}
 # A vocabulary may hold any string.
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}
 
@@ -54,7 +53,7 @@ def find_leaks(folder: Path, files: Iterable[str]) -> list[str]:
             found.append(f"{name}: {reason}")
             continue
         path = folder / name
-        if path.suffix not in TEXT:
+        if _is_binary(path):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             found += [f"{name}, line {number}: {what}" for what, form in SECRETS.items() if re.search(form, line)]
@@ -73,3 +72,8 @@ def _forbidden_name(name: str) -> str | None:
     if any(fnmatchcase(file, form) for form in SECRET_FILES):
         return "a file of secrets"
     return None
+
+
+def _is_binary(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" in file.read(8192)

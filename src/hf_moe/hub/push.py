@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, validate_repo_id
 
 from .evaluation import check_evaluation
 from .leaks import find_leaks
@@ -97,6 +97,7 @@ def push_checkpoint(
         PushError: if the Hub refuses or cannot be reached.
     """
     folder = Path(folder)
+    validate_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError("create_pr opens a pull request against main: leave revision out.")
     files = checkpoint_files(folder)
