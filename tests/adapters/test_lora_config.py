@@ -42,6 +42,7 @@ def test_an_enum_that_takes_no_members_is_a_clear_error():
         ({"num_experts": 0}, "num_experts=0"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok=5"),
         ({"rank_pattern": {"q_proj": 0}}, "q_proj=0"),
+        ({"shared_r": -1}, "shared_r=-1"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"router": "top_q"}, "top_k"),
         ({"router": {"name": "top_k", "norm_top_prob": False}}, "norm_topk_prob"),

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -41,6 +42,7 @@ ROUTERS = [
     {"router": "adamoe", "num_experts_per_tok": 3},
     {"router": "moiie"},
     {"num_experts": 24, "r": 8},
+    {"shared_r": 4, "lora_dropout": 0.1},
 ]
 
 
@@ -108,6 +110,22 @@ def test_other_ranks_alphas_and_the_rank_stabilised_scaling(llama):
         if hasattr(layer, "moe_lora_A"):
             scaling[name.rsplit(".", 1)[1]] = (layer.moe_lora_A["default"].shape[1], layer.scaling["default"])
     assert scaling == {"q_proj": (4, 1.0), "v_proj": (4, 4.0), "gate_proj": (4, 4.0), "down_proj": (16, 2.0)}
+
+
+def test_a_plain_lora_beside_the_experts_is_pefts_lora(llama, text):
+    options = {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 6}
+    model = adapt(llama(), shared_r=3, **options)
+    plain = get_peft_model(llama(), LoraConfig(r=3, **options)).eval()
+    theirs = {name: layer for name, layer in plain.named_modules() if isinstance(layer, LoraLayer)}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, layer in theirs.items():
+            own = model.get_submodule(name)
+            for side in "AB":
+                weight = getattr(layer, f"lora_{side}")["default"].weight
+                weight.normal_(std=0.3, generator=generator)
+                getattr(own, f"moe_lora_shared_{side}")["default"].copy_(weight)
+    torch.testing.assert_close(logits(model, text), logits(plain, text), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_and_other_rows_do_not_reach_a_token(llama, text, randomise):

@@ -48,13 +48,14 @@ class MoeLoraConfig(PeftConfig):
     """Configuration of a mixture of LoRA experts.
 
     A targeted linear layer computes `W x + s * sum_i g_i B_i A_i x`, where the router chooses the experts i and their
-    weights g_i, and `s = lora_alpha / r`.
+    weights g_i, and `s = lora_alpha / r`. With `shared_r`, a plain LoRA of that rank is added for every token.
 
     Args:
         r: rank of every expert.
         lora_alpha: numerator of the scaling s.
         num_experts: E.
         num_experts_per_tok: K, the experts of a token; E of them with the router `top_k` is soft mixing.
+        shared_r: rank of a plain LoRA beside the routed experts; 0 for none.
         target_modules: names or a regular expression of the linear layers to adapt, or `"all-linear"`.
         exclude_modules: names or a regular expression of modules to leave out.
         router: name of a router of this library, or a dict of `name` and options.
@@ -78,6 +79,7 @@ class MoeLoraConfig(PeftConfig):
     lora_alpha: int = field(default=8, metadata={"help": "Numerator of the scaling."})
     num_experts: int = field(default=4, metadata={"help": "Number of experts."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts of a token."})
+    shared_r: int = field(default=0, metadata={"help": "Rank of a plain LoRA beside the experts."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     router: str | dict[str, Any] = field(default="top_k", metadata={"help": "Router: its name, or name and options."})
@@ -105,6 +107,8 @@ class MoeLoraConfig(PeftConfig):
         for name, value in ranks.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if self.shared_r < 0:
+            raise ValueError(f"shared_r={self.shared_r} must be at least 0; 0 leaves the plain LoRA out.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout} must lie in [0, 1).")
         check_choice("router_input", self.router_input, ROUTER_INPUTS)
@@ -120,6 +124,10 @@ class MoeLoraConfig(PeftConfig):
             raise ValueError(
                 f"objectives={list(self.objectives)}: one reads the outputs of whole experts; leave it out."
             )
+
+    def scaling(self, alpha: int, rank: int) -> float:
+        """Return the factor s of experts with this alpha and rank."""
+        return alpha / (rank**0.5 if self.use_rslora else rank)
 
     def spec(self, number: int, hidden_size: int) -> MoELayerSpec:
         """Return the facts of router `number`, which reads hidden states of width `hidden_size`."""

@@ -1,11 +1,11 @@
 """The layer that takes the place of a targeted linear layer."""
 
-import math
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
+from torch.nn import functional as F
 
 from ..modeling.routing import ExpertAssignment, Router, RoutingContext
 from .config import MoeLoraConfig
@@ -16,16 +16,27 @@ from .routing import ACTIVE_LAYER, AdapterContext, LayerRun, TokenlessContext
 class MoeLoraLayer(BaseTunerLayer):
     """What every target holds for each adapter: the experts' stacks and, in the target that owns it, the router."""
 
-    adapter_layer_names = ("moe_lora_A", "moe_lora_B", "moe_lora_router")
-    other_param_names = ("r", "lora_alpha", "scaling", "router_owner", "moe_lora_dropout", "moe_lora_objectives")
+    adapter_layer_names = ("moe_lora_A", "moe_lora_B", "moe_lora_shared_A", "moe_lora_shared_B", "moe_lora_router")
+    other_param_names = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "shared_scaling",
+        "router_owner",
+        "moe_lora_dropout",
+        "moe_lora_objectives",
+    )
 
     def __init__(self, base_layer: nn.Module):
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.shared_scaling: dict[str, float] = {}
         self.moe_lora_A = nn.ParameterDict()  # (E, r, in)
         self.moe_lora_B = nn.ParameterDict()  # (E, out, r)
+        self.moe_lora_shared_A = nn.ParameterDict()  # (shared_r, in)
+        self.moe_lora_shared_B = nn.ParameterDict()  # (out, shared_r)
         self.moe_lora_dropout = nn.ModuleDict()
         self.moe_lora_router = nn.ModuleDict()
         # The objectives of an adapter live in its first target, where PEFT saves them.
@@ -56,19 +67,28 @@ class MoeLoraLayer(BaseTunerLayer):
         """
         self.r[adapter_name] = rank
         self.lora_alpha[adapter_name] = alpha
-        self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.scaling[adapter_name] = config.scaling(alpha, rank)
         self.moe_lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.moe_lora_A[adapter_name] = nn.Parameter(torch.empty(config.num_experts, rank, self.in_features))
         self.moe_lora_B[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, self.out_features, rank))
-        # Each expert as `nn.Linear` starts, which is how LoRA starts.
-        nn.init.uniform_(self.moe_lora_A[adapter_name], -(self.in_features**-0.5), self.in_features**-0.5)
-        if not config.init_lora_weights:
-            nn.init.normal_(self.moe_lora_B[adapter_name], std=rank**-0.5)
+        self._initialise(self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name], config)
+        if config.shared_r:
+            self.shared_scaling[adapter_name] = config.scaling(alpha, config.shared_r)
+            shared_a = nn.Parameter(torch.empty(config.shared_r, self.in_features))
+            shared_b = nn.Parameter(torch.zeros(self.out_features, config.shared_r))
+            self._initialise(shared_a, shared_b, config)
+            self.moe_lora_shared_A[adapter_name], self.moe_lora_shared_B[adapter_name] = shared_a, shared_b
         if router is not None:
             self.moe_lora_router[adapter_name] = router
         self.router_owner[adapter_name] = owner
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _initialise(self, lora_a: nn.Parameter, lora_b: nn.Parameter, config: MoeLoraConfig) -> None:
+        """Start A as `nn.Linear` starts, which is how LoRA starts; B is zero already."""
+        nn.init.uniform_(lora_a, -(self.in_features**-0.5), self.in_features**-0.5)
+        if not config.init_lora_weights:
+            nn.init.normal_(lora_b, std=lora_b.shape[-1] ** -0.5)
 
     def _slots(self, adapter_name: str, x: torch.Tensor) -> ExpertSlots:
         """Return the decision for the tokens of `x`, the shared one if a sibling has not made it yet."""
@@ -130,6 +150,9 @@ class Linear(nn.Module, MoeLoraLayer):
                 slots = self._slots(adapter_name, x)
                 inputs = self.moe_lora_dropout[adapter_name](self._cast_input_dtype(x, lora_a.dtype))
                 result = add_experts(result, inputs, lora_a, lora_b * self.scaling[adapter_name], slots)
+                if adapter_name in self.moe_lora_shared_A:
+                    inner = F.linear(inputs, self.moe_lora_shared_A[adapter_name] * self.shared_scaling[adapter_name])
+                    result = result + F.linear(inner, self.moe_lora_shared_B[adapter_name]).to(result.dtype)
         return result
 
     def __repr__(self) -> str:
