@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -80,6 +81,18 @@ def test_what_the_router_reads_and_the_base_are_recorded(llama, saved, tmp_path)
     host.config._commit_hash = "0123abcd"
     get_peft_model(host, MoeLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "pinned")
     assert json.loads((tmp_path / "pinned" / "adapter_config.json").read_text())["revision"] == "0123abcd"
+
+
+def test_a_base_that_is_a_folder_is_recorded_with_a_warning(saved, tmp_path):
+    model, base, _ = saved
+    with pytest.warns(UserWarning, match="names its base by a folder"):
+        model.save_pretrained(tmp_path / "again")
+    model.peft_config["default"].base_model_name_or_path = "someone/tiny-llama"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path / "shared", save_embedding_layers=False)
+    assert not [item for item in caught if "folder" in str(item.message)]
+    assert str(base) not in (tmp_path / "shared" / "adapter_config.json").read_text()
 
 
 def test_an_adapter_of_one_of_our_own_models_opens_with_the_base_it_carries(

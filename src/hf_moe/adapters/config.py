@@ -1,5 +1,7 @@
 """Configuration of the LoRA experts."""
 
+import os
+import warnings
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +126,16 @@ class MoeLoraConfig(PeftConfig):
             raise ValueError(
                 f"objectives={list(self.objectives)}: one reads the outputs of whole experts; leave it out."
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        base = self.base_model_name_or_path
+        if base and os.path.isdir(base):
+            warnings.warn(
+                f"The adapter's config names its base by a folder of this machine, {base!r}, which nobody else has: set "
+                "its base_model_name_or_path to a repository on the Hub before you share the adapter.",
+                stacklevel=2,
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
     def scaling(self, alpha: int, rank: int) -> float:
         """Return the factor s of experts with this alpha and rank."""
