@@ -156,11 +156,13 @@ def test_files_of_an_earlier_report_go(saved):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("README.md", "| 0.9361 |", "| 0.9461 |", "README.md: 0.9461"),
-        ("README.md", "9,673 questions", "9,999 questions", "README.md: 9,999"),
-        ("README.md", "value: 0.91234", "value: 0.99", r"metadata: Accuracy \(color\) 0.99"),
-        ("evaluation.json", '"blind_accuracy": 0.65123', '"blind_accuracy": 0.1', "README.md: 0.6512"),
-        (".eval_results/easy-vqa.yaml", "value: 0.97654", "value: 0.98", "easy-vqa.yaml: 0.98"),
+        ("README.md", "| 0.9361 |", "| 0.9461 |", "README.md: all 0.9461"),
+        ("README.md", "| color | 0.9123 |", "| color | 0.9765 |", "README.md: color 0.9765"),
+        ("README.md", "9,673 questions", "9,999 questions", "README.md: questions 9,999"),
+        ("README.md", "value: 0.91234", "value: 0.97654", r"metadata: color 0.97654"),
+        ("evaluation.json", '"blind_accuracy": 0.65123', '"blind_accuracy": 0.1', "set to zero 0.6512"),
+        (".eval_results/easy-vqa.yaml", "value: 0.97654", "value: 0.98", "easy-vqa.yaml: shape 0.98"),
+        (".eval_results/easy-vqa.yaml", "task_id: default", "task_id: shape", "easy-vqa.yaml: shape 0.93612"),
     ],
 )
 def test_a_result_without_a_file_behind_it_is_an_error(saved, file, old, new, message):

@@ -266,7 +266,7 @@ def test_an_incomplete_checkpoint_is_refused(hub, checkpoint, name):
 def test_a_card_with_an_invented_result_is_refused(hub, checkpoint):
     with (checkpoint / "README.md").open("a") as card:
         card.write("\n## Results\n\n| all | 0.9990 |\n")
-    with pytest.raises(ValueError, match="results that evaluation.json does not hold: README.md: 0.9990"):
+    with pytest.raises(ValueError, match="results that evaluation.json does not hold: README.md: all 0.9990"):
         push_checkpoint(checkpoint, REPO)
     assert not hub.requests
 

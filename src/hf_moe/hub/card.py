@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..configuration.configuration_hf_moe import at_layer
 from ..configuration.systems import load_preset
 from .bundle import used_mechanisms
-from .evaluation import scores, write_evaluation
+from .evaluation import metric_name, scores, write_evaluation
 
 
 # Beside this file in an installed package, in its own folder in the repository.
@@ -113,7 +113,7 @@ def _eval_results(report: dict[str, Any], datasets: Sequence[str]) -> list[EvalR
             dataset_type=datasets[0],
             dataset_name=datasets[0],
             metric_type="accuracy",
-            metric_name="Accuracy" if kind is None else f"Accuracy ({kind})",
+            metric_name=metric_name(kind),
             metric_value=value,
         )
         for kind, value in scores(report).items()

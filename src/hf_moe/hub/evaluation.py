@@ -7,12 +7,18 @@ in the Hub's own format, which it shows on the model's page and on the data set'
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResultEntry, ModelCard, constants, eval_result_entries_to_yaml
+from huggingface_hub import (
+    EvalResultEntry,
+    ModelCard,
+    constants,
+    eval_result_entries_to_yaml,
+    parse_eval_result_entries,
+)
 
 
 EVALUATION_FILE = "evaluation.json"
@@ -51,7 +57,7 @@ def write_evaluation(folder: Path, report: dict[str, Any], datasets: Sequence[st
     entries = [
         EvalResultEntry(
             dataset_id=datasets[0],
-            task_id="default" if kind is None else re.sub(r"\W+", "_", kind),
+            task_id=_task(kind),
             value=value,
             notes="accuracy" if kind is None else f"accuracy, questions of type {kind}",
         )
@@ -83,20 +89,13 @@ def check_evaluation(folder: Path) -> None:
     Raises:
         ValueError: naming the file, the number, and what to do.
     """
-    known = list(_leaves(read_evaluation(folder)))
-    shown = {f"{value:.4f}" for value in known} | {f"{value:,}" for value in known}
-    unknown = [f"README.md: {number}" for number in _card_numbers(folder) if number not in shown]
-    try:
-        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The metadata of {folder / 'README.md'} is no YAML: {error}") from error
-    for result in card.data.eval_results or []:
-        if result.metric_value not in known:
-            unknown.append(f"README.md, metadata: {result.metric_name} {result.metric_value}")
-    for path in sorted((folder / constants.EVAL_RESULTS_FOLDER).glob("*.yaml")):
-        for item in yaml.safe_load(path.read_text(encoding="utf-8")):
-            if item["value"] not in known:
-                unknown.append(f"{path.relative_to(folder)}: {item['value']}")
+    numbers = read_evaluation(folder)
+    accuracies = scores(numbers)
+    unknown = []
+    for place, kind, stated in _claims(folder, accuracies):
+        held = [accuracies[kind]] if kind in accuracies else list(_leaves(numbers))
+        if stated not in {form for value in held for form in (value, f"{value:.4f}", f"{value:,}")}:
+            unknown.append(f"{place}: {kind or 'all'} {stated}")
     if unknown:
         raise ValueError(
             f"{folder} states results that {EVALUATION_FILE} does not hold: {'; '.join(unknown)}. Write the card "
@@ -104,14 +103,34 @@ def check_evaluation(folder: Path) -> None:
         )
 
 
-def _card_numbers(folder: Path) -> list[str]:
-    """Return the scores and counts in the card's section on results, as they are printed."""
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"^## Results$(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
-    if section is None:
-        return []
-    cells = re.findall(r"\|\s*([\d.,]+)\s*\|\s*$", section[1], flags=re.MULTILINE)
-    return cells + re.findall(r"Measured on ([\d,]+) questions", section[1])
+def _claims(folder: Path, kinds: Iterable[str | None]) -> Iterator[tuple[str, str | None, Any]]:
+    """Yield the results that the card and the Hub's files state: place, type of question, number or its print."""
+    try:
+        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The metadata of {folder / 'README.md'} is no YAML: {error}") from error
+    section = re.search(r"^## Results$(.*?)(?=^## |\Z)", card.text, flags=re.DOTALL | re.MULTILINE)
+    if section is not None:
+        for label, shown in re.findall(r"^\| (.+?) +\| +([\d.,]+) +\|$", section[1], flags=re.MULTILINE):
+            yield "README.md", None if label == "all" else label, shown
+        for shown in re.findall(r"Measured on ([\d,]+) questions", section[1]):
+            yield "README.md", "questions", shown
+    metrics = {metric_name(kind): kind for kind in kinds}
+    for result in card.data.eval_results or []:
+        yield "README.md, metadata", metrics.get(result.metric_name, result.metric_name), result.metric_value
+    tasks = {_task(kind): kind for kind in kinds}
+    for path in sorted((folder / constants.EVAL_RESULTS_FOLDER).glob("*.yaml")):
+        for entry in parse_eval_result_entries(yaml.safe_load(path.read_text(encoding="utf-8"))):
+            yield str(path.relative_to(folder)), tasks.get(entry.task_id, entry.task_id), entry.value
+
+
+def metric_name(kind: str | None) -> str:
+    """Return what the card's metadata calls the accuracy on a type of question, or on all."""
+    return "Accuracy" if kind is None else f"Accuracy ({kind})"
+
+
+def _task(kind: str | None) -> str:
+    return "default" if kind is None else re.sub(r"\W+", "_", kind)
 
 
 def _leaves(value: Any) -> Iterator[int | float]:
