@@ -77,9 +77,17 @@ def test_the_hub_reads_the_metadata_and_the_results(saved):
     assert (data.pipeline_tag, data.library_name, data.license) == ("image-text-to-text", "transformers", "mit")
     assert data.tags == ["moe", "vision-language", "custom_code", "hf_moe"]
     assert (data.base_model, data.datasets, data.model_name) == (["timm/tower"], ["easy-vqa"], "tiny")
+    assert (data.base_model_relation, data.language) == ("finetune", None)
     results = {result.metric_name: result.metric_value for result in data.eval_results}
     assert results == {"Accuracy": 0.93612, "Accuracy (color)": 0.91234, "Accuracy (shape)": 0.97654}
     assert {result.dataset_name for result in data.eval_results} == {"easy-vqa"}
+
+
+def test_languages_are_listed_and_a_model_from_nothing_has_no_relation(saved):
+    assert card_of(saved, language="en").data.language == ["en"]
+    card = card_of(saved, language=["en", "fr"])
+    assert card.data.language == ["en", "fr"]
+    assert "base_model_relation" not in card.content
 
 
 def test_the_card_says_what_the_model_is_and_where_it_comes_from(saved):

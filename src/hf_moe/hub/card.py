@@ -31,6 +31,7 @@ def write_card(
     base_models: Sequence[str] = (),
     datasets: Sequence[str] = (),
     license: str = "apache-2.0",
+    language: str | Sequence[str] = (),
 ) -> Path:
     """Write README.md into a saved checkpoint, and beside it the evaluation files that its numbers come from.
 
@@ -47,6 +48,7 @@ def write_card(
         base_models: ids of the pretrained parts.
         datasets: what the model was trained on; the results are listed under the first one.
         license: an identifier of the Hub.
+        language: codes of the languages that the model reads and writes, such as `"en"`.
 
     Returns:
         The path of the card.
@@ -75,7 +77,10 @@ def write_card(
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
         tags=["moe", *(["vision-language"] if multimodal else []), "custom_code", "hf_moe"],
         license=license,
+        language=[language] if isinstance(language, str) else list(language) or None,
         base_model=list(base_models) or None,
+        # Of several base models the Hub would conclude that they were merged.
+        base_model_relation="finetune" if base_models else None,
         datasets=list(datasets) or None,
         eval_results=_eval_results(report, datasets),
     )
