@@ -67,6 +67,7 @@ class MoeLoraConfig(PeftConfig):
         lora_dropout: dropout on the experts' input.
         use_rslora: scale by `lora_alpha / sqrt(r)`.
         init_lora_weights: start with B = 0, so that the adapter changes nothing; `False` draws B as well.
+        freeze_experts: train the router alone.
         rank_pattern: module name or regular expression to another r.
         alpha_pattern: module name or regular expression to another lora_alpha.
         layers_to_transform: indices of the layers to adapt; all when `None`.
@@ -93,6 +94,7 @@ class MoeLoraConfig(PeftConfig):
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     init_lora_weights: bool = field(default=True, metadata={"help": "Start with B = 0."})
+    freeze_experts: bool = field(default=False, metadata={"help": "Train the router alone."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name to another r."})
     alpha_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name to another alpha."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
@@ -131,8 +133,8 @@ class MoeLoraConfig(PeftConfig):
         base = self.base_model_name_or_path
         if base and os.path.isdir(base):
             warnings.warn(
-                f"The adapter's config names its base by a folder of this machine, {base!r}, which nobody else has: set "
-                "its base_model_name_or_path to a repository on the Hub before you share the adapter.",
+                f"The adapter's config names its base by a folder of this machine, {base!r}, which nobody else has: "
+                "set its base_model_name_or_path to a repository on the Hub before you share the adapter.",
                 stacklevel=2,
             )
         super().save_pretrained(save_directory, **kwargs)

@@ -43,6 +43,7 @@ class MoeLoraLayer(BaseTunerLayer):
         self.moe_lora_objectives = nn.ModuleDict()
         # The target whose router decides for this one, referenced only; `None` where the target decides for itself.
         self.router_owner: dict[str, MoeLoraLayer | None] = {}
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
@@ -78,6 +79,9 @@ class MoeLoraLayer(BaseTunerLayer):
             shared_b = nn.Parameter(torch.zeros(self.out_features, config.shared_r))
             self._initialise(shared_a, shared_b, config)
             self.moe_lora_shared_A[adapter_name], self.moe_lora_shared_B[adapter_name] = shared_a, shared_b
+        if config.freeze_experts:
+            experts = tuple(name for name in self.adapter_layer_names if name != "moe_lora_router")
+            self.frozen_peft_weight_names[adapter_name] = experts
         if router is not None:
             self.moe_lora_router[adapter_name] = router
         self.router_owner[adapter_name] = owner

@@ -1,0 +1,94 @@
+"""One routed bank from LoRA adapters that were trained apart, as Branch-Train-MiX does with whole feed-forwards.
+
+Adapter i becomes expert i, with its own scaling folded into B_i. Nothing of the adapters is retrained: only the new
+router is trainable.
+
+Source: Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM, arXiv:2403.07816.
+"""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from transformers import PreTrainedModel
+
+from .config import MoeLoraConfig
+from .layer import MoeLoraLayer
+
+
+# What the experts of one bank must agree in.
+SHARED_FIELDS = ("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# What has no place in a bank of plain low-rank experts, with the value that is not in the way.
+PLAIN_FIELDS = {
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "target_parameters": None,
+}
+
+
+def assemble_lora_experts(
+    model: PreTrainedModel, adapters: list[str], adapter_name: str = "default", **options: Any
+) -> PeftModel:
+    """Return `model` with one expert per LoRA adapter, and a fresh router in front.
+
+    Args:
+        model: the base model of the adapters.
+        adapters: folders or Hub names of LoRA adapters with the same rank and the same targets.
+        adapter_name: name of the assembled adapter.
+        options: further fields of [`MoeLoraConfig`], such as `router` or `num_experts_per_tok`. The experts are frozen
+            unless `freeze_experts=False`.
+
+    Raises:
+        ValueError: if an adapter is no plain LoRA, differs from the first one in rank or targets, or does not fit the
+            model.
+    """
+    configs = [PeftConfig.from_pretrained(adapter) for adapter in adapters]
+    for adapter, config in zip(adapters, configs, strict=True):
+        _check_plain(adapter, config)
+        for name in SHARED_FIELDS:
+            found, wanted = getattr(config, name), getattr(configs[0], name)
+            if found != wanted:
+                raise ValueError(
+                    f"The experts of a bank need the same {name}: {adapters[0]!r} has {wanted}, {adapter!r} {found}."
+                )
+    first = configs[0]
+    fields = {name: getattr(first, name) for name in (*SHARED_FIELDS, "lora_alpha", "alpha_pattern", "use_rslora")}
+    options = {"freeze_experts": True, **options}
+    peft_model = get_peft_model(model, MoeLoraConfig(num_experts=len(adapters), **fields, **options), adapter_name)
+    for expert, (adapter, config) in enumerate(zip(adapters, configs, strict=True)):
+        _fill_expert(peft_model, adapter_name, expert, adapter, config)
+    return peft_model
+
+
+def _check_plain(adapter: str, config: PeftConfig) -> None:
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{adapter!r} is a {type(config).__name__}, and the experts of a bank are LoRA adapters.")
+    for name, plain in PLAIN_FIELDS.items():
+        if (getattr(config, name) or plain) != plain:
+            raise ValueError(
+                f"{adapter!r} has {name}={getattr(config, name)!r}, which LoRA experts have no place for."
+            )
+
+
+@torch.no_grad()
+def _fill_expert(model: PeftModel, adapter_name: str, expert: int, adapter: str, config: LoraConfig) -> None:
+    weights = load_peft_weights(adapter, device="cpu")
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MoeLoraLayer):
+            continue
+        names = [f"{name}.lora_{side}.weight" for side in "AB"]
+        missing = [item for item in names if item not in weights]
+        if missing:
+            raise ValueError(f"{adapter!r} does not fit the model: it has no {missing[0]!r}.")
+        lora_a, lora_b = (weights.pop(item) for item in names)
+        rank = layer.r[adapter_name]
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+        layer.moe_lora_A[adapter_name][expert] = lora_a
+        layer.moe_lora_B[adapter_name][expert] = lora_b * (scaling / layer.scaling[adapter_name])
+    if weights:
+        raise ValueError(f"{adapter!r} does not fit the model: nothing takes its {sorted(weights)[0]!r}.")

@@ -1,0 +1,96 @@
+"""LoRA adapters that were trained apart become the experts of one bank, unchanged."""
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+
+from hf_moe import RoutingOverrides
+from hf_moe.adapters import assemble_lora_experts
+from hf_moe.adapters.objectives import tuner_layers
+
+
+@pytest.fixture
+def trained(llama, tmp_path):
+    """Save LoRA adapters with other weights and scalings, and return their folders."""
+
+    def build(*settings):
+        folders = []
+        for seed, fields in enumerate(settings):
+            model = get_peft_model(
+                llama(), LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **fields})
+            )
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_" in name:
+                        parameter.normal_(std=0.3, generator=generator)
+            folders.append(str(tmp_path / f"lora-{seed}"))
+            model.save_pretrained(folders[-1])
+        return folders
+
+    return build
+
+
+def test_each_expert_is_the_adapter_it_came_from(llama, trained, text):
+    folders = trained({"lora_alpha": 4}, {"lora_alpha": 16}, {"use_rslora": True, "alpha_pattern": {"q_proj": 2}})
+    bank = assemble_lora_experts(llama(), folders, num_experts_per_tok=1, router_input="target").eval()
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    for expert, folder in enumerate(folders):
+        for layer in tuner_layers(bank):
+            router = layer.moe_lora_router["default"]
+            router.register_forward_pre_hook(lambda module, args, expert=expert: force(expert, module, args))
+        single = PeftModel.from_pretrained(llama(), folder).eval()
+        with torch.no_grad():
+            found, expected = bank(**inputs).logits, single(**inputs).logits
+        real = text["attention_mask"].bool()
+        torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def force(expert, router, args):
+    """Leave a router one expert; with K = 1 its weight is then a probability of 1."""
+    others = [other for other in range(router.spec.num_experts) if other != expert]
+    args[1].overrides = RoutingOverrides(disabled_experts={router.spec.layer_idx: others})
+    return args
+
+
+def test_only_the_router_is_trained(llama, trained, text):
+    bank = assemble_lora_experts(llama(), trained({}, {}), num_experts_per_tok=2)
+    bank.train()(**text).loss.backward()
+    trainable = {name for name, parameter in bank.named_parameters() if parameter.requires_grad}
+    assert len(trainable) == 2 and all("moe_lora_router" in name for name in trainable)
+    assert all(p.grad.abs().sum() > 0 for name, p in bank.named_parameters() if name in trainable)
+    bank.set_adapter("default")
+    assert {name for name, parameter in bank.named_parameters() if parameter.requires_grad} == trainable
+    free = assemble_lora_experts(llama(), trained({}, {}), num_experts_per_tok=2, freeze_experts=False)
+    assert any("moe_lora_A" in name for name, parameter in free.named_parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "second, message",
+    [
+        ({"r": 2}, "the same r"),
+        ({"target_modules": ["q_proj"]}, "the same target_modules"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_adapters_that_do_not_fit_together_are_refused(llama, trained, second, message):
+    folders = trained({}, second)
+    with pytest.raises(ValueError, match=message):
+        assemble_lora_experts(llama(), folders)
+
+
+def test_an_adapter_with_weights_that_the_model_has_no_place_for_is_refused(llama, trained):
+    folders = trained({}, {})
+    host = llama()
+    host.model.layers = host.model.layers[:1]
+    with pytest.raises(ValueError, match="nothing takes its '.*layers.1"):
+        assemble_lora_experts(host, folders)
+
+
+def test_something_else_than_lora_is_no_expert(llama, trained, tmp_path):
+    get_peft_model(llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])).save_pretrained(
+        tmp_path / "ia3"
+    )
+    with pytest.raises(ValueError, match="is a IA3Config"):
+        assemble_lora_experts(llama(), [*trained({}), str(tmp_path / "ia3")])
