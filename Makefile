@@ -36,6 +36,7 @@ lint: $(STAMP)
 # Regenerates every table under benchmarks/.
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/dispatch.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/lora_experts.py
 	$(RUN) benchmarks/easyvqa.py --recipe easyvqa_demo --seeds 3
 	$(RUN) benchmarks/easyvqa.py --recipe smollm2_easyvqa
 

@@ -43,7 +43,7 @@ class TokenlessContext(RoutingContext):
     """
 
     def __init__(self, hidden_states: torch.Tensor):
-        text = RoutingContext.all_text(hidden_states.view(-1, *hidden_states.shape[-2:]))
+        text = RoutingContext.all_text(hidden_states.reshape(-1, *hidden_states.shape[-2:]))
         super().__init__(text.modality_ids, text.token_mask)
 
     @property
