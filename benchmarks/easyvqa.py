@@ -43,14 +43,23 @@ def run_seed(name: str, seed: int, quick: bool, root: Path) -> dict[str, Any]:
     recipe = load_recipe(name, [f"seed={seed}", *(QUICK if quick else [])])
     folder = root / (recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
     report = (None if quick else finished(recipe, folder)) or run_recipe(recipe, folder)
-    curve = [[entry["step"], round(float(entry["loss"]), 4)] for entry in report["log_history"] if "loss" in entry]
+    curve = loss_curve([stage["log_history"] for stage in report.get("stages", [report])])
     kept = ("accuracy", "accuracy_by_question_type", "blind_accuracy", "evaluated", "train_seconds", "total_seconds")
     return {
         "seed": seed,
-        "steps": report["log_history"][-1]["step"],
+        "steps": curve[-1][0],
         **{key: report[key] for key in (*kept, "peak_memory_gib", "parameters_total", "parameters_active")},
         "loss_curve": curve,
     }
+
+
+def loss_curve(histories: list[list[dict[str, Any]]]) -> list[list[float]]:
+    """Return step and loss of every log, with the steps of successive stages counted on."""
+    curve: list[list[float]] = []
+    for history in histories:
+        before = curve[-1][0] if curve else 0
+        curve += [[before + entry["step"], round(float(entry["loss"]), 4)] for entry in history if "loss" in entry]
+    return curve
 
 
 def table(rows: list[dict[str, Any]]) -> str:
