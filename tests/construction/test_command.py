@@ -90,7 +90,6 @@ def test_failed_build_leaves_nothing(decoder_folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("options", "measure"),
