@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from hf_moe.evaluation.report import machine
+
 
 FOLDER = Path(__file__).resolve().parent
 PACKAGES = ("hf-moe", "torch", "transformers", "accelerate", "peft", "datasets")
@@ -44,25 +46,15 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "machine": {
-            "processor": processor_name(),
+            **machine(),
             "system": f"{platform.system()} {platform.machine()}",
-            "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": versions,
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def processor_name() -> str:
-    """Return the processor's own name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def commit() -> str | None:

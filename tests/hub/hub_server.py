@@ -35,6 +35,7 @@ class HubServer:
         url: the value for `HF_ENDPOINT`.
         repositories: by id.
         requests: method and path of everything asked.
+        part_size: bytes of a part of a multipart upload.
     """
 
     def __init__(self, root: Path):
@@ -43,6 +44,9 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
+        # Objects above this size are asked for in parts of it, as the Hub does above 5 GB; `None` for never.
+        self.part_size: int | None = None
+        self.parts: dict[tuple[str, int], bytes] = {}
         self.lock = threading.RLock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.http.daemon_threads = True
@@ -232,14 +236,33 @@ class Handler(BaseHTTPRequestHandler):
             if not (self.hub.blobs / asked["oid"]).exists():
                 href = f"{self.hub.url}/lfs/{asked['oid']}"
                 item["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
+                if self.hub.part_size and asked["size"] > self.hub.part_size:
+                    count = -(-asked["size"] // self.hub.part_size)
+                    parts = {f"{number:05}": f"{href}/parts/{number}" for number in range(1, count + 1)}
+                    header = {"chunk_size": str(self.hub.part_size), **parts}
+                    item["actions"]["upload"] = {"href": f"{href}/complete", "header": header}
             objects.append(item)
-        self.answer({"transfer": "basic", "objects": objects})
+        self.answer({"transfer": "multipart" if self.hub.part_size else "basic", "objects": objects})
 
     def lfs_put(self, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise ApiError(400, "The content does not have the announced SHA-256")
         store(self.hub.blobs, self.body)
         self.answer({})
+
+    def lfs_part(self, oid: str, number: str) -> None:
+        self.hub.parts[oid, int(number)] = self.body
+        self.answer({}, headers={"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
+
+    def lfs_complete(self, oid: str) -> None:
+        parts = []
+        for asked in self.json()["parts"]:
+            part = self.hub.parts.pop((oid, asked["partNumber"]), b"")
+            if asked["etag"].strip('"') != hashlib.md5(part).hexdigest():
+                raise ApiError(400, f"Part {asked['partNumber']} has not arrived")
+            parts.append(part)
+        self.body = b"".join(parts)
+        self.lfs_put(oid)
 
     def lfs_verify(self, oid: str) -> None:
         blob = self.hub.blobs / oid
@@ -384,6 +407,8 @@ ROUTES: list[tuple[str, str, Action]] = [
     ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", Handler.preupload),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_put),
+    ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})/parts/(?P<number>\d+)", Handler.lfs_part),
+    ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/complete", Handler.lfs_complete),
     ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/verify", Handler.lfs_verify),
     ("POST", rf"{API}/commit/(?P<revision>[^/]+)", Handler.commit),
     ("POST", rf"{API}/branch/(?P<name>[^/]+)", Handler.branch),

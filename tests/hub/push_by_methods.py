@@ -9,19 +9,27 @@ from pathlib import Path
 
 import torch
 from hub_checkpoints import record, tiny_config, tiny_model, tiny_processor
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from hf_moe import HfMoeForConditionalGeneration
+from hf_moe.training.trainer import HfMoeTrainer
 
 
 def main(root: Path) -> None:
-    for name in ("methods", "trained", "adapter"):
+    for name in ("methods", "trained", "complete", "adapter"):
         (root / name).mkdir()
     processor = tiny_processor()
     model = tiny_model(tiny_config(router="moiie", objectives={"load_balance": 0.01}))
     model.push_to_hub("owner/methods", max_shard_size="100KB")
     processor.push_to_hub("owner/methods")
+    # Again, in one shard, and a card that somebody has written to.
+    api = HfApi()
+    card = ModelCard.load("owner/methods")
+    card.text += "\nA word of my own.\n"
+    api.upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="owner/methods")
+    model.push_to_hub("owner/methods", tags=["small"])
     record(root / "methods", model, processor)
 
     base = HfMoeForConditionalGeneration.from_pretrained("owner/methods")
@@ -43,6 +51,12 @@ def main(root: Path) -> None:
     trainer.train()
     trainer.push_to_hub()
     record(root / "trained", model, processor)
+
+    arguments = TrainingArguments(root / "ours", **{**options, "hub_model_id": "owner/complete"})
+    ours = HfMoeTrainer(model, arguments, train_dataset=rows, processing_class=processor)
+    ours.train()
+    ours.push_to_hub(datasets=["easy-vqa"])
+    record(root / "complete", model, processor)
 
 
 if __name__ == "__main__":

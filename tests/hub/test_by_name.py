@@ -1,5 +1,6 @@
 """Pushed repositories load by name where the package cannot be imported: few processes open them all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -116,7 +117,7 @@ def found(hub, tmp_path_factory):
     }
 
 
-METHODS = ("methods", "trained", "adapter")
+METHODS = ("methods", "trained", "complete", "adapter")
 
 
 @pytest.mark.parametrize("name", ["newest", "pinned", "by_tag", "busy", "hidden", *METHODS])
@@ -165,15 +166,37 @@ def test_a_refusal_names_its_reason(found, name, message):
     assert message in found[name]["error"]
 
 
-@pytest.mark.parametrize("name", METHODS[:2])
-def test_the_push_methods_of_transformers_leave_a_complete_repository(found, hub, name):
+@pytest.mark.parametrize("name", ["methods", "trained", "complete"])
+def test_the_push_methods_leave_a_complete_repository(found, hub, name):
     files = hub.files(f"owner/{name}")
     assert {"config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "README.md"} <= set(
         files
     )
     assert {"modeling_hf_moe.py", "processing_hf_moe.py", "router_moiie.py"} <= set(files)
-    if name == "methods":
-        assert "model-00002-of-00004.safetensors" in files
+
+
+@pytest.mark.parametrize("name", ["methods", "complete"])
+def test_a_push_of_ours_brings_card_license_and_version(found, hub, name):
+    files = hub.files(f"owner/{name}", "v1")
+    assert files["LICENSE"].startswith(b"                                 Apache License")
+    card = files["README.md"].decode()
+    for path in ("modeling_hf_moe.py", "router_moiie.py"):
+        assert f"| `{path}` | `{hashlib.sha256(files[path]).hexdigest()}` |" in card
+    assert f'checkpoint = "owner/{name}"' in card
+    assert "training_args.bin" not in files
+
+
+def test_a_card_in_the_repository_outlives_a_push_and_shards_of_an_older_one_do_not(found, hub):
+    old, new = hub.files("owner/methods", "v1"), hub.files("owner/methods", "v2")
+    assert "model-00002-of-00004.safetensors" in old
+    assert [path for path in new if path.endswith(".safetensors")] == ["model.safetensors"]
+    assert b"A word of my own." in new["README.md"] and b"- small\n" in new["README.md"]
+    assert "processing_hf_moe.py" in new
+
+
+def test_the_trainer_states_what_it_has_measured(found, hub):
+    numbers = json.loads(hub.files("owner/complete")["evaluation.json"])
+    assert numbers["train_seconds"] > 0 and numbers["parameters_total"] > 0
 
 
 def test_an_adapter_repository_holds_no_code_and_names_its_base(found, hub):

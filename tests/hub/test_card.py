@@ -101,6 +101,38 @@ def test_the_card_says_what_the_model_is_and_where_it_comes_from(saved):
     assert "objective `load_balance`: GShard, [arXiv:2006.16668]" in text
 
 
+def test_the_card_draws_the_way_from_image_and_text_to_the_answer(saved):
+    drawn = card_of(saved).text.split("```\n")[1]
+    assert drawn.splitlines() == [
+        "image 16 x 16 -> clip_vision_model -> mlp -> 4 tokens",
+        "text -> embeddings",
+        "  |",
+        "  layer 0  attention, feed-forward",
+        "  layer 1  attention, moiie -> 2 of 4 experts",
+        "  |",
+        "answer",
+    ]
+
+
+def test_the_code_brings_its_license_and_leaves_that_of_the_weights_alone(saved):
+    card_of(saved)
+    license = (saved[0] / "LICENSE").read_text()
+    assert "Apache License" in license
+    (saved[0] / "LICENSE").write_text("MIT License")
+    assert "[LICENSE-CODE](LICENSE-CODE)" in card_of(saved, license="mit").text
+    assert (saved[0] / "LICENSE").read_text() == "MIT License"
+    assert (saved[0] / "LICENSE-CODE").read_text() == license
+
+
+def test_where_and_at_what_cost_it_was_trained_is_said(saved):
+    machine = {"processor": "AMD EPYC", "cores": 2, "accelerator": None}
+    emissions = {"emissions": 12.5, "source": "CodeCarbon", "training_type": "fine-tuning"}
+    card = card_of(saved, report={**REPORT, "machine": machine, "co2_eq_emissions": emissions})
+    assert "the whole job 403 seconds on AMD EPYC, 2 cores." in card.text
+    assert "Emissions: 12.5 g of CO2-equivalent, measured by CodeCarbon." in card.text
+    assert card.data.co2_eq_emissions == emissions
+
+
 def test_every_number_of_the_report_is_in_the_card(saved):
     text = card_of(saved, recipe={"name": "demo", "training": {"max_steps": 12}}).text
     assert text.strip().startswith("# demo")

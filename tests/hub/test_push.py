@@ -147,6 +147,17 @@ def test_an_upload_cut_in_the_middle_is_sent_again(hub, checkpoint):
     assert hub.files(REPO)["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
 
 
+def test_a_large_file_goes_up_in_parts_and_a_part_cut_in_the_middle_again(hub, checkpoint):
+    hub.part_size = 2**15
+    hub.cut("PUT", "/lfs/.*/parts/2")
+    push_checkpoint(checkpoint, REPO)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    sent = [path.rsplit("/", 1)[-1] for method, path in hub.requests if method == "PUT" and "/parts/" in path]
+    assert sorted(set(sent), key=int) == [str(part) for part in range(1, -(-len(weights) // hub.part_size) + 1)]
+    assert sent.count("2") == 2
+    assert hub.files(REPO)["model.safetensors"] == weights
+
+
 def test_a_commit_whose_answer_was_lost_is_found_and_not_made_twice(hub, checkpoint):
     hub.lose_answer("POST", "/commit/")
     result = push_checkpoint(checkpoint, REPO)

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..configuration.configuration_hf_moe import SAVE_HOOKS
+from ..configuration.configuration_hf_moe import PUSH_HOOKS, SAVE_HOOKS
 
 
 def install() -> None:
-    """Make every save of a config or a processor write the code it runs; safe to call again."""
+    """Make every save of a config or a processor write its code, every push of a model a card; safe to call again."""
     if _bundle not in SAVE_HOOKS:
         SAVE_HOOKS.append(_bundle)
+        PUSH_HOOKS.append(_push)
 
 
 def _bundle(obj: Any, folder: str) -> Callable[[], None]:
@@ -17,6 +18,12 @@ def _bundle(obj: Any, folder: str) -> Callable[[], None]:
     from .bundle import prepare_bundle
 
     return prepare_bundle(obj, folder)
+
+
+def _push(model: Any, repo_id: str, **options: Any) -> Any:
+    from .methods import push_model
+
+    return push_model(model, repo_id, **options)
 
 
 __all__ = ["install"]

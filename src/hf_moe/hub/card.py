@@ -4,6 +4,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from .evaluation import metric_name, scores, write_evaluation
 
 
 # Beside this file in an installed package, in its own folder in the repository.
-TEMPLATE_NAME = "card.md.jinja"
-TEMPLATES = (Path(__file__).with_name(TEMPLATE_NAME), Path(__file__).parents[3] / "model_cards" / TEMPLATE_NAME)
+REPOSITORY = Path(__file__).parents[3]
+TEMPLATES = (Path(__file__).with_name("card.md.jinja"), REPOSITORY / "model_cards" / "card.md.jinja")
+LICENSES = (Path(__file__).with_name("LICENSE"), REPOSITORY / "LICENSE")
 
 
 def write_card(
@@ -33,16 +35,18 @@ def write_card(
     license: str = "apache-2.0",
     language: str | Sequence[str] = (),
 ) -> Path:
-    """Write README.md into a saved checkpoint, and beside it the evaluation files that its numbers come from.
+    """Write README.md into a saved checkpoint, beside it the evaluation files that its numbers come from, and LICENSE.
 
-    What the report does not hold is left out.
+    What the report does not hold is left out. `LICENSE` is the text of Apache-2.0, which the code is under. For
+    weights under another license it becomes `LICENSE-CODE`: put the text of theirs into `LICENSE`.
 
     Args:
         folder: the checkpoint, with its code: the model and the processor have been saved to it.
         model: the `HfMoeForConditionalGeneration` that was saved.
         report: any of `accuracy`, `blind_accuracy`, `accuracy_by_question_type`, `evaluated` (questions),
             `train_seconds`, `total_seconds`, `peak_memory_gib`, `parameters_total`, `parameters_active` (by modality),
-            `seed`, `versions`.
+            `seed`, `versions`, `machine` (`processor`, `cores`, `accelerator`), `co2_eq_emissions` (in the Hub's form:
+            `emissions` in grams, `source`, ...).
         recipe: the training job as plain data, *optional*; the model takes its `name`, else that of the folder.
         pictures: files in the folder.
         base_models: ids of the pretrained parts.
@@ -82,6 +86,7 @@ def write_card(
         # Of several base models the Hub would conclude that they were merged.
         base_model_relation="finetune" if base_models else None,
         datasets=list(datasets) or None,
+        co2_eq_emissions=report.get("co2_eq_emissions"),
         eval_results=_eval_results(report, datasets),
     )
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
@@ -94,7 +99,8 @@ def write_card(
         multimodal=multimodal,
         requirements=_requirements(config),
         tower=_tower_name(config) if multimodal else None,
-        layers=_layer_rows(model),
+        layers=(layers := _layer_rows(model)),
+        diagram=_diagram(config, layers),
         system=load_preset(config.system) if config.system else None,
         objectives=_objectives(config),
         sources=_sources(config),
@@ -103,11 +109,54 @@ def write_card(
         pictures=pictures,
         base_models=base_models,
         datasets=datasets,
-        code=[(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(folder.glob("*.py"))],
+        code=_digest_rows(folder),
+        code_license=_write_license(folder, license),
     )
     path = folder / "README.md"
     path.write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
     return path
+
+
+def refresh_digests(text: str, folder: str | Path) -> str:
+    """Return a card with its list of code files as they are in `folder` now."""
+    return re.sub(r"(?<=\| File \| SHA-256 \|\n\|---\|---\|\n)(\|.*\n)*", _digest_rows(Path(folder)), text)
+
+
+def _digest_rows(folder: Path) -> str:
+    rows = ((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(folder.glob("*.py")))
+    return "".join(f"| `{name}` | `{digest}` |\n" for name, digest in rows)
+
+
+def _write_license(folder: Path, license: str) -> str:
+    """Write the license of the code and return the name of the file."""
+    name = "LICENSE" if license == "apache-2.0" else "LICENSE-CODE"
+    source = next(path for path in LICENSES if path.is_file())
+    (folder / name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return name
+
+
+def _diagram(config: Any, kinds: list[dict[str, Any]]) -> str:
+    """Return the way from image and text to the answer, drawn with letters."""
+    paths = ["text -> embeddings"]
+    if config.vision_config is not None:
+        tower, connector = _tower_name(config), config.connector["name"]
+        image = f"image {config.image_size} x {config.image_size}"
+        paths.insert(0, f"{image} -> {tower} -> {connector} -> {config.image_seq_length} tokens")
+    feed_forward = {
+        index: f"{row['router']} -> {row['slots']} of {row['experts']} experts"
+        + (f" + {row['shared']} shared" if row["shared"] else "")
+        for row in kinds
+        for index in row["layers"]
+    }
+    layers = [feed_forward.get(index, "feed-forward") for index in range(config.text_config.num_hidden_layers)]
+    runs: list[tuple[int, int, str]] = []
+    for kind, members in groupby(enumerate(layers), key=lambda item: item[1]):
+        indices = [index for index, _ in members]
+        runs.append((indices[0], indices[-1], kind))
+    labels = [f"layer {first}" if first == last else f"layers {first}-{last}" for first, last, _ in runs]
+    width = max(map(len, labels))
+    blocks = [f"  {label:{width}}  attention, {kind}" for label, (_, _, kind) in zip(labels, runs, strict=True)]
+    return "\n".join([*paths, "  |", *blocks, "  |", "answer"])
 
 
 def _eval_results(report: dict[str, Any], datasets: Sequence[str]) -> list[EvalResult] | None:

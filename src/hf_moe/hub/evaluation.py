@@ -35,6 +35,8 @@ SHOWN = (
     "parameters_active",
     "seed",
     "versions",
+    "machine",
+    "co2_eq_emissions",
 )
 
 

@@ -106,13 +106,13 @@ def push_checkpoint(
         raise ValueError(f"{folder} holds what should not be published, remove it first:\n  " + "\n  ".join(leaks))
     check_evaluation(folder)
     if dry_run:
-        return PushResult(repo_id, None, None, files, None, _snippet(folder, repo_id, "main"))
+        return PushResult(repo_id, None, None, files, None, loading_snippet(folder, repo_id, "main"))
 
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         before = _prepare(api, repo_id, private, gated, revision)
-        version = _version(api, repo_id, tag, plain=revision is None and not create_pr)
+        version = next_version(api, repo_id, tag, plain=revision is None and not create_pr)
     except FAILURES as error:
         raise PushError(f"{_reason(error, api, repo_id)} Nothing has been uploaded.") from error
     try:
@@ -124,14 +124,14 @@ def push_checkpoint(
         ) from error
     try:
         if version is not None:
-            version = _tag(api, repo_id, version, commit.oid, fixed=isinstance(tag, str))
+            version = set_tag(api, repo_id, version, commit.oid, fixed=isinstance(tag, str))
     except FAILURES as error:
         raise PushError(
             f"{_reason(error, api, repo_id)} The checkpoint is complete at {commit.commit_url}, but the tag {version} "
             "is missing. Run the same push again; it sends no file twice."
         ) from error
     url = commit.pr_url or commit.commit_url
-    return PushResult(repo_id, commit.oid, url, files, version, _snippet(folder, repo_id, commit.oid))
+    return PushResult(repo_id, commit.oid, url, files, version, loading_snippet(folder, repo_id, commit.oid))
 
 
 def checkpoint_files(folder: Path) -> dict[str, int]:
@@ -241,7 +241,7 @@ def _card(folder: Path, repo_id: str) -> str:
     return re.sub(rf'model="{name}"', f'model="{repo_id}"', text)
 
 
-def _version(api: HfApi, repo_id: str, tag: str | bool, plain: bool) -> str | None:
+def next_version(api: HfApi, repo_id: str, tag: str | bool, plain: bool) -> str | None:
     """Return the tag to set; refuse a taken one before anything is uploaded."""
     if tag is False or (tag is True and not plain):
         return None
@@ -254,7 +254,7 @@ def _version(api: HfApi, repo_id: str, tag: str | bool, plain: bool) -> str | No
     return f"v{max(numbers, default=0) + 1}"
 
 
-def _tag(api: HfApi, repo_id: str, version: str, commit: str, fixed: bool) -> str:
+def set_tag(api: HfApi, repo_id: str, version: str, commit: str, fixed: bool) -> str:
     """Name the commit; where nothing had changed it has a number already and keeps it."""
     names = [ref.name for ref in api.list_repo_refs(repo_id).tags if ref.target_commit == commit]
     if names and not fixed:
@@ -287,7 +287,7 @@ def _reason(error: BaseException, api: HfApi, repo_id: str) -> str:
     return f"The Hub answered {status}: {' '.join(str(error).split())}."
 
 
-def _snippet(folder: Path, repo_id: str, commit: str) -> str:
+def loading_snippet(folder: Path, repo_id: str, commit: str) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text_only = config.get("vision_config") is None
     return SNIPPET.format(

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ..configuration.configuration_hf_moe import PUSH_HOOKS
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from .dispatch import RAGGED
 from .routing import Connector, Experts, Objective, Router
@@ -42,6 +43,11 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 f"A weights file (.safetensors) of {pretrained_model_name_or_path} is damaged or cut short: {error}. "
                 "Copy or download it again."
             ) from error
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        for hook in PUSH_HOOKS:
+            return hook(self, repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or RAGGED)

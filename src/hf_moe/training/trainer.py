@@ -3,12 +3,18 @@
 The losses need nothing from here: they live in the model, and plain `Trainer` trains it as well.
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import Trainer
 
 from ..analysis.routing_statistics import RoutingStatistics
+from ..evaluation.report import machine, versions
+from ..hub.card import write_card
+from ..hub.push import PushResult, push_checkpoint
+from ..modeling.base import HfMoePreTrainedModel
 from .parts import part_of, selects
 
 
@@ -72,3 +78,59 @@ class HfMoeTrainer(Trainer):
             self._objective_sums, self._objective_steps = {}, self.state.global_step
             self._routing = RoutingStatistics()
         super().log(logs, *args, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> PushResult | Any:
+        """Upload a complete checkpoint in one commit, as `hf-moe push` does, and nothing of the trainer's own files.
+
+        The results of the card are `eval_accuracy` and `train_runtime`, as logged last.
+
+        Args:
+            blocking: of no effect, the checks and the commit are made before this returns.
+            card: `datasets`, `base_models`, `license`, `language` as in [`~hf_moe.hub.card.write_card`].
+
+        Returns:
+            What was left on the Hub; `None` on all processes but the first. An adapter goes up as `Trainer` does it.
+
+        Raises:
+            FileNotFoundError, ValueError, PushError: as [`~hf_moe.hub.push.push_checkpoint`].
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, HfMoePreTrainedModel):
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **card)
+        name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / name.split("/")[-1]
+            self.save_model(str(folder), _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            (folder / "training_args.bin").unlink()
+            write_card(folder, model=model, report=self._measured(), **card)
+            return push_checkpoint(
+                folder,
+                name,
+                private=self.args.hub_private_repo if private is None else private,
+                revision=revision if revision is not None else self.args.hub_revision,
+                token=token or self.args.hub_token,
+                message=commit_message or "End of training",
+            )
+
+    def _measured(self) -> dict[str, Any]:
+        logged: dict[str, Any] = {}
+        for entry in self.state.log_history:
+            logged |= entry
+        names = {"eval_accuracy": "accuracy", "train_runtime": "train_seconds"}
+        return {
+            **{ours: logged[theirs] for theirs, ours in names.items() if theirs in logged},
+            "parameters_total": sum(parameter.numel() for parameter in self.model.parameters()),
+            "seed": self.args.seed,
+            "versions": versions(),
+            "machine": machine(),
+        }
