@@ -17,6 +17,7 @@ PROMISED = {
     "deepseekmoe",
     "deepseek_v3",
     "adamoe",
+    "dynamic_moe_top_p",
     "ernie45_vl",
     "ming_multi_router",
     "moiie",

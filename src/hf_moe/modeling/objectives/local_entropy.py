@@ -4,8 +4,9 @@
 
 Alone it lets the router collapse: it goes with a balance loss.
 
-Source: Multimodal Contrastive Learning with LIMoE: the Language-Image Mixture of Experts, arXiv:2206.02770 (its local
-loss; the global one, the entropy of the mean distribution, is none of this file's).
+Sources: Multimodal Contrastive Learning with LIMoE: the Language-Image Mixture of Experts, arXiv:2206.02770 (its local
+loss; the global one, the entropy of the mean distribution, is none of this file's); Harder Tasks Need More Experts,
+arXiv:2403.07652 (its dynamic loss).
 """
 
 import torch
