@@ -1,0 +1,55 @@
+"""Keeps a checkpoint of the current config format for the tests of all later versions.
+
+    python tests/integration/release_checkpoint.py
+
+Run once, when a version with a new `CONFIG_FORMAT` is released. It writes `released/<format>/` and never over one.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.configuration.configuration_hf_moe import CONFIG_FORMAT
+
+
+RELEASED = Path(__file__).with_name("released")
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+# Maps from layer to value, banks and a balancing buffer: what a later reader could misread.
+MOE = {
+    "layers": [1, 2],
+    "num_experts": {"default": 4, "2": 3},
+    "num_experts_per_tok": 2,
+    "num_shared_experts": {"default": 0, "2": 1},
+    "expert_intermediate_size": 8,
+    "router": {"1": {"name": "moiie"}, "2": {"name": "deepseek_v3"}},
+    "objectives": {"load_balance": {"coef": 0.02, "scope": "sequence"}, "router_z": 0.001},
+}
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    pixels = torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)
+    return {"input_ids": torch.tensor([[2, 4, 4, 4, 4, 7, 8, 9]]), "pixel_values": pixels}
+
+
+def main() -> None:
+    folder = RELEASED / str(CONFIG_FORMAT)
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    text = LlamaConfig(**SIZES, vocab_size=32, num_hidden_layers=3, num_key_value_heads=1, pad_token_id=0)
+    vision = CLIPVisionConfig(**SIZES, num_hidden_layers=1, image_size=8, patch_size=4)
+    config = HfMoeConfig(text_config=text, vision_config=vision, image_token_id=4, moe_config=MOE)
+    model = HfMoeForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        logits = model(**inputs()).logits[0, -1]
+    model.save_pretrained(folder)
+    # What is kept is what a newer version reads; the code of the old one would only repeat the history.
+    for path in folder.glob("*.py"):
+        path.unlink()
+    (folder / "logits.json").write_text(json.dumps(logits.tolist()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
