@@ -2,10 +2,12 @@
 
 import importlib
 import sys
+import warnings
 
 import pytest
-from hub_checkpoints import tiny_config
+from hub_checkpoints import tiny_config, tiny_processor
 
+from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.hub.bundle import bundle_files
 from hf_moe.hub.flatten import flatten
 
@@ -117,3 +119,16 @@ def test_top_level_code_that_would_run_at_every_load_is_warned_about(write_route
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"my_router.py travels whole.*lines \[4, 5\]"):
         bundle_files([write_router("print('hello')\nfor _ in range(3): pass\nif __name__ == '__main__': print()")], {})
+
+
+class OwnModel(HfMoeForConditionalGeneration):
+    pass
+
+
+def test_a_subclass_that_would_open_as_its_base_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="The code of OwnModel does not travel"):
+        OwnModel(tiny_config()).save_pretrained(tmp_path / "own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        HfMoeForConditionalGeneration(tiny_config()).save_pretrained(tmp_path / "plain")
+        tiny_processor().save_pretrained(tmp_path / "plain")

@@ -94,6 +94,7 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
     """
     target = Path(folder)
     is_config = isinstance(obj, PreTrainedConfig)
+    _warn_of_subclasses(obj)
     if is_config:
         obj.auto_map = {**(getattr(obj, "auto_map", None) or {}), **AUTO_MAP}
         entry_files = [CONFIGURATION, MODELING]
@@ -121,6 +122,20 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
                 _add_auto_map(target / name)
 
     return write
+
+
+def _warn_of_subclasses(obj: Any) -> None:
+    """Say that the checkpoint opens as the library's classes: only mechanisms travel from a user's own files."""
+    # Saving a model writes the name of its class into the config.
+    names = [type(obj).__name__, *(getattr(obj, "architectures", None) or [])]
+    foreign = [name for name in names if not name.startswith("HfMoe")]
+    if foreign:
+        warnings.warn(
+            f"The code of {', '.join(foreign)} does not travel: elsewhere the checkpoint opens as the class of hf_moe "
+            "that it derives from. Put what is new into a registered router, experts, objective or connector; those "
+            "travel from a file of their own.",
+            stacklevel=2,
+        )
 
 
 def used_names(config: Any) -> dict[str, list[str]]:
