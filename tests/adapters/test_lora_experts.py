@@ -301,13 +301,6 @@ def test_a_copy_is_independent_and_routes_with_its_own_router(llama, own_model, 
         assert (logits(model, text) - expected).abs().max() > 0.01
 
 
-def test_merging_is_refused_with_the_reason(llama):
-    model = adapt(llama())
-    for merge in (model.merge_and_unload, model.merge_adapter):
-        with pytest.raises(ValueError, match="depends on the token"):
-            merge()
-
-
 def test_every_target_of_a_layer_uses_one_sort(llama, text, monkeypatch):
     made = []
     original = ExpertSlots.by_expert.func

@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from ..modeling.routing import ExpertAssignment, Router, RoutingContext
 from .config import MoeLoraConfig
+from .constant_routing import constant_gates
 from .low_rank import ExpertSlots, add_experts
 from .routing import ACTIVE_LAYER, AdapterContext, LayerRun, TokenlessContext
 
@@ -46,6 +48,8 @@ class MoeLoraLayer(BaseTunerLayer):
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        # adapter -> the gates (E,) it was merged with, which take it out again.
+        self.merged_gates: dict[str, torch.Tensor] = {}
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(
@@ -117,17 +121,66 @@ class MoeLoraLayer(BaseTunerLayer):
             )
         return slots
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(MERGE_REFUSED)
+    def deciding_router(self, adapter_name: str) -> Router:
+        """Return the router of an adapter that decides for this target, its own or the shared one."""
+        owner = self.router_owner[adapter_name] or self
+        return owner.moe_lora_router[adapter_name]
+
+    def get_delta_weight(self, adapter_name: str, gates: torch.Tensor) -> torch.Tensor:
+        """Return what an adapter adds to the weight of a token with these gates (E,): (out, in) float32."""
+        lora_a, lora_b = self.moe_lora_A[adapter_name].float(), self.moe_lora_B[adapter_name].float()
+        scaled = lora_b * (gates.float() * self.scaling[adapter_name])[:, None, None]
+        delta = scaled.transpose(0, 1).flatten(1) @ lora_a.flatten(0, 1)
+        if adapter_name in self.moe_lora_shared_A:
+            shared_a, shared_b = self.moe_lora_shared_A[adapter_name], self.moe_lora_shared_B[adapter_name]
+            delta = delta + self.shared_scaling[adapter_name] * shared_b.float() @ shared_a.float()
+        return delta
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        gates: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add adapters to the base weight.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+            adapter_names: the adapters, the active ones when `None`.
+            gates: adapter -> gates (E,), those of its router when absent.
+
+        Raises:
+            ValueError: if no gates are given and the router has none that hold for every token, if the base weight is
+                quantised, or if the result is not finite.
+        """
+        base = self.get_base_layer()
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.moe_lora_A:
+                continue
+            if type(base) not in (nn.Linear, Conv1D) or type(base.weight.data) is not torch.Tensor:
+                raise ValueError(
+                    f"LoRA experts merge into plain weights, and a target is a {type(base).__name__} with a "
+                    f"{type(base.weight.data).__name__}: load the base model unquantised and in one piece to merge."
+                )
+            own = constant_gates(self.deciding_router(adapter_name)) if gates is None else gates[adapter_name]
+            merged = base.weight + self._as_stored(self.get_delta_weight(adapter_name, own))
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"Merging adapter {adapter_name!r} gives weights that are not finite.")
+            base.weight.data = merged.data
+            self.merged_gates[adapter_name] = own
+            self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
-        raise ValueError(MERGE_REFUSED)
+        """Take all merged adapters out of the base weight again."""
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            delta = self.get_delta_weight(adapter_name, self.merged_gates.pop(adapter_name))
+            self.get_base_layer().weight.data -= self._as_stored(delta).data
 
-
-MERGE_REFUSED = (
-    "LoRA experts cannot be merged into the base weights: which experts a token uses depends on the token, and one "
-    "matrix cannot hold that. Keep the adapter, or call unload() for the base model without it."
-)
+    def _as_stored(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return a delta (out, in) in the layout and dtype of the base weight."""
+        base = self.get_base_layer()
+        return (delta.T if isinstance(base, Conv1D) else delta).to(base.weight)
 
 
 class Linear(nn.Module, MoeLoraLayer):
@@ -145,8 +198,10 @@ class Linear(nn.Module, MoeLoraLayer):
         self.update_layer(adapter_name, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if self.disable_adapters or self.merged:
             return result
         for adapter_name in self.active_adapters:
             if adapter_name in self.moe_lora_A:

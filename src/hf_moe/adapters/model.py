@@ -12,13 +12,19 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
 from .config import MoeLoraConfig
-from .layer import MERGE_REFUSED, Linear, MoeLoraLayer, check_decision
+from .constant_routing import RoutingVaries, constant_gates
+from .layer import Linear, MoeLoraLayer, check_decision
 from .objectives import install_hooks, tuner_layers
 from .routing import TokenlessContext, adapted_layer_class, enclosing_layer, knows_tokens, layer_width
 
 
 # As Transformers' models start their linear layers.
 INIT_STD = 0.02
+
+MERGE_REFUSED = (
+    "cannot be merged into the base weights: {reason}. hf_moe.adapters.merging has merge_for, for one task or "
+    "modality, and merge_by_mean_routing, an approximation whose error it measures."
+)
 
 
 class MoeLoraModel(BaseTuner):
@@ -153,7 +159,15 @@ class MoeLoraModel(BaseTuner):
                 handle.remove()
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_REFUSED)
+        """Refuse a merge that would change the model, before any weight is touched."""
+        super()._check_merge_allowed()
+        for layer in tuner_layers(self.model):
+            for adapter_name in layer.active_adapters:
+                if adapter_name in layer.moe_lora_router and adapter_name not in layer.merged_adapters:
+                    try:
+                        constant_gates(layer.moe_lora_router[adapter_name])
+                    except RoutingVaries as error:
+                        raise ValueError(f"Adapter {adapter_name!r} {MERGE_REFUSED.format(reason=error)}") from error
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -49,7 +49,7 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
         _end_finished_step(model, routers)
     for layer in tuner_layers(model):
         for adapter_name, losses in layer.moe_lora_objectives.items():
-            if layer.disable_adapters or adapter_name not in layer.active_adapters:
+            if layer.disable_adapters or layer.merged or adapter_name not in layer.active_adapters:
                 continue
             if adapter_name not in context.decisions:
                 raise ValueError(

@@ -1,0 +1,250 @@
+"""LoRA experts go into the base weights exactly where every token has the same gates, and nowhere else by accident."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_moe import MoeLoraConfig, Router, register_router
+from hf_moe.adapters.constant_routing import RoutingVaries, constant_gates
+from hf_moe.adapters.merging import merge_by_mean_routing, merge_for
+from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec
+
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@register_router("test_fixed_mixture")
+class FixedMixtureRouter(Router):
+    """The same learned mixture for every token."""
+
+    def __init__(self, spec: MoELayerSpec):
+        super().__init__(spec)
+        self.logits = nn.Parameter(torch.zeros(spec.num_experts))
+
+    def forward(self, hidden_states, context):
+        weight = self.logits.softmax(-1).expand(len(hidden_states), -1)
+        index = torch.arange(self.spec.num_experts, device=weight.device).expand(len(hidden_states), -1)
+        return ExpertAssignment(index, weight, self.spec.num_experts)
+
+
+@register_router("test_by_modality")
+class ByModalityRouter(Router):
+    """Expert m for a token of modality m."""
+
+    def forward(self, hidden_states, context):
+        index = context.tokens("modality_ids", hidden_states.device)[:, None]
+        return ExpertAssignment(index, torch.ones_like(index, dtype=torch.float32), self.spec.num_experts)
+
+
+@register_router("test_by_row_id")
+class ByRowIdRouter(Router):
+    """Expert t for a row of task t."""
+
+    def forward(self, hidden_states, context):
+        rows, length = context.token_mask.shape
+        task = context.condition_ids.get("task", torch.zeros(rows, dtype=torch.long))
+        index = task.repeat_interleave(length)[:, None]
+        return ExpertAssignment(index, torch.ones_like(index, dtype=torch.float32), self.spec.num_experts)
+
+
+@register_router("test_by_word")
+class ByWordRouter(Router):
+    """Expert of a word, by its number."""
+
+    def forward(self, hidden_states, context):
+        words = context.modality_ids if context.input_ids is None else context.input_ids
+        index = words.reshape(-1, 1) % self.spec.num_experts
+        return ExpertAssignment(index, torch.ones_like(index, dtype=torch.float32), self.spec.num_experts)
+
+
+def adapt(model, **fields):
+    return get_peft_model(model, MoeLoraConfig(**{"target_modules": TARGETS, **fields})).eval()
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        found = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    return found[inputs["attention_mask"].bool()]
+
+
+def weights(model):
+    return [layer.get_base_layer().weight.clone() for layer in tuner_layers(model)]
+
+
+CONSTANT = [
+    {"router": "test_fixed_mixture"},
+    {"router": "test_fixed_mixture", "shared_r": 4, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    {"router": "test_fixed_mixture", "router_input": "target"},
+    {"num_experts": 1, "num_experts_per_tok": 1},
+]
+
+
+@pytest.mark.parametrize("fields", CONSTANT, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_a_constant_router_merges_exactly_and_comes_out_again(llama, text, randomise, fields):
+    model = adapt(llama(), **fields)
+    before = weights(model)
+    base = logits(llama(), text)
+    randomise(model)
+    expected = logits(model, text)
+    assert (expected - base).abs().max() > 0.1
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    assert not any(torch.equal(*pair) for pair in zip(before, weights(model), strict=True))
+    model.unmerge_adapter()
+    torch.testing.assert_close(weights(model), before, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(llama()) and not list(tuner_layers(merged))
+    torch.testing.assert_close(logits(merged, text), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_adapter_can_be_disabled_and_trains_no_objective(llama, text, randomise):
+    base = logits(llama(), text)
+    model = adapt(llama(), num_experts=1, num_experts_per_tok=1, objectives={"router_z": 0.1})
+    randomise(model)
+    plain = llama()(**text).loss
+    model.merge_adapter()
+    assert not torch.isclose(model(**text).loss, plain)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, text), base, atol=1e-5, rtol=1e-5)
+
+
+def test_two_adapters_merge_together(llama, text, randomise):
+    model = adapt(llama(), router="test_fixed_mixture")
+    other = MoeLoraConfig(target_modules=["v_proj", "up_proj"], num_experts=3, router="test_fixed_mixture")
+    model.add_adapter("other", other)
+    randomise(model)
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model, text)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_transposed_layers_merge_too(text, randomise):
+    torch.manual_seed(0)
+    host = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32))
+    model = adapt(host, target_modules=["c_attn", "c_fc", "c_proj"], router="test_fixed_mixture")
+    randomise(model)
+    expected = logits(model, text)
+    torch.testing.assert_close(logits(model.merge_and_unload(), text), expected, atol=1e-4, rtol=1e-4)
+
+
+REFUSED = [
+    ({"router": "top_k"}, "TopKRouter decides by the hidden state"),
+    ({"router": "top_k", "num_experts_per_tok": 4}, "TopKRouter decides by the hidden state"),
+    ({"router": "switch_transformer", "num_experts_per_tok": 1}, "decides by the hidden state"),
+    ({"router": "moiie"}, "decides by the hidden state"),
+    ({"router": "test_by_modality"}, "by the modality of a token: say which one"),
+    ({"router": "test_by_word"}, "by the word or the position"),
+]
+
+
+@pytest.mark.parametrize("fields, message", REFUSED, ids=lambda item: item if isinstance(item, str) else "")
+def test_a_router_that_varies_is_refused_with_the_reason_and_nothing_changes(llama, randomise, fields, message):
+    model = adapt(llama(), **fields)
+    randomise(model)
+    before = weights(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=message) as caught:
+            merge()
+        assert "merge_by_mean_routing" in str(caught.value)
+    torch.testing.assert_close(weights(model), before, atol=0, rtol=0)
+
+
+def test_one_modality_is_merged_exactly_for_its_tokens(llama, text, randomise):
+    model = adapt(llama(), router="test_by_modality")
+    randomise(model)
+    expected = logits(model, text)  # all text
+    merge_for(model, modality="text")
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    merge_for(model, modality="image")
+    assert (logits(model, text) - expected).abs().max() > 0.1
+    with pytest.raises(ValueError, match="modality='picture'"):
+        merge_for(model, modality="picture")
+    with pytest.raises(ValueError, match="needs a modality or condition_ids"):
+        merge_for(model)
+
+
+def test_one_task_is_merged_with_its_own_expert(llama, randomise):
+    model = adapt(llama(), router="test_by_row_id")
+    randomise(model)
+    layer = next(tuner_layers(model))
+    before = layer.get_base_layer().weight.clone()
+    merge_for(model, condition_ids={"task": 2})
+    lora_a, lora_b = layer.moe_lora_A["default"][2], layer.moe_lora_B["default"][2]
+    torch.testing.assert_close(layer.get_base_layer().weight - before, lora_b @ lora_a, atol=1e-5, rtol=1e-5)
+
+
+def test_a_modality_does_not_make_every_router_constant(llama, randomise):
+    model = adapt(llama(), router="moiie")
+    randomise(model)
+    before = weights(model)
+    with pytest.raises(ValueError, match="modality='text'.*by the hidden state"):
+        merge_for(model, modality="text")
+    torch.testing.assert_close(weights(model), before, atol=0, rtol=0)
+
+
+def test_a_saturated_router_does_not_pass_for_a_constant_one(llama, randomise):
+    model = adapt(llama(), num_experts=2, num_experts_per_tok=2)
+    router = next(tuner_layers(model)).deciding_router("default")
+    with torch.no_grad():
+        router.weight.zero_()
+    torch.testing.assert_close(constant_gates(router), torch.tensor([0.5, 0.5]))
+    with torch.no_grad():
+        router.weight[0].fill_(1e4)
+    with pytest.raises(RoutingVaries):
+        constant_gates(router)
+
+
+def test_mean_routing_merges_what_the_tokens_used_on_average_and_measures_the_error(llama, text, randomise):
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    model = adapt(llama())
+    randomise(model)
+    base, expected = logits(llama(), text), logits(model, text)
+    seen = []
+    router = next(tuner_layers(model)).deciding_router("default")
+    handle = router.register_forward_hook(lambda module, args, output: seen.append(output))
+    logits(model, text)
+    handle.remove()
+    gates = torch.zeros(18, 4).scatter_add(1, seen[0].expert_index.clamp(max=3), seen[0].expert_weight)
+    report = merge_by_mean_routing(model, [inputs])
+    assert report.mean_gates["default"][0] == pytest.approx(
+        gates[text["attention_mask"].flatten().bool()].mean(0).tolist(), abs=1e-6
+    )
+    merged = logits(model, text)
+    assert report.tokens == 15
+    assert report.max_logit_difference == pytest.approx((merged - expected).abs().max().item(), rel=1e-4)
+    log_p, log_q = expected.log_softmax(-1), merged.log_softmax(-1)
+    assert report.kl == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-3)
+    log_q = base.log_softmax(-1)
+    assert report.kl_without_adapter == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-3)
+    assert 0 < report.kl and 0 <= report.same_prediction <= 1
+    with pytest.raises(ValueError, match="merged already"):
+        merge_by_mean_routing(model, [inputs])
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_mean_routing_of_a_constant_router_is_exact_and_other_data_can_measure_it(llama, text, randomise):
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    model = adapt(llama(), router="test_fixed_mixture")
+    randomise(model)
+    other = {"input_ids": inputs["input_ids"].flip(1), "attention_mask": inputs["attention_mask"].flip(1)}
+    report = merge_by_mean_routing(model, [inputs], measure_on=[other, {"input_ids": inputs["input_ids"][:1]}])
+    assert report.tokens == 15 + 9 and report.same_prediction == 1.0
+    assert report.kl == pytest.approx(0.0, abs=1e-6) and report.kl_without_adapter > 0.01
+    with pytest.raises(ValueError, match="at least one batch"):
+        merge_by_mean_routing(adapt(llama()), [])
+
+
+def test_a_classifier_is_measured_by_its_rows(vit, randomise):
+    model = get_peft_model(vit(), MoeLoraConfig(target_modules="all-linear", router_input="target"))
+    randomise(model)
+    report = merge_by_mean_routing(model, [{"pixel_values": torch.randn(5, 3, 16, 16)}])
+    assert report.tokens == 5 and report.kl > 0 and report.kl_without_adapter > 0
