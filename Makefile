@@ -4,11 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-bare lint bench docs clean
+.PHONY: demo test test-all test-bare lint bench cards docs clean
 
 $(STAMP): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable ".[timm,train,eval,dev]"
+	$(RUN) -m pip install --quiet --editable ".[timm,train,eval,space,dev]"
 	touch $(STAMP)
 
 # Fine-tunes a multimodal MoE on real images and questions and loads the result without the package.
@@ -39,6 +39,11 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/lora_experts.py
 	$(RUN) benchmarks/easyvqa.py --recipe easyvqa_demo --seeds 3
 	$(RUN) benchmarks/easyvqa.py --recipe smollm2_easyvqa
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/evomoe.py --seeds 3
+
+# Regenerates the cards in model_cards/ from the runs of the recipes, which are run where they are missing.
+cards: $(STAMP)
+	$(RUN) scripts/model_cards.py
 
 # Regenerates the configuration reference from the code.
 docs: $(STAMP)
