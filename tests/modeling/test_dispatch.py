@@ -44,6 +44,16 @@ def route(tokens=TOKENS, num_experts=EXPERTS, slots=SLOTS, empty_share=0.0):
     return index, torch.rand(tokens, slots).masked_fill(index == num_experts, 0.0)
 
 
+@pytest.fixture(params=["mm", "onednn"])
+def product(request, monkeypatch):
+    """Send the float32 products through `mm`, as sizes this small are, or through oneDNN, as large ones are."""
+    if request.param == "onednn":
+        if not torch.backends.mkldnn.is_available():
+            pytest.skip("this build of torch has no oneDNN")
+        monkeypatch.setattr(dispatch, "ONEDNN_MULTIPLICATIONS", 0)
+    return request.param
+
+
 def poison_memory():
     """Fill the memory that the next allocations recycle with NaN."""
     for size in (16, 64, 256, 1024, 4096, 16384, 65536):
@@ -86,13 +96,13 @@ def test_every_backend_equals_the_eager_loop_on_recycled_memory(backend, gated, 
     assert_equal_to_eager(backend, experts, torch.randn(TOKENS, HIDDEN), index, weight)
 
 
-def test_all_slots_empty_gives_zeros_and_zero_gradients():
+def test_all_slots_empty_gives_zeros_and_zero_gradients(product):
     experts = build_experts(bias=True)
     results = outputs_and_gradients("ragged", experts, torch.randn(TOKENS, HIDDEN), *route(empty_share=1.0))
     assert all(result is not None and not result.any() for result in results)
 
 
-def test_an_idle_expert_gets_a_gradient_of_zeros_and_the_others_do_not():
+def test_an_idle_expert_gets_a_gradient_of_zeros_and_the_others_do_not(product):
     experts = build_experts()
     index = torch.tensor([[0, 2]]).expand(TOKENS, 2)
     outputs_and_gradients("ragged", experts, torch.randn(TOKENS, HIDDEN), index, torch.rand(TOKENS, 2))
@@ -103,20 +113,20 @@ def test_an_idle_expert_gets_a_gradient_of_zeros_and_the_others_do_not():
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "slots"), [(TOKENS, 1, 1), (1, EXPERTS, 2), (1, EXPERTS, 1), (TOKENS, EXPERTS, 4)]
 )
-def test_edge_sizes_equal_the_eager_loop(tokens, num_experts, slots):
+def test_edge_sizes_equal_the_eager_loop(tokens, num_experts, slots, product):
     experts = build_experts(num_experts=num_experts)
     index, weight = route(tokens, num_experts, slots)
     assert_equal_to_eager("ragged", experts, torch.randn(tokens, HIDDEN), index, weight)
 
 
-def test_one_expert_that_takes_every_slot_equals_the_eager_loop():
+def test_one_expert_that_takes_every_slot_equals_the_eager_loop(product):
     index = torch.full((TOKENS, SLOTS), 3)
     assert_equal_to_eager("ragged", build_experts(), torch.randn(TOKENS, HIDDEN), index, torch.rand(TOKENS, SLOTS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("hidden", "inner"), [(63, 97), (30, 50)])
-def test_widths_whose_strides_are_no_multiple_of_16_bytes(hidden, inner, dtype):
+def test_widths_whose_strides_are_no_multiple_of_16_bytes(hidden, inner, dtype, product):
     experts = build_experts(hidden, inner, bias=True).to(dtype)
     index, weight = route(empty_share=0.4)
     arguments = (experts, torch.randn(TOKENS, hidden).to(dtype), index, weight.to(dtype))
@@ -124,7 +134,7 @@ def test_widths_whose_strides_are_no_multiple_of_16_bytes(hidden, inner, dtype):
     assert_close_in_norm(results, outputs_and_gradients("eager", *arguments), 1e-5 if dtype == torch.float32 else 0.01)
 
 
-def test_non_contiguous_tokens_routing_and_weights():
+def test_non_contiguous_tokens_routing_and_weights(product):
     experts = build_experts()
     for parameter in experts.parameters():
         parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
@@ -135,7 +145,7 @@ def test_non_contiguous_tokens_routing_and_weights():
     assert_equal_to_eager("ragged", experts, hidden_states, index, weight)
 
 
-def test_weights_that_start_between_16_byte_steps():
+def test_weights_that_start_between_16_byte_steps(product):
     experts = build_experts()
     for parameter in experts.parameters():
         shifted = torch.empty(parameter.numel() + 1)[1:].view_as(parameter).copy_(parameter.data)
@@ -144,7 +154,7 @@ def test_weights_that_start_between_16_byte_steps():
     assert_equal_to_eager("ragged", experts, torch.randn(TOKENS, HIDDEN), *route())
 
 
-def test_memory_mapped_weights(tmp_path):
+def test_memory_mapped_weights(tmp_path, product):
     experts = build_experts()
     torch.save(experts.state_dict(), tmp_path / "experts.pt")
     mapped = torch.load(tmp_path / "experts.pt", mmap=True)
@@ -165,26 +175,66 @@ def test_bf16_stays_near_the_float32_loop():
     assert_close_in_norm(results, expected, 0.02)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_under_autocast_the_products_run_in_its_dtype_and_gradients_in_the_weights(bias, monkeypatch):
-    experts = build_experts(bias=bias)
-    index, weight = route(empty_share=0.4)
-    hidden_states = torch.randn(TOKENS, HIDDEN)
-    expected = outputs_and_gradients("eager", experts, hidden_states, index, weight)
+def recorded_products(monkeypatch):
+    """Record the dtypes of the operands of every `mm` from here on."""
     dtypes = []
     product = torch.mm
 
     def recorded_product(left, right, **kwargs):
-        dtypes.extend([left.dtype, right.dtype])
+        dtypes.append((left.dtype, right.dtype))
         return product(left, right, **kwargs)
 
     monkeypatch.setattr(torch, "mm", recorded_product)
+    return dtypes
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_under_autocast_the_products_run_in_its_dtype_and_gradients_in_the_weights(bias, monkeypatch):
+    experts = build_experts(bias=bias)
+    index, weight = route(tokens=3 * TOKENS, empty_share=0.4)
+    hidden_states = torch.randn(3 * TOKENS, HIDDEN)
+    expected = outputs_and_gradients("eager", experts, hidden_states, index, weight)
+    dtypes = recorded_products(monkeypatch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = outputs_and_gradients("ragged", experts, hidden_states, index, weight)
     # Two forward and four backward products per expert in use.
-    assert len(dtypes) == 2 * 6 * EXPERTS and set(dtypes) == {torch.bfloat16}
+    assert dtypes == 6 * EXPERTS * [(torch.bfloat16, torch.bfloat16)]
     assert {result.dtype for result in results} == {torch.float32}
     assert_close_in_norm(results, expected, 0.02)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_under_autocast_the_few_rows_of_an_expert_meet_its_weights_uncast(tokens, product, monkeypatch):
+    experts = build_experts()
+    index, weight = route(tokens)
+    hidden_states = torch.randn(tokens, HIDDEN)
+    expected = outputs_and_gradients("eager", experts, hidden_states, index, weight)
+    onednn = torch.ops.mkldnn._linear_pointwise if product == "onednn" else None
+    dtypes = recorded_products(monkeypatch)
+    if onednn is not None:
+        monkeypatch.setattr(
+            torch.ops.mkldnn,
+            "_linear_pointwise",
+            lambda left, right, *rest: dtypes.append((left.dtype, right.dtype)) or onednn(left, right, *rest),
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = outputs_and_gradients("ragged", experts, hidden_states, index, weight)
+    hit = index.flatten().bincount(minlength=EXPERTS)
+    # Only the gradients of weights, and only those that sum over rows, are products in the dtype of autocast.
+    assert dtypes.count((torch.bfloat16, torch.bfloat16)) == 2 * int((hit > 1).sum())
+    assert dtypes.count((torch.float32, torch.float32)) == 4 * int((hit > 0).sum()) + 2 * int((hit == 1).sum())
+    assert {result.dtype for result in results} == {torch.float32}
+    assert_close_in_norm(results, expected, 0.03)
+
+
+def test_large_float32_products_go_to_onednn_while_it_is_enabled():
+    left, right = torch.randn(64, 128), torch.randn(256, 128)
+    available = torch.backends.mkldnn.is_available()
+    assert dispatch.onednn_serves(left, right) is available
+    assert not dispatch.onednn_serves(left[:1], right)
+    assert not dispatch.onednn_serves(left.bfloat16(), right.bfloat16())
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not dispatch.onednn_serves(left, right)
 
 
 def test_repeated_runs_are_bitwise_equal_and_serve_deterministic_mode():

@@ -5,7 +5,7 @@ their signature: `(experts module, hidden (T, d), index (T, K), weight (T, K)) -
 `num_experts` marks an empty slot.
 """
 
-from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,50 +29,87 @@ def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
     return hidden_states.dtype
 
 
-class GroupedProduct(torch.autograd.Function):
-    """One matrix product per group, `rows[g] @ weight[e].T`, in the dtype of the rows.
+# Below it the 10 microseconds that a call of oneDNN costs more outweigh what it saves.
+ONEDNN_MULTIPLICATIONS = 2**20
+# Up to it the reading of a weight is the cost of its product, and a cast only adds to it.
+FEW_ROWS = 8
 
-    The weight of one expert at a time is cast, and only if the expert is in use: a cast of the whole stack would cost
-    more than the products where tokens are few, and would be kept for the backward. The gradient of the stack is
-    written in place, expert by expert; autograd would allocate it once per indexed expert, or stack copies.
+
+def onednn_serves(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether oneDNN takes the float32 product `left @ right.T`: the BLAS behind `mm` may need twice its time on x86.
+
+    An outer product is nothing but the writing of its result, which `mm` writes in place.
+    """
+    return (
+        left.dtype == torch.float32
+        and left.device.type == "cpu"
+        and left.shape[1] > 1
+        and left.numel() * right.shape[0] >= ONEDNN_MULTIPLICATIONS
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def write_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """Write `left @ right.T` into `out`, computed in the dtype of `left`, or a wider one where that costs less."""
+    dtype = left.dtype
+    if left.shape[0] <= FEW_ROWS:
+        dtype = torch.promote_types(dtype, right.dtype)
+    elif left.shape[1] == 1:
+        dtype = torch.promote_types(dtype, out.dtype)
+    left, right = left.to(dtype), right.to(dtype)
+    if onednn_serves(left, right):
+        result = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    else:
+        result = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
+        # Autocast, which may be on, leaves products with `out` alone.
+        torch.mm(left, right.t(), out=result)
+    if result is not out:
+        out.copy_(result)
+
+
+class GroupedProduct(torch.autograd.Function):
+    """One matrix product per group, `rows[g] @ weight[e].T`, with a result in the dtype of the rows.
+
+    The weight of one expert at a time is cast, and only if many rows use it: a cast of the whole stack would cost more
+    than the products where tokens are few, and would be kept for the backward. The gradient of the stack is written in
+    place, expert by expert; autograd would allocate it once per indexed expert, or stack copies.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows, weight, offsets)
+        ctx.groups = GroupedProduct.groups(offsets)
+        ctx.save_for_backward(rows, weight)
         output = rows.new_empty(rows.shape[0], weight.shape[1])  # (M, out)
-        for expert, group in GroupedProduct.groups(offsets):
-            if group.start < group.stop:
-                torch.mm(rows[group], weight[expert].to(rows.dtype).t(), out=output[group])
+        for expert, group in ctx.groups:
+            write_product(rows[group], weight[expert], output[group])
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        rows, weight, offsets = ctx.saved_tensors
+        rows, weight = ctx.saved_tensors
         rows_wanted, weight_wanted, _ = ctx.needs_input_grad
         grad_rows = torch.empty_like(rows) if rows_wanted else None  # (M, in)
         grad_weight = weight.new_empty(weight.shape) if weight_wanted else None  # (E, out, in)
-        for expert, group in GroupedProduct.groups(offsets):
-            if grad_rows is not None and group.start < group.stop:
-                torch.mm(grad_output[group], weight[expert].to(rows.dtype), out=grad_rows[group])
-            if grad_weight is None:
-                continue
-            if group.start == group.stop:
-                grad_weight[expert].zero_()
-            elif weight.dtype == rows.dtype:
-                torch.mm(grad_output[group].t(), rows[group], out=grad_weight[expert])
-            else:
-                grad_weight[expert].copy_(torch.mm(grad_output[group].t(), rows[group]))
+        # Two loops: reading weights and writing gradients in turn is slower.
+        if grad_rows is not None:
+            for expert, group in ctx.groups:
+                write_product(grad_output[group], weight[expert].t(), grad_rows[group])
+        if grad_weight is not None:
+            written = 0
+            for expert, group in ctx.groups:
+                grad_weight[written:expert].zero_()
+                write_product(grad_output[group].t(), rows[group].t(), grad_weight[expert])
+                written = expert + 1
+            grad_weight[written:].zero_()
         return grad_rows, grad_weight, None
 
     @staticmethod
-    def groups(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
-        """Yield every expert and the slice of its rows."""
-        start = 0
-        for expert, end in enumerate(offsets.tolist()):
-            yield expert, slice(start, end)
-            start = end
+    def groups(offsets: torch.Tensor) -> list[tuple[int, slice]]:
+        """Return every expert in use and the slice of its rows."""
+        bounds = enumerate(pairwise([0, *offsets.tolist()]))
+        return [(expert, slice(start, end)) for expert, (start, end) in bounds if start < end]
 
 
 def grouped_kernel_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -87,7 +124,7 @@ def grouped_kernel_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 def grouped_linear(
     rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Apply expert e's linear map to the rows of group e, in the dtype of the rows.
+    """Apply expert e's linear map to the rows of group e; the result has the dtype of the rows.
 
     Args:
         rows (`torch.Tensor` of shape `(M, in)`): sorted by expert; every row belongs to one.
