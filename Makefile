@@ -37,6 +37,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/dispatch.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/lora_experts.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/lora_tasks.py --seeds 3
 	$(RUN) benchmarks/easyvqa.py --recipe easyvqa_demo --seeds 3
 	$(RUN) benchmarks/easyvqa.py --recipe smollm2_easyvqa
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/evomoe.py --seeds 3
