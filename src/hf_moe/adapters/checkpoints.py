@@ -1,0 +1,34 @@
+"""Adapter folders that say what they need.
+
+PEFT looks an adapter's method up by the `peft_type` of its config before any other code could run, and names in its
+error what it did not find. So the config on disk says there which package knows the method: a process without it
+fails with `KeyError: 'MOE_LORA: run pip install ...'`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME
+
+
+INSTRUCTIONS = 'run `pip install "hf-moe[train]"` and `import hf_moe.adapters`'
+
+
+def saved_peft_type(name: str) -> str:
+    """Return what stands for a method of this package in the configs of saved adapters."""
+    return f"{name}: {INSTRUCTIONS}"
+
+
+def accept_saved_type(name: str, config_cls: Any) -> None:
+    """Let PEFT find a registered method under what stands in saved configs, too; safe to call again."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[saved_peft_type(name)] = config_cls
+
+
+def write_saved_type(folder: str | Path, name: str) -> None:
+    """Make the config in `folder` tell a process without this package what to do."""
+    path = Path(folder) / CONFIG_NAME
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["peft_type"] = saved_peft_type(name)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -1,0 +1,200 @@
+"""PEFT's own LoRA on the models of this library, whose experts are stacked parameters and no linear layers.
+
+    model = get_lora_model(model, ["attention", "experts"], r=16)
+    ...                                     # training
+    check_lora_trained(model)
+
+`target_modules="all-linear"` would miss every routed expert without a word. Here the parts are asked for by name, and
+every parameter of them is known to have an adapter before training starts, and to have used it afterwards.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..modeling.gating import check_choice
+from ..modeling.host import FFN_NAMES, decoder_layers
+
+
+PARTS = ("attention", "feed_forward", "experts", "router", "connector", "vision_tower")
+
+# What PEFT's LoRA cannot do on a parameter that is no linear layer: field -> the value that it needs.
+NEEDED_ON_PARAMETERS: dict[str, Any] = {
+    "lora_dropout": 0.0,
+    "use_dora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "use_qalora": False,
+    "velora_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+}
+
+
+def lora_targets(model: PreTrainedModel, parts: Iterable[str] = ("attention", "experts")) -> dict[str, list[str]]:
+    """Return the `target_modules` and `target_parameters` of a `LoraConfig` that adapts the named parts of a model.
+
+    Args:
+        model: a model of this library, with the package's code or its own.
+        parts: of `"attention"`; `"feed_forward"`, the dense ones; `"experts"`, routed and shared ones; `"router"`;
+            `"connector"`; `"vision_tower"`.
+
+    Raises:
+        ValueError: if a part is unknown or the model has nothing of it that LoRA could adapt.
+    """
+    if getattr(model.config, "moe_config", None) is None:
+        raise ValueError(
+            f"{type(model).__name__} is no model of this library, whose parts lora_targets knows: name the targets of "
+            "other models in PEFT's target_modules and target_parameters."
+        )
+    targets: dict[str, list[str]] = {"target_modules": [], "target_parameters": []}
+    for part in parts:
+        check_choice("parts", part, PARTS)
+        found = list(_parameters_of(model, part))
+        if not found:
+            raise ValueError(f"The model has no {part} with weights for LoRA: leave it out of parts.")
+        for name in found:
+            module_name, _, parameter_name = name.rpartition(".")
+            if isinstance(model.get_submodule(module_name), nn.Linear):
+                targets["target_modules"].append(module_name)
+            else:
+                targets["target_parameters"].append(f"{module_name}.{parameter_name}")
+    return targets
+
+
+def get_lora_model(
+    model: PreTrainedModel,
+    parts: Iterable[str] = ("attention", "experts"),
+    adapter_name: str = "default",
+    **options: Any,
+) -> PeftModel:
+    """Put PEFT's LoRA on the named parts of a model, and make sure that it is there.
+
+    Args:
+        model: a model of this library.
+        parts: as in [`lora_targets`].
+        adapter_name: name of the adapter.
+        options: further fields of PEFT's `LoraConfig`, such as `r`.
+
+    Raises:
+        ValueError: if a part is unknown, if an option does not work on its parameters, or if a parameter got no
+            adapter.
+    """
+    parts = list(parts)
+    given = {"target_modules", "target_parameters"} & set(options)
+    if given:
+        raise ValueError(f"{sorted(given)} follow from parts={parts}: name the parts, or use PEFT's get_peft_model.")
+    config = LoraConfig(**lora_targets(model, parts), **options)
+    check_lora_config(config)
+    wanted = [name for part in parts for name in _parameters_of(model, part)]
+    peft_model = get_peft_model(model, config, adapter_name)
+    check_lora_covers(peft_model, wanted, adapter_name)
+    return peft_model
+
+
+def check_lora_config(config: LoraConfig) -> None:
+    """Refuse what PEFT's LoRA cannot do on stacked parameters.
+
+    Raises:
+        ValueError: naming the option and the value that works.
+    """
+    if not config.target_parameters:
+        return
+    for name, needed in NEEDED_ON_PARAMETERS.items():
+        found = getattr(config, name, needed)
+        if (found or needed) != needed:
+            raise ValueError(
+                f"{name}={found!r} does not work where LoRA adapts parameters that are no linear layers, such as "
+                f"{config.target_parameters[0]!r}: set {name}={needed!r}, or leave experts and router out."
+            )
+    if config.init_lora_weights not in (True, False):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} reads the weight of a linear layer, and "
+            f"{config.target_parameters[0]!r} is none: set init_lora_weights=True."
+        )
+
+
+def check_lora_covers(model: PeftModel, parameters: Iterable[str], adapter_name: str = "default") -> int:
+    """Return the number of `parameters`, names in the base model, after a check that each has an adapter.
+
+    Raises:
+        ValueError: naming those that have none.
+    """
+    covered = {name for name, _ in _adapted_parameters(model, adapter_name)}
+    wanted = list(parameters)
+    missing = [name for name in wanted if name not in covered]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} parameters got no LoRA, among them {missing[:3]}: check "
+            "exclude_modules, layers_to_transform and the version of peft."
+        )
+    return len(wanted)
+
+
+def check_lora_trained(model: PeftModel, adapter_name: str = "default") -> int:
+    """Return the number of adapted parameters, after a check that training has reached each of them.
+
+    LoRA starts with B = 0, so an adapter with B = 0 has never had a gradient. Single experts that no token has chosen
+    are named in a warning.
+
+    Raises:
+        ValueError: if the model has no LoRA, or the B of a parameter is still zero.
+    """
+    untouched, idle, number = [], [], 0
+    for name, layer in _adapted_parameters(model, adapter_name):
+        number += 1
+        lora_b = layer.lora_B[adapter_name].weight.detach()  # (out, r), or (out, r * E)
+        if not lora_b.any():
+            untouched.append(name)
+        elif isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+            used = lora_b.view(len(lora_b), -1, layer.num_experts).abs().sum((0, 1)) > 0
+            idle += [f"{name}[{expert}]" for expert in (~used).nonzero().flatten().tolist()]
+    if number == 0:
+        raise ValueError(f"The model has no LoRA of the name {adapter_name!r}.")
+    if untouched:
+        raise ValueError(
+            f"Training has not changed the LoRA of {len(untouched)} of {number} parameters, among them "
+            f"{untouched[:3]}: their B is zero. Check that they took part in the loss and that the optimizer has them."
+        )
+    if idle:
+        warnings.warn(f"No token has reached the LoRA of {len(idle)} experts, among them {idle[:3]}.", stacklevel=2)
+    return number
+
+
+def _adapted_parameters(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield name in the base model and adapter of every parameter with LoRA."""
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            parameter_name = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            # Two wrapped parameters of one module lie in each other.
+            yield f"{name.replace('.base_layer', '')}.{parameter_name}", module
+
+
+def _parameters_of(model: PreTrainedModel, part: str) -> Iterator[str]:
+    """Yield the names of the matrices and stacks of a part that LoRA can adapt."""
+    layers = decoder_layers(model.get_decoder())
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    for name, parameter in model.named_parameters():
+        module_name, _, own_name = name.rpartition(".")
+        linear = isinstance(model.get_submodule(module_name), nn.Linear)
+        stacked = not linear and parameter.dim() in (2, 3)
+        if "bias" not in own_name and (linear or stacked) and _part_of(name, prefix) == part:
+            if linear or part in ("experts", "router"):
+                yield name
+
+
+def _part_of(name: str, layers: str) -> str | None:
+    """Return the part that a parameter belongs to; `layers` is the name of the decoder's list of layers."""
+    if not name.startswith(f"{layers}."):
+        return next((part for part in ("connector", "vision_tower") if name.startswith(f"model.{part}.")), None)
+    inside = name.removeprefix(f"{layers}.").split(".")[1:]  # without the number of the layer
+    if inside[0] not in FFN_NAMES:
+        return "attention"
+    if inside[1] == "gate":
+        return "router"
+    return "experts" if "expert" in inside[1] else "feed_forward"
