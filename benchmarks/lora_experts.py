@@ -76,7 +76,7 @@ def make_step(model: nn.Module, input_ids: torch.Tensor) -> Callable[[], None]:
 
 def in_a_loop(step: Callable[[], None]) -> None:
     """Run a step in which the layers compute their experts one after the other."""
-    with patch("hf_moe.adapters.layer.add_experts", looped):
+    with patch("hf_moe.adapters.experts.lora.add_experts", looped):
         step()
 
 

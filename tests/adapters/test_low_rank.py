@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_moe.adapters import low_rank
-from hf_moe.adapters.low_rank import ExpertSlots, add_experts, grouped, masked_dense
+from hf_moe.adapters.low_rank import ExpertSlots, add_experts, grouped, masked_dense, padded
 from hf_moe.modeling.routing import ExpertAssignment
 
 
@@ -33,7 +33,7 @@ def loop(result, inputs, lora_a, lora_b, weight, index, experts):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("form", [masked_dense, grouped])
+@pytest.mark.parametrize("form", [masked_dense, grouped, padded])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -58,18 +58,19 @@ def test_a_form_equals_the_loop_in_output_and_gradients(form, sizes):
         torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", [masked_dense, grouped])
+@pytest.mark.parametrize("form", [masked_dense, grouped, padded])
 def test_under_autocast_a_form_computes_in_bfloat16_and_keeps_the_dtype_of_the_result(form, monkeypatch):
     (result, inputs, lora_a, lora_b, weight), index, experts = case(width=16, out=8, rank=8)
     seen = []
-    product = low_rank.grouped_linear if form is grouped else low_rank.F.linear
+    place = {grouped: (low_rank, "grouped_linear"), padded: (torch, "bmm"), masked_dense: (low_rank.F, "linear")}[form]
+    product = getattr(*place)
 
     def spy(*args):
         output = product(*args)
         seen.append(output.dtype)
         return output
 
-    monkeypatch.setattr(*((low_rank, "grouped_linear") if form is grouped else (low_rank.F, "linear")), spy)
+    monkeypatch.setattr(*place, spy)
     slots = ExpertSlots(ExpertAssignment(index, weight, experts))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = form(result, inputs, lora_a, lora_b, slots)
@@ -80,21 +81,28 @@ def test_under_autocast_a_form_computes_in_bfloat16_and_keeps_the_dtype_of_the_r
 
 @pytest.mark.parametrize(
     "experts, rank, slots, form",
-    [(16, 8, 2, "masked_dense"), (17, 8, 2, "grouped"), (64, 8, 2, "grouped"), (32, 8, 32, "masked_dense")],
+    [(8, 8, 2, "masked_dense"), (9, 8, 2, "padded"), (64, 8, 2, "grouped"), (32, 8, 32, "masked_dense")],
 )
-def test_the_form_follows_the_total_rank_unless_every_expert_is_used(monkeypatch, experts, rank, slots, form):
+def test_the_form_follows_the_total_rank_and_how_even_the_loads_are(monkeypatch, experts, rank, slots, form):
     taken = []
-    for name in ("masked_dense", "grouped"):
+    for name in ("masked_dense", "grouped", "padded"):
         monkeypatch.setattr(low_rank, name, lambda *args, name=name: taken.append(name))
-    leaves, index, experts = case(experts=experts, rank=rank, slots=slots)
+    # Of 11 tokens, two slots for each of 64 experts are very uneven.
+    tokens = 400 if form == "padded" else 11
+    leaves, index, experts = case(tokens=tokens, experts=experts, rank=rank, slots=slots)
     add_experts(*leaves[:4], ExpertSlots(ExpertAssignment(index, leaves[4], experts)))
     assert taken == [form]
+    taken.clear()
+    half = [leaf.to(torch.bfloat16) for leaf in leaves[:4]]
+    add_experts(*half, ExpertSlots(ExpertAssignment(index, leaves[4], experts)))
+    assert taken == ["masked_dense" if experts * rank <= 128 else form]
 
 
 def test_targets_with_the_same_input_gather_it_once():
     (_, inputs, _, _, weight), index, experts = case()
     slots = ExpertSlots(ExpertAssignment(index, weight, experts))
-    first = slots.rows(inputs, torch.float32)
-    assert slots.rows(inputs, torch.float32) is first
-    other = slots.rows(inputs * 2, torch.float32)
-    torch.testing.assert_close(other, 2 * first)
+    for token in (slots.by_expert[0], slots.padded[0]):
+        first = slots.rows(inputs, token, torch.float32)
+        assert slots.rows(inputs, token, torch.float32) is first
+        other = slots.rows(inputs * 2, token, torch.float32)
+        torch.testing.assert_close(other, 2 * first)

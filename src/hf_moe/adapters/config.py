@@ -1,22 +1,31 @@
 """Configuration of the LoRA experts."""
 
+import json
 import os
 import warnings
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, XLoraConfig
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
+from ..configuration.configuration_hf_moe import unknown_name_message
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
-from ..modeling.mechanisms import get_mechanism
+from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
+from .checkpoints import write_saved_type
+from .experts import EXPERT_KINDS
+from .routers import ADAPTER_ROUTERS
+from .systems import load_system
 
 
-ROUTER_INPUTS = ("decoder_layer", "target")
+ROUTER_INPUTS = ("decoder_layer", "model", "target")
+# What `target_overrides` may set for single targets.
+OVERRIDABLE = ("experts", "router", "router_input", "num_experts", "num_experts_per_tok", "r", "lora_alpha")
 
 
 def add_peft_type(name: str, peft_types: Any = PeftType) -> PeftType:
@@ -45,6 +54,29 @@ def add_peft_type(name: str, peft_types: Any = PeftType) -> PeftType:
 MOE_LORA = add_peft_type("MOE_LORA")
 
 
+@dataclass(frozen=True)
+class TargetSettings:
+    """What holds for one target, after patterns and overrides; the fields are those of [`MoeLoraConfig`]."""
+
+    experts: dict[str, Any]
+    router: dict[str, Any]
+    router_input: str
+    num_experts: int
+    num_experts_per_tok: int
+    r: int | list[int]
+    lora_alpha: int
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of every expert."""
+        return (self.r,) * self.num_experts if isinstance(self.r, int) else tuple(self.r)
+
+    @property
+    def router_group(self) -> str:
+        """What targets must have in common to share a router."""
+        return json.dumps([self.router, self.router_input, self.num_experts, self.num_experts_per_tok], sort_keys=True)
+
+
 @dataclass
 class MoeLoraConfig(PeftConfig):
     """Configuration of a mixture of LoRA experts.
@@ -53,50 +85,71 @@ class MoeLoraConfig(PeftConfig):
     weights g_i, and `s = lora_alpha / r`. With `shared_r`, a plain LoRA of that rank is added for every token.
 
     Args:
-        r: rank of every expert.
+        r: rank of every expert, or the ranks of all experts in a list.
         lora_alpha: numerator of the scaling s.
         num_experts: E.
-        num_experts_per_tok: K, the experts of a token; E of them with the router `top_k` is soft mixing.
+        num_experts_per_tok: K, the experts of a token; `None` for all of them, which is soft mixing.
         shared_r: rank of a plain LoRA beside the routed experts; 0 for none.
-        target_modules: names or a regular expression of the linear layers to adapt, or `"all-linear"`.
+        target_modules: names or a regular expression of the linear layers to adapt, or `"all-linear"`; also of whole
+            modules that take and return hidden states, such as `"mlp"`.
+        target_parameters: names of stacked expert weights (E, ., .) to adapt, such as `"mlp.experts.down_proj"`: every
+            expert of the host gets a mixture of its own.
         exclude_modules: names or a regular expression of modules to leave out.
+        experts: kind of the experts, or a dict of `name` and options.
         router: name of a router of this library, or a dict of `name` and options.
         router_input: `"decoder_layer"`: one router per decoder layer, shared by its targets, reads the hidden state
-            that enters the layer. `"target"`: every target has its own, which reads what the target reads.
+            that enters the layer. `"model"`: one for all layers reads what enters the first of them. `"target"`: every
+            target has its own, which reads what the target reads.
+        ffn_experts: mix whole feed-forward experts, behind the down projection (MixLoRA), in place of mixing at each
+            of its linear layers; `gate_proj`, `up_proj` and `down_proj` must be targets.
         objectives: auxiliary losses, name to coefficient or to a dict of `coef` and options.
         lora_dropout: dropout on the experts' input.
         use_rslora: scale by `lora_alpha / sqrt(r)`.
         init_lora_weights: start with B = 0, so that the adapter changes nothing; `False` draws B as well.
         freeze_experts: train the router alone.
+        expert_names: names of the experts, in order; their numbers when `None`.
+        frozen_experts: numbers of single experts that training leaves as they are.
         rank_pattern: module name or regular expression to another r.
         alpha_pattern: module name or regular expression to another lora_alpha.
+        target_overrides: module name or regular expression to a dict of other values there, of `experts`, `router`,
+            `router_input`, `num_experts`, `num_experts_per_tok`, `r` and `lora_alpha`. Targets share a router if they
+            agree in what describes it.
         layers_to_transform: indices of the layers to adapt; all when `None`.
         layers_pattern: name of the list that `layers_to_transform` counts in.
         modules_to_save: further modules to train and save whole.
 
     Raises:
-        ValueError: if a number is out of range, or the router or an objective is unknown or refuses its options.
+        ValueError: if a number is out of range, or the experts, the router or an objective are unknown or refuse
+            their options.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of every expert."})
+    r: int | list[int] = field(default=8, metadata={"help": "Rank of every expert, or a list of all ranks."})
     lora_alpha: int = field(default=8, metadata={"help": "Numerator of the scaling."})
     num_experts: int = field(default=4, metadata={"help": "Number of experts."})
-    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts of a token."})
+    num_experts_per_tok: int | None = field(default=2, metadata={"help": "Experts of a token; all when None."})
     shared_r: int = field(default=0, metadata={"help": "Rank of a plain LoRA beside the experts."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to adapt."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Stacked weights to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    experts: str | dict[str, Any] = field(default="lora", metadata={"help": "Experts: kind, or name and options."})
     router: str | dict[str, Any] = field(default="top_k", metadata={"help": "Router: its name, or name and options."})
     router_input: str = field(
         default="decoder_layer",
-        metadata={"help": "What a router reads: the input of the decoder layer (shared), or of the target."},
+        metadata={"help": "What a router reads: the input of the decoder layer, of the model, or of the target."},
     )
+    ffn_experts: bool = field(default=False, metadata={"help": "Mix whole feed-forward experts."})
     objectives: dict[str, Any] = field(default_factory=dict, metadata={"help": "Auxiliary losses by name."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     init_lora_weights: bool = field(default=True, metadata={"help": "Start with B = 0."})
     freeze_experts: bool = field(default=False, metadata={"help": "Train the router alone."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name to another r."})
+    expert_names: list[str] | None = field(default=None, metadata={"help": "Names of the experts."})
+    frozen_experts: list[int] | None = field(default=None, metadata={"help": "Experts that are not trained."})
+    rank_pattern: dict[str, Any] = field(default_factory=dict, metadata={"help": "Module name to another r."})
     alpha_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name to another alpha."})
+    target_overrides: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Module name to other experts, router, numbers of experts, ..."}
+    )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
@@ -104,27 +157,30 @@ class MoeLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MOE_LORA
+        if self.ffn_experts and self.shared_r:
+            raise ValueError("shared_r has no place beside whole feed-forward experts: set ffn_experts=False.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
-        ranks = {"r": self.r, "num_experts": self.num_experts, **self.rank_pattern}
-        for name, value in ranks.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
         if self.shared_r < 0:
             raise ValueError(f"shared_r={self.shared_r} must be at least 0; 0 leaves the plain LoRA out.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout} must lie in [0, 1).")
-        check_choice("router_input", self.router_input, ROUTER_INPUTS)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern names the list that layers_to_transform counts in: set that as well.")
-        self.router = {"name": self.router} if isinstance(self.router, str) else dict(self.router)
-        if "name" not in self.router:
-            raise ValueError(f"router={self.router} needs the key 'name'.")
+        if self.expert_names is not None and len(set(self.expert_names)) != self.num_experts:
+            raise ValueError(f"expert_names={self.expert_names} must give each of {self.num_experts} experts a name.")
+        if not set(self.frozen_experts or ()) <= set(range(self.num_experts)):
+            raise ValueError(f"frozen_experts={self.frozen_experts} must lie in [0, {self.num_experts}).")
+        self.router = _named("router", self.router)
+        self.experts = _named("experts", self.experts)
         # What refuses its options does so here, not when a model is wrapped.
-        spec = self.spec(0, hidden_size=64)
-        self.build_router(spec)
-        if self.build_objectives([spec]).reads_outputs:
+        specs = []
+        for key in ("", *self.rank_pattern, *self.alpha_pattern, *self.target_overrides):
+            settings = self.settings(key)
+            specs.append(self.spec(len(specs), 64, settings))
+            self.build_router(specs[-1], settings)
+        if self.build_objectives(specs).reads_outputs:
             raise ValueError(
                 f"objectives={list(self.objectives)}: one reads the outputs of whole experts; leave it out."
             )
@@ -138,20 +194,87 @@ class MoeLoraConfig(PeftConfig):
                 stacklevel=2,
             )
         super().save_pretrained(save_directory, **kwargs)
+        write_saved_type(save_directory, MOE_LORA.value)
 
     def scaling(self, alpha: int, rank: int) -> float:
         """Return the factor s of experts with this alpha and rank."""
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
-    def spec(self, number: int, hidden_size: int) -> MoELayerSpec:
-        """Return the facts of router `number`, which reads hidden states of width `hidden_size`."""
-        return MoELayerSpec(number, hidden_size, self.num_experts, self.num_experts_per_tok, self.r)
+    def settings(self, key: str, num_host_experts: int | None = None) -> TargetSettings:
+        """Return what holds for the target `key`.
 
-    def build_router(self, spec: MoELayerSpec) -> Router:
+        Args:
+            key: its name in the model.
+            num_host_experts: E of the MoE host whose routing the target follows.
+
+        Raises:
+            ValueError: if a number is out of range or an override unknown.
+        """
+        fields: dict[str, Any] = {name: getattr(self, name) for name in OVERRIDABLE}
+        for pattern, name in ((self.rank_pattern, "r"), (self.alpha_pattern, "lora_alpha")):
+            fields[name] = pattern.get(get_pattern_key(pattern.keys(), key), fields[name])
+        overrides = self.target_overrides.get(get_pattern_key(self.target_overrides.keys(), key), {})
+        for name in overrides:
+            if name not in OVERRIDABLE:
+                raise ValueError(unknown_name_message("field of target_overrides", name, list(OVERRIDABLE)))
+        fields |= overrides
+        fields["router"], fields["experts"] = _named("router", fields["router"]), _named("experts", fields["experts"])
+        check_choice("router_input", fields["router_input"], ROUTER_INPUTS)
+        check_choice("experts", fields["experts"]["name"], tuple(EXPERT_KINDS))
+        if num_host_experts is not None and fields["router"]["name"] == "host":
+            fields["num_experts"] = num_host_experts
+        if fields["num_experts_per_tok"] is None:
+            fields["num_experts_per_tok"] = fields["num_experts"]
+        ranks = fields["r"] if isinstance(fields["r"], list) else [fields["r"]]
+        for name, value in (("num_experts", fields["num_experts"]), *((key or "r", rank) for rank in ranks)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if isinstance(fields["r"], list) and len(ranks) != fields["num_experts"]:
+            raise ValueError(f"r={ranks} must name the rank of each of num_experts={fields['num_experts']} experts.")
+        return TargetSettings(**fields)
+
+    def spec(self, number: int, hidden_size: int, settings: TargetSettings) -> MoELayerSpec:
+        """Return the facts of router `number`, which reads hidden states of width `hidden_size`."""
+        experts, slots = settings.num_experts, settings.num_experts_per_tok
+        return MoELayerSpec(number, hidden_size, experts, slots, max(settings.ranks))
+
+    def build_router(self, spec: MoELayerSpec, settings: TargetSettings) -> Router:
         """Return a router as configured; its parameters are not initialised."""
-        options: dict[str, Any] = dict(self.router)  # type: ignore[arg-type]
-        return build("router", get_mechanism("router", options.pop("name")), options, spec)
+        options = dict(settings.router)
+        name = options.pop("name")
+        if name not in ADAPTER_ROUTERS and name not in mechanism_names("router"):
+            raise ValueError(unknown_name_message("router", name, [*ADAPTER_ROUTERS, *mechanism_names("router")]))
+        cls = ADAPTER_ROUTERS[name] if name in ADAPTER_ROUTERS else get_mechanism("router", name)
+        return build("router", cls, options, spec)  # type: ignore[return-value]
+
+    @classmethod
+    def from_system(cls, key: str, *, variant: str | None = None, **fields: Any) -> PeftConfig:
+        """Return the configuration of a published system.
+
+        Args:
+            key: the system, see [`list_systems`].
+            variant: which of its forms; the first one when `None`.
+            fields: what differs from the preset, usually `target_modules`.
+
+        Raises:
+            ValueError: if the system or its variant is unknown.
+        """
+        preset = load_system(key, variant)
+        config_cls = XLoraConfig if preset["method"] == "xlora" else cls
+        return config_cls(**{**preset["config"], **fields})
 
     def build_objectives(self, specs: list[MoELayerSpec]) -> AuxiliaryLosses:
         """Return the objectives over all routers of an adapter."""
         return AuxiliaryLosses(SimpleNamespace(moe_config=SimpleNamespace(objectives=self.objectives)), specs)
+
+
+def _named(field_name: str, value: str | dict[str, Any]) -> dict[str, Any]:
+    """Return a mechanism's `name` and options.
+
+    Raises:
+        ValueError: if there is no name.
+    """
+    options = {"name": value} if isinstance(value, str) else dict(value)
+    if "name" not in options:
+        raise ValueError(f"{field_name}={options} needs the key 'name'.")
+    return options

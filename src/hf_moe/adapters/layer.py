@@ -1,30 +1,51 @@
 """The layer that takes the place of a targeted linear layer."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling.routing import ExpertAssignment, Router, RoutingContext
-from .config import MoeLoraConfig
+from ..modeling.routing import Decision, ExpertAssignment, Router, RoutingContext, SlotMixture
+from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import constant_gates
-from .low_rank import ExpertSlots, add_experts
+from .experts import ExpertKind, Target, build_kind
+from .experts.base import low_rank_pair
+from .experts.lora import LoraExperts
+from .low_rank import ExpertSlots, MixedSlots
+from .routers import HostRouter, PooledRouter
 from .routing import ACTIVE_LAYER, AdapterContext, LayerRun, TokenlessContext
 
 
 class MoeLoraLayer(BaseTunerLayer):
     """What every target holds for each adapter: the experts' stacks and, in the target that owns it, the router."""
 
-    adapter_layer_names = ("moe_lora_A", "moe_lora_B", "moe_lora_shared_A", "moe_lora_shared_B", "moe_lora_router")
+    adapter_layer_names = (
+        "moe_lora_A",
+        "moe_lora_B",
+        "moe_lora_vector",
+        "moe_lora_shared_A",
+        "moe_lora_shared_B",
+        "moe_lora_router",
+    )
     other_param_names = (
         "r",
         "lora_alpha",
         "scaling",
         "shared_scaling",
+        "experts",
         "router_owner",
+        "router_group",
+        "frozen_experts",
+        "layer_name",
+        "ffn_experts",
+        "moe_lora_rank_scaling",
         "moe_lora_dropout",
         "moe_lora_objectives",
     )
@@ -35,8 +56,13 @@ class MoeLoraLayer(BaseTunerLayer):
         self.lora_alpha: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.shared_scaling: dict[str, float] = {}
+        self.experts: dict[str, ExpertKind] = {}
+        # The kind of an adapter's experts says which of the three it has; LoRA has A and B.
         self.moe_lora_A = nn.ParameterDict()  # (E, r, in)
         self.moe_lora_B = nn.ParameterDict()  # (E, out, r)
+        self.moe_lora_vector = nn.ParameterDict()  # (E, width)
+        # Of experts of unequal rank: their own scaling over that of the largest, 0 beyond their rank; (E, 1, r).
+        self.moe_lora_rank_scaling = BufferDict(persistent=False)
         self.moe_lora_shared_A = nn.ParameterDict()  # (shared_r, in)
         self.moe_lora_shared_B = nn.ParameterDict()  # (out, shared_r)
         self.moe_lora_dropout = nn.ModuleDict()
@@ -45,19 +71,31 @@ class MoeLoraLayer(BaseTunerLayer):
         self.moe_lora_objectives = nn.ModuleDict()
         # The target whose router decides for this one, referenced only; `None` where the target decides for itself.
         self.router_owner: dict[str, MoeLoraLayer | None] = {}
+        # The decoder layer around the target.
+        self.layer_name: dict[str, str | None] = {}
+        # Whether the feed-forward around the target mixes whole experts.
+        self.ffn_experts: dict[str, bool] = {}
+        # What targets must have in common to share a router.
+        self.router_group: dict[str, str] = {}
+        self.frozen_experts: dict[str, Any] = {}  # see `frozen.py`
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # adapter -> the gates (E,) it was merged with, which take it out again.
         self.merged_gates: dict[str, torch.Tensor] = {}
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self.widths()
+
+    def widths(self) -> tuple[int, int]:
+        """Return the widths of what the target reads and returns."""
+        return _get_in_out_features(self.get_base_layer())
 
     def update_layer(
         self,
         adapter_name: str,
         config: MoeLoraConfig,
-        rank: int,
-        alpha: int,
+        settings: TargetSettings,
+        name: str,
+        layer_name: str | None,
         router: Router | None,
         owner: "MoeLoraLayer | None",
     ) -> None:
@@ -66,60 +104,139 @@ class MoeLoraLayer(BaseTunerLayer):
         Args:
             adapter_name: the adapter.
             config: its configuration.
-            rank, alpha: r and lora_alpha of this target.
+            settings: what of it holds for this target.
+            name: last part of the target's name.
+            layer_name: the decoder layer around it.
             router: the router, if this target holds it.
             owner: the target that holds the shared router; this one if the router is shared and its own.
         """
-        self.r[adapter_name] = rank
+        alpha = settings.lora_alpha
+        target = self.target(name, settings, config.init_lora_weights)
+        self.r[adapter_name] = target.rank
         self.lora_alpha[adapter_name] = alpha
-        self.scaling[adapter_name] = config.scaling(alpha, rank)
+        self.scaling[adapter_name] = config.scaling(alpha, target.rank)
         self.moe_lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.moe_lora_A[adapter_name] = nn.Parameter(torch.empty(config.num_experts, rank, self.in_features))
-        self.moe_lora_B[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, self.out_features, rank))
-        self._initialise(self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name], config)
+        self.experts[adapter_name] = build_kind(settings.experts, target)
+        for container, tensor in self.experts[adapter_name].tensors().items():
+            getattr(self, f"moe_lora_{container}")[adapter_name] = nn.Parameter(self.stored(tensor))
+        if len(set(target.ranks)) > 1:
+            self.moe_lora_rank_scaling[adapter_name] = self.stored(self._rank_scaling(config, alpha, target))
         if config.shared_r:
             self.shared_scaling[adapter_name] = config.scaling(alpha, config.shared_r)
-            shared_a = nn.Parameter(torch.empty(config.shared_r, self.in_features))
-            shared_b = nn.Parameter(torch.zeros(self.out_features, config.shared_r))
-            self._initialise(shared_a, shared_b, config)
-            self.moe_lora_shared_A[adapter_name], self.moe_lora_shared_B[adapter_name] = shared_a, shared_b
+            pair = low_rank_pair(replace(target, num_experts=1, ranks=(config.shared_r,)))
+            self.moe_lora_shared_A[adapter_name] = nn.Parameter(pair["A"].squeeze(0))
+            self.moe_lora_shared_B[adapter_name] = nn.Parameter(pair["B"].squeeze(0))
         if config.freeze_experts:
             experts = tuple(name for name in self.adapter_layer_names if name != "moe_lora_router")
             self.frozen_peft_weight_names[adapter_name] = experts
         if router is not None:
             self.moe_lora_router[adapter_name] = router
         self.router_owner[adapter_name] = owner
+        self.layer_name[adapter_name] = layer_name
+        self.ffn_experts[adapter_name] = config.ffn_experts
+        self.router_group[adapter_name] = settings.router_group
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _initialise(self, lora_a: nn.Parameter, lora_b: nn.Parameter, config: MoeLoraConfig) -> None:
-        """Start A as `nn.Linear` starts, which is how LoRA starts; B is zero already."""
-        nn.init.uniform_(lora_a, -(self.in_features**-0.5), self.in_features**-0.5)
-        if not config.init_lora_weights:
-            nn.init.normal_(lora_b, std=lora_b.shape[-1] ** -0.5)
+    def target(self, name: str, settings: TargetSettings, init_zero: bool) -> Target:
+        """Return the facts of this target that its experts are built from."""
+        ranks = settings.ranks
+        return Target(name, self.in_features, self.out_features, settings.num_experts, ranks, init_zero)
 
-    def _slots(self, adapter_name: str, x: torch.Tensor) -> ExpertSlots:
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the experts, as they create it, in the shape that it is stored in."""
+        return tensor
+
+    @staticmethod
+    def _rank_scaling(config: MoeLoraConfig, alpha: int, target: Target) -> torch.Tensor:
+        largest = config.scaling(alpha, target.rank)
+        scaling = torch.zeros(target.num_experts, 1, target.rank)
+        for expert, rank in enumerate(target.ranks):
+            scaling[expert, :, :rank] = config.scaling(alpha, rank) / largest
+        return scaling
+
+    def scaled_b(self, adapter_name: str) -> torch.Tensor:
+        """Return the B of an adapter times its scaling, (E, out, r)."""
+        scaled = self.moe_lora_B[adapter_name] * self.scaling[adapter_name]
+        if adapter_name in self.moe_lora_rank_scaling:
+            scaled = scaled * self.moe_lora_rank_scaling[adapter_name].to(scaled.dtype)
+        return scaled
+
+    def adapted(self, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, args: tuple = ()) -> torch.Tensor:
+        """Return what the target computes with its active adapters.
+
+        Args:
+            call: the target without them.
+            x (`torch.Tensor` of shape `(..., in)`).
+            args: further arguments of the target's call.
+        """
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.experts:
+                call = partial(self._adapt, adapter_name, call, args)
+        return call(x)
+
+    def _adapt(
+        self, adapter_name: str, call: Callable[[torch.Tensor], torch.Tensor], args: tuple, x: torch.Tensor
+    ) -> torch.Tensor:
+        tensors = {
+            "A": self.moe_lora_A[adapter_name] if adapter_name in self.moe_lora_A else None,
+            "B": self.scaled_b(adapter_name) if adapter_name in self.moe_lora_B else None,
+            "vector": self.moe_lora_vector[adapter_name] if adapter_name in self.moe_lora_vector else None,
+        }
+        prepare = partial(self._prepare, adapter_name)
+        result = self.experts[adapter_name].forward(call, x, prepare, tensors, self._slots(adapter_name, x, args))
+        if adapter_name in self.moe_lora_shared_A:
+            inner = F.linear(prepare(x), self.moe_lora_shared_A[adapter_name] * self.shared_scaling[adapter_name])
+            result = result + F.linear(inner, self.moe_lora_shared_B[adapter_name]).to(result.dtype)
+        return result
+
+    def _prepare(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """Return what the experts of an adapter read of `x`: in their dtype, after dropout."""
+        own = next(stack[adapter_name] for stack in (self.moe_lora_A, self.moe_lora_vector) if adapter_name in stack)
+        return self.moe_lora_dropout[adapter_name](self._cast_input_dtype(x, own.dtype))
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        parameter = next(base_layer.parameters(), None)
+        if device is None and parameter is not None:  # a module without a weight of its own
+            device, dtype = parameter.device, parameter.dtype
+        return device, dtype
+
+    def _slots(self, adapter_name: str, x: torch.Tensor, args: tuple) -> ExpertSlots | MixedSlots:
         """Return the decision for the tokens of `x`, the shared one if a sibling has not made it yet."""
         run = ACTIVE_LAYER.get()
         owner = self.router_owner[adapter_name]
         if owner is None:
-            return decide(self.moe_lora_router[adapter_name], x, run, adapter_name)
+            router = self.moe_lora_router[adapter_name]
+            if isinstance(router, HostRouter):
+                return ExpertSlots(router.from_call(*args))
+            return decide(router, x, run, adapter_name)
         if run is None:
             raise RuntimeError(
                 "A layer of LoRA experts whose router reads the input of the decoder layer was called outside of one: "
                 "call the model, or set router_input='target'."
             )
-        if adapter_name not in run.shared:
-            router = owner.moe_lora_router[adapter_name]
-            run.shared[adapter_name] = decide(router, run.hidden_states, run, adapter_name)
-        slots = run.shared[adapter_name]
-        if len(slots.index) != x[..., 0].numel():
+        router = owner.moe_lora_router[adapter_name]
+        key = adapter_name, router.spec.layer_idx
+        if key not in run.shared:
+            run.shared[key] = self._shared_slots(owner, adapter_name, router, run, x.device)
+        slots = run.shared[key]
+        if len(slots) != x[..., 0].numel():
             raise ValueError(
-                f"The router of this layer decided for the {len(slots.index)} tokens that enter the layer, and a "
+                f"The router of this layer decided for the {len(slots)} tokens that enter the layer, and a "
                 f"target, {type(self.get_base_layer()).__name__}({self.in_features}, {self.out_features}), got "
                 f"{x[..., 0].numel()}: set router_input='target', or leave this target out."
             )
         return slots
+
+    def _shared_slots(
+        self, owner: "MoeLoraLayer", adapter_name: str, router: Router, run: LayerRun, device: torch.device
+    ) -> ExpertSlots | MixedSlots:
+        """Return the decision of a shared router: its own layer makes it, other layers take it from the context."""
+        if run.context is None or self.layer_name[adapter_name] == owner.layer_name[adapter_name]:
+            return decide(router, run.hidden_states, run, adapter_name)
+        # Slots of their own: what a layer derives from the decision must come back in its recomputation.
+        return as_slots(run.context.of(adapter_name).decisions[router.spec.layer_idx], device)
 
     def deciding_router(self, adapter_name: str) -> Router:
         """Return the router of an adapter that decides for this target, its own or the shared one."""
@@ -127,14 +244,41 @@ class MoeLoraLayer(BaseTunerLayer):
         return owner.moe_lora_router[adapter_name]
 
     def get_delta_weight(self, adapter_name: str, gates: torch.Tensor) -> torch.Tensor:
-        """Return what an adapter adds to the weight of a token with these gates (E,): (out, in) float32."""
-        lora_a, lora_b = self.moe_lora_A[adapter_name].float(), self.moe_lora_B[adapter_name].float()
-        scaled = lora_b * (gates.float() * self.scaling[adapter_name])[:, None, None]
-        delta = scaled.transpose(0, 1).flatten(1) @ lora_a.flatten(0, 1)
+        """Return what an adapter adds to the weight of a token with these gates (E,), float32.
+
+        The shape is (out, in), or (H, out, in) on the stacked weight of H host experts.
+
+        Raises:
+            ValueError: if what the experts compute is no change of the target's weight.
+        """
+        kind = self.experts[adapter_name]
+        if not isinstance(kind, LoraExperts) or self.ffn_experts[adapter_name]:
+            found = "whole feed-forwards" if self.ffn_experts[adapter_name] else type(kind).__name__
+            raise ValueError(
+                f"Only LoRA experts on single weights can be merged; those of adapter {adapter_name!r} are {found}."
+            )
+        lora_a, lora_b = self.moe_lora_A[adapter_name].float(), self.scaled_b(adapter_name).float()
+        delta = torch.einsum("e,e...or,e...ri->...oi", gates.float(), lora_b, lora_a)
         if adapter_name in self.moe_lora_shared_A:
             shared_a, shared_b = self.moe_lora_shared_A[adapter_name], self.moe_lora_shared_B[adapter_name]
             delta = delta + self.shared_scaling[adapter_name] * shared_b.float() @ shared_a.float()
         return delta
+
+    def mergeable_weight(self) -> torch.Tensor:
+        """Return the weight that adapters can be merged into.
+
+        Raises:
+            ValueError: if the target has none, or holds it quantised or distributed.
+        """
+        base = self.get_base_layer()
+        weight = base.weight if type(base) in (nn.Linear, Conv1D) else None
+        if weight is None or type(weight.data) is not torch.Tensor:
+            raise ValueError(
+                f"LoRA experts merge into the plain weight of a linear layer, and a target is a {type(base).__name__}"
+                f"{'' if weight is None else f' with a {type(weight.data).__name__}'}: keep the adapter, or load the "
+                "base model unquantised and in one piece."
+            )
+        return weight
 
     def merge(
         self,
@@ -150,23 +294,18 @@ class MoeLoraLayer(BaseTunerLayer):
             gates: adapter -> gates (E,), those of its router when absent.
 
         Raises:
-            ValueError: if no gates are given and the router has none that hold for every token, if the base weight is
-                quantised, or if the result is not finite.
+            ValueError: if no gates are given and the router has none that hold for every token, if there is no plain
+                weight to merge into, or if the result is not finite.
         """
-        base = self.get_base_layer()
         for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.moe_lora_A:
+            if adapter_name not in self.experts:
                 continue
-            if type(base) not in (nn.Linear, Conv1D) or type(base.weight.data) is not torch.Tensor:
-                raise ValueError(
-                    f"LoRA experts merge into plain weights, and a target is a {type(base).__name__} with a "
-                    f"{type(base.weight.data).__name__}: load the base model unquantised and in one piece to merge."
-                )
+            weight = self.mergeable_weight()
             own = constant_gates(self.deciding_router(adapter_name)) if gates is None else gates[adapter_name]
-            merged = base.weight + self._as_stored(self.get_delta_weight(adapter_name, own))
+            merged = weight.data + self._as_stored(self.get_delta_weight(adapter_name, own)).data
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"Merging adapter {adapter_name!r} gives weights that are not finite.")
-            base.weight.data = merged.data
+            weight.data = merged
             self.merged_gates[adapter_name] = own
             self.merged_adapters.append(adapter_name)
 
@@ -175,12 +314,11 @@ class MoeLoraLayer(BaseTunerLayer):
         while self.merged_adapters:
             adapter_name = self.merged_adapters.pop()
             delta = self.get_delta_weight(adapter_name, self.merged_gates.pop(adapter_name))
-            self.get_base_layer().weight.data -= self._as_stored(delta).data
+            self.mergeable_weight().data -= self._as_stored(delta).data
 
     def _as_stored(self, delta: torch.Tensor) -> torch.Tensor:
-        """Return a delta (out, in) in the layout and dtype of the base weight."""
-        base = self.get_base_layer()
-        return (delta.T if isinstance(base, Conv1D) else delta).to(base.weight)
+        """Return a delta (..., out, in) in the layout and dtype of the base weight."""
+        return (delta.mT if isinstance(self.get_base_layer(), Conv1D) else delta).to(self.mergeable_weight())
 
 
 class Linear(nn.Module, MoeLoraLayer):
@@ -200,47 +338,54 @@ class Linear(nn.Module, MoeLoraLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.moe_lora_A:
-                lora_a, lora_b = self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name]
-                slots = self._slots(adapter_name, x)
-                inputs = self.moe_lora_dropout[adapter_name](self._cast_input_dtype(x, lora_a.dtype))
-                result = add_experts(result, inputs, lora_a, lora_b * self.scaling[adapter_name], slots)
-                if adapter_name in self.moe_lora_shared_A:
-                    inner = F.linear(inputs, self.moe_lora_shared_A[adapter_name] * self.shared_scaling[adapter_name])
-                    result = result + F.linear(inner, self.moe_lora_shared_B[adapter_name]).to(result.dtype)
-        return result
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted(lambda inputs: self.base_layer(inputs, *args, **kwargs), x)
 
     def __repr__(self) -> str:
         return "moe_lora." + super().__repr__()
 
 
-def decide(router: Router, hidden_states: torch.Tensor, run: LayerRun | None, adapter_name: str) -> ExpertSlots:
+def decide(
+    router: Router, hidden_states: torch.Tensor, run: LayerRun | None, adapter_name: str
+) -> ExpertSlots | MixedSlots:
     """Return a router's decision for hidden states (..., d), and record it for the objectives."""
-    root: AdapterContext | None = None if run is None else run.context
     context: RoutingContext
-    if root is not None and root.tokens.token_mask.shape == hidden_states.shape[:-1]:
-        context = root.tokens
+    root: AdapterContext | None = None if run is None else run.context
+    known = root is not None and root.tokens.token_mask.numel() == hidden_states[..., 0].numel()
+    if known:
+        context = root.of(adapter_name)  # type: ignore[union-attr]
     else:
-        root, context = None, TokenlessContext(hidden_states)
+        context = TokenlessContext(hidden_states)
+        if isinstance(router, PooledRouter) and hidden_states.dim() < 3:
+            raise ValueError(
+                f"{type(router).__name__} pools the tokens of a sequence, and a target got those of all sequences "
+                "in one row: choose a router that decides token by token, or leave this target out."
+            )
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, d)
     decision = router(tokens, context)
-    check_decision(decision)
-    decision = decision.drop(~context.tokens("token_mask", tokens.device))
-    if root is not None:
-        root.decisions.setdefault(adapter_name, {})[router.spec.layer_idx] = decision
-    return ExpertSlots(decision)
+    if isinstance(decision, ExpertAssignment):
+        decision = decision.drop(~context.tokens("token_mask", tokens.device))
+    if known:
+        context.decisions[router.spec.layer_idx] = decision
+    return as_slots(decision)
 
 
-def check_decision(decision: Any) -> None:
-    """Refuse what LoRA experts on a linear layer cannot run.
+def as_slots(decision: Decision, device: torch.device | None = None) -> ExpertSlots | MixedSlots:
+    """Return a decision in the form that experts take, on `device` if it is given."""
+    if isinstance(decision, SlotMixture):
+        return MixedSlots(decision)
+    return ExpertSlots(decision, device)  # type: ignore[arg-type]
+
+
+def check_decision(decision: Any, experts: ExpertKind) -> None:
+    """Refuse what the experts of a target cannot run.
 
     Raises:
         ValueError: if the router mixes tokens or parameters in place of assigning experts, or uses identity experts.
     """
+    if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
+        return
     if not isinstance(decision, ExpertAssignment):
         raise ValueError(
             f"LoRA experts need a router that assigns experts to tokens, this one returns a {type(decision).__name__}."

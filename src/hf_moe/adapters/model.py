@@ -6,16 +6,29 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
-from .config import MoeLoraConfig
+from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
+from .experts import ExpertKind
+from .feed_forward import adapt_feed_forwards
+from .frozen import FrozenExperts
 from .layer import Linear, MoeLoraLayer, check_decision
 from .objectives import install_hooks, tuner_layers
-from .routing import TokenlessContext, adapted_layer_class, enclosing_layer, knows_tokens, layer_width
+from .routers import HostRouter, PooledRouter, SoftMoaRouter
+from .routing import (
+    TokenlessContext,
+    adapted_layer_class,
+    enclosing_layer,
+    is_bidirectional,
+    knows_tokens,
+    layer_width,
+    reads_text,
+)
+from .targets import ParamWrapper, WholeModule
 
 
 # As Transformers' models start their linear layers.
@@ -48,17 +61,24 @@ class MoeLoraModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if config.objectives:
-            first = next(layer for layer in tuner_layers(model) if adapter_name in layer.moe_lora_A)
+            first = next(layer for layer in tuner_layers(model) if adapter_name in layer.experts)
             losses = config.build_objectives(self._specs)
             for objective in losses.by_name.values():
                 objective.initialize(INIT_STD)
             first.moe_lora_objectives[adapter_name] = losses
+        if config.ffn_experts:
+            adapt_feed_forwards(model, adapter_name)
+        for layer in tuner_layers(model) if config.frozen_experts else ():
+            if adapter_name in layer.experts:
+                layer.frozen_experts[adapter_name] = FrozenExperts(config.frozen_experts)
         self._handles = install_hooks(model) or self._handles
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict) -> MoeLoraConfig:
         if peft_config.revision is None:
             # The commit of a base that came from the Hub.
             peft_config.revision = getattr(getattr(self.model, "config", None), "_commit_hash", None)
+        if peft_config.target_parameters and peft_config.target_modules is None:
+            peft_config.target_modules = set()  # not those that PEFT would guess
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(
@@ -72,73 +92,125 @@ class MoeLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, MoeLoraLayer) else target
-        if not isinstance(base, (nn.Linear, Conv1D)):
-            raise ValueError(
-                f"LoRA experts go on linear layers, and {current_key!r} is a {type(base).__name__}: narrow "
-                "target_modules, or name it in exclude_modules."
-            )
-        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
         layer_name = enclosing_layer(self.model, current_key)
         layer = None if layer_name is None else self.model.get_submodule(layer_name)
+        linear = isinstance(base, (nn.Linear, Conv1D))
+        if not linear:
+            self._check_module(peft_config, base, layer, current_key, parameter_name)
+        settings = peft_config.settings(current_key, getattr(base, "num_experts", None))
         tokens_known = knows_tokens(self.model, layer)
-        owner = self._owner(peft_config, adapter_name, layer, current_key)
+        owner = self._owner(settings, adapter_name, layer, current_key)
         router = None
         if owner is None:
-            width = base.weight.shape[0] if isinstance(base, Conv1D) else base.in_features
-            if peft_config.router_input == "decoder_layer":
+            width = base.weight.shape[0] if isinstance(base, Conv1D) else getattr(base, "in_features", None)
+            if settings.router_input != "target" or not linear:
                 width = layer_width(self.model, layer_name)  # type: ignore[arg-type]
-            router = self._new_router(peft_config, width, tokens_known, current_key)
+            router = self._new_router(peft_config, settings, width, layer, tokens_known, current_key)  # type: ignore[arg-type]
         options: dict[str, Any] = {
             "config": peft_config,
-            "rank": peft_config.rank_pattern.get(rank_key, peft_config.r),
-            "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha),
+            "settings": settings,
+            "name": target_name if parameter_name is None else parameter_name,
+            "layer_name": layer_name,
             "router": router,
             "owner": owner,
         }
-        if isinstance(target, MoeLoraLayer):
+        if isinstance(target, MoeLoraLayer) and parameter_name == getattr(target, "parameter_name", None):
             target.update_layer(adapter_name, **options)
         else:
-            new_module = Linear(target, adapter_name, **options)
+            new_module: MoeLoraLayer
+            if parameter_name is not None:
+                new_module = ParamWrapper(target, adapter_name, parameter_name, **options)
+            elif linear:
+                new_module = Linear(target, adapter_name, **options)
+            else:
+                width = layer_width(self.model, layer_name)  # type: ignore[arg-type]
+                new_module = WholeModule(target, adapter_name, width, **options)
             if adapter_name not in self.active_adapters:
-                new_module.requires_grad_(False)
+                new_module.requires_grad_(False)  # type: ignore[attr-defined]
             self._replace_module(parent, target_name, new_module, target)
-            target = new_module
-        if owner is None and peft_config.router_input == "decoder_layer":
-            target.router_owner[adapter_name] = target
+            target = new_module  # type: ignore[assignment]
+        if router is not None:
+            check_decision_of(router, target.experts[adapter_name], tokens_known)
+            if settings.router_input != "target" and not isinstance(router, HostRouter):
+                target.router_owner[adapter_name] = target
         if layer is not None and not hasattr(layer, "moe_lora_host_class"):
             layer.__class__ = adapted_layer_class(type(layer), tokens_known)  # type: ignore[arg-type]
 
+    def _check_module(
+        self, config: MoeLoraConfig, base: nn.Module, layer: nn.Module | None, key: str, parameter_name: str | None
+    ) -> None:
+        """Refuse a target that is no linear layer and no module between hidden states either."""
+        if layer is None or isinstance(base, GradientCheckpointingLayer):
+            raise ValueError(
+                f"LoRA experts go on linear layers and on modules inside of a decoder layer, and {key!r} is a "
+                f"{type(base).__name__}: narrow target_modules, or name it in exclude_modules."
+            )
+        if parameter_name is not None:
+            return
+        for name, _ in base.named_modules():
+            if name and self._check_target_module_exists(config, f"{key}.{name}"):
+                raise ValueError(f"{key!r} and {name!r} inside of it are both targets: leave one of them out.")
+
     def _owner(
-        self, config: MoeLoraConfig, adapter_name: str, layer: nn.Module | None, key: str
+        self, settings: TargetSettings, adapter_name: str, layer: nn.Module | None, key: str
     ) -> MoeLoraLayer | None:
-        """Return the target of the same decoder layer that holds the shared router already, if there is one."""
-        if config.router_input == "target":
+        """Return the target that holds the router this one shares already, if there is one."""
+        if settings.router_input == "target" or settings.router["name"] == HostRouter.mechanism_name:
             return None
         if layer is None:
             raise ValueError(
                 f"{key!r} lies in no decoder layer, whose input its router could read: name it in exclude_modules, or "
                 "set router_input='target', where every target has its own router."
             )
-        return next((target for target in tuner_layers(layer) if adapter_name in target.moe_lora_router), None)
+        scope = self.model if settings.router_input == "model" else layer
+        if scope is not layer and not knows_tokens(self.model, layer):
+            raise ValueError(
+                f"{key!r} cannot share one router with all layers: this model passes nothing from layer to layer. Set "
+                "router_input='decoder_layer'."
+            )
+        sharing = (target for target in tuner_layers(scope) if adapter_name in target.moe_lora_router)
+        return next((item for item in sharing if item.router_group[adapter_name] == settings.router_group), None)
 
-    def _new_router(self, config: MoeLoraConfig, width: int, tokens_known: bool, key: str) -> Router:
+    def _new_router(
+        self,
+        config: MoeLoraConfig,
+        settings: TargetSettings,
+        width: int,
+        layer: nn.Module | None,
+        tokens_known: bool,
+        key: str,
+    ) -> Router:
         """Return an initialised router that is known to work where it stands."""
         if config.objectives and not tokens_known:
             raise ValueError(
                 f"objectives={list(config.objectives)} cannot reach {key!r}: padding must not count, and this model "
                 "tells its layers nothing of its tokens. Leave the objectives out, or name it in exclude_modules."
             )
-        spec = config.spec(len(self._specs), width)
+        spec = config.spec(len(self._specs), width, settings)
         self._specs.append(spec)
-        router = config.build_router(spec)
+        router = config.build_router(spec, settings)
         router.initialize(INIT_STD)
-        if not any(parameter.is_meta for parameter in router.parameters()):
-            probe = torch.zeros(1, 1, width)
-            context = RoutingContext.all_text(probe) if tokens_known else TokenlessContext(probe)
-            with torch.no_grad():
-                check_decision(router(probe[0], context))
+        if isinstance(router, (PooledRouter, SoftMoaRouter)):
+            bidirectional = is_bidirectional(layer)
+            if isinstance(router, PooledRouter):
+                router.causal = not bidirectional
+            elif not bidirectional:
+                raise ValueError(
+                    f"The router {settings.router['name']!r} mixes all tokens of a sequence, and {key!r} lies in a "
+                    "layer whose attention hides later tokens from earlier ones: adapt a vision tower or an encoder."
+                )
+            if not tokens_known and reads_text(self.model, layer):
+                raise ValueError(
+                    f"The router {settings.router['name']!r} pools the tokens of a sequence, and this model does not "
+                    f"tell {key!r} which of them are padding. Choose a router that decides token by token."
+                )
         return router
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, (WholeModule, ParamWrapper)) and not isinstance(new_module, MoeLoraLayer):
+            setattr(parent, child_name, new_module)  # PEFT would look for the weight of a linear layer
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -152,9 +224,11 @@ class MoeLoraModel(BaseTuner):
     def _release(self) -> None:
         """Give every decoder layer without an adapter its own class back, and the root its own forward."""
         for module in self.model.modules():
-            if hasattr(module, "moe_lora_host_class") and not any(item.moe_lora_A for item in tuner_layers(module)):
+            if hasattr(module, "moe_lora_host_class") and not any(item.experts for item in tuner_layers(module)):
                 module.__class__ = module.moe_lora_host_class
-        if not any(item.moe_lora_A for item in tuner_layers(self.model)):
+            if hasattr(module, "moe_lora_ffn_class") and not any(item.experts for item in tuner_layers(module)):
+                module.__class__ = module.moe_lora_ffn_class
+        if not any(item.experts for item in tuner_layers(self.model)):
             for handle in self._handles:
                 handle.remove()
 
@@ -163,13 +237,27 @@ class MoeLoraModel(BaseTuner):
         super()._check_merge_allowed()
         for layer in tuner_layers(self.model):
             for adapter_name in layer.active_adapters:
-                if adapter_name in layer.moe_lora_router and adapter_name not in layer.merged_adapters:
-                    try:
-                        constant_gates(layer.moe_lora_router[adapter_name])
-                    except RoutingVaries as error:
-                        raise ValueError(f"Adapter {adapter_name!r} {MERGE_REFUSED.format(reason=error)}") from error
+                if adapter_name not in layer.experts or adapter_name in layer.merged_adapters:
+                    continue
+                layer.mergeable_weight()
+                try:
+                    layer.get_delta_weight(adapter_name, constant_gates(layer.deciding_router(adapter_name)))
+                except RoutingVaries as error:
+                    raise ValueError(f"Adapter {adapter_name!r} {MERGE_REFUSED.format(reason=error)}") from error
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # The name stands right behind the container, also where a router or an objective has parts of its own.
         return re.sub(rf"(\.{cls.prefix}[^.]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
+
+
+@torch.no_grad()
+def check_decision_of(router: Router, experts: ExpertKind, tokens_known: bool) -> None:
+    """Refuse a router whose decisions the experts of a target cannot run, or that reads what is not known there."""
+    if isinstance(router, HostRouter) or any(parameter.is_meta for parameter in router.parameters()):
+        return
+    probe = torch.zeros(1, 1, router.spec.hidden_size)
+    context: RoutingContext = RoutingContext.all_text(probe) if tokens_known else TokenlessContext(probe)
+    if tokens_known and getattr(router, "condition", None) is not None:
+        return  # what it reads comes with the call
+    check_decision(router(probe[0], context), experts)

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..modeling.routing import Router
+from ..modeling.routing import ExpertAssignment, Router
+from .frozen import install_frozen_hooks
 from .layer import MoeLoraLayer
-from .routing import AdapterContext, pass_context, root_inputs
+from .routing import AdapterContext, pass_context, remember, root_inputs
 
 
 def tuner_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
@@ -30,6 +31,8 @@ def install_hooks(model: nn.Module) -> list[Any]:
     return [
         model.register_forward_pre_hook(pass_context, with_kwargs=True),
         model.register_forward_hook(add_objectives, with_kwargs=True),
+        *install_frozen_hooks(model),
+        model.register_forward_hook(remember, with_kwargs=True),
     ]
 
 
@@ -62,13 +65,15 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
                     "returns, and it returned none: call it with return_dict=True."
                 )
             _check_gradient(adapter_name, context, routers)
-            context.tokens.decisions = context.decisions[adapter_name]
             labels = _labels_per_token(inputs["labels"], context)
-            loss, _ = losses(context.tokens, labels, inputs.get("num_items_in_batch"))
+            routing = context.of(adapter_name)
+            loss, values = losses(routing, labels, inputs.get("num_items_in_batch"))
+            routing.carry["objective_values"] = values
             output.loss = output.loss + loss.to(output.loss.device)
     if model.training:
         for adapter_name, router in routers:
-            router.accumulate(context.decisions[adapter_name][router.spec.layer_idx], context.tokens)
+            routing = context.of(adapter_name)
+            router.accumulate(routing.decisions[router.spec.layer_idx], routing)
 
 
 def _deciding_routers(model: nn.Module, context: AdapterContext) -> Iterator[tuple[str, Router]]:
@@ -91,7 +96,8 @@ def _check_gradient(adapter_name: str, context: AdapterContext, routers: list[tu
     for name, router in routers:
         trained = any(parameter.requires_grad for parameter in router.parameters())
         if name == adapter_name and trained:
-            probs = context.decisions[name][router.spec.layer_idx].router_probs  # type: ignore[union-attr]
+            decision = context.decisions[name][router.spec.layer_idx]
+            probs = decision.router_probs if isinstance(decision, ExpertAssignment) else None
             if probs is not None and not probs.requires_grad:
                 raise ValueError(
                     "Reentrant gradient checkpointing cuts the gradient of the objectives: pass "

@@ -6,18 +6,22 @@ hidden state that enters the layer, in a context variable while the host's own f
 layer the context survives every kind of recomputation; hooks on layers would not run again in one.
 """
 
+import copy
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..modeling.routing import Decision, RoutingContext
-from .low_rank import ExpertSlots
+from ..modeling.routing import Decision, Router, RoutingContext
+from .low_rank import ExpertSlots, MixedSlots
+from .memory import PooledState, keep_state, past_state
 
 
 class AdapterContext:
@@ -27,12 +31,40 @@ class AdapterContext:
 
     Args:
         tokens: what the routers may know of the tokens.
+        cache: the key-value cache of the call, with what routers remember of its tokens.
+        hides_padding: the attention mask does not tell which tokens are padding.
     """
 
-    def __init__(self, tokens: RoutingContext):
+    def __init__(self, tokens: RoutingContext, cache: Any = None, hides_padding: bool = False):
         self.tokens = tokens
-        # adapter -> number of the router -> decision; a recomputed layer overwrites its own.
-        self.decisions: dict[str, dict[int, Decision]] = {}
+        self.past = past_state(cache)
+        self.cached_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        self.hides_padding = hides_padding
+        self._of: dict[str, RoutingContext] = {}
+
+    def of(self, adapter_name: str) -> RoutingContext:
+        """Return the context of one adapter: what is known of the tokens, with decisions and memory of its own."""
+        if adapter_name not in self._of:
+            context = self._of[adapter_name] = copy.copy(self.tokens)
+            # A recomputed layer overwrites its own entries.
+            context.decisions = {}
+            context.carry = {
+                "past": self.past.get(adapter_name, {}),
+                "cached_tokens": self.cached_tokens,
+                "hides_padding": self.hides_padding,
+                "pooled": {},
+            }
+        return self._of[adapter_name]
+
+    @property
+    def decisions(self) -> dict[str, dict[int, Decision]]:
+        """Adapter -> number of the router -> decision."""
+        return {name: context.decisions for name, context in self._of.items() if context.decisions}
+
+    @property
+    def pooled(self) -> PooledState:
+        """What the routers remember after this forward, as in `past`."""
+        return {name: context.carry["pooled"] for name, context in self._of.items() if context.carry["pooled"]}
 
 
 class TokenlessContext(RoutingContext):
@@ -70,8 +102,8 @@ class LayerRun:
     def __init__(self, hidden_states: torch.Tensor, context: AdapterContext | None):
         self.hidden_states = hidden_states
         self.context = context
-        # adapter -> the decision that its targets in this layer share.
-        self.shared: dict[str, ExpertSlots] = {}
+        # (adapter, number of the router) -> the decision that targets in this layer share.
+        self.shared: dict[tuple[str, int], ExpertSlots | MixedSlots] = {}
 
 
 ACTIVE_LAYER: ContextVar[LayerRun | None] = ContextVar("hf_moe_active_layer", default=None)
@@ -127,13 +159,23 @@ def enclosing_layer(model: nn.Module, key: str) -> str | None:
     return lists[-1] if lists else None
 
 
-def knows_tokens(model: nn.Module, layer: nn.Module | None) -> bool:
-    """Whether the root's inputs tell of a layer's tokens: the root reads token ids, the layer is its decoder's."""
+def reads_text(model: nn.Module, layer: nn.Module | None) -> bool:
+    """Whether a layer is one of a model's decoder, which reads token ids."""
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
         return False
-    if model.config.is_encoder_decoder or not _takes_kwargs(model):
-        return False
     return any(module is layer for module in model.get_decoder().modules())
+
+
+def knows_tokens(model: nn.Module, layer: nn.Module | None) -> bool:
+    """Whether the root's inputs tell of a layer's tokens: the layer is its decoder's, and gets keyword arguments."""
+    return reads_text(model, layer) and not model.config.is_encoder_decoder and _takes_kwargs(model)  # type: ignore[attr-defined]
+
+
+def is_bidirectional(layer: nn.Module | None) -> bool:
+    """Whether the attention in a layer is known to see later tokens."""
+    if layer is None:
+        return False
+    return {module.is_causal for module in layer.modules() if hasattr(module, "is_causal")} == {False}
 
 
 def _takes_kwargs(model: nn.Module) -> bool:
@@ -187,9 +229,63 @@ def token_context(model: PreTrainedModel, inputs: dict[str, Any]) -> RoutingCont
     return RoutingContext(modality_ids[:, -shape[1] :].long(), token_mask, inputs.get("input_ids"))
 
 
+_CONDITIONS: ContextVar[dict[str, Any] | None] = ContextVar("hf_moe_routing_inputs", default=None)
+
+
+@contextmanager
+def routing_inputs(**conditions: Any) -> Iterator[None]:
+    """Give the routers of adapters the conditions of every row, where the call of a model has no place for them.
+
+    `generate` refuses keyword arguments that its model does not name:
+
+        with routing_inputs(task=torch.tensor([0, 1])):
+            model.generate(**inputs)
+
+    Args:
+        conditions: name -> ids (B,), or features (B, C), of the rows; beams of a row share them.
+    """
+    token = _CONDITIONS.set({**(_CONDITIONS.get() or {}), **conditions})
+    try:
+        yield
+    finally:
+        _CONDITIONS.reset(token)
+
+
+def take_conditions(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the conditions of the rows, and take those out of `kwargs` that the model itself knows nothing of."""
+    conditions = {**(_CONDITIONS.get() or {}), **(kwargs.get("condition_ids") or {})}
+    for module in model.modules():
+        name = getattr(module, "condition", None) if isinstance(module, Router) else None
+        if name is not None and f"{name}_ids" in kwargs:
+            conditions[name] = kwargs[f"{name}_ids"]
+    known = inspect.signature(model.forward).parameters
+    for name in ("condition_ids", *(f"{name}_ids" for name in conditions)):
+        if name not in known:
+            kwargs.pop(name, None)
+    return {name: torch.as_tensor(value) for name, value in conditions.items()}
+
+
 def pass_context(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Hook before the root's forward: pass the routing context on to the decoder layers."""
     if not any(getattr(module, "moe_lora_knows_tokens", False) for module in model.modules()):
         return None
-    tokens = token_context(model, root_inputs(model, args, kwargs))
-    return None if tokens is None else (args, {**kwargs, "moe_lora_context": AdapterContext(tokens)})
+    kwargs = dict(kwargs)
+    conditions = take_conditions(model, kwargs)
+    inputs = {**root_inputs(model, args, kwargs), "condition_ids": conditions or None}
+    tokens = token_context(model, inputs)
+    if tokens is None:
+        return args, kwargs
+    rows = len(tokens.token_mask)
+    tokens.condition_ids = {
+        name: value.repeat_interleave(max(rows // len(value), 1), dim=0) for name, value in conditions.items()
+    }
+    mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+    hides_padding = isinstance(mask, torch.Tensor) and mask.dim() != 2
+    return args, {**kwargs, "moe_lora_context": AdapterContext(tokens, cache, hides_padding)}
+
+
+def remember(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Hook after the root's forward: leave what the routers have pooled with the key-value cache."""
+    context: AdapterContext | None = kwargs.get("moe_lora_context")
+    if context is not None and isinstance(output, dict):
+        keep_state(output.get("past_key_values"), context.pooled)

@@ -1,0 +1,124 @@
+"""Whole feed-forward experts on one frozen feed-forward, as MixLoRA has them.
+
+    y = sum_i w_i down_i(act(gate_i(x)) * up_i(x)) + (1 - sum_i w_i) ffn(x)        gate_i = gate + s B_i A_i, ...
+
+The frozen gate and up projections are computed once per token and shared by its experts; the down projection runs per
+expert. Tokens without experts, such as padding and those a full expert dropped, keep the frozen feed-forward.
+
+Source: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts, arXiv:2404.15159.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling.dispatch import compute_dtype, grouped_linear
+from .experts.lora import LoraExperts
+from .layer import MoeLoraLayer
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
+    """Give every feed-forward whose projections hold an adapter's experts a class that mixes whole experts.
+
+    Raises:
+        ValueError: if some of its projections are no targets, the experts are not LoRA, or it is not gated.
+    """
+    for name, module in model.named_modules():
+        projections = [getattr(module, projection, None) for projection in PROJECTIONS]
+        held = [isinstance(item, MoeLoraLayer) and adapter_name in item.experts for item in projections]
+        if not any(held):
+            continue
+        if not all(held) or not all(isinstance(item.experts[adapter_name], LoraExperts) for item in projections):
+            raise ValueError(
+                f"ffn_experts=True mixes whole feed-forwards, so all of {', '.join(PROJECTIONS)} of {name!r} must be "
+                "targets with the experts 'lora': name the three in target_modules, or set ffn_experts=False."
+            )
+        if len({item.router_group[adapter_name] for item in projections}) > 1 or not hasattr(module, "act_fn"):
+            raise ValueError(
+                f"ffn_experts=True: the projections of {name!r} must share one router, and it must have an act_fn."
+            )
+        if not hasattr(module, "moe_lora_ffn_class"):
+            _check_formula(module, name)
+            module.__class__ = whole_ffn_class(type(module))
+
+
+@torch.no_grad()
+def _check_formula(module: nn.Module, name: str) -> None:
+    """Refuse a feed-forward that computes something else than `down(act(gate(x)) * up(x))`."""
+    gate, up, down = (getattr(module, projection).get_base_layer() for projection in PROJECTIONS)
+    if gate.weight.is_meta:
+        return
+    probe = torch.linspace(-1, 1, gate.in_features, device=gate.weight.device)[None]  # (1, d)
+    probe = probe.to(gate.weight.dtype if gate.weight.is_floating_point() else torch.float32)
+    layers = [getattr(module, projection) for projection in PROJECTIONS]
+    active = [layer.active_adapters for layer in layers]
+    for layer in layers:
+        layer._active_adapter = []
+    found = module(probe)
+    for layer, adapters in zip(layers, active, strict=True):
+        layer._active_adapter = adapters
+    if not torch.allclose(found, down(module.act_fn(gate(probe)) * up(probe)), atol=1e-4, rtol=1e-3):
+        raise ValueError(
+            f"ffn_experts=True: {name!r}, a {type(module).__name__}, does not compute down(act(gate(x)) * up(x)). Set "
+            "ffn_experts=False, which mixes at every linear layer."
+        )
+
+
+@functools.cache
+def whole_ffn_class(host_class: Any) -> Any:
+    """Return the subclass of a feed-forward's class that mixes whole experts; it keeps the name."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate = self.gate_proj
+        active = [name for name in gate.active_adapters if name in gate.experts]
+        whole = [name for name in active if gate.ffn_experts[name]]
+        if gate.disable_adapters or gate.merged or not whole:
+            return host_class.forward(self, hidden_states)
+        if len(active) > 1:
+            raise ValueError(
+                f"Adapters {active} are active on one feed-forward, and {whole[0]!r} mixes whole feed-forwards, which "
+                "no other adapter can be added to: activate one of them."
+            )
+        return mix_experts(self, whole[0], hidden_states)
+
+    def __reduce_ex__(self: Any, protocol: int) -> tuple:
+        return _new_whole_ffn, (host_class,), self.__dict__
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "moe_lora_ffn_class": host_class}
+    return type(host_class.__name__, (host_class,), {**body, "__module__": host_class.__module__})
+
+
+def _new_whole_ffn(host_class: Any) -> nn.Module:
+    cls = whole_ffn_class(host_class)
+    return cls.__new__(cls)
+
+
+def mix_experts(module: nn.Module, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return the mixture of an adapter's feed-forward experts, (..., d)."""
+    gate, up, down = (getattr(module, projection) for projection in PROJECTIONS)
+    slots = gate._slots(adapter_name, hidden_states, ())
+    token, weight, offsets = slots.by_expert
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, d)
+    base_gate, base_up = gate.base_layer(tokens), up.base_layer(tokens)  # (T, f)
+
+    def delta(layer: MoeLoraLayer, rows: torch.Tensor) -> torch.Tensor:
+        inner = grouped_linear(rows, layer.moe_lora_A[adapter_name], offsets)  # (M, r)
+        return grouped_linear(inner, layer.scaled_b(adapter_name), offsets)
+
+    rows = gate._prepare(adapter_name, tokens).index_select(0, token).to(compute_dtype(tokens))  # (M, d)
+    inner = module.act_fn(base_gate.index_select(0, token) + delta(gate, rows))
+    inner = inner * (base_up.index_select(0, token) + delta(up, rows))  # (M, f)
+    output = down.base_layer(inner)
+    output = output + delta(down, down._prepare(adapter_name, inner).to(rows.dtype))  # (M, d)
+    result = torch.zeros_like(tokens, dtype=output.dtype)
+    result = result.index_add(0, token, output * weight[:, None].to(output.dtype))
+    left = 1.0 - slots.weight.sum(-1)  # (T,)
+    rest = (left.abs() > 1e-5).nonzero().squeeze(-1)
+    dense = down.base_layer(module.act_fn(base_gate[rest]) * base_up[rest])
+    result = result.index_add(0, rest, (dense * left[rest, None]).to(output.dtype))
+    return result.view(hidden_states.shape).to(hidden_states.dtype)

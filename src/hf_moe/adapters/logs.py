@@ -1,0 +1,80 @@
+"""What the routers of adapters do and what their objectives are worth, among the logs of any `Trainer`."""
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..analysis.routing_statistics import RoutingStatistics
+from .routing import AdapterContext
+
+
+class LogRouting(TrainerCallback):
+    """Logs `objective/<name>` and `routing/<modality>/<early|middle|late>/<figure>`, as [`HfMoeTrainer`] does.
+
+    The values are those of the last step before a log, the others pay nothing for them; an objective's is before its
+    coefficient, summed over the micro-batches of that step. With several active adapters each name begins with the
+    adapter's.
+
+        Trainer(model, arguments, train_dataset=rows, callbacks=[LogRouting()])
+    """
+
+    def __init__(self) -> None:
+        self._watching = False
+        self._handle: Any = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._objectives: dict[str, dict[str, torch.Tensor]] = {}
+        self._routing: dict[str, RoutingStatistics] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        # The root whose hooks pass the context: PEFT's wrappers stand around it.
+        root = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._handle = root.register_forward_hook(self._watch, with_kwargs=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._handle.remove()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step + 1
+        self._watching = step == 1 or step % max(int(state.logging_steps), 1) == 0
+        self._clear()
+
+    def _watch(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        context: AdapterContext | None = kwargs.get("moe_lora_context")
+        if context is None or not self._watching or not model.training:
+            return
+        for adapter_name in context.decisions:
+            routing = context.of(adapter_name)
+            self._routing.setdefault(adapter_name, RoutingStatistics()).update(routing)
+            sums = self._objectives.setdefault(adapter_name, {})
+            for name, value in routing.carry.get("objective_values", {}).items():
+                sums[name] = sums.get(name, 0.0) + value
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        figures: dict[str, float] = {}
+        for adapter_name, statistics in self._routing.items():
+            prefix = f"{adapter_name}/" if len(self._routing) > 1 else ""
+            for name, total in self._objectives[adapter_name].items():
+                figures[f"{prefix}objective/{name}"] = round(float(total), 6)
+            for name, value in statistics.figures().items():
+                figures[f"{prefix}routing/{name}"] = round(value, 4)
+        logs.update(figures)
+        # Written before the callbacks are called.
+        state.log_history[-1].update(figures)

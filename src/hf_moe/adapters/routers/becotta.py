@@ -1,0 +1,73 @@
+"""Domain experts: a noisy gate per domain, one decision for a sample.
+
+    [c ; n] = W_domain h        l_t = c_t + N(0, 1) * (softplus(n_t) + 0.01)        noise while training alone
+    z = mean over the counted tokens of l        S = the K largest of z        w = softmax over the kept z
+
+Domains share the experts and differ in their gates. The mean takes the place of the paper's sum, so that a long sample
+has no sharper gate than a short one. The objective `condition_information` makes the experts specialise.
+
+Source: BECoTTA: Input-dependent Online Blending of Experts for Continual Test-time Adaptation, arXiv:2402.08712.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from ...modeling.gating import apply_overrides, check_slots, per_gate_logits
+from ...modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from .condition import condition_per_token
+from .pooled import PooledRouter
+
+
+class BecottaRouter(PooledRouter):
+    """Noisy top-k over pooled scores, with one gate per domain.
+
+    Args:
+        spec: facts of the layer.
+        num_domains: D.
+        condition: name of the domain ids; the model's call takes them as `<name>_ids` or in `condition_ids`.
+        modalities, end_token_id: what is pooled, see [`PooledRouter`].
+
+    Raises:
+        ValueError: if K does not lie in [1, E]; in `forward`, if a domain does not lie in [0, D).
+    """
+
+    mechanism_name = "becotta"
+
+    def __init__(
+        self,
+        spec: MoELayerSpec,
+        *,
+        num_domains: int = 4,
+        condition: str = "domain",
+        modalities: list[str] | tuple[str, ...] | None = None,
+        end_token_id: int | None = None,
+    ):
+        super().__init__(spec, modalities, end_token_id)
+        check_slots(spec, spec.num_experts, "becotta")
+        self.num_domains = num_domains
+        self.condition = condition
+        self.weight = nn.Parameter(torch.empty(num_domains, 2 * spec.num_experts, spec.hidden_size))
+
+    def initialize(self, std: float) -> None:
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        domain = condition_per_token(context, self.condition, hidden_states.device).long()  # (T,)
+        if bool(((domain < 0) | (domain >= self.num_domains)).any()):
+            raise ValueError(f"The {self.condition}_ids must lie in [0, {self.num_domains}), one gate for each.")
+        logits, raw = per_gate_logits(hidden_states, self.weight, domain).chunk(2, dim=-1)  # (T, E) both
+        if self.training:
+            logits = logits + torch.randn_like(logits) * (F.softplus(raw) + 0.01)
+        logits, known = self.pool(logits, context)
+        logits = apply_overrides(logits, self.spec, context)
+        value, index = logits.topk(self.spec.num_experts_per_tok, dim=-1)  # (T, K) both
+        decision = ExpertAssignment(
+            index,
+            value.softmax(-1),
+            self.spec.num_experts,
+            router_logits=logits,
+            router_probs=logits.softmax(-1),
+        )
+        return decision.drop(~known)

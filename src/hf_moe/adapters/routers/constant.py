@@ -1,0 +1,17 @@
+"""Every token uses every expert, with a weight of 1: plain LoRA with one expert, a dense bank with more."""
+
+import torch
+
+from ...modeling.routing import ExpertAssignment, Router, RoutingContext
+
+
+class ConstantRouter(Router):
+    """All experts, always; no parameters. `num_experts_per_tok` does not matter."""
+
+    mechanism_name = "constant"
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        experts = torch.arange(self.spec.num_experts, device=hidden_states.device)
+        index = experts.expand(len(hidden_states), -1)  # (T, E)
+        weight = torch.ones(index.shape, device=hidden_states.device)
+        return ExpertAssignment(index, weight, self.spec.num_experts)

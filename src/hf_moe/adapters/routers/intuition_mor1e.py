@@ -1,0 +1,95 @@
+"""Intuition-aware routing over pairs of rank-1 vectors.
+
+    a = W_u h + M_u g        b = W_d h + M_d g        score(i, j) = a_i + b_j
+    S = the K best pairs        w = softmax over the kept scores
+
+g is the intuition of a row: how close its embedding is to each of C centroids, found by K-means before training. For
+the experts `rank1_pairs`, whose expert i * n + j is the pair (i, j).
+
+Source: Intuition-aware Mixture-of-Rank-1-Experts for Parameter Efficient Finetuning, arXiv:2404.08985.
+"""
+
+from math import isqrt
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from ...modeling.gating import apply_overrides, check_slots, gate_logits
+from ...modeling.routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from .condition import condition_per_token
+
+
+class IntuitionRouter(Router):
+    """Sums of an up and a down score per pair, with a prior from the row's intuition.
+
+    Args:
+        spec: facts of the layer; E must be a square.
+        num_clusters: C; the model's call takes `intuition_ids` (B, C), or the condition `intuition`; see
+            [`intuition`]. 0 routes by the hidden state alone.
+
+    Raises:
+        ValueError: if E is no square, or K does not lie in [1, E].
+    """
+
+    mechanism_name = "intuition_mor1e"
+
+    def __init__(self, spec: MoELayerSpec, *, num_clusters: int = 16):
+        super().__init__(spec)
+        check_slots(spec, spec.num_experts, "intuition_mor1e")
+        pool = isqrt(spec.num_experts)
+        if pool**2 != spec.num_experts:
+            raise ValueError(f"num_experts={spec.num_experts} must be a square: the experts are pairs of two pools.")
+        self.condition = "intuition" if num_clusters else None
+        # Up vectors first, then down vectors.
+        self.weight = nn.Parameter(torch.empty(2 * pool, spec.hidden_size))
+        if num_clusters:
+            self.prior = nn.Parameter(torch.empty(2 * pool, num_clusters))
+
+    def initialize(self, std: float) -> None:
+        for parameter in self.parameters():
+            init.normal_(parameter, mean=0.0, std=std)
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        scores = gate_logits(hidden_states, self.weight)  # (T, 2n)
+        if self.condition is not None:
+            scores = scores + gate_logits(condition_per_token(context, self.condition, scores.device), self.prior)
+        up, down = scores.chunk(2, dim=-1)
+        logits = (up[:, :, None] + down[:, None, :]).flatten(1)  # (T, E)
+        logits = apply_overrides(logits, self.spec, context)
+        value, index = logits.topk(self.spec.num_experts_per_tok, dim=-1)  # (T, K) both
+        weight = value.softmax(-1)
+        return ExpertAssignment(
+            index, weight, self.spec.num_experts, router_logits=logits, router_probs=logits.softmax(-1)
+        )
+
+
+def find_centroids(
+    embeddings: torch.Tensor, num_clusters: int, *, iterations: int = 25, seed: int = 0
+) -> torch.Tensor:
+    """Return the centroids (C, m) of K-means by cosine over the embeddings (N, m) of the training rows.
+
+    Raises:
+        ValueError: if there are fewer embeddings than clusters.
+    """
+    if len(embeddings) < num_clusters:
+        raise ValueError(f"{num_clusters} clusters need at least as many embeddings, got {len(embeddings)}.")
+    points = F.normalize(embeddings.float(), dim=-1)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
+    for _ in range(num_clusters - 1):  # the farthest from those chosen so far
+        chosen.append(int((points @ points[chosen].T).amax(1).argmin()))
+    centroids = points[chosen]
+    for _ in range(iterations):
+        nearest = (points @ centroids.T).argmax(1)
+        sums = torch.zeros_like(centroids).index_add(0, nearest, points)
+        filled = torch.bincount(nearest, minlength=num_clusters) > 0
+        centroids = torch.where(filled[:, None], F.normalize(sums, dim=-1), centroids)
+    return centroids
+
+
+def intuition(embeddings: torch.Tensor, centroids: torch.Tensor, *, tau: float = 0.1) -> torch.Tensor:
+    """Return `softmax(cos(z, centroid) / tau)`, (B, C), for rows with embeddings z (B, m)."""
+    similarity = F.normalize(embeddings.float(), dim=-1) @ F.normalize(centroids.float(), dim=-1).T
+    return (similarity / tau).softmax(-1)

@@ -1,0 +1,58 @@
+"""Soft mixture of adapters: experts run on slots, each a mixture of the tokens of a sequence.
+
+    L = X Phi (S, N)        D = softmax of L over the tokens        C = softmax of L over the N = E * p slots
+
+Expert e sees its p rows of `D^T X`; a token gets its row of `C` times the slot outputs. Every slot mixes all tokens,
+later ones too, so this is for layers with bidirectional attention.
+
+Source: Efficient Fine-tuning of Audio Spectrogram Transformers via Soft Mixture of Adapters, arXiv:2402.00828; From
+Sparse to Soft Mixtures of Experts, arXiv:2308.00951.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from ...modeling.gating import gate_logits
+from ...modeling.routing import MoELayerSpec, Router, RoutingContext, SlotMixture
+
+
+class SoftMoaRouter(Router):
+    """Soft slots.
+
+    Args:
+        spec: facts of the layer; K does not matter.
+        slots_per_expert: p.
+        normalize: l2-normalise hidden states and slot parameters, and multiply by one learned scale.
+
+    Raises:
+        ValueError: if `slots_per_expert` is less than 1.
+    """
+
+    mechanism_name = "soft_moa"
+    # A slot mixes later tokens into earlier ones.
+    needs_bidirectional = True
+
+    def __init__(self, spec: MoELayerSpec, *, slots_per_expert: int = 1, normalize: bool = False):
+        super().__init__(spec)
+        if slots_per_expert < 1:
+            raise ValueError(f"slots_per_expert={slots_per_expert} must be at least 1.")
+        self.weight = nn.Parameter(torch.empty(spec.num_experts * slots_per_expert, spec.hidden_size))
+        self.scale = nn.Parameter(torch.ones(())) if normalize else None
+
+    def initialize(self, std: float) -> None:
+        init.xavier_normal_(self.weight)
+        if self.scale is not None:
+            init.ones_(self.scale)
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> SlotMixture:
+        weight = self.weight
+        if self.scale is not None:
+            hidden_states = F.normalize(hidden_states.float(), dim=-1)
+            weight = self.scale * F.normalize(weight.float(), dim=-1)
+        mask = context.token_mask.to(hidden_states.device)[..., None]  # (B, S, 1)
+        logits = gate_logits(hidden_states, weight).view(*mask.shape[:2], -1)  # (B, S, N)
+        dispatch = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(1)
+        combine = logits.softmax(-1).masked_fill(~mask, 0.0)
+        return SlotMixture(dispatch.masked_fill(~mask, 0.0), combine, self.spec.num_experts, router_logits=logits)

@@ -1,0 +1,206 @@
+"""Targets that are not linear layers: whole modules, and the stacked weights of a MoE model's experts."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling.dispatch import compute_dtype, grouped_linear
+from ..modeling.routing import ExpertAssignment
+from .config import TargetSettings
+from .experts import Target
+from .layer import MoeLoraLayer
+from .low_rank import ExpertSlots, add_experts
+
+
+class WholeModule(nn.Module, MoeLoraLayer):
+    """A module that takes and returns hidden states, with experts around it.
+
+    Args:
+        base_layer: the module; its first argument and its result, or the first item of that, are hidden states.
+        adapter_name: the first adapter.
+        width: of the hidden states.
+        kwargs: as in `update_layer`.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, width: int, **kwargs: Any):
+        nn.Module.__init__(self)
+        self.width = width
+        MoeLoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **kwargs)
+
+    def widths(self) -> tuple[int, int]:
+        return self.width, self.width
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters:
+            return self.base_layer(*args, **kwargs)
+        given = bool(args)
+        hidden_states = args[0] if given else kwargs["hidden_states"]
+        others: tuple = ()
+
+        def call(inputs: torch.Tensor) -> torch.Tensor:
+            nonlocal others
+            if given:
+                output = self.base_layer(inputs, *args[1:], **kwargs)
+            else:
+                output = self.base_layer(**{**kwargs, "hidden_states": inputs})
+            if isinstance(output, tuple):
+                output, others = output[0], output[1:]
+            return output
+
+        output = self.adapted(call, hidden_states, args[1:])
+        return (output, *others) if others else output
+
+    def __repr__(self) -> str:
+        return "moe_lora." + super().__repr__()
+
+
+# PEFT finds the wrapper of a parameter by the name of this class.
+class ParamWrapper(nn.Module, MoeLoraLayer):
+    """The stack of a MoE model's experts, with a mixture of LoRA experts on one of its stacked weights.
+
+    Expert h of the host computes `W_h x + s * sum_i g_i B_ih A_ih x` with the gates g of the token; A is stored as
+    (E, H, r, in) and B as (E, H, out, r) for H host experts. Two weights of one stack have two wrappers around each
+    other; the outer one computes both.
+
+    Args:
+        base_layer: the host's experts, called with hidden states (T, d), expert index (T, K) and weight (T, K).
+        adapter_name: the first adapter.
+        parameter_name: the stacked weight.
+        kwargs: as in `update_layer`.
+
+    Raises:
+        ValueError: if the parameter is none of a stack of feed-forward experts, or the experts are not LoRA.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, **kwargs: Any):
+        nn.Module.__init__(self)
+        self.parameter_name = parameter_name
+        MoeLoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **kwargs)
+
+    def widths(self) -> tuple[int, int]:
+        host = self.get_base_layer()
+        weight = getattr(host, self.parameter_name)
+        # The attributes by which Transformers' own backends know a stack of experts.
+        stacked = all(hasattr(host, name) for name in ("act_fn", "has_gate", "has_bias", "is_transposed"))
+        if weight.dim() != 3 or not stacked or self.parameter_name not in (_input_name(host), "down_proj"):
+            raise ValueError(
+                f"{type(host).__name__}.{self.parameter_name}, {tuple(weight.shape)}, is no stacked weight of experts "
+                "as Transformers' MoE models store them: target_parameters takes 'gate_up_proj' (or 'up_proj') and "
+                "'down_proj' of these. Linear layers go in target_modules."
+            )
+        first, second = weight.shape[1:]
+        return (first, second) if host.is_transposed else (second, first)
+
+    @property
+    def num_host_experts(self) -> int:
+        """H."""
+        return getattr(self.get_base_layer(), self.parameter_name).shape[0]
+
+    def target(self, name: str, settings: TargetSettings, init_zero: bool) -> Target:
+        if settings.experts["name"] != "lora" or settings.router["name"] == "host":
+            raise ValueError(
+                f"{name!r} is a stacked weight, which takes the experts 'lora' with a router of their own, not "
+                f"{settings.experts['name']!r} with {settings.router['name']!r}. For one LoRA per expert of the host, "
+                "take the router 'constant' with num_experts=1."
+            )
+        per_expert = super().target(name, settings, init_zero)
+        ranks = tuple(rank for rank in per_expert.ranks for _ in range(self.num_host_experts))
+        return replace(per_expert, num_experts=len(ranks), ranks=ranks)
+
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(0, (-1, self.num_host_experts))
+
+    def mergeable_weight(self) -> torch.Tensor:
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the host's experts, with all wrappers around them merged if asked."""
+        for wrapper in self._wrappers() if merge else ():
+            wrapper.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.get_base_layer()
+
+    def _as_stored(self, delta: torch.Tensor) -> torch.Tensor:
+        return (delta.mT if self.get_base_layer().is_transposed else delta).to(self.mergeable_weight())
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        host = self.get_base_layer()
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in self._wrappers()}
+        if (
+            self.disable_adapters
+            or self.merged
+            or not any(adapter in wrapper.experts for wrapper in wrappers.values() for adapter in self.active_adapters)
+        ):
+            return host(hidden_states, *args)
+        index, weight = _index_and_weight(args)
+        host_slots = ExpertSlots(ExpertAssignment(index, weight, self.num_host_experts))
+        token, weight, offsets = host_slots.by_expert
+
+        def project(rows: torch.Tensor, name: str) -> torch.Tensor:
+            stack = getattr(host, name)
+            stack = stack.transpose(1, 2) if host.is_transposed else stack  # (H, out, in)
+            bias = getattr(host, f"{name}_bias") if host.has_bias else None
+            output = grouped_linear(rows, stack, offsets, bias)
+            return wrappers[name].add(output, rows, hidden_states, host_slots) if name in wrappers else output
+
+        rows = hidden_states.to(compute_dtype(hidden_states)).index_select(0, token)  # (M, d)
+        inner = project(rows, _input_name(host))
+        output = project(host._apply_gate(inner) if host.has_gate else host.act_fn(inner), "down_proj")
+        if getattr(host, "has_post_expert_norm", False):
+            output = host.post_expert_norm(output)
+        output = output * weight[:, None].to(output.dtype)
+        result = torch.zeros_like(hidden_states, dtype=output.dtype)
+        return result.index_add(0, token, output).to(hidden_states.dtype)
+
+    def _wrappers(self) -> Iterator["ParamWrapper"]:
+        wrapper: Any = self
+        while isinstance(wrapper, ParamWrapper):
+            yield wrapper
+            wrapper = wrapper.base_layer
+
+    def add(
+        self, output: torch.Tensor, rows: torch.Tensor, hidden_states: torch.Tensor, host_slots: ExpertSlots
+    ) -> torch.Tensor:
+        """Add the experts of the active adapters to what the host's experts computed of `rows` (M, in)."""
+        token, _, offsets = host_slots.by_expert
+        experts = torch.arange(self.num_host_experts, device=token.device)
+        host_expert = experts.repeat_interleave(torch.diff(offsets, prepend=offsets.new_zeros(1)))  # (M,)
+        for adapter in self.active_adapters:
+            if adapter in self.experts:
+                slots = self._slots(adapter, hidden_states, ())
+                index = slots.index.index_select(0, token) * self.num_host_experts + host_expert[:, None]  # (M, K)
+                lora_a = self.moe_lora_A[adapter].flatten(0, 1)  # (E * H, r, in)
+                index = index.clamp(max=len(lora_a))
+                decision = ExpertAssignment(index, slots.weight.index_select(0, token), len(lora_a))
+                lora_b = self.scaled_b(adapter).flatten(0, 1)
+                output = add_experts(output, self._prepare(adapter, rows), lora_a, lora_b, ExpertSlots(decision))
+        return output
+
+    def __repr__(self) -> str:
+        return "moe_lora." + super().__repr__()
+
+
+def _input_name(host: nn.Module) -> str:
+    return "gate_up_proj" if host.has_gate else "up_proj"
+
+
+def _index_and_weight(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return index and weight (T, K) of what a stack of experts is called with."""
+    if len(args) == 1 and isinstance(args[0], ExpertAssignment):  # our own experts
+        return args[0].expert_index, args[0].expert_weight
+    if len(args) == 2:
+        return args
+    raise ValueError(
+        "LoRA experts on stacked weights need a host that assigns experts to tokens, and this one calls its experts "
+        f"with {[type(item).__name__ for item in args]}."
+    )

@@ -1,0 +1,85 @@
+"""Condition information: experts specialise in conditions (domains, tasks, languages) and may still share them.
+
+    value of a row = - mean over its real tokens t of  sum_i P_{t, i} log( p(c, i) / (p(c) p(i)) )
+
+P_t is the router's distribution over the experts, c the condition of the row, and p(c, i) the mean of P over the
+tokens of the previous optimizer step, by condition and expert (detached). At the population itself the value is minus
+the mutual information of condition and expert, and so is its gradient; the mean over layers is taken. Until a step has
+been seen, and for a condition that the last step did not hold, the value is 0.
+
+Source: BECoTTA: Input-dependent Online Blending of Experts for Continual Test-time Adaptation, arXiv:2402.08712.
+"""
+
+import torch
+from transformers import initialization as init
+
+from ..gating import renormalise
+from ..registry import register_objective
+from ..routing import Decision, MoELayerSpec, Objective, RoutingContext, sum_over_ranks
+
+
+@register_objective("condition_information")
+class ConditionInformation(Objective):
+    """Minus the mutual information of condition and expert; the paper's coefficient is 0.0005.
+
+    Args:
+        specs: the MoE layers of the model.
+        coef: coefficient of the loss, >= 0.
+        condition: name of the ids in `condition_ids`.
+        num_conditions: how many values they have.
+
+    Raises:
+        ValueError: in `forward`, if the call gave no such ids, or no router gives probabilities.
+    """
+
+    def __init__(self, specs: list[MoELayerSpec], coef: float, *, condition: str = "domain", num_conditions: int = 4):
+        super().__init__(specs, coef)
+        self.condition = condition
+        self.num_conditions = num_conditions
+        for spec in specs:
+            zeros = torch.zeros(num_conditions, spec.num_experts)
+            self.register_buffer(f"population_{spec.layer_idx}", zeros)
+            self.register_buffer(f"accumulated_{spec.layer_idx}", zeros.clone())
+
+    def initialize(self, std: float) -> None:
+        for buffer in self.buffers():
+            init.zeros_(buffer)
+
+    def conditions(self, context: RoutingContext, device: torch.device) -> torch.Tensor:
+        """Return the condition of every row, (B,)."""
+        ids = context.condition_ids.get(self.condition)
+        if ids is None:
+            raise ValueError(
+                f"condition_information reads the condition {self.condition!r} of every row, and the call gave none: "
+                f"pass condition_ids={{{self.condition!r}: (B,)}}, or remove this objective."
+            )
+        return ids.long().to(device)
+
+    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+        values = []
+        for layer, decision in self.assignments(decisions).items():
+            probs = renormalise(decision.router_probs[:, : decision.num_experts])  # (T, E)
+            table = self.get_buffer(f"population_{layer}").to(probs.device)
+            joint = table / table.sum().clamp(min=1e-20)
+            independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+            ratio = torch.where(joint > 0, (joint / independent.clamp(min=1e-20)).clamp(min=1e-6).log(), 0.0)
+            per_row = ratio[self.conditions(context, probs.device)]  # (B, E)
+            per_token = per_row.repeat_interleave(context.token_mask.shape[1], dim=0)  # (T, E)
+            values.append(-context.row_mean((probs * per_token).sum(-1)))
+        return self.layer_mean(values)
+
+    def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
+        for layer, decision in self.assignments(decisions).items():
+            probs = renormalise(decision.router_probs.detach()[:, : decision.num_experts])
+            mask = context.token_mask.to(probs.device)
+            per_row = probs.view(*mask.shape, -1).masked_fill(~mask[..., None], 0.0).sum(1)  # (B, E)
+            accumulated = self.get_buffer(f"accumulated_{layer}")
+            table = torch.zeros_like(accumulated, device=probs.device)
+            table = table.index_add(0, self.conditions(context, probs.device), per_row.float())
+            accumulated += sum_over_ranks(table).to(accumulated.device)
+
+    def end_step(self) -> None:
+        for spec in self.specs:
+            accumulated = self.get_buffer(f"accumulated_{spec.layer_idx}")
+            self.get_buffer(f"population_{spec.layer_idx}").copy_(accumulated)
+            accumulated.zero_()

@@ -1,0 +1,252 @@
+"""Routers of adapters: sequence level, by task, by modality; shared by a layer or by the model; and their logs."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from hf_moe import MoeLoraConfig
+from hf_moe.adapters import LogRouting, routing_inputs
+from hf_moe.adapters.objectives import tuner_layers
+
+
+TARGETS = ["q_proj", "down_proj"]
+END = 61
+
+
+def adapt(model, **fields):
+    return get_peft_model(model, MoeLoraConfig(**{"target_modules": TARGETS, **fields})).eval()
+
+
+def logits(model, inputs, **extra):
+    with torch.no_grad():
+        return model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra).logits
+
+
+def routers(model):
+    return [layer.moe_lora_router["default"] for layer in tuner_layers(model) if layer.moe_lora_router]
+
+
+def watch(model):
+    """Collect the gates (T, E) of every router, in the order of their decisions."""
+    gates = []
+
+    def record(router, args, decision):
+        table = decision.expert_weight.new_zeros(len(decision.expert_index), router.spec.num_experts + 1)
+        gates.append(table.scatter_add(1, decision.expert_index, decision.expert_weight)[:, :-1].detach())
+
+    for router in routers(model):
+        router.register_forward_hook(record)
+    return gates
+
+
+POOLED = [
+    {"router": "sequence"},
+    {"router": "sequence", "router_input": "model"},
+    {"router": "sequence", "router_input": "target", "num_experts_per_tok": None},
+    {"router": {"name": "sequence", "end_token_id": END}, "router_input": "model"},
+]
+
+
+@pytest.mark.parametrize("fields", POOLED, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_a_pooled_gate_sees_no_later_token_no_padding_and_no_other_row(llama, text, randomise, fields):
+    model = adapt(llama(), **fields)
+    randomise(model)
+    text["input_ids"][:, 6] = END
+    together = logits(model, text)
+    later = {**text, "input_ids": text["input_ids"].clone()}
+    later["input_ids"][:, 7:] = 5
+    torch.testing.assert_close(logits(model, later)[:, :7], together[:, :7], atol=1e-6, rtol=0)
+    alone = logits(model, {"input_ids": text["input_ids"][1:, 3:]})
+    torch.testing.assert_close(together[1:, 3:], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields", POOLED, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_a_pooled_gate_is_the_same_with_a_cache(llama, text, randomise, fields):
+    model = adapt(llama(), **fields)
+    randomise(model)
+    text["input_ids"][:, 5] = END
+    whole = logits(model, text)
+    with torch.no_grad():
+        cache, steps = None, []
+        for start, stop in ((0, 4), (4, 7), (7, 8), (8, 9)):
+            output = model(
+                input_ids=text["input_ids"][:, start:stop],
+                attention_mask=text["attention_mask"][:, :stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            steps.append(output.logits)
+    real = text["attention_mask"].bool()
+    torch.testing.assert_close(torch.cat(steps, 1)[real], whole[real], atol=1e-5, rtol=1e-5)
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(**inputs, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(**inputs, use_cache=False, **options))
+
+
+def test_a_cache_without_the_memory_of_a_pooled_router_is_refused(llama, text):
+    model = adapt(llama(), router="sequence")
+    with torch.no_grad(), model.disable_adapter():
+        cache = model(input_ids=text["input_ids"], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="start from an empty cache"):
+        model(input_ids=text["input_ids"][:, :1], past_key_values=cache)
+    cache = model(input_ids=text["input_ids"], use_cache=True).past_key_values
+    assert type(cache).__name__ == "DynamicCache"
+    with pytest.raises(ValueError, match="cannot forget"):
+        cache.crop(2)
+
+
+def test_an_instruction_level_gate_pools_the_named_modalities_up_to_its_end(own_model, image_rows, randomise):
+    router = {"name": "sequence", "modalities": ["text"], "end_token_id": END}
+    model = adapt(own_model(), target_modules=r".*language_model.*q_proj", router=router, router_input="model")
+    randomise(model)
+    image_rows["attention_mask"][:] = 1
+    image_rows["input_ids"][1, :3] = 7
+    image_rows["input_ids"][:, 2] = END
+    gates = watch(model)
+    logits(model, image_rows)
+    logits(model, {**image_rows, "pixel_values": image_rows["pixel_values"].flip(0) + 1})
+    assert len(gates) == 2
+    torch.testing.assert_close(gates[0], gates[1], atol=0, rtol=0)
+    per_row = gates[0].view(2, 9, 4)
+    assert (per_row[:, 3:] == per_row[:, 2:3]).all() and not torch.equal(per_row[:, 2], per_row[:, 1])
+    image_rows["input_ids"][:, 1] = 9
+    logits(model, image_rows)
+    assert not torch.equal(gates[2], gates[0])
+
+
+@pytest.mark.parametrize("router", ["top_k", "sequence", "moiie"])
+def test_one_router_for_the_model_decides_once_also_in_a_recomputation(llama, text, randomise, router):
+    found = []
+    for checkpointing in (False, True):
+        model = adapt(llama(), router=router, router_input="model", rank_pattern={"1.self_attn.q_proj": 64})
+        randomise(model)
+        assert len(routers(model)) == 1
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        gates = watch(model)
+        logits(model, text)
+        assert len(gates) == 1
+        other = {name: value.flip(1) for name, value in text.items()}
+        (model.train()(**text).loss - model(**other).loss).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+    assert any("router" in name and gradient.any() for name, gradient in found[0].items())
+
+
+def test_a_vision_transformer_cannot_share_one_router_with_all_layers(vit):
+    with pytest.raises(ValueError, match="passes nothing from layer to layer"):
+        adapt(vit(), target_modules=["q_proj"], router_input="model")
+
+
+def test_task_ids_pick_the_expert_of_a_row(llama, text, randomise, tmp_path):
+    model = adapt(llama(), router={"name": "condition", "condition": "task"}, num_experts=2)
+    randomise(model)
+    task = torch.tensor([1, 0])
+    gates = watch(model)
+    found = logits(model, text, task_ids=task)
+    expected = torch.eye(2)[task].repeat_interleave(9, 0)
+    expected[9:12] = 0  # padding
+    assert len(gates) == 2 and all(torch.equal(item * text["attention_mask"].view(-1, 1), expected) for item in gates)
+    torch.testing.assert_close(logits(model, text, condition_ids={"task": task}), found)
+    with routing_inputs(task=task):
+        torch.testing.assert_close(logits(model, text), found)
+        inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+        model.generate(**inputs, max_new_tokens=2, num_beams=2, pad_token_id=0)
+    base = logits(llama(), text)
+    torch.testing.assert_close(logits(model, text, task_ids=torch.tensor([-1, 5])), base, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="pass task_ids"):
+        logits(model, text)
+    assert not any(parameter.numel() for router in routers(model) for parameter in router.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, text, task_ids=task), found, atol=1e-6, rtol=0)
+
+
+def test_task_ids_train_as_a_column_with_trainer(llama, tmp_path):
+    model = adapt(llama(), router="condition", num_experts=3)
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "task_ids": n % 2} for n in range(4)])
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, learning_rate=0.1, remove_unused_columns=False, report_to="none", use_cpu=True
+    )
+    Trainer(model, arguments, train_dataset=rows).train()
+    moved = next(tuner_layers(model)).moe_lora_B["default"].detach().abs().sum((1, 2)) > 0
+    assert moved.tolist() == [True, True, False]
+
+
+def test_modality_ids_pick_the_expert_of_a_token(own_model, image_rows, randomise):
+    model = adapt(
+        own_model(),
+        target_modules=r".*language_model.*q_proj",
+        router={"name": "modality", "modalities": ["image", "text"]},
+        num_experts=2,
+        num_experts_per_tok=1,
+    )
+    gates = watch(model)
+    logits(model, image_rows)
+    image = (image_rows["input_ids"] == 60).flatten()
+    assert torch.equal(gates[0][image], torch.tensor([[1.0, 0.0]]).expand(8, 2))
+    assert (gates[0][~image & image_rows["attention_mask"].flatten().bool()] == torch.tensor([0.0, 1.0])).all()
+    with pytest.raises(ValueError, match="one expert per modality"):
+        MoeLoraConfig(target_modules=["q_proj"], router="modality", num_experts=3)
+
+
+def test_top_p_uses_as_many_experts_as_it_takes(llama, text, randomise):
+    model = adapt(llama(), router={"name": "dynamic_moe_top_p", "top_p_threshold": 0.6}, num_experts=6)
+    randomise(model)
+    gates = watch(model)
+    logits(model, text)
+    used = (gates[0] > 0).sum(-1)[text["attention_mask"].flatten().bool()]
+    assert used.min() >= 1 and used.max() > used.min()
+
+
+def test_slots_that_mix_all_tokens_are_refused_in_causal_layers(llama, vit):
+    fields = {"experts": "bottleneck", "target_modules": ["mlp"], "router_input": "target"}
+    with pytest.raises(ValueError, match="hides later tokens"):
+        adapt(llama(), router="soft_moa", **fields)
+    with pytest.raises(ValueError, match="SlotMixture"):
+        adapt(vit(), router="soft_moa", router_input="target", target_modules=["q_proj"])
+
+
+def test_the_objectives_of_routers_of_several_kinds_reach_the_loss(llama, text, randomise):
+    fields = {
+        "router_input": "model",
+        "objectives": {"load_balance": 0.5},
+        "target_overrides": {"q_proj": {"router": "constant", "num_experts": 1, "num_experts_per_tok": 1}},
+    }
+    for router in ("top_k", "sequence"):
+        plain, balanced = (
+            adapt(llama(), router=router, **{**fields, "objectives": {}}),
+            adapt(llama(), router=router, **fields),
+        )
+        for model in (plain, balanced):
+            randomise(model)
+        assert balanced(**text).loss > plain(**text).loss + 0.1
+
+
+def test_routing_and_objectives_are_logged_by_name_in_any_trainer(llama, tmp_path):
+    model = adapt(llama(), objectives={"load_balance": 0.1, "router_z": 0.01})
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 8)
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=4,
+        logging_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[LogRouting()])
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    for entry in logged:
+        assert entry["routing/text/early/active"] == 2.0
+        assert 0.9 < entry["objective/load_balance"] < 4 and entry["objective/router_z"] > 0
+    assert not [h for h in model.base_model.model._forward_hooks.values() if getattr(h, "__self__", None)]
