@@ -1,4 +1,4 @@
-"""The command line: `hf-moe build`, `train`, `inspect`, `push` and `list`."""
+"""The command line: `hf-moe build`, `train`, `inspect`, `push`, `space`, `demo` and `list`."""
 
 import argparse
 import importlib
@@ -13,8 +13,10 @@ from .configuration.systems import list_systems
 # needs packages that the others do not.
 COMMANDS = {
     "build": ("hf_moe.construction.command", "make a checkpoint from a decoder, a vision tower and a system"),
+    "demo": ("hf_moe.hub.demo", "open a page that asks a checkpoint and shows its routing"),
     "inspect": ("hf_moe.hub.inspection", "show what a checkpoint is, without loading it"),
     "push": ("hf_moe.hub.push", "upload a checkpoint to the Hub, in one commit"),
+    "space": ("hf_moe.hub.space", "write that page as a Space of the Hub, and upload it"),
     "train": ("hf_moe.training.run", "run a recipe: data, model, training, evaluation, checkpoint"),
 }
 KINDS = ("router", "experts", "objective", "connector")

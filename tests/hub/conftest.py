@@ -1,6 +1,7 @@
 """The double of the Hub, and a small complete checkpoint to push to it."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from hub_checkpoints import tiny_config, tiny_model, tiny_processor
@@ -22,17 +23,23 @@ ask = pipeline("image-text-to-text", model="{folder}", trust_remote_code=True)
 """
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
+@contextmanager
+def running_hub(folder):
     """The double; the client of this process talks to it as its owner."""
-    with HubServer(tmp_path / "hub") as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    with HubServer(folder / "hub") as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", server.url)
         files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        patch.setenv("HF_TOKEN", OWNER_TOKEN)
+        yield server
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with running_hub(tmp_path) as server:
         yield server
 
 

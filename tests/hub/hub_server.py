@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
     def repository(self, repo: str, write: bool = False) -> Repository:
         """Return a repository the user may read or write; to others a private one does not exist."""
         found = self.hub.repositories.get(repo)
-        owner = repo.split("/")[0]
+        owner = repo.removeprefix("spaces/").split("/")[0]
         if found is None or (found.private and self.user != owner):
             raise ApiError(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if write and self.user is None:
@@ -190,7 +190,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.user is None:
             raise ApiError(401, "Invalid username or password.")
         owner = asked.get("organization") or self.user
-        repo_id = f"{owner}/{asked['name']}"
+        kind = {None: "", "space": "spaces/"}[asked.get("type")]
+        repo_id = f"{kind}{owner}/{asked['name']}"
         if owner != self.user:
             raise ApiError(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         exists = repo_id in self.hub.repositories
@@ -396,8 +397,9 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(content[start : end + 1], 206, headers)
 
 
-REPO = r"(?P<repo>[^/]+/[^/]+?)"
-API = rf"/api/models/{REPO}"
+# A Space goes by `spaces/user/name`, as in the Hub's addresses.
+REPO = r"(?P<repo>(?:spaces/)?[^/]+/[^/]+?)"
+API = rf"/api/(?:models/|(?=spaces/)){REPO}"
 Action = Callable[..., None]
 ROUTES: list[tuple[str, str, Action]] = [
     ("GET", "/api/whoami-v2", Handler.whoami),

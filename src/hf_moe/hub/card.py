@@ -97,7 +97,7 @@ def write_card(
         folder=folder.resolve().name,
         config=config,
         multimodal=multimodal,
-        requirements=_requirements(config),
+        requirements=requirements(config),
         tower=_tower_name(config) if multimodal else None,
         layers=(layers := _layer_rows(model)),
         diagram=_diagram(config, layers),
@@ -176,7 +176,7 @@ def _eval_results(report: dict[str, Any], datasets: Sequence[str]) -> list[EvalR
     return results or None
 
 
-def _requirements(config: Any) -> list[str]:
+def requirements(config: Any) -> list[str]:
     """Return the packages that loading the checkpoint takes."""
     tower = config.vision_config
     vision = ["pillow"] if tower is not None else []

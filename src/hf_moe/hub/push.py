@@ -114,12 +114,12 @@ def push_checkpoint(
         before = _prepare(api, repo_id, private, gated, revision)
         version = next_version(api, repo_id, tag, plain=revision is None and not create_pr)
     except FAILURES as error:
-        raise PushError(f"{_reason(error, api, repo_id)} Nothing has been uploaded.") from error
+        raise PushError(f"{failure_reason(error, api, repo_id)} Nothing has been uploaded.") from error
     try:
         commit = _commit(api, folder, files, repo_id, revision, create_pr, message)
     except FAILURES as error:
         raise PushError(
-            f"{_reason(error, api, repo_id)} No new commit is known: {revision or 'main'} of {repo_id} was at "
+            f"{failure_reason(error, api, repo_id)} No new commit is known: {revision or 'main'} of {repo_id} was at "
             f"{before}, which loads as before. Run the same push again; files that have arrived are not sent twice."
         ) from error
     try:
@@ -127,8 +127,8 @@ def push_checkpoint(
             version = set_tag(api, repo_id, version, commit.oid, fixed=isinstance(tag, str))
     except FAILURES as error:
         raise PushError(
-            f"{_reason(error, api, repo_id)} The checkpoint is complete at {commit.commit_url}, but the tag {version} "
-            "is missing. Run the same push again; it sends no file twice."
+            f"{failure_reason(error, api, repo_id)} The checkpoint is complete at {commit.commit_url}, but the tag "
+            f"{version} is missing. Run the same push again; it sends no file twice."
         ) from error
     url = commit.pr_url or commit.commit_url
     return PushResult(repo_id, commit.oid, url, files, version, loading_snippet(folder, repo_id, commit.oid))
@@ -263,12 +263,12 @@ def set_tag(api: HfApi, repo_id: str, version: str, commit: str, fixed: bool) ->
     return version
 
 
-def _reason(error: BaseException, api: HfApi, repo_id: str) -> str:
+def failure_reason(error: BaseException, api: HfApi, repo_id: str) -> str:
     """Return what went wrong and its remedy, as a sentence."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to push."
     if isinstance(error, RuntimeError):
-        return f"{error} {_reason(error.__cause__, api, repo_id)}" if error.__cause__ else f"{error}."
+        return f"{error} {failure_reason(error.__cause__, api, repo_id)}" if error.__cause__ else f"{error}."
     if not isinstance(error, HfHubHTTPError):
         return f"The connection to {api.endpoint} failed ({type(error).__name__}: {error})."
     status = error.response.status_code

@@ -1,0 +1,167 @@
+"""A Space for a checkpoint: the application of `space_app.py` with requirements and metadata, ready to be pushed."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, SpaceCardData
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..configuration.configuration_hf_moe import HfMoeConfig
+from .card import requirements
+from .push import FAILURES, PushError, failure_reason
+
+
+# What the application is tested with.
+GRADIO_VERSION = "6.31.0"
+PYTHON_VERSION = "3.11"
+APPLICATION = Path(__file__).with_name("space_app.py")
+PICTURES = (".jpeg", ".jpg", ".png", ".webp")
+
+README = """\
+---
+{metadata}
+---
+
+# {name}
+
+Ask [{repo_id}](https://huggingface.co/{repo_id}), a mixture-of-experts model, and see which experts {tokens} used,
+layer by layer.
+"""
+
+
+def write_space(
+    folder: str | Path, repo_id: str, output_dir: str | Path | None = None, *, revision: str | None = None
+) -> Path:
+    """Write a Gradio Space that loads a checkpoint from the Hub and needs nothing of this package.
+
+    Pictures in the checkpoint's folder `examples` come along. Files of an earlier call are written anew.
+
+    Args:
+        folder: the checkpoint, as it is or will be on the Hub.
+        repo_id: `user/name` of the model; the Space gets the same name.
+        output_dir: the folder to write; `<folder>-space` when absent.
+        revision: commit, tag or branch of the model; `main` when absent.
+
+    Returns:
+        The folder of the Space.
+
+    Raises:
+        FileNotFoundError: if `folder` holds no checkpoint.
+        ValueError: if `repo_id` is not `user/name`.
+    """
+    folder = check_folder(folder)
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} has no owner: a Space names its model in full, user/name.")
+    beside = folder.resolve().with_name(f"{folder.resolve().name}-space")
+    output = beside if output_dir is None else Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    config = HfMoeConfig.from_pretrained(folder)
+    application = APPLICATION.read_text(encoding="utf-8")
+    application = application.replace('CHECKPOINT = "user/name"', f'CHECKPOINT = "{repo_id}"')
+    if revision is not None:
+        application = application.replace("REVISION = None", f'REVISION = "{revision}"')
+    packages = [
+        f"transformers>={config.transformers_version}" if package == "transformers" else package
+        for package in requirements(config)
+    ]
+    (output / "app.py").write_text(application, encoding="utf-8")
+    (output / "requirements.txt").write_text("".join(f"{package}\n" for package in packages), encoding="utf-8")
+    (output / "README.md").write_text(_readme(folder, repo_id, config.vision_config is not None), encoding="utf-8")
+    for picture in example_pictures(folder):
+        (output / "examples").mkdir(exist_ok=True)
+        shutil.copy(picture, output / "examples")
+    return output
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Return the folder of a checkpoint.
+
+    Raises:
+        FileNotFoundError: if it holds none.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint. Take runs/<name>/checkpoint.")
+    return folder
+
+
+def example_pictures(folder: Path) -> list[Path]:
+    """Return the pictures that a checkpoint's page offers to click."""
+    return sorted(path for path in (folder / "examples").glob("*") if path.suffix.lower() in PICTURES)
+
+
+def push_space(output: Path, repo_id: str, *, revision: str | None = None, private: bool | None = None) -> str:
+    """Upload a written Space in one commit and return the address of its page.
+
+    Raises:
+        PushError: if its model is not on the Hub, or the Hub refuses or cannot be reached.
+    """
+    api = HfApi()
+    try:
+        api.model_info(repo_id, revision=revision)
+    except RepositoryNotFoundError as error:
+        raise PushError(
+            f"The Hub has no model {repo_id} that you can see: push it first, with `hf-moe push`."
+        ) from error
+    except FAILURES as error:
+        raise PushError(f"{failure_reason(error, api, repo_id)} Nothing has been uploaded.") from error
+    try:
+        space = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        written = ["app.py", "requirements.txt", "README.md", "examples/*"]
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="space",
+            folder_path=output,
+            allow_patterns=written,
+            delete_patterns="examples/*",
+            commit_message="Upload the application",
+        )
+    except FAILURES as error:
+        raise PushError(f"{failure_reason(error, api, repo_id)} Run the same command again.") from error
+    return str(space)
+
+
+def _readme(folder: Path, repo_id: str, multimodal: bool) -> str:
+    card = folder / "README.md"
+    name = repo_id.split("/")[1]
+    metadata = SpaceCardData(
+        title=name,
+        sdk="gradio",
+        sdk_version=GRADIO_VERSION,
+        python_version=PYTHON_VERSION,
+        app_file="app.py",
+        models=[repo_id],
+        license=ModelCard.load(card).data.get("license") if card.is_file() else None,
+        tags=["moe", "hf_moe"],
+        # A model of a few hundred million parameters takes a while to arrive and to load.
+        startup_duration_timeout="1h",
+    )
+    tokens = "every patch of the picture and every word" if multimodal else "every word"
+    return README.format(metadata=metadata.to_yaml(), name=name, repo_id=repo_id, tokens=tokens)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `hf-moe space`."""
+    parser.add_argument("folder", help="the checkpoint, for example runs/demo/checkpoint")
+    parser.add_argument("repo_id", help="user/name of the model; the Space gets the same")
+    parser.add_argument("-o", "--output-dir", help="default: the folder's name and -space, beside it")
+    parser.add_argument("--revision", help="commit, tag or branch of the model; default: main")
+    parser.add_argument("--push", action="store_true", help="upload the Space; the model must be there already")
+    parser.add_argument("--private", action="store_true", default=None, help="nobody else sees a new Space")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `hf-moe space`."""
+    if args.private and not args.push:
+        raise ValueError("--private says who sees a Space on the Hub: it needs --push.")
+    output = write_space(args.folder, args.repo_id, args.output_dir, revision=args.revision)
+    print(f"Wrote {output}")
+    if args.push:
+        print(push_space(output, args.repo_id, revision=args.revision, private=args.private))
+    else:
+        print("Nothing was uploaded: --push does that.")
+    return 0
