@@ -5,9 +5,10 @@
 
 Every variant is the recipe evomoe_easyvqa with another last stage. The variants of a seed share the warm-up and the
 stage in which expert 1 is tuned while the others evolve: replicated experts are copies of expert 1 at its end. All
-have the same data order, steps, learning rates and balance loss, those of the recipe, which were not searched.
+have the same data order, steps, learning rates and balance loss; none was searched for any of them.
 Evolved experts stay frozen in the last stage and a token uses one, as in EvoMoE; replicated experts are trained with
-their router and a token uses two, as in MoE-LLaVA. `dense` tunes expert 1 alone for the same steps.
+their router and a token uses two, as in MoE-LLaVA. The matched pair trains both kinds and uses one, and `dense` tunes
+expert 1 alone for the same steps.
 
 What is finished stays in `runs/evomoe/seed<N>` and is read again: stages, checkpoints, reports and measures.
 """
@@ -38,6 +39,12 @@ from hf_moe.training.stages import image_features
 
 
 RECIPE = "evomoe_easyvqa"
+# Half of the recipe's warm-up: after the whole of it the variants have little left to differ in.
+SETTINGS = [
+    "stages.0.training.max_steps=600",
+    "data.eval.limit=2500",
+    "evaluation={batch_size: 256, bf16: true}",
+]
 QUICK = [
     "training.per_device_train_batch_size=8",
     "data.train.limit=32",
@@ -68,13 +75,19 @@ VARIANTS = {
     "evolution_only": evolved(router="top_k"),
     "dtr_only": replicated(2, router=DTR),
 }
-# As tuned further, without a MoE: the evolution names the feed-forwards, and no expert evolves.
-DENSE = {"construct": None, "trainable": ["experts"], "evolve": {"layers": "every_2", "beta_ranges": []}}
+# Equal in all but the experts that the last stage starts from.
+MATCHED = {
+    "evolved, experts trained with the router": evolved(("experts", "routers")),
+    "replicated, DTR, top-1": replicated(1, router=DTR),
+}
+# Without a MoE: the evolution names the feed-forwards to train, and no expert evolves.
+DENSE = {
+    "dense before the last stage": None,
+    "dense": {"construct": None, "trainable": ["experts"], "evolve": {"layers": "every_2", "beta_ranges": []}},
+}
 # The paper's other ways to make experts differ, all with its router and one slot, and its other routers.
 ALTERNATIVES = {
     "replicated, linear router, top-1": replicated(1),
-    "replicated, DTR, top-1": replicated(1, router=DTR),
-    "evolved, experts trained with the router": evolved(("experts", "routers")),
     "evolved, linear router per modality": evolved(router="ming_multi_router"),
     "evolved, DTR with a linear router added": evolved(router={**DTR, "shared_router": True}),
     "evolved, one hypernetwork for all": evolved(router={**DTR, "per_modality": False}),
@@ -86,18 +99,12 @@ ALTERNATIVES = {
 }
 
 
-def make_recipe(name: str, last_stage: dict[str, Any], seed: int, quick: bool) -> Recipe:
-    """Return the recipe of one variant: the shipped one with another last stage."""
-    recipe = load_recipe(
-        RECIPE,
-        [
-            f"seed={seed}",
-            "data.eval.limit=2500",
-            "evaluation={batch_size: 256, bf16: true}",
-            *(QUICK if quick else []),
-        ],
-    )
+def make_recipe(name: str, last_stage: dict[str, Any] | None, seed: int, quick: bool) -> Recipe:
+    """Return the recipe of one variant: the shipped one with another last stage, or without one."""
+    recipe = load_recipe(RECIPE, [f"seed={seed}", *SETTINGS, *(QUICK if quick else [])])
     warm_up, evolution, last = recipe.stages
+    if last_stage is None:
+        return replace(recipe, stages=[warm_up, evolution])
     last = replace(last, name=name.replace(",", "").replace(" ", "_"), **deepcopy(last_stage))
     stages = [warm_up, evolution, last]
     if name == "evolved in the warm-up":
@@ -109,7 +116,7 @@ def make_recipe(name: str, last_stage: dict[str, Any], seed: int, quick: bool) -
     return replace(recipe, stages=stages)
 
 
-def run_variant(name: str, last_stage: dict[str, Any], seed: int, quick: bool, root: Path) -> dict[str, Any]:
+def run_variant(name: str, last_stage: dict[str, Any] | None, seed: int, quick: bool, root: Path) -> dict[str, Any]:
     """Run one variant of a seed and measure it, or read what an earlier run has left."""
     recipe = make_recipe(name, last_stage, seed, quick)
     folder = root / f"seed{seed}" / recipe.stages[-1].name
@@ -304,7 +311,8 @@ def draw_panels(path: Path, title: str, variants: dict[str, dict[str, Any]]) -> 
 def tables(result: dict[str, Any]) -> str:
     """Return the three tables."""
     baseline = result["variants"]["replicated_linear"]
-    main = [summary(name, rows, baseline) for name, rows in {**result["variants"], "dense": result["dense"]}.items()]
+    seeds = {**result["variants"], **result["matched"], **result["dense"]}
+    main = [summary(name, rows, baseline) for name, rows in seeds.items()]
     first = result["variants"]["evomoe"][:1]
     others = [summary(name, rows, first) for name, rows in {"evomoe": first, **result["alternatives"]}.items()]
     for row in others:
@@ -336,7 +344,7 @@ def tables(result: dict[str, Any]) -> str:
 
 def run(seeds: int, quick: bool, root: Path) -> dict[str, Any]:
     """Run everything that is not finished and return the result."""
-    everything = {**VARIANTS, "dense": DENSE}
+    everything = {**VARIANTS, **MATCHED, **DENSE}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in everything}
     for seed in range(seeds):
         for name, stage in everything.items():
@@ -345,13 +353,9 @@ def run(seeds: int, quick: bool, root: Path) -> dict[str, Any]:
     alternatives = {name: [run_variant(name, ALTERNATIVES[name], 0, quick, root)] for name in names}
     recipe = make_recipe("evomoe", VARIANTS["evomoe"], 0, quick)
     cost = router_cost(recipe, root / "seed0" / "evomoe", 3 if quick else 15)
-    return {
-        "recipe": RECIPE,
-        "variants": rows,
-        "dense": rows.pop("dense"),
-        "alternatives": alternatives,
-        "router_cost": cost,
-    }
+    groups = {"variants": VARIANTS, "matched": MATCHED, "dense": DENSE}
+    result = {group: {name: rows[name] for name in names} for group, names in groups.items()}
+    return {"recipe": recipe.to_dict(), **result, "alternatives": alternatives, "router_cost": cost}
 
 
 def main() -> None:

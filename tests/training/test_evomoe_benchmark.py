@@ -23,10 +23,11 @@ def benchmark(monkeypatch):
 
 
 def test_the_variants_of_a_seed_differ_in_the_last_stage_only(benchmark):
-    everything = {**benchmark.VARIANTS, "dense": benchmark.DENSE, **benchmark.ALTERNATIVES}
+    everything = {**benchmark.VARIANTS, **benchmark.MATCHED, **benchmark.DENSE, **benchmark.ALTERNATIVES}
     recipes = {name: benchmark.make_recipe(name, stage, 1, False).to_dict() for name, stage in everything.items()}
     in_warm_up = recipes.pop("evolved in the warm-up")["stages"]
     reference = recipes["evomoe"]
+    assert recipes.pop("dense before the last stage")["stages"] == reference["stages"][:2]
     last_stages = {}
     for name, recipe in recipes.items():
         assert recipe["stages"][:2] == reference["stages"][:2], name
@@ -53,7 +54,7 @@ def test_a_variant_is_compared_with_the_baseline_seed_by_seed(benchmark):
     assert line["modality JS, bits"] == "–"
 
 
-@pytest.mark.slow  # seven trainings; the stages and the measures have tests of their own
+@pytest.mark.slow  # ten trainings; the stages and the measures have tests of their own
 def test_the_benchmark_runs_and_a_second_run_reads_what_is_finished(tmp_path):
     target, runs = tmp_path / "evomoe.json", tmp_path / "runs"
     command = [sys.executable, "benchmarks/evomoe.py", "--quick", "--json", target, "--runs", runs]
@@ -62,7 +63,7 @@ def test_the_benchmark_runs_and_a_second_run_reads_what_is_finished(tmp_path):
     assert set(result["variants"]) == {"evomoe", "replicated_linear", "evolution_only", "dtr_only"}
     keys = {"seed", "accuracy", "expert_cosine", "modality_js", "shuffle_loss_change"}
     assert all(keys <= set(row) for rows in result["variants"].values() for row in rows)
-    assert [row["seed"] for row in result["dense"]] == [0]
+    assert [[row["seed"] for row in rows] for rows in result["dense"].values()] == [[0], [0]]
     cost = {row["router"]: row for row in result["router_cost"]}
     # h = 16, r = 8, d = 128, four experts: W1, both halves of W2, both static adapters, the scorer.
     assert cost["evomoe_dtr"]["multiply_adds_per_token"] == 16 * 128 + 2 * 16 * 8 * 128 + 2 * 8 * 128 + 4 * 128
@@ -71,7 +72,7 @@ def test_the_benchmark_runs_and_a_second_run_reads_what_is_finished(tmp_path):
     for picture in ("evomoe_similarity.png", "evomoe_modalities.png"):
         assert 1_000 < (runs / picture).stat().st_size < 100_000
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("report.json")}
-    assert len(before) == 6
+    assert len(before) == 9
     subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads(target.read_text())["variants"] == result["variants"]
