@@ -75,7 +75,7 @@ def test_the_folder_holds_the_adapter_alone_without_its_name(saved):
 def test_what_the_router_reads_and_the_base_are_recorded(llama, saved, tmp_path):
     _, base, adapter = saved
     config = json.loads((adapter / "adapter_config.json").read_text())
-    assert config["peft_type"] == "MOE_LORA" and config["router_input"] == "decoder_layer"
+    assert config["peft_type"].startswith("MOE_LORA") and config["router_input"] == "decoder_layer"
     assert config["router"] == {"name": "adamoe"} and config["base_model_name_or_path"] == str(base)
     host = llama()
     host.config._commit_hash = "0123abcd"

@@ -30,26 +30,6 @@ class FixedMixtureRouter(Router):
         return ExpertAssignment(index, weight, self.spec.num_experts)
 
 
-@register_router("test_by_modality")
-class ByModalityRouter(Router):
-    """Expert m for a token of modality m."""
-
-    def forward(self, hidden_states, context):
-        index = context.tokens("modality_ids", hidden_states.device)[:, None]
-        return ExpertAssignment(index, torch.ones_like(index, dtype=torch.float32), self.spec.num_experts)
-
-
-@register_router("test_by_row_id")
-class ByRowIdRouter(Router):
-    """Expert t for a row of task t."""
-
-    def forward(self, hidden_states, context):
-        rows, length = context.token_mask.shape
-        task = context.condition_ids.get("task", torch.zeros(rows, dtype=torch.long))
-        index = task.repeat_interleave(length)[:, None]
-        return ExpertAssignment(index, torch.ones_like(index, dtype=torch.float32), self.spec.num_experts)
-
-
 @register_router("test_by_word")
 class ByWordRouter(Router):
     """Expert of a word, by its number."""
@@ -76,6 +56,7 @@ def weights(model):
 
 CONSTANT = [
     {"router": "test_fixed_mixture"},
+    {"router": "constant", "r": [2, 4, 4, 8]},
     {"router": "test_fixed_mixture", "shared_r": 4, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
     {"router": "test_fixed_mixture", "router_input": "target"},
     {"num_experts": 1, "num_experts_per_tok": 1},
@@ -139,7 +120,9 @@ REFUSED = [
     ({"router": "top_k", "num_experts_per_tok": 4}, "TopKRouter decides by the hidden state"),
     ({"router": "switch_transformer", "num_experts_per_tok": 1}, "decides by the hidden state"),
     ({"router": "moiie"}, "decides by the hidden state"),
-    ({"router": "test_by_modality"}, "by the modality of a token: say which one"),
+    ({"router": "modality", "num_experts": 2}, "by the modality of a token: say which one"),
+    ({"router": "condition"}, "by the condition 'task' of a row: say which one"),
+    ({"router": "sequence"}, "SequenceRouter decides by the hidden state"),
     ({"router": "test_by_word"}, "by the word or the position"),
 ]
 
@@ -157,7 +140,7 @@ def test_a_router_that_varies_is_refused_with_the_reason_and_nothing_changes(lla
 
 
 def test_one_modality_is_merged_exactly_for_its_tokens(llama, text, randomise):
-    model = adapt(llama(), router="test_by_modality")
+    model = adapt(llama(), router="modality", num_experts=2)
     randomise(model)
     expected = logits(model, text)  # all text
     merge_for(model, modality="text")
@@ -171,14 +154,50 @@ def test_one_modality_is_merged_exactly_for_its_tokens(llama, text, randomise):
         merge_for(model)
 
 
-def test_one_task_is_merged_with_its_own_expert(llama, randomise):
-    model = adapt(llama(), router="test_by_row_id")
+def test_one_task_is_merged_exactly_for_its_rows(llama, text, randomise):
+    model = adapt(llama(), router="condition", shared_r=2)
     randomise(model)
-    layer = next(tuner_layers(model))
-    before = layer.get_base_layer().weight.clone()
-    merge_for(model, condition_ids={"task": 2})
-    lora_a, lora_b = layer.moe_lora_A["default"][2], layer.moe_lora_B["default"][2]
-    torch.testing.assert_close(layer.get_base_layer().weight - before, lora_b @ lora_a, atol=1e-5, rtol=1e-5)
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    expected = {task: logits(model, {**inputs, "task_ids": torch.tensor([task, task])}) for task in (1, 2)}
+    assert (expected[1] - expected[2]).abs().max() > 0.1
+    for task, wanted in expected.items():
+        merge_for(model, condition_ids={"task": task})
+        torch.testing.assert_close(logits(model, inputs), wanted, atol=1e-5, rtol=1e-5)
+        model.unmerge_adapter()
+
+
+def test_stacked_experts_of_a_host_merge_too(own_model, image_rows, randomise):
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = MoeLoraConfig(target_parameters=names, router="constant", num_experts=2, r=[2, 4])
+    model = get_peft_model(own_model(), config).eval()
+    inputs = {name: value for name, value in image_rows.items() if name != "labels"}
+    base = logits(model, inputs)
+    randomise(model)
+    expected = logits(model, inputs)
+    assert (expected - base).abs().max() > 0.1
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-4, rtol=1e-4)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, inputs), base, atol=1e-4, rtol=1e-4)
+    merged = model.merge_and_unload()
+    assert type(merged.model.language_model.layers[1].mlp.experts).__name__ == "FfnExperts"
+    torch.testing.assert_close(logits(merged, inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"experts": "ia3"}, "are Ia3Experts"),
+        ({"experts": "bottleneck", "target_modules": ["mlp"]}, "merge into the plain weight.*LlamaMLP"),
+        ({"ffn_experts": True, "target_modules": ["gate_proj", "up_proj", "down_proj"]}, "are whole feed-forwards"),
+    ],
+)
+def test_experts_that_are_no_change_of_a_weight_are_refused(llama, randomise, fields, message):
+    model = adapt(llama(), router="constant", **fields)
+    randomise(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=message):
+            merge()
 
 
 def test_a_modality_does_not_make_every_router_constant(llama, randomise):

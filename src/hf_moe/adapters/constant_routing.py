@@ -5,6 +5,7 @@ import torch
 from ..configuration.configuration_hf_moe import MODALITIES
 from ..modeling.routing import NUM_MODALITIES, ExpertAssignment, Router, RoutingContext
 from .low_rank import ExpertSlots
+from .routers import HostRouter
 
 
 # Rows and tokens of a row that a router is asked about.
@@ -31,6 +32,11 @@ def constant_gates(
         RoutingVaries: if there are no such gates; the message says on what the router's decision depends.
     """
     name = type(router).__name__
+    if isinstance(router, HostRouter):
+        raise RoutingVaries(f"{name} follows the routing of the model that is adapted")
+    condition = getattr(router, "condition", None)
+    if condition is not None and condition not in (condition_ids or {}):
+        raise RoutingVaries(f"{name} decides by the condition {condition!r} of a row: say which one to merge for")
     rows, length = PROBE_SHAPE
     generator = torch.Generator().manual_seed(0)
     device = next((tensor.device for tensor in (*router.parameters(), *router.buffers())), torch.device("cpu"))
@@ -52,6 +58,8 @@ def constant_gates(
     try:
         with torch.enable_grad():
             decision = router(hidden_states, context)
+            if not isinstance(decision, ExpertAssignment):
+                raise RoutingVaries(f"{name} mixes the tokens of a sequence")
             gates = ExpertSlots(decision).gates  # (T, E)
     finally:
         router.train(training)

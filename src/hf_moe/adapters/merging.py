@@ -122,7 +122,7 @@ def _active_layers(model: PeftModel) -> Iterator[tuple[str, MoeLoraLayer]]:
     """Yield every active adapter of every target."""
     for layer in tuner_layers(model):
         for adapter_name in layer.active_adapters:
-            if adapter_name in layer.moe_lora_A:
+            if adapter_name in layer.experts:
                 yield adapter_name, layer
 
 

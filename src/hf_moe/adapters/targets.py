@@ -132,8 +132,8 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
         return (delta.mT if self.get_base_layer().is_transposed else delta).to(self.mergeable_weight())
 
     def forward(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        for wrapper in self._wrappers() if self.disable_adapters else ():
+            wrapper.unmerge()  # the outer one alone is called
         host = self.get_base_layer()
         wrappers = {wrapper.parameter_name: wrapper for wrapper in self._wrappers()}
         if (
@@ -177,7 +177,7 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
         host_expert = experts.repeat_interleave(torch.diff(offsets, prepend=offsets.new_zeros(1)))  # (M,)
         for adapter in self.active_adapters:
             if adapter in self.experts:
-                slots = self._slots(adapter, hidden_states, ())
+                slots: Any = self._slots(adapter, hidden_states, ())
                 index = slots.index.index_select(0, token) * self.num_host_experts + host_expert[:, None]  # (M, K)
                 lora_a = self.moe_lora_A[adapter].flatten(0, 1)  # (E * H, r, in)
                 index = index.clamp(max=len(lora_a))

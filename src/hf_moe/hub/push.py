@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
+from .adapter import adapter_snippet, is_adapter, needed_files
 from .evaluation import check_evaluation
 from .leaks import find_leaks
 
@@ -143,7 +144,7 @@ def checkpoint_files(folder: Path) -> dict[str, int]:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     inside = {path.relative_to(folder).as_posix(): path for path in paths}
     files = {name: path.stat().st_size for name, path in inside.items() if not IGNORED & set(Path(name).parts)}
-    if "config.json" not in files:
+    if "config.json" not in files and not is_adapter(folder):
         raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint. Push runs/<name>/checkpoint.")
     missing = [name for name in _needed(folder) if name not in files]
     if missing:
@@ -156,6 +157,9 @@ def checkpoint_files(folder: Path) -> dict[str, int]:
 
 def _needed(folder: Path) -> Iterator[str]:
     """Yield the files that the checkpoint cannot do without."""
+    if is_adapter(folder):
+        yield from needed_files(folder)
+        return
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     yield from sorted({f"{target.partition('.')[0]}.py" for target in config.get("auto_map", {}).values()})
     index = folder / "model.safetensors.index.json"
@@ -288,6 +292,8 @@ def failure_reason(error: BaseException, api: HfApi, repo_id: str) -> str:
 
 
 def loading_snippet(folder: Path, repo_id: str, commit: str) -> str:
+    if is_adapter(folder):
+        return adapter_snippet(folder, repo_id, commit)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text_only = config.get("vision_config") is None
     return SNIPPET.format(

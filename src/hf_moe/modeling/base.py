@@ -1,5 +1,7 @@
 """The base of the model's classes: loading, initialisation and what Transformers may do with them."""
 
+import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -43,6 +45,12 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 f"A weights file (.safetensors) of {pretrained_model_name_or_path} is damaged or cut short: {error}. "
                 "Copy or download it again."
             ) from error
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        # LoRA experts are a PEFT method of the package, which PEFT knows once it is imported; no model needs it.
+        if importlib.util.find_spec("hf_moe") is not None:
+            importlib.import_module("hf_moe.adapters")
+        return super().load_adapter(*args, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         for hook in PUSH_HOOKS:

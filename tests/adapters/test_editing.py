@@ -1,0 +1,227 @@
+"""Single experts of a trained adapter are added, removed, renamed and frozen, and the rest stays what it was."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from hf_moe import MoeLoraConfig
+from hf_moe.adapters.editing import add_expert, expert_names, freeze_experts, remove_expert, rename_expert
+from hf_moe.adapters.objectives import tuner_layers
+
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+STACKS = ("moe_lora_A", "moe_lora_B")
+
+
+def adapt(model, **fields):
+    return get_peft_model(model, MoeLoraConfig(**{"target_modules": TARGETS, **fields})).eval()
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return found[inputs["attention_mask"].bool()]
+
+
+def stacks(model, adapter="default"):
+    return [getattr(layer, name)[adapter] for layer in tuner_layers(model) for name in STACKS]
+
+
+def routers(model):
+    return [layer.moe_lora_router["default"] for layer in tuner_layers(model) if layer.moe_lora_router]
+
+
+def step(model, inputs, optimizer):
+    model.train()(**inputs).loss.backward()
+    gradients = [stack.grad.clone() for stack in stacks(model)]
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+    return gradients
+
+
+@pytest.mark.parametrize("router", ["top_k", {"name": "adamoe", "num_null_experts": 3}, "switch_transformer"])
+def test_an_expert_that_no_token_may_choose_leaves_without_a_trace(llama, text, randomise, router):
+    model = adapt(llama(), router=router, num_experts=5, num_experts_per_tok=1)
+    randomise(model)
+    before = [stack.detach().clone() for stack in stacks(model)]
+    with torch.no_grad():
+        for layer in tuner_layers(model):
+            layer.moe_lora_B["default"][2] = 0.0
+    # Its row far below all others: removing it changes no choice, and no weight beyond rounding.
+    for item in routers(model):
+        item.register_forward_pre_hook(lambda module, args: (args[0].abs(), args[1]))
+        with torch.no_grad():
+            item.weight[2] = -1e3
+    expected = logits(model, text)
+    remove_expert(model, 2)
+    torch.testing.assert_close(
+        logits_with(model, text, lambda args: (args[0].abs(), args[1])), expected, atol=1e-5, rtol=1e-5
+    )
+    for stack, was in zip(stacks(model), before, strict=True):
+        assert torch.equal(stack[2:], was[3:])
+    assert model.peft_config["default"].num_experts == 4 and routers(model)[0].spec.num_experts == 4
+
+
+def logits_with(model, inputs, hook):
+    handles = [item.register_forward_pre_hook(lambda module, args: hook(args)) for item in routers(model)]
+    found = logits(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_a_new_expert_computes_nothing_yet_and_then_trains(llama, text, randomise):
+    model = adapt(llama(), router="constant", num_experts=3, objectives={})
+    randomise(model)
+    expected = logits(model, text)
+    before = [stack.detach().clone() for stack in stacks(model)]
+    assert add_expert(model, "new") == 3
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-6, rtol=0)
+    assert all(torch.equal(stack[:3], was) for stack, was in zip(stacks(model), before, strict=True))
+    assert expert_names(model) == ["0", "1", "2", "new"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    step(model, text, optimizer)
+    assert all(layer.moe_lora_B["default"][3].abs().sum() > 0 for layer in tuner_layers(model))
+    assert (logits(model, text) - expected).abs().max() > 1e-3
+
+
+def test_a_copy_has_the_weights_and_the_rows_of_what_it_copies(llama, text, randomise):
+    model = adapt(llama(), num_experts_per_tok=4, objectives={"load_balance": 0.01})
+    randomise(model)
+    rename_expert(model, 1, "old")
+    add_expert(model, copy_of="old")
+    for stack in stacks(model):
+        assert torch.equal(stack[4], stack[1]) and not torch.equal(stack[4], stack[0])
+    for router in routers(model):
+        assert torch.equal(router.weight[4], router.weight[1]) and len(router.weight) == 5
+    assert expert_names(model) == ["0", "old", "2", "3", "4"]
+    model.train()(**text).loss.backward()  # with the objective over five experts
+    assert all(router.weight.grad.abs().sum() > 0 for router in routers(model))
+
+
+def test_an_edited_adapter_is_saved_and_loaded_as_it_is(llama, text, randomise, tmp_path):
+    model = adapt(llama(), num_experts=3)
+    randomise(model)
+    add_expert(model, "fourth")
+    remove_expert(model, 0)
+    rename_expert(model, "1", "first")
+    freeze_experts(model, ["fourth"])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
+    assert expert_names(loaded) == ["first", "2", "fourth"]
+    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-6, rtol=0)
+    kept = [stack[2].detach().clone() for stack in stacks(loaded)]
+    optimizer = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    step(loaded, text, optimizer)
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "again")
+    assert all(torch.equal(stack[2], was) for stack, was in zip(stacks(again), kept, strict=True))
+
+
+def test_a_frozen_expert_stays_to_the_bit_under_decay_and_momentum(llama, text, randomise):
+    model = adapt(llama(), num_experts_per_tok=4)
+    randomise(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    step(model, text, optimizer)  # momentum for all
+    freeze_experts(model, [1, 3])
+    frozen = [stack[[1, 3]].detach().clone() for stack in stacks(model)]
+    others = [stack[[0, 2]].detach().clone() for stack in stacks(model)]
+    for _ in range(2):
+        for gradient in step(model, text, optimizer):
+            assert not gradient[[1, 3]].any() and gradient[[0, 2]].any()
+    saved = model.state_dict()
+    names = [
+        name for name, _ in model.named_parameters() if name.endswith(("moe_lora_A.default", "moe_lora_B.default"))
+    ]
+    for name, was in zip(names, frozen, strict=True):
+        assert torch.equal(saved[name][[1, 3]], was)
+    twin = copy.deepcopy(model)
+    step(twin, text, torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1))
+    logits(twin, text)
+    for stack, was in zip(stacks(twin), frozen, strict=True):
+        assert torch.equal(stack[[1, 3]], was)
+    assert not any(torch.equal(stack[[0, 2]], was) for stack, was in zip(stacks(model), others, strict=True))
+    freeze_experts(model, [])
+    assert all(gradient[[1, 3]].any() for gradient in step(model, text, optimizer))
+    assert model.peft_config["default"].frozen_experts is None
+
+
+def test_removing_an_expert_moves_the_frozen_ones_with_their_numbers(llama, randomise):
+    model = adapt(llama())
+    randomise(model)
+    freeze_experts(model, [0, 3])
+    remove_expert(model, 1)
+    assert model.peft_config["default"].frozen_experts == [0, 2]
+    add_expert(model, copy_of=0)
+    assert model.peft_config["default"].frozen_experts == [0, 2]
+    remove_expert(model, 0)
+    assert model.peft_config["default"].frozen_experts == [1]
+
+
+def test_weights_that_are_loaded_replace_the_frozen_ones(llama, text, randomise):
+    model = adapt(llama())
+    randomise(model)
+    freeze_experts(model, [0])
+    logits(model, text)
+    other = {name: value + 1.0 for name, value in model.state_dict().items() if "moe_lora_B" in name}
+    model.load_state_dict(other, strict=False)
+    logits(model, text)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in other.items())
+
+
+def test_one_adapter_of_several_is_edited_and_the_others_stay(llama, text, randomise):
+    model = adapt(llama(), num_experts=3)
+    model.add_adapter("other", MoeLoraConfig(target_modules=["v_proj"], num_experts=5))
+    randomise(model)
+    base = logits(llama(), text)
+    first = logits(model, text)
+    remove_expert(model, 4, adapter_name="other")
+    torch.testing.assert_close(logits(model, text), first, atol=0, rtol=0)
+    model.set_adapter("other")
+    assert (logits(model, text) - base).abs().max() > 0.01
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(model.unload(), text), base, atol=1e-6, rtol=0)
+
+
+def test_the_always_on_lora_is_no_expert(llama, text, randomise):
+    model = adapt(llama(), router="constant", num_experts=2, shared_r=4)
+    randomise(model)
+    with torch.no_grad():
+        for layer in tuner_layers(model):
+            layer.moe_lora_B["default"].zero_()
+    expected = logits(model, text)
+    assert (expected - logits(llama(), text)).abs().max() > 0.1
+    remove_expert(model, 0)
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "fields, edit, message",
+    [
+        ({}, lambda model: remove_expert(model, 7), "There is no expert 7; the experts are"),
+        ({}, lambda model: rename_expert(model, 0, "1"), "has an expert '1' already"),
+        ({}, lambda model: add_expert(model, "1"), "has an expert '1' already"),
+        ({}, lambda model: add_expert(model, adapter_name="none"), "no LoRA experts of the name 'none'"),
+        ({"r": [2, 4, 4, 8]}, lambda model: add_expert(model), "where all are alike"),
+        ({"router": "condition"}, lambda model: remove_expert(model, 1), "only the last expert of 'condition'"),
+        ({"router": "moiie"}, lambda model: remove_expert(model, 1), "group_fractions"),
+        ({"num_experts": 2}, lambda model: remove_expert(model, 1), "num_experts"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_and_stays(llama, fields, edit, message):
+    model = adapt(llama(), **fields)
+    before = [stack.detach().clone() for stack in stacks(model)]
+    with pytest.raises(ValueError, match=message):
+        edit(model)
+    assert all(torch.equal(stack, was) for stack, was in zip(stacks(model), before, strict=True))
+    assert model.peft_config["default"].num_experts == len(before[0])
+
+
+def test_another_method_has_no_experts(llama):
+    model = get_peft_model(llama(), LoraConfig(target_modules=TARGETS))
+    with pytest.raises(ValueError, match="no LoRA experts"):
+        expert_names(model)

@@ -1,0 +1,114 @@
+"""LoRA experts train on a base in 8 or 4 bit, and what is not possible says so."""
+
+import importlib.util
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from hf_moe import MoeLoraConfig
+from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.quantised import check_quantised, quantization_config
+
+
+HELD = [("bitsandbytes", 8), ("bitsandbytes", 4), ("torchao", 8)]
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("backend, bits", HELD)
+def test_experts_train_on_a_quantised_base(folder, text, tmp_path, backend, bits):
+    pytest.importorskip(backend, reason=f"{backend} is optional; what happens without it is tested below")
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        full = AutoModelForCausalLM.from_pretrained(folder)(**inputs).logits
+
+    def load():
+        config = quantization_config(bits, backend, compute_dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
+
+    base = load()
+    assert check_quantised(base) == 1.0
+    with torch.no_grad():
+        expected = base(**inputs).logits
+    error = (expected - full).abs().max()
+    assert 0 < error < 0.5 * full.abs().max()
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    before = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    model = get_peft_model(base, MoeLoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=True))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model.train()(**text).loss
+        loss.backward()
+        losses.append(loss.item())
+        assert all(layer.moe_lora_B["default"].grad.abs().sum() > 0 for layer in tuner_layers(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    layer = next(tuner_layers(model))
+    assert torch.equal(layer.get_base_layer().weight.detach(), before)
+    assert layer.moe_lora_A["default"].dtype == torch.float32
+    with pytest.raises(ValueError, match="merge into the plain weight"):
+        get_peft_model(
+            load(), MoeLoraConfig(target_modules=["q_proj"], num_experts=1, num_experts_per_tok=1)
+        ).merge_adapter()
+    model.save_pretrained(tmp_path / "adapter")
+    opened = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend, bits", HELD)
+def test_without_the_library_it_says_what_to_install(monkeypatch, backend, bits):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == backend else found(name, *args)
+    )
+    with pytest.raises(ImportError, match=f"needs {backend}, which is not installed: pip install {backend}"):
+        quantization_config(bits, backend)
+
+
+def test_what_no_backend_can_do_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="bits=3"):
+        quantization_config(3)
+    with pytest.raises(ValueError, match="backend='gptq'"):
+        quantization_config(4, "gptq")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torchao holds 4 bit on a GPU only"):
+        quantization_config(4, "torchao")
+
+
+def test_a_base_that_stayed_full_is_noticed():
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    with pytest.raises(ValueError, match="Only 0% of the model's matrix weights are quantised"):
+        check_quantised(model)
+
+
+def test_stacked_experts_that_a_quantiser_passed_over_are_named():
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):  # as a quantiser leaves them
+            module.weight = torch.nn.Parameter(module.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"Only \d+% .*mlp.experts.gate_up_proj"):
+        check_quantised(model)
+    assert 0 < check_quantised(model, least_share=0.05) < 0.5
