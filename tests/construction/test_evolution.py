@@ -124,6 +124,28 @@ def test_a_resumed_run_has_the_experts_of_one_that_was_not_stopped(dense, tmp_pa
         assert all(torch.equal(expert[name], expected[name]) for name in expected)
 
 
+def test_the_best_model_at_the_end_takes_its_evolved_experts_along(dense, tmp_path):
+    evolution = ExpertEvolution(LAYERS)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2, use_cpu=True, report_to="none",
+        per_device_train_batch_size=4, eval_strategy="steps", eval_steps=2, save_steps=2,
+        # The loss falls, so that the best checkpoint is not the last one.
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    trainer = Trainer(model=dense, args=args, train_dataset=rows(), eval_dataset=rows(4), callbacks=[evolution])
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    first, last = (ExpertEvolution(LAYERS) for _ in range(2))
+    first.load(tmp_path / "checkpoint-2")
+    last.load(tmp_path / "checkpoint-4")
+    for kept, best, other in zip(evolution.experts, first.experts, last.experts, strict=True):
+        assert all(torch.equal(kept[name], best[name]) and not torch.equal(best[name], other[name]) for name in kept)
+    moe = assemble(trainer.model, moe_config_of(), evolution)
+    best = HfMoeForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-2")
+    expected = assemble(best, moe_config_of(), first).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in moe.state_dict().items())
+
+
 def test_a_seed_decides_the_betas(dense):
     before = {name: tensor + 1 for name, tensor in ExpertEvolution(LAYERS).snapshot(dense).items()}
 

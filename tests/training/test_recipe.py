@@ -34,3 +34,11 @@ def test_a_missing_field_and_a_bad_override_are_named(tmp_path):
         load_recipe(str(path))
     with pytest.raises(ValueError, match="key=value"):
         load_recipe("easyvqa_demo", ["training.max_steps"])
+
+
+@pytest.mark.parametrize("override", ["load_best_model_at_end=true", "eval_strategy=steps"])
+@pytest.mark.parametrize("place", ["", "stages.1."])
+def test_evaluation_during_the_training_is_refused_before_anything_runs(place, override):
+    with pytest.raises(ValueError, match=override.partition("=")[0]):
+        load_recipe("evomoe_easyvqa", [f"{place}training.{override}"])
+    assert load_recipe("evomoe_easyvqa", [f"{place}training.eval_strategy=no"]).stages

@@ -42,7 +42,7 @@ class ExpertEvolution(TrainerCallback):
     """Evolves experts 2..N beside the training of a dense model, once per optimizer step.
 
     The experts are float32 tensors on the CPU, saved in every checkpoint of the trainer and restored from there when
-    it resumes.
+    it resumes, or when it ends with the best of them (`load_best_model_at_end`).
 
     Args:
         layers: decoder layers whose feed-forward is an expert 1.
@@ -195,6 +195,13 @@ class ExpertEvolution(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         self.evolve(self._before, self.snapshot(model), self._gradient)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The trainer has put the best checkpoint's weights back by now: the experts go back with expert 1.
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.load(state.best_model_checkpoint)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -84,7 +84,8 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
 
     Raises:
         FileNotFoundError: if there is neither a file nor a shipped recipe of that name.
-        ValueError: if a field is unknown or missing, or an override is not of the form above.
+        ValueError: if a field is unknown or missing, an override is not of the form above, or the training is to
+            evaluate in between.
     """
     path = Path(source) if Path(source).is_file() else RECIPES / f"{Path(source).stem}.yaml"
     if not path.is_file():
@@ -94,8 +95,10 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         _override(content, override)
     _check_fields(Recipe, content, f"recipe {path.name}")
     stages = content.pop("stages", [])
+    _check_training(content.get("training", {}), f"recipe {path.name}")
     for number, stage in enumerate(stages, start=1):
         _check_fields(Stage, stage, f"stage {number} of {path.name}")
+        _check_training(stage.get("training", {}), f"stage {number} of {path.name}")
     return Recipe(**content, stages=[Stage(**stage) for stage in stages])
 
 
@@ -108,6 +111,16 @@ def _check_fields(cls: type, content: dict[str, Any], place: str) -> None:
     missing = [name for name in needed if name not in content]
     if missing:
         raise ValueError(f"The {place} lacks {', '.join(missing)}.")
+
+
+def _check_training(training: dict[str, Any], place: str) -> None:
+    # Here, because the trainer would say so only when the stage begins, after hours of those before it.
+    for name in ("load_best_model_at_end", "eval_strategy"):
+        if training.get(name) not in (None, False, "no"):
+            raise ValueError(
+                f"The {place} sets training.{name}={training[name]!r}: a recipe evaluates once, after its training. "
+                "Remove it, or train with HfMoeTrainer and an eval_dataset."
+            )
 
 
 def _override(content: dict[str, Any], override: str) -> None:
