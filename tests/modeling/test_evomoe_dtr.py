@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_moe.analysis.routing_statistics import RoutingStatistics, active_parameters
 from hf_moe.modeling.routers.evomoe_dtr import EvoMoEDtrRouter
 from hf_moe.modeling.routers.ming_multi_router import MingMultiRouter
 from hf_moe.modeling.routers.top_k import TopKRouter
@@ -54,6 +55,19 @@ def test_a_modality_without_tokens_leaves_gradients_of_zeros():
     for name, parameter in router.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert router.token_weight.grad[0].abs().sum() > 0 and router.token_weight.grad[1].abs().sum() == 0
+
+
+def test_a_token_is_counted_with_the_hypernetwork_of_its_modality_only(tiny_model, batch):
+    active, total, idle = [], [], []
+    for per_modality in (True, False):
+        model = tiny_model(moe_config={"router": {"name": "evomoe_dtr", "per_modality": per_modality}})
+        statistics = RoutingStatistics()
+        statistics.update(model(**batch, output_routing=True).routing)
+        active.append(active_parameters(model, statistics))
+        total.append(model.num_parameters())
+        idle.append(sum(layer.router.idle_parameters() for layer in model.moe_layers().values()))
+    assert active[0] == active[1] and set(active[0]) == {"text", "image"}
+    assert idle == [total[0] - total[1], 0] and idle[0] > 0
 
 
 class SignsWithinModality:

@@ -129,8 +129,8 @@ class RoutingStatistics:
 def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> dict[str, int]:
     """Return the decoder parameters that work on an average token of each modality the statistics saw.
 
-    Everything of the language side outside the routed experts counts in full, an expert by the share of tokens that
-    used it. The vision tower and the connector work per image, not per token, and are left out.
+    Everything of the language side outside the routed experts counts in full, but for what a router keeps for other
+    modalities than the token's; an expert counts by the share of tokens that used it. The vision tower and the connector work per image, not per token, and are left out.
     """
     layers = model.moe_layers()
     experts = {layer: _expert_sizes(module) for layer, module in layers.items()}
@@ -138,6 +138,7 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
     head = model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
     always = decoder - sum(int(sizes.sum()) for sizes in experts.values()) + (0 if tied else head.numel())
+    always -= sum(layer.router.idle_parameters() for layer in layers.values())
     active = {}
     for row, name in enumerate(MODALITIES):
         if not any(tokens[row] > 0 for tokens in statistics.tokens.values()):

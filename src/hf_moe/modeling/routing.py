@@ -263,6 +263,10 @@ class Router(nn.Module):
     def initialize(self, std: float) -> None:
         """Initialise the router's own parameters and buffers; `std` is the model's `initializer_range`."""
 
+    def idle_parameters(self) -> int:
+        """Return how many of its parameters do no work on a token, such as the networks of other modalities."""
+        return 0
+
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
         """Add a micro-batch to the router's statistics; called once per training forward, never in a recomputation."""
 

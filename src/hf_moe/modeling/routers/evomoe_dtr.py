@@ -89,6 +89,11 @@ class EvoMoEDtrRouter(Router):
             init.normal_(self.shared_weight, mean=0.0, std=std)
             init.ones_(self.shared_scale)
 
+    def idle_parameters(self) -> int:
+        nets = len(self.token_weight)
+        stacks = (self.token_weight, self.token_bias, self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        return sum(stack.numel() for stack in stacks) * (nets - 1) // nets
+
     @torch.compiler.disable
     def adapt(self, tokens: torch.Tensor, network: torch.Tensor) -> torch.Tensor:
         """Return e (T, C) of tokens (T, C) float32, through the hypernetwork that each names in `network` (T,)."""
