@@ -130,7 +130,8 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
     """Return the decoder parameters that work on an average token of each modality the statistics saw.
 
     Everything of the language side outside the routed experts counts in full, but for what a router keeps for other
-    modalities than the token's; an expert counts by the share of tokens that used it. The vision tower and the connector work per image, not per token, and are left out.
+    modalities than the token's; an expert counts by the share of tokens that used it. The vision tower and the
+    connector work per image, not per token, and are left out.
     """
     layers = model.moe_layers()
     experts = {layer: _expert_sizes(module) for layer, module in layers.items()}
