@@ -29,12 +29,13 @@ from common import make_parser, markdown_table, publish
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_moe import ExpertAssignment, MoELayerSpec, MoeLoraConfig, Router, RoutingContext, register_router
-from hf_moe.construction.pretrained import load_language_model
+from hf_moe.construction.pretrained import load_language_model, packaged_file
 
 
+BASE = "smollm2-135m-instruct"
 INSTRUCTIONS = {"truth": "Answer truthfully.", "lie": "Answer with a lie."}
 WORDS = {
     "an animal": "dog cat horse cow sheep pig lion tiger bear wolf fox rabbit mouse elephant monkey frog snake eagle "
@@ -120,10 +121,13 @@ class Base:
     """
 
     def __init__(self, quick: bool):
-        model, self.tokenizer = load_language_model("smollm2-135m-instruct", dtype=torch.bfloat16)
         if quick:
+            path = packaged_file(BASE)
+            self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
             model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(self.tokenizer)))
+        else:
+            model, self.tokenizer = load_language_model(BASE, dtype=torch.bfloat16)
         self.tokenizer.padding_side = "left"
         self.no, self.yes, self.lie = (self.tokenizer(word).input_ids[0] for word in (" no", " yes", " lie"))
         rows = [row for test in (False, True) for row in rows_of(list(INSTRUCTIONS), test)]

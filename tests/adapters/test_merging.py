@@ -262,6 +262,17 @@ def test_mean_routing_of_a_constant_router_is_exact_and_other_data_can_measure_i
         merge_by_mean_routing(adapt(llama()), [])
 
 
+def test_where_one_target_cannot_be_merged_none_is(llama, text, randomise):
+    overrides = {"down_proj": {"experts": "ia3"}}
+    model = adapt(llama(), target_overrides=overrides)
+    randomise(model)
+    before = weights(model)
+    with pytest.raises(ValueError, match="are Ia3Experts"):
+        merge_by_mean_routing(model, [{"input_ids": text["input_ids"]}])
+    torch.testing.assert_close(weights(model), before, atol=1e-6, rtol=0)
+    assert not any(layer.merged for layer in tuner_layers(model))
+
+
 def test_a_classifier_is_measured_by_its_rows(vit, randomise):
     model = get_peft_model(vit(), MoeLoraConfig(target_modules="all-linear", router_input="target"))
     randomise(model)

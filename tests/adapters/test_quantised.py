@@ -1,15 +1,16 @@
 """LoRA experts train on a base in 8 or 4 bit, and what is not possible says so."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.objectives import tuner_layers
-from hf_moe.adapters.quantised import check_quantised, quantization_config
+from hf_moe.adapters.quantised import check_quantised, prepare_quantised, quantization_config
 
 
 HELD = [("bitsandbytes", 8), ("bitsandbytes", 4), ("torchao", 8)]
@@ -45,14 +46,16 @@ def test_experts_train_on_a_quantised_base(folder, text, tmp_path, backend, bits
 
     base = load()
     assert check_quantised(base) == 1.0
+    base = prepare_quantised(base)
     with torch.no_grad():
         expected = base(**inputs).logits
     error = (expected - full).abs().max()
     assert 0 < error < 0.5 * full.abs().max()
-    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    before = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
-    model = get_peft_model(base, MoeLoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=True))
+    probe = torch.randn(3, 64)
     with torch.no_grad():
+        before = base.model.layers[0].self_attn.q_proj(probe)
+    model = get_peft_model(base, MoeLoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=True))
+    with torch.no_grad():  # an evaluation before training must not end it
         torch.testing.assert_close(model.eval()(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -65,7 +68,8 @@ def test_experts_train_on_a_quantised_base(folder, text, tmp_path, backend, bits
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
     layer = next(tuner_layers(model))
-    assert torch.equal(layer.get_base_layer().weight.detach(), before)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.get_base_layer()(probe), before, atol=0, rtol=0)
     assert layer.moe_lora_A["default"].dtype == torch.float32
     with pytest.raises(ValueError, match="merge into the plain weight"):
         get_peft_model(
@@ -75,6 +79,17 @@ def test_experts_train_on_a_quantised_base(folder, text, tmp_path, backend, bits
     opened = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_base_that_is_packed_for_evaluation_is_refused():
+    class Packed(torch.nn.Linear):  # what bitsandbytes makes of a 4-bit layer on a CPU with AVX512-BF16
+        support_avx512bf16_for_cpu = True
+
+    layer = Packed(8, 8)
+    layer.weight = torch.nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    layer.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    with pytest.raises(ValueError, match="has packed '0' for evaluation"):
+        prepare_quantised(torch.nn.Sequential(layer))
 
 
 @pytest.mark.parametrize("backend, bits", HELD)

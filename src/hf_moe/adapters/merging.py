@@ -59,12 +59,14 @@ def merge_for(model: PeftModel, *, modality: str | None = None, condition_ids: d
         condition_ids: ids of a row, such as `{"task": 1}`.
 
     Raises:
-        ValueError: if neither is given, or if a router decides by more than that; no weight has changed then.
+        ValueError: if neither is given, if the model is merged already, or if a router decides by more than that; no
+            weight has changed then.
     """
     if modality is not None:
         check_choice("modality", modality, MODALITIES)
     if modality is None and not condition_ids:
         raise ValueError("merge_for needs a modality or condition_ids; merge_adapter() merges what needs neither.")
+    _check_unmerged(model)
     gates: Gates = {}
     for adapter_name, router in _active_routers(model):
         try:
@@ -90,8 +92,7 @@ def merge_by_mean_routing(
     Raises:
         ValueError: if there is no batch, if a router saw no token, or if the model is merged already.
     """
-    if any(layer.merged for layer in tuner_layers(model)):
-        raise ValueError("The model is merged already: unmerge_adapter() first.")
+    _check_unmerged(model)
     batches = list(batches)
     compared = batches if measure_on is None else list(measure_on)
     if not batches or not compared:
@@ -133,11 +134,18 @@ def _active_routers(model: PeftModel) -> Iterator[tuple[str, Router]]:
 
 
 def _merge(model: PeftModel, gates: Gates) -> None:
-    for adapter_name, layer in list(_active_layers(model)):
-        layer.merge(
-            adapter_names=[adapter_name],
-            gates={adapter_name: gates[adapter_name, layer.deciding_router(adapter_name)]},
-        )
+    try:
+        for adapter_name, layer in list(_active_layers(model)):
+            own = gates[adapter_name, layer.deciding_router(adapter_name)]
+            layer.merge(adapter_names=[adapter_name], gates={adapter_name: own})
+    except ValueError:
+        model.unmerge_adapter()  # of the targets before the one that cannot be merged
+        raise
+
+
+def _check_unmerged(model: PeftModel) -> None:
+    if any(layer.merged for layer in tuner_layers(model)):
+        raise ValueError("The model is merged already: unmerge_adapter() first.")
 
 
 def _mean_gates(model: PeftModel, batches: list[dict[str, Any]]) -> Gates:
@@ -146,6 +154,8 @@ def _mean_gates(model: PeftModel, batches: list[dict[str, Any]]) -> Gates:
     counts: dict[tuple[str, Router], int] = {}
 
     def record(key: tuple[str, Router], args: tuple[torch.Tensor, RoutingContext], decision: ExpertAssignment) -> None:
+        if not isinstance(decision, ExpertAssignment):
+            raise ValueError(f"{type(key[1]).__name__} mixes the tokens of a sequence, and has no mean gates.")
         gates = ExpertSlots(decision).gates.float()  # (T, E)
         real = gates[args[1].tokens("token_mask", gates.device)]
         sums[key] = sums.get(key, 0) + real.sum(0)

@@ -1,8 +1,7 @@
 """LoRA experts on a base whose weights are held in 8 or 4 bit, as in QLoRA.
 
     base = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantization_config(4))
-    check_quantised(base)
-    model = get_peft_model(prepare_model_for_kbit_training(base), MoeLoraConfig(...))
+    model = get_peft_model(prepare_quantised(base), MoeLoraConfig(...))
 
 The frozen weights are stored in few bits and expanded for each product; the experts stay in float32.
 
@@ -12,8 +11,9 @@ Source: QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
 import importlib.util
 
 import torch
+from peft import prepare_model_for_kbit_training
 from torch import nn
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from ..modeling.gating import check_choice
 
@@ -92,3 +92,37 @@ def check_quantised(model: nn.Module, least_share: float = LEAST_SHARE) -> float
             f"Among the others are {largest}: quantisers reach linear layers, and no stacked experts."
         )
     return share
+
+
+def prepare_quantised(
+    model: PreTrainedModel, *, gradient_checkpointing: bool = False, least_share: float = LEAST_SHARE
+) -> PreTrainedModel:
+    """Make a quantised base ready to train adapters on, and return it.
+
+    What [`check_quantised`] and PEFT's `prepare_model_for_kbit_training` do, and one thing more: on some CPUs
+    bitsandbytes packs 4-bit weights at the first evaluation into a form that passes no gradient on, and a training
+    after it would learn nothing without a word. It is kept from doing so.
+
+    Args:
+        model: the loaded base, which has not computed anything yet.
+        gradient_checkpointing: whether to recompute layers in the backward pass.
+        least_share: as in `check_quantised`.
+
+    Raises:
+        ValueError: if too little is quantised, or if weights are packed for evaluation already.
+    """
+    check_quantised(model, least_share)
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"bitsandbytes has packed {name!r} for evaluation, which trains no more: load the base again, and "
+                "call prepare_quantised before it computes anything."
+            )
+        module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
