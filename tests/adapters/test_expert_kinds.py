@@ -98,6 +98,23 @@ def test_fresh_experts_change_nothing_and_trained_ones_train_whole_also_under_ch
     assert [type(module) for module in host.modules()] == [type(module) for module in llama().modules()]
 
 
+@pytest.mark.parametrize("fields", KINDS, ids=lambda fields: "-".join(map(str, fields.values()))[:40])
+def test_bfloat16_autocast_trains_every_kind_close_to_float32(llama, text, randomise, fields):
+    losses = []
+    for enabled in (False, True):
+        model = adapt(llama(), **fields).train()
+        randomise(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = model(**text).loss
+        loss.backward()
+        losses.append(loss.detach())
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(losses[1], losses[0], atol=0.15, rtol=0.05)
+    half = adapt(llama().to(torch.bfloat16), **fields)
+    assert {p.dtype for name, p in half.named_parameters() if "moe_lora_" in name} == {torch.float32}
+    assert logits(half, text).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("num_experts", [4, 24])
 def test_experts_of_unequal_rank_are_exactly_their_own_loras(llama, text, randomise, num_experts):
     ranks = [1, 2, 3, 5] + [8] * (num_experts - 4)
@@ -187,9 +204,16 @@ def test_stacked_expert_weights_take_a_mixture_per_host_expert(name, text, rando
     randomise(model)
     changed = logits(model, text)
     assert (changed - base).abs().max() > 0.05
-    model.train()(**text).loss.backward()
+    twin = copy.deepcopy(model)
+    twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    twin.enable_input_require_grads()
+    for item in (model, twin):
+        item.train()(**text).loss.backward()
+    recomputed = dict(twin.named_parameters())
     for parameter_name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("moe_lora_" in parameter_name), parameter_name
+        if parameter.grad is not None:
+            torch.testing.assert_close(recomputed[parameter_name].grad, parameter.grad, atol=1e-6, rtol=1e-5)
     model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(moe_host(name), tmp_path).eval()
     torch.testing.assert_close(logits(loaded, text), changed, atol=1e-6, rtol=0)
@@ -271,6 +295,10 @@ def test_targets_differ_in_what_target_overrides_says(llama, text, randomise):
         ({"target_modules": ["mlp", "gate_proj"]}, "are both targets"),
         ({"target_modules": r"model\.layers\.\d+"}, "is a LlamaDecoderLayer"),
         ({"target_modules": ["gate_proj", "down_proj"], "ffn_experts": True}, "all of gate_proj, up_proj, down_proj"),
+        (
+            {"target_modules": ["gate_proj", "up_proj", "down_proj"], "ffn_experts": True, "router_input": "target"},
+            "must share one router",
+        ),
         ({"target_modules": ["q_proj"], "experts": "ia4"}, "'ia3'"),
         ({"target_modules": ["q_proj"], "experts": {"name": "ia3", "position": "parallel"}}, "cannot be built"),
         ({"target_modules": ["v_proj"], "experts": {"name": "value_gate", "head_dim": 5}}, "must divide"),

@@ -175,7 +175,7 @@ class MoeLoraConfig(PeftConfig):
         self.router = _named("router", self.router)
         self.experts = _named("experts", self.experts)
         # What refuses its options does so here, not when a model is wrapped.
-        specs = []
+        specs: list[MoELayerSpec] = []
         for key in ("", *self.rank_pattern, *self.alpha_pattern, *self.target_overrides):
             settings = self.settings(key)
             specs.append(self.spec(len(specs), 64, settings))
@@ -245,7 +245,7 @@ class MoeLoraConfig(PeftConfig):
         if name not in ADAPTER_ROUTERS and name not in mechanism_names("router"):
             raise ValueError(unknown_name_message("router", name, [*ADAPTER_ROUTERS, *mechanism_names("router")]))
         cls = ADAPTER_ROUTERS[name] if name in ADAPTER_ROUTERS else get_mechanism("router", name)
-        return build("router", cls, options, spec)  # type: ignore[return-value]
+        return build("router", cls, options, spec)
 
     @classmethod
     def from_system(cls, key: str, *, variant: str | None = None, **fields: Any) -> PeftConfig:
@@ -254,14 +254,20 @@ class MoeLoraConfig(PeftConfig):
         Args:
             key: the system, see [`list_systems`].
             variant: which of its forms; the first one when `None`.
-            fields: what differs from the preset, usually `target_modules`.
+            fields: what differs from the preset, usually `target_modules`; for `x_lora`, whose configuration is
+                PEFT's, `adapters`, a list, and `hidden_size`.
 
         Raises:
-            ValueError: if the system or its variant is unknown.
+            ValueError: if the system or its variant is unknown, or a field that it needs is missing.
         """
         preset = load_system(key, variant)
-        config_cls = XLoraConfig if preset["method"] == "xlora" else cls
-        return config_cls(**{**preset["config"], **fields})
+        if preset["method"] != "xlora":
+            return cls(**{**preset["config"], **fields})
+        if not fields.get("adapters") or "hidden_size" not in fields:
+            raise ValueError("x_lora needs adapters=[folder or Hub name, ...] and the hidden_size of the base model.")
+        # PEFT's X-LoRA loads its adapters under their numbers, and finds them under no other name.
+        fields["adapters"] = {str(number): adapter for number, adapter in enumerate(fields["adapters"])}
+        return XLoraConfig(**{**preset["config"], **fields})
 
     def build_objectives(self, specs: list[MoELayerSpec]) -> AuxiliaryLosses:
         """Return the objectives over all routers of an adapter."""

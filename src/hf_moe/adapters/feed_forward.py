@@ -29,7 +29,7 @@ def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
         ValueError: if some of its projections are no targets, the experts are not LoRA, or it is not gated.
     """
     for name, module in model.named_modules():
-        projections = [getattr(module, projection, None) for projection in PROJECTIONS]
+        projections: list[Any] = [getattr(module, projection, None) for projection in PROJECTIONS]
         held = [isinstance(item, MoeLoraLayer) and adapter_name in item.experts for item in projections]
         if not any(held):
             continue
@@ -38,13 +38,16 @@ def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
                 f"ffn_experts=True mixes whole feed-forwards, so all of {', '.join(PROJECTIONS)} of {name!r} must be "
                 "targets with the experts 'lora': name the three in target_modules, or set ffn_experts=False."
             )
-        if len({item.router_group[adapter_name] for item in projections}) > 1 or not hasattr(module, "act_fn"):
+        groups = {item.router_group[adapter_name] for item in projections}
+        alone = any(item.router_owner[adapter_name] is None for item in projections)
+        if len(groups) > 1 or alone or not hasattr(module, "act_fn"):
             raise ValueError(
-                f"ffn_experts=True: the projections of {name!r} must share one router, and it must have an act_fn."
+                f"ffn_experts=True: the projections of {name!r} must share one router, so router_input must not be "
+                "'target', and it must have an act_fn."
             )
         if not hasattr(module, "moe_lora_ffn_class"):
             _check_formula(module, name)
-            module.__class__ = whole_ffn_class(type(module))
+            module.__class__ = whole_ffn_class(type(module))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -184,7 +184,8 @@ class MoeLoraLayer(BaseTunerLayer):
             "vector": self.moe_lora_vector[adapter_name] if adapter_name in self.moe_lora_vector else None,
         }
         prepare = partial(self._prepare, adapter_name)
-        result = self.experts[adapter_name].forward(call, x, prepare, tensors, self._slots(adapter_name, x, args))
+        slots: Any = self._slots(adapter_name, x, args)
+        result = self.experts[adapter_name].forward(call, x, prepare, tensors, slots)
         if adapter_name in self.moe_lora_shared_A:
             inner = F.linear(prepare(x), self.moe_lora_shared_A[adapter_name] * self.shared_scaling[adapter_name])
             result = result + F.linear(inner, self.moe_lora_shared_B[adapter_name]).to(result.dtype)

@@ -47,7 +47,7 @@ def keep_state(cache: Any, state: PooledState) -> None:
     """Leave what is remembered with the cache."""
     if state and isinstance(cache, Cache):
         if not hasattr(cache, "moe_lora_state"):
-            cache.__class__ = remembering_class(type(cache))
+            cache.__class__ = remembering_class(type(cache))  # type: ignore[arg-type]
         cache.moe_lora_state = state
 
 

@@ -78,7 +78,7 @@ class MoeLoraModel(BaseTuner):
             # The commit of a base that came from the Hub.
             peft_config.revision = getattr(getattr(self.model, "config", None), "_commit_hash", None)
         if peft_config.target_parameters and peft_config.target_modules is None:
-            peft_config.target_modules = set()  # not those that PEFT would guess
+            peft_config.target_modules = []  # not those that PEFT would guess
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(
@@ -126,9 +126,9 @@ class MoeLoraModel(BaseTuner):
                 width = layer_width(self.model, layer_name)  # type: ignore[arg-type]
                 new_module = WholeModule(target, adapter_name, width, **options)
             if adapter_name not in self.active_adapters:
-                new_module.requires_grad_(False)  # type: ignore[attr-defined]
+                new_module.requires_grad_(False)
             self._replace_module(parent, target_name, new_module, target)
-            target = new_module  # type: ignore[assignment]
+            target = new_module
         if router is not None:
             check_decision_of(router, target.experts[adapter_name], tokens_known)
             if settings.router_input != "target" and not isinstance(router, HostRouter):
@@ -257,7 +257,10 @@ def check_decision_of(router: Router, experts: ExpertKind, tokens_known: bool) -
     if isinstance(router, HostRouter) or any(parameter.is_meta for parameter in router.parameters()):
         return
     probe = torch.zeros(1, 1, router.spec.hidden_size)
-    context: RoutingContext = RoutingContext.all_text(probe) if tokens_known else TokenlessContext(probe)
-    if tokens_known and getattr(router, "condition", None) is not None:
-        return  # what it reads comes with the call
+    context: RoutingContext = TokenlessContext(probe)
+    if tokens_known:
+        context = RoutingContext.all_text(probe)
+        context.input_ids = context.modality_ids
+        if getattr(router, "condition", None) is not None:
+            return  # what it reads comes with the call
     check_decision(router(probe[0], context), experts)

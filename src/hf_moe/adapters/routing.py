@@ -168,7 +168,7 @@ def reads_text(model: nn.Module, layer: nn.Module | None) -> bool:
 
 def knows_tokens(model: nn.Module, layer: nn.Module | None) -> bool:
     """Whether the root's inputs tell of a layer's tokens: the layer is its decoder's, and gets keyword arguments."""
-    return reads_text(model, layer) and not model.config.is_encoder_decoder and _takes_kwargs(model)  # type: ignore[attr-defined]
+    return reads_text(model, layer) and not model.config.is_encoder_decoder and _takes_kwargs(model)
 
 
 def is_bidirectional(layer: nn.Module | None) -> bool:

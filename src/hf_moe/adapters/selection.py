@@ -9,7 +9,7 @@
 Source: Leveraging Open Knowledge for Advancing Task Expertise in Large Language Models, arXiv:2408.15915.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -49,7 +49,7 @@ def select_adapters(
     places = _ranks([-value for value in accuracies]) + _ranks(perplexities)
     kept = sorted(places.argsort(stable=True)[:shortlist].tolist())
 
-    def difference(subset: tuple[int, ...]) -> float:
+    def difference(subset: Iterable[int]) -> float:
         pairs = list(combinations(subset, 2))
         return sum(1.0 - float(similarities[pair]) for pair in pairs) / max(len(pairs), 1)
 

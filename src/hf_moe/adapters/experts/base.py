@@ -8,7 +8,7 @@ import torch
 
 
 if TYPE_CHECKING:
-    from ..low_rank import ExpertSlots, MixedSlots
+    from ..low_rank import ExpertSlots
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ExpertKind:
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
         tensors: dict[str, torch.Tensor],
-        slots: "ExpertSlots | MixedSlots",
+        slots: "ExpertSlots",
     ) -> torch.Tensor:
         """Return what the target computes with its experts.
 
@@ -64,7 +64,7 @@ class ExpertKind:
             x (`torch.Tensor` of shape `(..., in)`).
             prepare: casts and drops out what the experts read.
             tensors: the trainable ones, with the scaling already in `"B"`.
-            slots: the decision of the router.
+            slots: the decision of the router; kinds that take mixed slots may get `MixedSlots`.
         """
         raise NotImplementedError
 

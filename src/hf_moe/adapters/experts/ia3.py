@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..low_rank import ExpertSlots, MixedSlots
+from ..low_rank import ExpertSlots
 from .base import ExpertKind, Target
 
 
@@ -38,7 +38,7 @@ class Ia3Experts(ExpertKind):
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
         tensors: dict[str, torch.Tensor],
-        slots: ExpertSlots | MixedSlots,
+        slots: ExpertSlots,
     ) -> torch.Tensor:
         vectors = tensors["vector"]
         scale = 1.0 + slots.gates.to(vectors.dtype) @ (vectors - 1.0)  # (T, width)

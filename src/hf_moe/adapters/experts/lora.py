@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..low_rank import ExpertSlots, MixedSlots, add_experts
+from ..low_rank import ExpertSlots, add_experts
 from .base import ExpertKind, low_rank_pair
 
 
@@ -27,6 +27,6 @@ class LoraExperts(ExpertKind):
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
         tensors: dict[str, torch.Tensor],
-        slots: ExpertSlots | MixedSlots,
+        slots: ExpertSlots,
     ) -> torch.Tensor:
         return add_experts(call(x), prepare(x), tensors["A"], tensors["B"], slots)

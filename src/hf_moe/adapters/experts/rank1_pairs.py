@@ -14,7 +14,7 @@ from math import isqrt
 import torch
 from torch.nn import functional as F
 
-from ..low_rank import ExpertSlots, MixedSlots
+from ..low_rank import ExpertSlots
 from .base import ExpertKind, Target, low_rank_pair
 
 
@@ -43,7 +43,7 @@ class Rank1PairExperts(ExpertKind):
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
         tensors: dict[str, torch.Tensor],
-        slots: ExpertSlots | MixedSlots,
+        slots: ExpertSlots,
     ) -> torch.Tensor:
         result = call(x)
         inputs = prepare(x)

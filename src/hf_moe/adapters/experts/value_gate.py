@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..low_rank import ExpertSlots, MixedSlots
+from ..low_rank import ExpertSlots
 from .base import ExpertKind, Target
 
 
@@ -45,7 +45,7 @@ class ValueGateExperts(ExpertKind):
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
         tensors: dict[str, torch.Tensor],
-        slots: ExpertSlots | MixedSlots,
+        slots: ExpertSlots,
     ) -> torch.Tensor:
         result = call(x)
         inputs = prepare(x)
