@@ -1,8 +1,10 @@
 """`hf-moe build`: a checkpoint folder from its parts, and a report of what it holds."""
 
 import argparse
+import ctypes
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from transformers import PreTrainedModel
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..modeling.vision import dummy_pixels
 from .build import StepZero, build_model
+from .saving import save_and_empty
 
 
-# In bytes.
-SMALLEST_SHARD, LARGEST_SHARD = 50_000_000, 5_000_000_000
+# From malloc.h: blocks of this many bytes and more get a mapping of their own.
+M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2**18
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,6 +46,7 @@ def build_checkpoint(output: str | Path, overwrite: bool = False, **options: Any
             raise FileExistsError(f"{output} exists and is not empty: choose another folder, or pass --overwrite.")
         if not (target / "config.json").is_file():
             raise FileExistsError(f"{output} is not a checkpoint (no config.json), so it is not replaced.")
+    _return_freed_memory()
     checks: list[StepZero] = []
     model, processor = build_model(**options, on_check=checks.append)
     report: dict[str, Any] = {
@@ -52,9 +56,7 @@ def build_checkpoint(output: str | Path, overwrite: bool = False, **options: Any
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
-        # Transformers copies a shard's experts where the host has a file format of its own, as Mixtral does.
-        shard = sum(tensor.nbytes for tensor in model.state_dict().values()) // 10
-        model.save_pretrained(fresh, max_shard_size=min(max(shard, SMALLEST_SHARD), LARGEST_SHARD))
+        save_and_empty(model, fresh)
         processor.save_pretrained(fresh)
         report["bytes"] = sum(file.stat().st_size for file in fresh.glob("*.safetensors"))
         if target.exists():
@@ -63,6 +65,15 @@ def build_checkpoint(output: str | Path, overwrite: bool = False, **options: Any
     for check in checks:
         report |= vars(check)
     return report
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give the memory of a freed tensor back to the system.
+
+    Left alone, glibc keeps up to 32 MiB of every block for later ones, which seldom fit: a quarter of a model is lost.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
 
 
 @torch.no_grad()

@@ -6,10 +6,12 @@ weights (`efficientnet-lite0`, Apache-2.0).
 """
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -17,8 +19,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPImageProcessor,
+    GenerationConfig,
     PreTrainedModel,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 
 PACKAGED = {
@@ -61,7 +66,7 @@ def load_language_model(source: str | dict[str, Any], dtype: torch.dtype = torch
         return AutoModelForCausalLM.from_config(config, dtype=dtype), None
     path = packaged_file(source) if source in PACKAGED else Path(source)
     if path.suffix != ".gguf":
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+        return _load(AutoModelForCausalLM, str(source), dtype), AutoTokenizer.from_pretrained(source)
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"{path.name} is a GGUF file: pip install gguf")
     options = {"gguf_file": path.name}
@@ -69,8 +74,44 @@ def load_language_model(source: str | dict[str, Any], dtype: torch.dtype = torch
     return dense, AutoTokenizer.from_pretrained(path.parent, **options)
 
 
+def _load(auto: Any, source: str, dtype: torch.dtype) -> Any:
+    """Load a checkpoint as `auto.from_pretrained` does, with every tensor read into memory of its own.
+
+    Transformers maps the files. A mapped file stays in memory until the last of its tensors is let go, those that
+    were only copied into experts included.
+    """
+    files = _safetensors_files(source)
+    if not files:
+        return auto.from_pretrained(source, dtype=dtype)
+    tensors: dict[str, Any] = {}
+    for file in files:
+        weights = safe_open(file, "pt", backend="pread")
+        tensors |= {name: weights.get_slice(name) for name in weights.keys()}
+    with torch.device("meta"):
+        empty = auto.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+    model = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, dtype=dtype)
+    model.config.name_or_path = source
+    if model.can_generate():
+        with suppress(OSError):  # Without a file of its own it keeps what the config says.
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def _safetensors_files(source: str) -> list[str]:
+    """Return the weight files of a checkpoint, none where it has another format."""
+    optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    if (file := cached_file(source, SAFE_WEIGHTS_NAME, **optional)) is not None:
+        return [file]
+    if (index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **optional)) is not None:
+        return get_checkpoint_shard_files(source, index)[0]
+    return []
+
+
 def load_vision_tower(
-    source: str | dict[str, Any], image_size: int | None = None, feature_stage: int | None = None
+    source: str | dict[str, Any],
+    image_size: int | None = None,
+    feature_stage: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a vision tower and its image processor.
 
@@ -80,15 +121,17 @@ def load_vision_tower(
         image_size: side of the square input in pixels; the tower's own when absent.
         feature_stage: stage of a packaged convolutional tower whose feature map is used (3: stride 16); the layers
             behind it are left out. The last one when absent.
+        dtype: of the weights.
     """
     if isinstance(source, dict):
         options = dict(source)
         config = AutoConfig.for_model(options.pop("model_type"), **options)
         size = image_size or getattr(config, "image_size", None) or 224
-        return AutoModel.from_config(config), square_image_processor(int(size))
+        return AutoModel.from_config(config, dtype=dtype), square_image_processor(int(size))
     if source == "efficientnet-lite0":
-        return _efficientnet_lite0(feature_stage), square_image_processor(image_size or 224, mean=127, std=128)
-    tower = AutoModel.from_pretrained(source)
+        tower = _efficientnet_lite0(feature_stage).to(dtype)
+        return tower, square_image_processor(image_size or 224, mean=127, std=128)
+    tower = _load(AutoModel, source, dtype)
     tower = getattr(tower, "vision_model", tower)
     return tower, AutoImageProcessor.from_pretrained(source)
 
