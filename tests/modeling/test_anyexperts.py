@@ -1,18 +1,24 @@
 """AnyExperts: bounds for any input, and the allocation it learns where tokens differ in what they need."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.construction.conversion import convert_router, set_objectives
 from hf_moe.modeling.experts.ffn import FfnExperts
 from hf_moe.modeling.objectives.load_balance import LoadBalance
 from hf_moe.modeling.objectives.slot_budget import SlotBudget
 from hf_moe.modeling.routers.anyexperts import AnyExpertsRouter
 from hf_moe.modeling.routers.top_k import TopKRouter
 from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext, RoutingOverrides
+from hf_moe.training.parts import part_of, selects, train_only
+from hf_moe.training.recipe import load_recipe
 
 
 def make_router(seed: int = 0, hidden_size: int = 24, num_experts: int = 16, **options) -> AnyExpertsRouter:
@@ -244,6 +250,66 @@ def train_toy(router_class: type, steps: int, seed: int = 0, budget_coef: float 
     return {"error": (output - target).square().mean().item(), "mean": real.mean().item(), **slots}
 
 
+def allocate(change=None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convert a trained top-4 layer and run the allocation stage of the recipe on it, with all of its numbers.
+
+    Returns the slots and the group (0 text, 1 image, 2 background) of every token of a fresh batch, (T,) each.
+    """
+    stage = load_recipe("anyexperts_easyvqa").stages[1]
+    torch.manual_seed(seed)
+    task = SkillCount(seed)
+    text = LlamaConfig(hidden_size=48, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    sizes = {"num_experts": 16, "num_experts_per_tok": 4, "expert_intermediate_size": 24}
+    model = HfMoeForConditionalGeneration(HfMoeConfig(text_config=text, initializer_range=0.1, moe_config=sizes))
+    layer = model.moe_layers()[0]
+
+    def train(parameters, steps: int) -> None:
+        optimizer = torch.optim.AdamW(parameters)
+        for _ in range(steps):
+            tokens, target, _ = task.batch(384)
+            context = RoutingContext.all_text(tokens[None])
+            decision = context.decisions[0] = layer.gate(tokens, context)
+            scaled = tokens if decision.input_scale is None else tokens * decision.input_scale[:, None]
+            loss = (layer.experts(scaled, decision) - target).square().mean()
+            for objective in model.objectives.by_name.values():
+                loss = loss + objective.coef * objective(context.decisions, context).mean()
+                objective.accumulate(context.decisions, context)
+                objective.end_step()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    set_objectives(model, {"load_balance": 0.01})
+    train([{"params": [*layer.gate.parameters(), *layer.experts.parameters()], "lr": 3e-3}], steps=200)
+    convert_router(model, **stage.construct["convert_router"])
+    set_objectives(model, stage.objectives)
+    train_only(model, stage.trainable)
+    if change is not None:
+        change(layer.gate)
+    rate = stage.training["learning_rate"]
+    groups = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scales = [scale for key, scale in stage.learning_rate_scales.items() if selects(key, name, part_of(name))]
+            groups.append({"params": [parameter], "lr": rate * math.prod(scales)})
+    train(groups, stage.training["max_steps"])
+    tokens, _, group = task.batch(4096)
+    return route(layer.gate.eval(), tokens).signals["slots"], group
+
+
+def moves_the_slots(slots: torch.Tensor, group: torch.Tensor) -> bool:
+    """Whether some tokens no longer have four slots, and those that need more experts have more than others."""
+    image, background = (slots[group == value].mean().item() for value in (1, 2))
+    return image - background > 0.1 and (slots != 4).float().mean().item() > 0.05
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_allocation_stage_of_the_recipe_moves_the_slots_of_a_converted_layer(seed):
+    slots, group = allocate(seed=seed)
+    assert moves_the_slots(slots, group)
+    assert 3.4 < slots.mean().item() < 3.95  # on the way from four to the budget of 3.6
+
+
 def constant_importance(router: AnyExpertsRouter) -> None:
     router.importance = lambda hidden_states: hidden_states.new_zeros(hidden_states.shape[0])
 
@@ -251,6 +317,10 @@ def constant_importance(router: AnyExpertsRouter) -> None:
 def no_straight_through(router: AnyExpertsRouter) -> None:
     soft_slots = router.soft_slots
     router.soft_slots = lambda importance, target: tuple(part.detach() for part in soft_slots(importance, target))
+
+
+def test_an_allocation_stage_without_importance_leaves_every_token_its_slots():
+    assert not moves_the_slots(*allocate(change=constant_importance))
 
 
 def allocates(result: dict) -> bool:
