@@ -40,6 +40,7 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/lora_tasks.py --seeds 3
 	$(RUN) benchmarks/easyvqa.py --recipe easyvqa_demo --seeds 3
 	$(RUN) benchmarks/easyvqa.py --recipe smollm2_easyvqa
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/anyexperts.py --seeds 3
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/evomoe.py --seeds 3
 
 # Regenerates the cards in model_cards/ from the runs of the recipes, which are run where they are missing.
