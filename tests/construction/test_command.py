@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from hf_moe import HfMoeForConditionalGeneration, HfMoeProcessor
 from hf_moe.construction.command import build_checkpoint
+from hf_moe.hub.push import push_checkpoint
 
 
 # Read from /proc, since the maximum of `getrusage` survives fork and exec: it would hold the parent's.
@@ -50,6 +51,15 @@ def test_text_only_checkpoint_has_a_tokenizer(decoder_folder, tmp_path):
     report = build_checkpoint(tmp_path / "text", language_model=decoder_folder, vision_tower=None)
     assert set(report["parameters_active"]) == {"text"}
     assert len(AutoTokenizer.from_pretrained(tmp_path / "text")) == len(AutoTokenizer.from_pretrained(decoder_folder))
+
+
+def test_what_a_build_leaves_can_be_pushed_as_it_is(decoder_folder, tower_folder, tmp_path):
+    folder = tmp_path / "model"
+    build_checkpoint(folder, language_model=decoder_folder, vision_tower=tower_folder, system="moiie")
+    files = push_checkpoint(folder, "owner/model", dry_run=True).files
+    assert {"README.md", "LICENSE-CODE", "evaluation.json", "model.safetensors"} <= set(files)
+    card = (folder / "README.md").read_text()
+    assert "No quality has been measured." in card and "license:" not in card and "base_model:" not in card
 
 
 def test_existing_folder_is_kept_unless_it_may_be_overwritten(decoder_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
+from ..hub.card import write_card
 from ..modeling.vision import dummy_pixels
 from .build import StepZero, build_model
 from .saving import save_and_empty
@@ -56,8 +58,16 @@ def build_checkpoint(output: str | Path, overwrite: bool = False, **options: Any
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
+        for part in filter(None, (model.config.text_config, model.config.vision_config)):
+            if not _is_hub_id(part.name_or_path):
+                part.name_or_path = ""  # a folder of this machine means nothing elsewhere
         save_and_empty(model, fresh)
         processor.save_pretrained(fresh)
+        # The card, by which the folder can be pushed, needs a package that a build alone does not.
+        if importlib.util.find_spec("jinja2") is not None:
+            sources = (options.get("language_model"), options.get("vision_tower"))
+            hub_ids = [source for source in sources if isinstance(source, str) and _is_hub_id(source)]
+            write_card(fresh, model=model, report=report, base_models=hub_ids, license=None)
         report["bytes"] = sum(file.stat().st_size for file in fresh.glob("*.safetensors"))
         if target.exists():
             os.replace(target, Path(scratch) / "replaced")
@@ -65,6 +75,10 @@ def build_checkpoint(output: str | Path, overwrite: bool = False, **options: Any
     for check in checks:
         report |= vars(check)
     return report
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not Path(source).exists()
 
 
 def _return_freed_memory() -> None:

@@ -32,7 +32,7 @@ def write_card(
     pictures: Sequence[str] = (),
     base_models: Sequence[str] = (),
     datasets: Sequence[str] = (),
-    license: str = "apache-2.0",
+    license: str | None = "apache-2.0",
     language: str | Sequence[str] = (),
 ) -> Path:
     """Write README.md into a saved checkpoint, beside it the evaluation files that its numbers come from, and LICENSE.
@@ -51,7 +51,7 @@ def write_card(
         pictures: files in the folder.
         base_models: ids of the pretrained parts.
         datasets: what the model was trained on; the results are listed under the first one.
-        license: an identifier of the Hub.
+        license: of the weights, an identifier of the Hub; `None` where it is not known.
         language: codes of the languages that the model reads and writes, such as `"en"`.
 
     Returns:
@@ -127,7 +127,7 @@ def _digest_rows(folder: Path) -> str:
     return "".join(f"| `{name}` | `{digest}` |\n" for name, digest in rows)
 
 
-def _write_license(folder: Path, license: str) -> str:
+def _write_license(folder: Path, license: str | None) -> str:
     """Write the license of the code and return the name of the file."""
     name = "LICENSE" if license == "apache-2.0" else "LICENSE-CODE"
     source = next(path for path in LICENSES if path.is_file())
