@@ -42,8 +42,8 @@ AUTO_MAP = {
 # old checkpoint whole; what it returns is called afterwards. The package fills it with the function that writes the
 # code bundle; in a bundle it stays empty, since Transformers copies bundled code by itself.
 SAVE_HOOKS: list[Callable[[Any, str], Callable[[], None]]] = []
-# Called as `hook(model, repo_id, **options)` in place of Transformers' own upload of a model. The package puts one here
-# that writes the card and names the version; in a bundle it stays empty.
+# Called as `hook(model, repo_id, **options)` in place of Transformers' own upload of a model. The package puts one
+# here that writes the card and names the version; in a bundle it stays empty.
 PUSH_HOOKS: list[Callable[..., Any]] = []
 
 
