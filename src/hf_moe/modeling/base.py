@@ -9,8 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..configuration.configuration_hf_moe import PUSH_HOOKS
-from ..configuration.configuration_hf_moe import HfMoeConfig
+from ..configuration.configuration_hf_moe import PUSH_HOOKS, HfMoeConfig
 from .dispatch import RAGGED
 from .routing import Connector, Experts, Objective, Router
 
