@@ -22,10 +22,11 @@ def blocks(kind: str) -> list[str]:
 
 @pytest.fixture
 def run_folder(saved_checkpoint, tmp_path, monkeypatch):
-    """The current folder; `hf-moe train` leaves the tiny checkpoint where a run would."""
+    """The current folder; `hf-moe train` leaves the tiny checkpoint where a run would, `hf-moe demo` opens no page."""
     monkeypatch.chdir(tmp_path)
     target = tmp_path / "runs" / "easyvqa_demo" / "checkpoint"
     monkeypatch.setattr("hf_moe.training.run.run", lambda args: shutil.copytree(saved_checkpoint, target) and 0)
+    monkeypatch.setattr("hf_moe.hub.demo.run", lambda args: 0)
     return target
 
 
@@ -47,6 +48,7 @@ def test_the_page_shares_a_model_and_its_programs_run(hub, run_folder, capsys):
     assert set(repository.refs) == {"refs/heads/main", "refs/heads/next", "refs/tags/v1"}
     assert hub.repositories["owner/easyvqa-moe-draft"].private
     assert hub.repositories["owner/easyvqa-moe-asked"].gated
+    assert "app.py" in hub.files("spaces/owner/easyvqa-moe")
     assert {"evaluation.json", ".eval_results/owner_questions.yaml"} <= set(hub.files("owner/easyvqa-moe"))
     assert f"commit {repository.refs['refs/heads/main']}, tag v1" in capsys.readouterr().out
 

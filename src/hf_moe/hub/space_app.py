@@ -46,7 +46,7 @@ CSS = """
 .routing svg { width: 100%; max-width: 420px; display: block; border-radius: 6px; }
 .routing .words { line-height: 3.2; }
 .routing .word { padding: 3px 6px; margin-right: 4px; border-radius: 5px; position: relative; white-space: pre; }
-.routing .word small { position: absolute; left: 0; right: 0; top: 1.9em; line-height: 1; text-align: center;
+.routing .word small { position: absolute; left: 0; right: 0; top: 2.2em; line-height: 1; text-align: center;
   font-size: 0.65rem; opacity: 0.75; }
 .routing .answer { outline: 1.5px solid var(--body-text-color); }
 .routing .bar { display: grid; grid-template-columns: 5.5rem 1fr 3rem; gap: 8px; align-items: center; }
