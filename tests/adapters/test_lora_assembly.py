@@ -34,6 +34,7 @@ def trained(llama, tmp_path):
 def test_each_expert_is_the_adapter_it_came_from(llama, trained, text):
     folders = trained({"lora_alpha": 4}, {"lora_alpha": 16}, {"use_rslora": True, "alpha_pattern": {"q_proj": 2}})
     bank = assemble_lora_experts(llama(), folders, num_experts_per_tok=1, router_input="target").eval()
+    assert bank.peft_config["default"].expert_names == ["lora-0", "lora-1", "lora-2"]
     inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
     for expert, folder in enumerate(folders):
         for layer in tuner_layers(bank):

@@ -6,6 +6,7 @@ router is trainable.
 Source: Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM, arXiv:2403.07816.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def assemble_lora_experts(
 
     Args:
         model: the base model of the adapters.
-        adapters: folders or Hub names of LoRA adapters with the same rank and the same targets.
+        adapters: folders or Hub names of LoRA adapters with the same rank and the same targets. The last parts of the
+            names become those of the experts, if they differ.
         adapter_name: name of the assembled adapter.
         options: further fields of [`MoeLoraConfig`], such as `router` or `num_experts_per_tok`. The experts are frozen
             unless `freeze_experts=False`.
@@ -57,7 +59,9 @@ def assemble_lora_experts(
                 )
     first = configs[0]
     fields = {name: getattr(first, name) for name in (*SHARED_FIELDS, "lora_alpha", "alpha_pattern", "use_rslora")}
-    options = {"freeze_experts": True, **options}
+    names = [Path(adapter).name for adapter in adapters]
+    expert_names = names if len(set(names)) == len(names) else None
+    options = {"freeze_experts": True, "expert_names": expert_names, **options}
     peft_model = get_peft_model(model, MoeLoraConfig(num_experts=len(adapters), **fields, **options), adapter_name)
     for expert, (adapter, config) in enumerate(zip(adapters, configs, strict=True)):
         _fill_expert(peft_model, adapter_name, expert, adapter, config)
