@@ -97,6 +97,14 @@ def test_the_guide_to_lora_experts_trains_saves_and_loads(workshop):
     torch.testing.assert_close(loaded(input_ids).logits, trained(input_ids=input_ids).logits)
 
 
+def test_the_guide_to_trained_adapters_merges_edits_and_shares(workshop):
+    page = run_page(ROOT / "docs" / "trained-adapters.md", workshop)
+    assert 0 < page["report"].kl and page["report"].tokens == 64
+    assert page["expert_names"](page["model"]) == ["english", "1", "3", "german"]
+    assert page["check_lora_trained"](page["lora"]) > 0
+    assert "hf-moe[train]" in (workshop / "experts" / "adapter_config.json").read_text()
+
+
 def test_the_example_of_the_reference_builds_a_config(workshop):
     config = run_page(ROOT / "docs" / "configuration.md", workshop)["config"]
     assert (config.system, config.moe_config.num_experts) == ("moiie", 8)
