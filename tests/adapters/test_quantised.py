@@ -67,7 +67,7 @@ def test_experts_train_on_a_quantised_base(folder, text, tmp_path, backend, bits
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
-    layer = next(tuner_layers(model))
+    layer = next(tuner_layers(model.eval()))
     with torch.no_grad():
         torch.testing.assert_close(layer.get_base_layer()(probe), before, atol=0, rtol=0)
     assert layer.moe_lora_A["default"].dtype == torch.float32
@@ -76,7 +76,7 @@ def test_experts_train_on_a_quantised_base(folder, text, tmp_path, backend, bits
             load(), MoeLoraConfig(target_modules=["q_proj"], num_experts=1, num_experts_per_tok=1)
         ).merge_adapter()
     model.save_pretrained(tmp_path / "adapter")
-    opened = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    opened = PeftModel.from_pretrained(prepare_quantised(load()), tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5, rtol=1e-5)
 
