@@ -271,7 +271,8 @@ def test_becotta_learns_domain_experts_and_adapts_adapters_alone(llama):
     generator = torch.Generator().manual_seed(0)
     domain = torch.arange(16) % 4
     rows = {"input_ids": torch.randint(1, 60, (16, 5), generator=generator), "domain_ids": domain}
-    rows["labels"] = (10 + domain)[:, None].expand(-1, 5).contiguous()
+    # The task is the same everywhere: what ties experts to domains is the objective alone.
+    rows["labels"] = torch.full_like(rows["input_ids"], 10)
     found = {}
     for weight in (0.0, 10.0):
         torch.manual_seed(0)
@@ -285,12 +286,12 @@ def test_becotta_learns_domain_experts_and_adapts_adapters_alone(llama):
             layer.moe_lora_router["default"].register_forward_hook(lambda m, a, output, made=made: made.append(output))
         logits(model.eval(), rows)
         found[weight] = sum(information(decision.router_probs.view(16, 5, 4)[:, -1], domain) for decision in made)
-    assert found[10.0] > 2 * found[0.0]
+    assert found[10.0] > 2 * found[0.0] and found[10.0] > 0.3
 
     source = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     stream = {name: value for name, value in rows.items() if name != "labels"}
     accuracy = (logits(model, stream).argmax(-1) == rows["labels"]).float().mean()
-    adapter = TestTimeAdapter(model, learning_rate=1e-3, restore_prob=0.01)
+    adapter = TestTimeAdapter(model, learning_rate=1e-3, confidence=0.1, restore_prob=0.01)
     for start in (0, 8, 0, 8):
         adapter.step(**{name: value[start : start + 8] for name, value in stream.items()})
     assert (logits(model, stream).argmax(-1) == rows["labels"]).float().mean() >= accuracy - 0.05
