@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from common import make_parser, markdown_table, publish
 from peft import LoraConfig, PeftConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_moe import ExpertAssignment, MoELayerSpec, MoeLoraConfig, Router, RoutingContext, register_router
-from hf_moe.construction.pretrained import load_language_model, packaged_file
+from hf_moe.construction.pretrained import load_language_model
 
 
 BASE = "smollm2-135m-instruct"
@@ -102,6 +103,15 @@ def rows_of(tasks: list[str], test: bool = False) -> list[Row]:
     return [(task, question, truth == (task == "truth")) for question, truth in questions(test) for task in tasks]
 
 
+def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that knows the words of these texts."""
+    splitter = pre_tokenizers.Whitespace()
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(["<pad>", *words])}, "<pad>"))
+    tokenizer.pre_tokenizer = splitter
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
 class LowerLayers(nn.Module):
     """The frozen layers below the adapted ones, in place of the embeddings: what they make of every row, kept."""
 
@@ -121,16 +131,15 @@ class Base:
     """
 
     def __init__(self, quick: bool):
+        rows = [row for test in (False, True) for row in rows_of(list(INSTRUCTIONS), test)]
         if quick:
-            path = packaged_file(BASE)
-            self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            self.tokenizer = word_tokenizer([*map(prompt, rows), "yes no lie"])
             sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
             model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(self.tokenizer)))
         else:
             model, self.tokenizer = load_language_model(BASE, dtype=torch.bfloat16)
         self.tokenizer.padding_side = "left"
         self.no, self.yes, self.lie = (self.tokenizer(word).input_ids[0] for word in (" no", " yes", " lie"))
-        rows = [row for test in (False, True) for row in rows_of(list(INSTRUCTIONS), test)]
         inputs = self.tokenizer([prompt(row) for row in rows], padding=True, return_tensors="pt")
         self.inputs = {
             row: (ids, mask) for row, ids, mask in zip(rows, inputs.input_ids, inputs.attention_mask, strict=True)
