@@ -356,10 +356,11 @@ def main() -> None:
     for rows in tasks.values():
         rows |= saving_within_noise(rows)
     wide = wide_times(arguments.quick)
-    if not arguments.quick and arguments.json is None:
-        draw_curves(tasks, FOLDER / "results" / "anyexperts_curves.png")
+    if arguments.json or not arguments.quick:
+        folder = arguments.json.parent if arguments.json else FOLDER / "results"
+        draw_curves(tasks, folder / "anyexperts_curves.png")
         image = next(run for run in runs if run.name == "image")
-        draw_pictures(image.task, image.model("anyexperts", ELASTIC_FROM), FOLDER / "results")
+        draw_pictures(image.task, image.model("anyexperts", ELASTIC_FROM), folder)
     settings = {**(QUICK if arguments.quick else SETTINGS), "moe_config": MOE, "options": ANYEXPERTS}
     result = {"settings": settings, "tasks": list(TASKS), **tasks, "wide": wide}
     publish("anyexperts", arguments, result, summary_tables(tasks, wide))

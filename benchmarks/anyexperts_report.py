@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from common import markdown_table
 from PIL import Image
-from tasks import Task
+from tasks import Task, routing_of, without_labels
 
 from hf_moe.analysis.allocation import COLORS, draw_importance, draw_slot_histogram, draw_virtual_share
-from hf_moe.analysis.routing_statistics import RoutingStatistics
 from hf_moe.data.rows import open_image
 
 
@@ -185,13 +184,9 @@ def draw_curves(tasks: dict[str, Any], path: Path) -> None:
 @torch.no_grad()
 def draw_pictures(task: Task, model: Any, folder: Path) -> None:
     """Draw where a model spends its experts: over an image and its question, by modality, by layer."""
-    model.eval()
-    found = RoutingStatistics()
-    for batches in task.test.values():
-        for batch in batches:
-            found.update(model(**batch, output_routing=True, logits_to_keep=1).routing)
+    found = routing_of(model, (batch for batches in task.test.values() for batch in batches))
     batch = next(iter(task.test.values()))[0]
-    routing = model(**batch, output_routing=True, logits_to_keep=1).routing
+    routing = model(**without_labels(batch), output_routing=True, logits_to_keep=1).routing
     tokens = task.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
     picture = open_image(task.examples[0]["images"][0])
     drawn = [

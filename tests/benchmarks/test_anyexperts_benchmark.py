@@ -59,6 +59,8 @@ def test_the_quick_benchmark_writes_the_named_keys_and_reads_what_it_finished(tm
         assert budgets == sorted(budgets)
     wide = {row["contestant"]: row["real_experts_per_token"] for row in result["wide"]}
     assert wide["top_k"] == 4.0 and abs(wide["anyexperts"] - 3.6) < 0.1
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {f"anyexperts_{name}" for name in ("curves", "importance", "slots", "virtual")}
 
     finished = sorted((tmp_path / "runs").rglob("result.json"))
     before = {path: path.stat().st_mtime_ns for path in finished}
