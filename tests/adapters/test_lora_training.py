@@ -137,7 +137,16 @@ def test_a_bfloat16_base_keeps_the_adapter_in_float32(llama, text):
     output.loss.backward()
 
 
-def test_trl_trains_the_experts_and_nothing_else(llama, tmp_path):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"experts": "ia3", "router": "sequence", "router_input": "model", "target_modules": ["v_proj", "down_proj"]},
+        {"ffn_experts": True, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    ],
+    ids=["lora", "ia3", "ffn"],
+)
+def test_trl_trains_the_experts_and_nothing_else(llama, tmp_path, fields):
     words = {word: index for index, word in enumerate("<pad> <unk> <s> </s> a b c d".split())}
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -147,7 +156,7 @@ def test_trl_trains_the_experts_and_nothing_else(llama, tmp_path):
     arguments = SFTConfig(
         tmp_path, max_steps=2, learning_rate=0.05, save_strategy="no", report_to="none", use_cpu=True, bf16=False
     )
-    config = MoeLoraConfig(target_modules=TARGETS)
+    config = MoeLoraConfig(**{"target_modules": TARGETS, **fields})
     trainer = SFTTrainer(llama(), arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()

@@ -16,7 +16,6 @@ from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-@register_router("test_fixed_mixture")
 class FixedMixtureRouter(Router):
     """The same learned mixture for every token."""
 
@@ -30,7 +29,6 @@ class FixedMixtureRouter(Router):
         return ExpertAssignment(index, weight, self.spec.num_experts)
 
 
-@register_router("test_by_word")
 class ByWordRouter(Router):
     """Expert of a word, by its number."""
 
@@ -38,6 +36,13 @@ class ByWordRouter(Router):
         words = context.modality_ids if context.input_ids is None else context.input_ids
         index = words.reshape(-1, 1) % self.spec.num_experts
         return ExpertAssignment(index, torch.ones_like(index, dtype=torch.float32), self.spec.num_experts)
+
+
+@pytest.fixture(autouse=True)
+def own_routers():
+    """Registered for each test alone: what a registry holds is bundled, and a test file cannot be."""
+    register_router("test_fixed_mixture")(FixedMixtureRouter)
+    register_router("test_by_word")(ByWordRouter)
 
 
 def adapt(model, **fields):

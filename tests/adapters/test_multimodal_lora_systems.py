@@ -110,6 +110,28 @@ def test_perft_routed_leaves_the_choice_of_the_host_alone(text, randomise):
     assert torch.equal(chosen[0], chosen[1])
 
 
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_perft_routed_shifts_tasks_further_than_one_adapter_of_equal_active_rank(seed):
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.stack([torch.randperm(40, generator=generator) + 10 for _ in range(4)])
+    losses = {}
+    for variant, fields in (("R", {"num_experts": 4, "num_experts_per_tok": 1}), ("S", {})):
+        model = adapt(moe_host("mixtral"), "perft", variant=variant, r=4, lora_alpha=8, lora_dropout=0.0, **fields)
+        optimizer = torch.optim.Adam(trainable(model).values(), lr=0.02)
+        draws = torch.Generator().manual_seed(seed)
+        for _ in range(50):
+            task, word = torch.randint(0, 4, (64,), generator=draws), torch.randint(0, 40, (64,), generator=draws)
+            ids = torch.stack([task + 1, word + 10, words[task, word]], dim=1)
+            labels = ids.clone()
+            labels[:, :2] = -100
+            loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses[variant] = loss.item()
+    assert losses["R"] < losses["S"]
+
+
 def test_soft_adapters_mix_slots_in_a_vision_tower(vit, randomise):
     pixels = {"pixel_values": torch.randn(2, 3, 16, 16)}
     base = logits(vit(), pixels)

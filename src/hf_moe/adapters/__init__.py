@@ -3,6 +3,7 @@
 from peft.utils import register_peft_method
 
 from .adaptation import TestTimeAdapter
+from .alignment import gromov_wasserstein_init
 from .assembly import assemble_lora_experts
 from .checkpoints import accept_saved_type
 from .config import MoeLoraConfig
@@ -23,6 +24,7 @@ __all__ = [
     "TestTimeAdapter",
     "assemble_lora_experts",
     "find_centroids",
+    "gromov_wasserstein_init",
     "intuition",
     "list_systems",
     "routing_inputs",

@@ -13,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
+from .decisions import check_decision
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards
 from .frozen import FrozenExperts
-from .layer import Linear, MoeLoraLayer, check_decision
+from .layer import Linear, MoeLoraLayer
 from .objectives import install_hooks, tuner_layers
 from .routers import HostRouter, PooledRouter, SoftMoaRouter
 from .routing import (

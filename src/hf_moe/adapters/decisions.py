@@ -1,0 +1,62 @@
+"""How a target comes to the decision of its router, and which decisions its experts can run."""
+
+from typing import Any
+
+import torch
+
+from ..modeling.routing import Decision, ExpertAssignment, Router, RoutingContext, SlotMixture
+from .experts import ExpertKind
+from .low_rank import ExpertSlots, MixedSlots
+from .routers import PooledRouter
+from .routing import AdapterContext, LayerRun, TokenlessContext
+
+
+def decide(
+    router: Router, hidden_states: torch.Tensor, run: LayerRun | None, adapter_name: str
+) -> ExpertSlots | MixedSlots:
+    """Return a router's decision for hidden states (..., d), and record it for the objectives."""
+    context: RoutingContext
+    root: AdapterContext | None = None if run is None else run.context
+    known = root is not None and root.tokens.token_mask.numel() == hidden_states[..., 0].numel()
+    if known:
+        context = root.of(adapter_name)  # type: ignore[union-attr]
+    else:
+        context = TokenlessContext(hidden_states)
+        if isinstance(router, PooledRouter) and hidden_states.dim() < 3:
+            raise ValueError(
+                f"{type(router).__name__} pools the tokens of a sequence, and a target got those of all sequences "
+                "in one row: choose a router that decides token by token, or leave this target out."
+            )
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, d)
+    decision = router(tokens, context)
+    if isinstance(decision, ExpertAssignment):
+        decision = decision.drop(~context.tokens("token_mask", tokens.device))
+    if known:
+        context.decisions[router.spec.layer_idx] = decision
+    return as_slots(decision)
+
+
+def as_slots(decision: Decision, device: torch.device | None = None) -> ExpertSlots | MixedSlots:
+    """Return a decision in the form that experts take, on `device` if it is given."""
+    if isinstance(decision, SlotMixture):
+        return MixedSlots(decision)
+    return ExpertSlots(decision, device)  # type: ignore[arg-type]
+
+
+def check_decision(decision: Any, experts: ExpertKind) -> None:
+    """Refuse what the experts of a target cannot run.
+
+    Raises:
+        ValueError: if the router mixes tokens or parameters in place of assigning experts, or uses identity experts.
+    """
+    if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
+        return
+    if not isinstance(decision, ExpertAssignment):
+        raise ValueError(
+            f"LoRA experts need a router that assigns experts to tokens, this one returns a {type(decision).__name__}."
+        )
+    if decision.identity_weight is not None:
+        raise ValueError(
+            "LoRA experts cannot run a router with experts that return their input: the input and the output of a "
+            "linear layer differ in width. Choose another router."
+        )
