@@ -87,6 +87,22 @@ def test_a_pooled_gate_is_the_same_with_a_cache(llama, text, randomise, fields):
     assert torch.equal(cached, model.generate(**inputs, use_cache=False, **options))
 
 
+def test_a_pooled_gate_reads_images_in_our_own_models_with_a_cache(own_model, image_rows, randomise):
+    model = adapt(own_model(), target_modules=r".*language_model.*(q_proj|v_proj)", router="sequence")
+    randomise(model)
+    image_rows["attention_mask"][:] = 1
+    whole = logits(model, image_rows)
+    with torch.no_grad():
+        first = {name: image_rows[name][:, :8] for name in ("input_ids", "attention_mask")}
+        cache = model(**first, pixel_values=image_rows["pixel_values"], use_cache=True).past_key_values
+        last = model(
+            input_ids=image_rows["input_ids"][:, 8:],
+            attention_mask=image_rows["attention_mask"],
+            past_key_values=cache,
+        ).logits
+    torch.testing.assert_close(last, whole[:, 8:], atol=1e-5, rtol=1e-5)
+
+
 def test_a_cache_without_the_memory_of_a_pooled_router_is_refused(llama, text):
     model = adapt(llama(), router="sequence")
     with torch.no_grad(), model.disable_adapter():
