@@ -23,15 +23,19 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def forget_registered_mechanisms():
-    """Forget the mechanisms that a test registers from outside the package; the package's own stay once imported."""
+def forget_later():
+    """Forget the mechanisms that are registered from outside the package from now on; its own stay once imported."""
     before = {kind: set(registry.registered(kind)) for kind in registry.KINDS}
     yield
     for kind, known in before.items():
         for name, cls in registry.registered(kind).items():
             if name not in known and not cls.__module__.startswith("hf_moe."):
                 del registry._REGISTERED[kind][name]
+
+
+# What a test registers is forgotten after it, what a fixture of a module does after the module.
+forget_after_test = pytest.fixture(autouse=True)(forget_later)
+forget_after_module = pytest.fixture(autouse=True, scope="module")(forget_later)
 
 
 @pytest.fixture

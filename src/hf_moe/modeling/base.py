@@ -1,7 +1,7 @@
 """The base of the model's classes: loading, initialisation and what Transformers may do with them."""
 
 import importlib
-import importlib.util
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class HfMoePreTrainedModel(PreTrainedModel):
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         # LoRA experts are a PEFT method of the package, which PEFT knows once it is imported; no model needs it.
-        if importlib.util.find_spec("hf_moe") is not None:
+        with suppress(ImportError):
             importlib.import_module("hf_moe.adapters")
         return super().load_adapter(*args, **kwargs)
 
