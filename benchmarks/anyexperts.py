@@ -59,7 +59,7 @@ ADAMOE_SLOTS = 6
 ELASTIC_FROM = 0.9
 ELASTIC = (0.6, 0.75, 1.0, 1.25)
 # Some 800 tokens a step in every task.
-BATCH_SIZES = {"image": 24, "text_dense": 16, "text": 12}
+BATCH_SIZES = {"image": 32, "text_dense": 16, "text": 12}
 SETTINGS = {"base_steps": 250, "steps": 120, "learning_rate": 2e-3, "importance_scale": 5.0}
 QUICK = {**SETTINGS, "base_steps": 3, "steps": 2}
 # (tokens, hidden, expert width, experts, layers): experts as wide as those of small models in use.
@@ -165,7 +165,7 @@ def set_threshold(model: Any, task: Task, wanted: float) -> None:
 
 def bisect(use: Callable[[float], float], wanted: float, low: float, high: float) -> None:
     """Leave `use`, which grows with its argument, called with the argument that gives the wanted value."""
-    for _ in range(12):
+    for _ in range(10):
         middle = (low + high) / 2
         low, high = (middle, high) if use(middle) < wanted else (low, middle)
 
@@ -276,7 +276,7 @@ def timed(
         train_only(model, PARTS)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         steps[name] = partial(step, model.train(), torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True))
-    repetitions = 1 if quick else 7
+    repetitions = 1 if quick else 5
     times = {"step_seconds": interleaved_ms(steps, repetitions)}
     prefills = {name: partial(prefill, model.eval()) for name, model in models.items()}
     times["prefill_seconds"] = interleaved_ms(prefills, repetitions)
@@ -355,7 +355,8 @@ def main() -> None:
     tasks = {task: task_rows([run for run in runs if run.name == task]) for task in TASKS}
     for rows in tasks.values():
         rows |= saving_within_noise(rows)
-    wide = wide_times(arguments.quick)
+    wide_settings = {"sizes": QUICK_WIDE if arguments.quick else WIDE, "options": ANYEXPERTS, "moe_config": MOE}
+    wide = read_or_run(root / "wide", wide_settings, lambda folder: {"rows": wide_times(arguments.quick)})["rows"]
     if arguments.json or not arguments.quick:
         folder = arguments.json.parent if arguments.json else FOLDER / "results"
         draw_curves(tasks, folder / "anyexperts_curves.png")

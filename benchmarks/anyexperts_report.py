@@ -200,4 +200,4 @@ def draw_pictures(task: Task, model: Any, folder: Path) -> None:
 
 def shrink(path: Path) -> None:
     """Keep few colours: the pictures are committed."""
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(192).save(path, optimize=True)

@@ -41,6 +41,7 @@ def task_rows(metric, by_budget):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_quick_benchmark_writes_the_named_keys_and_reads_what_it_finished(tmp_path):
     target = tmp_path / "anyexperts.json"
     command = [sys.executable, "benchmarks/anyexperts.py", "--quick", "--json", target, "--runs", tmp_path / "runs"]
