@@ -65,6 +65,7 @@ QUICK = {**SETTINGS, "base_steps": 3, "steps": 2}
 # (tokens, hidden, expert width, experts, layers): experts as wide as those of small models in use.
 WIDE = (1024, 576, 1536, 8, 4)
 QUICK_WIDE = (64, 64, 96, 8, 2)
+REPETITIONS, WIDE_REPETITIONS = 11, 5
 PARTS = ("connector", "routers", "experts", "embeddings", "backbone")
 
 
@@ -241,12 +242,15 @@ class Runs:
         """Return the seconds of a training step and of a prefill of every model, interleaved."""
 
         def run(folder: Path) -> dict[str, Any]:
+            repetitions = 1 if self.quick else REPETITIONS
             models = {f"{name}-{budget}": self.model(name, budget) for name, budget in self.contestants()}
             train_rows = [self.task.train[index] for index in range(BATCH_SIZES[self.name])]
             prompts = next(iter(self.task.test.values()))[0]
-            return timed(models, self.task.collate(train_rows), without_labels(prompts), autocast, self.quick)
+            return timed(models, self.task.collate(train_rows), without_labels(prompts), autocast, repetitions)
 
-        return read_or_run(self.folder / "times", {**self.common, "budgets": self.budgets}, run)
+        return read_or_run(
+            self.folder / "times", {**self.common, "budgets": self.budgets, "repetitions": REPETITIONS}, run
+        )
 
 
 @cache
@@ -255,7 +259,7 @@ def cached_task(name: str, quick: bool) -> Task:
 
 
 def timed(
-    models: dict[str, Any], batch: dict, prompts: dict, cast: Callable, quick: bool
+    models: dict[str, Any], batch: dict, prompts: dict, cast: Callable, repetitions: int
 ) -> dict[str, dict[str, float]]:
     """Time whole training steps and prefills of models side by side; the weights stay as they are."""
 
@@ -276,7 +280,6 @@ def timed(
         train_only(model, PARTS)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         steps[name] = partial(step, model.train(), torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True))
-    repetitions = 1 if quick else 5
     times = {"step_seconds": interleaved_ms(steps, repetitions)}
     prefills = {name: partial(prefill, model.eval()) for name, model in models.items()}
     times["prefill_seconds"] = interleaved_ms(prefills, repetitions)
@@ -309,8 +312,15 @@ def wide_times(quick: bool) -> list[dict[str, Any]]:
             layer.gate.float()
         real = real_experts(routing_of(model, [batch]))
         rows[key] = {"contestant": name, "budget": budget, "real_experts_per_token": round(real, 4)}
-    seconds = timed(models, {**batch, "labels": batch["input_ids"]}, batch, nullcontext, quick)
+    seconds = timed(
+        models, {**batch, "labels": batch["input_ids"]}, batch, nullcontext, 1 if quick else WIDE_REPETITIONS
+    )
     return [{**rows[key], **seconds[key]} for key in rows]
+
+
+def wide_rows(root: Path, quick: bool) -> list[dict[str, Any]]:
+    settings = {"sizes": QUICK_WIDE if quick else WIDE, "options": ANYEXPERTS, "moe_config": MOE}
+    return read_or_run(root / "wide", settings, lambda folder: {"rows": wide_times(quick)})["rows"]
 
 
 def spend(model: Any, batch: dict[str, torch.Tensor], wanted: float) -> None:
@@ -355,8 +365,7 @@ def main() -> None:
     tasks = {task: task_rows([run for run in runs if run.name == task]) for task in TASKS}
     for rows in tasks.values():
         rows |= saving_within_noise(rows)
-    wide_settings = {"sizes": QUICK_WIDE if arguments.quick else WIDE, "options": ANYEXPERTS, "moe_config": MOE}
-    wide = read_or_run(root / "wide", wide_settings, lambda folder: {"rows": wide_times(arguments.quick)})["rows"]
+    wide = wide_rows(root, arguments.quick)
     if arguments.json or not arguments.quick:
         folder = arguments.json.parent if arguments.json else FOLDER / "results"
         draw_curves(tasks, folder / "anyexperts_curves.png")
