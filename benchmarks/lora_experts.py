@@ -5,11 +5,14 @@
 
 A number is the median of a whole training step (forward, backward, AdamW) of a two-layer decoder with an adapter on
 all seven linear layers. Every token uses two experts; the router is shared by the targets of a layer. The loop is the
-same adapter with the experts computed one after the other, each over the tokens that chose it.
+same adapter with the experts computed one after the other, each over the tokens that chose it. X-LoRA is PEFT's own,
+on as many adapters of the same rank, which train with its classifier; it runs the model twice and every adapter on
+every token, and is left out beyond 16.
 """
 
 from collections.abc import Callable
 from functools import partial
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
@@ -29,7 +32,8 @@ SIZES = (8, 576, 1536, 8)
 QUICK_SIZES = (1, 64, 96, 8)
 EXPERTS = (4, 16, 64)
 DTYPES = ("float32", "bfloat16")
-CONTESTANTS = ("moe_lora", "lora_equal_active", "lora_equal_total", "loop")
+CONTESTANTS = ("moe_lora", "lora_equal_active", "lora_equal_total", "loop", "x_lora")
+MOST_X_LORA = 16
 
 
 def looped(
@@ -57,9 +61,18 @@ def build_model(config: PeftConfig, hidden: int, intermediate: int, dtype: str) 
             num_attention_heads=hidden // 32,
             num_key_value_heads=hidden // 32,
             vocab_size=4096,
+            use_cache=False,
         )
     )
     return get_peft_model(base.to(getattr(torch, dtype)), config, autocast_adapter_dtype=False).train()
+
+
+def build_x_lora(build: Callable[[PeftConfig], nn.Module], hidden: int, rank: int, experts: int) -> nn.Module:
+    """Return the decoder with PEFT's X-LoRA over adapters that have been saved before, as it wants them."""
+    with TemporaryDirectory() as folder:
+        build(LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(folder)
+        options = {"task_type": "CAUSAL_LM", "use_trainable_adapters": True}
+        return build(MoeLoraConfig.from_system("x_lora", hidden_size=hidden, adapters=[folder] * experts, **options))
 
 
 def make_step(model: nn.Module, input_ids: torch.Tensor) -> Callable[[], None]:
@@ -101,11 +114,13 @@ def measure(sizes: tuple[int, int, int, int], experts: int, dtype: str, seeds: i
         torch.manual_seed(seed)
         input_ids = torch.randint(0, 4096, (rows, 256))
         steps = [make_step(model, input_ids) for model in models]
-        runs = dict(zip(CONTESTANTS, [*steps, partial(in_a_loop, steps[0])], strict=True))
+        runs = dict(zip(CONTESTANTS[:-1], [*steps, partial(in_a_loop, steps[0])], strict=True))
+        if experts <= MOST_X_LORA:
+            runs["x_lora"] = make_step(build_x_lora(build, hidden, rank, experts), input_ids)
         for name, values in interleaved_ms(runs, repetitions).items():
             times[name].extend(values)
     facts = {"experts": experts, "rank": rank, "active_rank": TOP_K * rank, "tokens": 256 * rows, "dtype": dtype}
-    return {**facts, **{f"{name}_ms": median(values) for name, values in times.items()}}
+    return {**facts, **{f"{name}_ms": median(values) for name, values in times.items() if values}}
 
 
 def table_row(row: dict, rows: list[dict]) -> dict:
@@ -118,6 +133,7 @@ def table_row(row: dict, rows: list[dict]) -> dict:
         "/ LoRA of equal active rank": row["moe_lora_ms"] / row["lora_equal_active_ms"],
         "/ LoRA of equal total rank": row["moe_lora_ms"] / row["lora_equal_total_ms"],
         "/ loop": row["moe_lora_ms"] / row["loop_ms"],
+        "/ X-LoRA": row["moe_lora_ms"] / row["x_lora_ms"] if "x_lora_ms" in row else "",
         f"/ itself at {fewest['experts']} experts": row["moe_lora_ms"] / fewest["moe_lora_ms"],
     }
 
