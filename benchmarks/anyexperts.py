@@ -1,6 +1,6 @@
 """AnyExperts against fixed top-k, AdaMoE and dynamic top-p on three real tasks, by the real experts a token uses.
 
-    python benchmarks/anyexperts.py --seeds 3            # all of it, an hour or two on one core
+    python benchmarks/anyexperts.py --seeds 3            # all of it, half an hour on one core
     python benchmarks/anyexperts.py --quick              # small sizes, no download
 
 Per task and seed one top-4 model is trained at a constant learning rate; every contestant continues from it, on the
