@@ -18,6 +18,7 @@ from hf_moe.adapters import (
     update_similarities,
 )
 from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.analysis.experts import expert_redundancy
 
 
 SIZES = {
@@ -182,6 +183,24 @@ def test_partial_lora_leaves_text_bit_identical(own_model, image_rows, text):
     train(model.train(), image_rows, steps=3)
     assert torch.equal(logits(model.eval(), text), before)
     assert (logits(model, image_rows) - before_images).abs().max() > 0.01
+
+
+def test_partial_lora_takes_up_redundant_experts_for_images_alone(own_model, image_rows, text):
+    base = own_model()
+    with torch.no_grad():
+        for stack in base.moe_layers()[1].experts.parameters():
+            stack.copy_(stack[:1] + 0.02 * torch.randn(stack.shape, generator=torch.Generator().manual_seed(0)))
+    model = adapt(base, "moe_redundancy_plora", target_modules=r".*language_model.*(q_proj|v_proj)")
+    image, real = image_rows["input_ids"] == 60, text["attention_mask"].bool()
+
+    def redundancy():
+        return expert_redundancy(model, image_rows, image)[1], expert_redundancy(model, text, real)[1]
+
+    before = redundancy()
+    train(model.train(), image_rows, steps=10, learning_rate=0.02)
+    after = redundancy()
+    assert before[0] > 0.9 and after[0] < before[0] - 0.1
+    assert after[1] == before[1]
 
 
 @pytest.fixture

@@ -5,7 +5,13 @@ import torch
 from transformers import LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
-from hf_moe.analysis.experts import expert_similarity, mean_similarity, modality_divergence, shuffle_test
+from hf_moe.analysis.experts import (
+    expert_redundancy,
+    expert_similarity,
+    mean_similarity,
+    modality_divergence,
+    shuffle_test,
+)
 from hf_moe.analysis.routing_statistics import RoutingStatistics
 
 
@@ -51,6 +57,38 @@ def test_one_expert_turned_round_is_found(batch):
     expected = torch.ones(4, 4)
     expected[2], expected[:, 2], expected[2, 2] = -1, -1, 1
     torch.testing.assert_close(outputs, expected)
+
+
+def test_redundancy_is_one_for_copies_and_zero_for_experts_that_write_to_different_dimensions(batch):
+    model = model_of(num_shared_experts=1)
+    real = batch["attention_mask"].bool()
+    fresh = expert_similarity(model, batch)
+    for layer, found in expert_redundancy(model, batch, real).items():
+        assert found == pytest.approx(mean_similarity(fresh[layer]["outputs"]), abs=1e-6)
+    replicate(model)
+    first, second = (layer.experts.down_proj for layer in model.moe_layers().values())
+    with torch.no_grad():
+        for expert in range(4):
+            first[expert, torch.arange(32) // 8 != expert] = 0.0  # a quarter each
+            second[expert, torch.arange(32) // 16 != expert // 2] = 0.0  # two copies of each half
+    found = expert_redundancy(model, batch, real)
+    assert found == {0: pytest.approx(0.0, abs=1e-6), 1: pytest.approx(1 / 3, abs=1e-6)}
+    replicate(model)
+    assert expert_redundancy(model, batch, real) == {0: pytest.approx(1.0), 1: pytest.approx(1.0)}
+    assert not any(layer.experts._forward_hooks for layer in model.moe_layers().values())
+    with pytest.raises(ValueError, match="names none"):
+        expert_redundancy(model, batch, torch.zeros_like(real))
+
+
+def test_redundancy_counts_the_named_tokens_alone(batch):
+    model = model_of()
+    first = torch.zeros(4, 12, dtype=torch.bool)
+    first[1, :6] = True
+    second = torch.zeros_like(first)
+    second[1, 6:] = True
+    halves = [expert_redundancy(model, batch, mask)[1] for mask in (first, second)]
+    assert abs(halves[0] - halves[1]) > 1e-4
+    assert expert_redundancy(model, batch, first | second)[1] == pytest.approx(sum(halves) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("router", ["top_k", "evomoe_dtr"])

@@ -4,7 +4,7 @@ The shuffle test permutes the columns of every router: where experts are interch
 Source of the test: EvoMoE, arXiv:2505.23830.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,14 +39,7 @@ def output_similarity(layer: MoELayer, hidden_states: torch.Tensor) -> torch.Ten
     Raises:
         ValueError: if the experts are no single bank of feed-forwards.
     """
-    experts = _bank(layer)
-    outputs = []
-    for expert in range(experts.num_experts):
-        index = torch.full((len(hidden_states), 1), expert, device=hidden_states.device)
-        assignment = ExpertAssignment(index, torch.ones_like(index, dtype=hidden_states.dtype), experts.num_experts)
-        outputs.append(F.normalize(experts(hidden_states, assignment).float(), dim=-1))
-    stacked = torch.stack(outputs)  # (E, T, d)
-    return (torch.einsum("etd,ftd->ef", stacked, stacked) / len(hidden_states)).cpu()
+    return _output_cosines(_bank(layer), hidden_states, layer.spec.num_experts)
 
 
 @torch.no_grad()
@@ -72,6 +65,46 @@ def expert_similarity(model: Any, batch: dict[str, torch.Tensor]) -> dict[int, d
         tokens = seen[index][routing.tokens("token_mask", seen[index].device)]
         result[index] = {"weights": weight_similarity(layer), "outputs": output_similarity(layer, tokens)}
     return result
+
+
+@torch.no_grad()
+def expert_redundancy(model: Any, batch: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[int, float]:
+    """Return, by layer, the mean cosine between the outputs of two experts on the same tokens.
+
+    1 where all experts do the same, so that all but one are spare. What adapters add to the experts counts as well, as
+    it does for these tokens in the forward pass.
+
+    Source: Exploiting Mixture-of-Experts Redundancy Unlocks Multimodal Generative Abilities, arXiv:2503.22517.
+
+    Args:
+        batch: keyword arguments of a forward pass.
+        tokens (`torch.Tensor` of shape `(B, S)`, bool): the tokens compared on, such as those of one modality.
+
+    Raises:
+        ValueError: if `tokens` names none.
+    """
+    if not tokens.any():
+        raise ValueError("tokens names none to compare the experts on: give a mask (B, S) with some that are True.")
+    found: dict[int, float] = {}
+
+    def measure(layer: MoELayer) -> Any:
+        # Within the forward pass, where the routers of adapters know the modality of the tokens.
+        def hook(experts: Any, args: tuple[torch.Tensor, ExpertAssignment], output: torch.Tensor) -> None:
+            kept = tokens.flatten().to(args[0].device)
+            found[layer.layer_idx] = mean_similarity(
+                _output_cosines(experts.forward, args[0], layer.spec.num_experts, kept)
+            )
+
+        return hook
+
+    layers = model.moe_layers().values()
+    handles = [layer.experts.register_forward_hook(measure(layer)) for layer in layers]
+    try:
+        model.eval()(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def mean_similarity(matrix: torch.Tensor) -> float:
@@ -148,6 +181,19 @@ def _mean_loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
         total += (outputs.loss - outputs.aux_loss).item() * count
         labels += count
     return total / max(labels, 1)
+
+
+def _output_cosines(
+    experts: Callable[..., torch.Tensor], hidden_states: torch.Tensor, num_experts: int, kept: Any = slice(None)
+) -> torch.Tensor:
+    """Return the cosines (E, E) between the outputs of experts, averaged over the tokens `kept` of (T, d)."""
+    outputs = []
+    for expert in range(num_experts):
+        index = torch.full((len(hidden_states), 1), expert, device=hidden_states.device)
+        assignment = ExpertAssignment(index, torch.ones_like(index, dtype=hidden_states.dtype), num_experts)
+        outputs.append(F.normalize(experts(hidden_states, assignment)[kept].float(), dim=-1))
+    stacked = torch.stack(outputs)  # (E, T, d)
+    return (torch.einsum("etd,ftd->ef", stacked, stacked) / stacked.shape[1]).cpu()
 
 
 def _bank(layer: MoELayer) -> FfnExperts:
