@@ -1,0 +1,26 @@
+"""The cards in `model_cards/` state only what was measured, and say how to make the checkpoint."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_moe.hub.evaluation import check_evaluation, read_evaluation
+from hf_moe.training.recipe import recipe_names
+
+
+FOLDERS = sorted(path.parent for path in (Path(__file__).resolve().parents[2] / "model_cards").glob("*/README.md"))
+
+
+def test_every_recipe_has_its_card():
+    assert [folder.name for folder in FOLDERS] == sorted(recipe_names())
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_number_of_a_card_has_its_file(folder):
+    check_evaluation(folder)
+    card = ModelCard.load(folder / "README.md")
+    accuracy = read_evaluation(folder)["accuracy"]
+    assert f"| all | {accuracy:.4f} |" in card.text
+    assert card.data.eval_results[0].metric_value == accuracy
+    assert (folder / "routing.png").is_file()
