@@ -164,14 +164,16 @@ def test_trl_trains_the_experts_and_nothing_else(llama, tmp_path, fields):
         assert torch.equal(parameter, start[name]) != ("moe_lora_" in name), name
 
 
-def test_trainer_resumes_to_the_same_adapter(llama, tmp_path):
+@pytest.mark.parametrize("experts", ["lora", "ia3", "bottleneck"])
+def test_trainer_resumes_to_the_same_adapter(llama, tmp_path, experts):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(1, 60, (8, 6), generator=generator).tolist()
     rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
 
     def run(folder, resume=None):
         torch.manual_seed(5)
-        model = adapt(llama(), router={"name": "deepseek_v3"})
+        targets = ["v_proj", "down_proj"]
+        model = adapt(llama(), experts=experts, router={"name": "deepseek_v3"}, target_modules=targets)
         arguments = TrainingArguments(
             tmp_path / folder,
             per_device_train_batch_size=2,
