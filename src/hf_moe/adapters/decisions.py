@@ -17,9 +17,10 @@ def decide(
     """Return a router's decision for hidden states (..., d), and record it for the objectives."""
     context: RoutingContext
     root: AdapterContext | None = None if run is None else run.context
-    known = root is not None and root.tokens.token_mask.numel() == hidden_states[..., 0].numel()
-    if known:
-        context = root.of(adapter_name)  # type: ignore[union-attr]
+    if root is not None and root.tokens.token_mask.numel() != hidden_states[..., 0].numel():
+        root = None  # it tells of other tokens than these
+    if root is not None:
+        context = root.of(adapter_name)
     else:
         context = TokenlessContext(hidden_states)
         if isinstance(router, PooledRouter) and hidden_states.dim() < 3:
@@ -31,7 +32,7 @@ def decide(
     decision = router(tokens, context)
     if isinstance(decision, ExpertAssignment):
         decision = decision.drop(~context.tokens("token_mask", tokens.device))
-    if known:
+    if root is not None:
         context.decisions[router.spec.layer_idx] = decision
     return as_slots(decision)
 

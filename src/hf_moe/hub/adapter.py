@@ -53,7 +53,8 @@ def check_base(config: dict[str, Any]) -> None:
     base = config.get("base_model_name_or_path")
     try:
         known = base is not None and base.count("/") == 1 and not Path(base).is_dir()
-        validate_repo_id(base) if known else None
+        if known:
+            validate_repo_id(base)
     except HFValidationError:
         known = False
     if not known:
