@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from hf_moe import MoeLoraConfig
-from hf_moe.hub.adapter import check_base, set_base
+from hf_moe.hub.adapter import set_base
 from hf_moe.hub.push import push_checkpoint
 
 
@@ -125,9 +125,3 @@ def test_an_adapter_of_peft_itself_needs_no_import_of_ours(llama, tmp_path):
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     set_base(tmp_path, "someone/tiny-llama")
     assert "hf_moe" not in push_checkpoint(tmp_path, "someone/adapter", dry_run=True).snippet
-
-
-@pytest.mark.parametrize("base", [None, "tiny-llama", "/data/models/base", "../base", "a/b/c", "user/na me"])
-def test_what_is_no_repository_on_the_hub_is_no_base(base):
-    with pytest.raises(ValueError, match="id on the Hub"):
-        check_base({"base_model_name_or_path": base})

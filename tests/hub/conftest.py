@@ -7,6 +7,7 @@ import pytest
 from hub_checkpoints import tiny_config, tiny_model, tiny_processor
 from hub_server import OWNER_TOKEN, HubServer
 from huggingface_hub import constants
+from transformers.utils import hub as transformers_hub
 
 
 CARD = """\
@@ -33,6 +34,8 @@ def running_hub(folder):
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        # Transformers keeps the client that it made first, with that one's address.
+        patch.setattr(transformers_hub, "_hf_api", None)
         patch.setenv("HF_TOKEN", OWNER_TOKEN)
         yield server
 

@@ -1,7 +1,6 @@
 """Configuration of the LoRA experts."""
 
 import json
-import os
 import warnings
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -12,12 +11,13 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from ..configuration.configuration_hf_moe import unknown_name_message
+from ..hub.adapter import check_base, is_path
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
-from .checkpoints import write_saved_type
+from .checkpoints import is_saved_for_a_push, write_saved_type
 from .experts import EXPERT_KINDS
 from .routers import ADAPTER_ROUTERS
 from .systems import load_system
@@ -186,15 +186,22 @@ class MoeLoraConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        base = self.base_model_name_or_path
-        if base and os.path.isdir(base):
-            warnings.warn(
-                f"The adapter's config names its base by a folder of this machine, {base!r}, which nobody else has: "
-                "set its base_model_name_or_path to a repository on the Hub before you share the adapter.",
-                stacklevel=2,
-            )
+        """Write the config, with a warning where the base is a folder of this machine.
+
+        Raises:
+            ValueError: if the folder is saved for a push, and nobody else could load the base; it is complete then.
+        """
         super().save_pretrained(save_directory, **kwargs)
         write_saved_type(save_directory, MOE_LORA.value)
+        base = self.base_model_name_or_path
+        if is_saved_for_a_push():
+            check_base(base)
+        elif base and is_path(base):
+            warnings.warn(
+                f"The adapter's config names its base by a folder of this machine, {base!r}, which nobody else has: "
+                "name it by its id on the Hub, with set_base of hf_moe.hub.adapter, before you share the adapter.",
+                stacklevel=2,
+            )
 
     def scaling(self, alpha: int, rank: int) -> float:
         """Return the factor s of experts with this alpha and rank."""

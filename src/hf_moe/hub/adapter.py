@@ -34,7 +34,7 @@ def needed_files(folder: Path) -> Iterator[str]:
     Raises:
         ValueError: if its base is no repository on the Hub.
     """
-    check_base(read_config(folder))
+    check_base(read_config(folder).get("base_model_name_or_path"))
     yield "adapter_model.safetensors"
     yield "README.md"
 
@@ -44,32 +44,56 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
-def check_base(config: dict[str, Any]) -> None:
+def is_path(base: str) -> bool:
+    """Whether the name of a base is a path, of this machine or of another one, and no id on the Hub."""
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return True
+    return Path(base).is_dir()
+
+
+def check_base(base: str | None) -> None:
     """Refuse an adapter whose base nobody else could find.
 
     Raises:
         ValueError: if the base is missing, or no `user/name`.
     """
-    base = config.get("base_model_name_or_path")
-    try:
-        known = base is not None and base.count("/") == 1 and not Path(base).is_dir()
-        if known:
-            validate_repo_id(base)
-    except HFValidationError:
-        known = False
-    if not known:
+    if not base or "/" not in base or is_path(base):
         raise ValueError(
-            f"The adapter's base model is {base!r}, which nobody else can load. Push the base first and name it: set "
-            f"base_model_name_or_path to its id on the Hub (user/name) in {CONFIG_FILE}, and base_model in the card."
+            f"The adapter's base model is {base!r}, which nobody else can load. Push the base first, then name it by "
+            'its id on the Hub: `set_base(adapter, "user/name")` of hf_moe.hub.adapter, where adapter is the model or '
+            "its saved folder, sets base_model_name_or_path in the config, and base_model in the card."
         )
 
 
-def set_base(folder: Path, repo_id: str, revision: str | None = None) -> None:
-    """Name the base of a saved adapter by its id on the Hub, in the config and in the card."""
+def set_base(adapter: Any, repo_id: str, revision: str | None = None) -> None:
+    """Name the base of an adapter by its id on the Hub, in the config and in the card.
+
+    Args:
+        adapter: the folder of a saved one, or a model with adapters.
+        repo_id: `user/name`.
+        revision: the commit of the base.
+
+    Raises:
+        ValueError: if `repo_id` is no `user/name`.
+    """
+    check_base(repo_id)
+    if not isinstance(adapter, str | Path):
+        # `hf-moe push` reads this file, and does without torch.
+        from transformers import PreTrainedModel
+
+        for peft_config in adapter.peft_config.values():
+            peft_config.base_model_name_or_path, peft_config.revision = repo_id, revision
+        base = adapter if isinstance(adapter, PreTrainedModel) else adapter.get_base_model()
+        if isinstance(base, PreTrainedModel):
+            # Where PEFT reads the base_model and the tags of the card.
+            base.name_or_path = base.config.name_or_path = repo_id
+        return
+    folder = Path(adapter)
     config = read_config(folder)
     previous = config["base_model_name_or_path"]
     config |= {"base_model_name_or_path": repo_id, "revision": revision}
-    check_base(config)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     card = folder / "README.md"
     if card.is_file() and previous:

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from ..analysis.routing_statistics import RoutingStatistics
 from ..evaluation.report import machine, versions
+from ..hub.adapter import check_base
 from ..hub.card import write_card
 from ..hub.push import PushResult, push_checkpoint
 from ..modeling.base import HfMoePreTrainedModel
@@ -79,6 +80,11 @@ class HfMoeTrainer(Trainer):
             self._routing = RoutingStatistics()
         super().log(logs, *args, **kwargs)
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        for peft_config in getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values():
+            check_base(peft_config.base_model_name_or_path)
+        super().init_hf_repo(*args, **kwargs)
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -100,7 +106,8 @@ class HfMoeTrainer(Trainer):
             What was left on the Hub; `None` on all processes but the first. An adapter goes up as `Trainer` does it.
 
         Raises:
-            FileNotFoundError, ValueError, PushError: as [`~hf_moe.hub.push.push_checkpoint`].
+            FileNotFoundError, ValueError, PushError: as [`~hf_moe.hub.push.push_checkpoint`]; before the repository is
+                created where an adapter's base is a folder of this machine.
         """
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, HfMoePreTrainedModel):

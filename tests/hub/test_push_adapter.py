@@ -1,0 +1,168 @@
+"""An adapter whose base nobody else has is pushed by no method; set_base makes it fit to push."""
+
+import json
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from hub_checkpoints import tiny_config, tiny_model
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hf_moe import MoeLoraConfig
+from hf_moe.adapters.checkpoints import is_saved_for_a_push
+from hf_moe.hub.adapter import check_base, set_base
+from hf_moe.training.trainer import HfMoeTrainer
+
+
+ROWS = [{"input_ids": torch.tensor([5, 6, 7, 8]), "labels": torch.tensor([5, 6, 7, 8])}] * 2
+REFUSAL = "which nobody else can load.*set_base"
+
+
+def adapted(base):
+    """An adapter of a tiny model, which says that it was loaded from `base`."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=32)
+    config.name_or_path = str(base)
+    return get_peft_model(LlamaForCausalLM(config), MoeLoraConfig(target_modules=["q_proj"]))
+
+
+def arguments(folder, **options):
+    options = {"max_steps": 1, "report_to": [], "use_cpu": True, "hub_model_id": "owner/experts", **options}
+    return TrainingArguments(folder / "trainer", **options)
+
+
+def uploads(hub):
+    return [path for verb, path in hub.requests if "/commit/" in path or "/preupload/" in path]
+
+
+def by_the_model(model, folder):
+    model.push_to_hub("owner/experts")
+
+
+def by_the_transformers_model(model, folder):
+    base = model.unload()
+    base.add_adapter(MoeLoraConfig(target_modules=["q_proj"]))
+    base.push_to_hub("owner/experts")
+
+
+def by_the_config(model, folder):
+    model.peft_config["default"].push_to_hub("owner/experts")
+
+
+def by_the_trainer(model, folder):
+    Trainer(model, arguments(folder, save_strategy="no"), train_dataset=ROWS).push_to_hub()
+
+
+def by_a_trainer_that_pushes_its_checkpoints(model, folder):
+    Trainer(
+        model, arguments(folder, save_strategy="steps", save_steps=1, push_to_hub=True), train_dataset=ROWS
+    ).train()
+
+
+PUSHES = [
+    by_the_model,
+    by_the_transformers_model,
+    by_the_config,
+    by_the_trainer,
+    by_a_trainer_that_pushes_its_checkpoints,
+]
+
+
+@pytest.mark.parametrize("push", PUSHES)
+def test_a_base_that_is_a_folder_is_refused_and_nothing_is_uploaded(hub, tmp_path, push):
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{REFUSAL}"):
+        push(adapted(tmp_path), tmp_path)
+    assert not uploads(hub)
+
+
+@pytest.mark.parametrize("push", PUSHES)
+def test_what_has_a_base_on_the_hub_is_pushed(hub, tmp_path, push):
+    push(adapted("owner/base"), tmp_path)
+    config = json.loads(hub.files("owner/experts")["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "owner/base"
+
+
+@pytest.mark.parametrize("push_to_hub", [False, True])
+def test_our_trainer_refuses_before_it_makes_a_repository(hub, tmp_path, push_to_hub):
+    base = tiny_model(tiny_config())
+    base.name_or_path = str(tmp_path)
+    model = get_peft_model(base, MoeLoraConfig(target_modules=r".*language_model.*q_proj"))
+    with pytest.raises(ValueError, match=REFUSAL):
+        HfMoeTrainer(model, arguments(tmp_path, push_to_hub=push_to_hub), train_dataset=ROWS).push_to_hub()
+    assert not hub.repositories
+    set_base(model, "owner/base")
+    HfMoeTrainer(model, arguments(tmp_path, push_to_hub=push_to_hub), train_dataset=ROWS).push_to_hub()
+    assert "adapter_model.safetensors" in hub.files("owner/experts")
+
+
+def test_what_was_trained_is_saved_when_a_push_is_refused(hub, tmp_path):
+    model = adapted(tmp_path)
+    fresh = deepcopy(model).unload()
+    with pytest.raises(ValueError, match=REFUSAL):
+        by_a_trainer_that_pushes_its_checkpoints(model, tmp_path)
+    saved = PeftModel.from_pretrained(fresh, tmp_path / "trainer" / "checkpoint-1")
+    ids = ROWS[0]["input_ids"][None]
+    torch.testing.assert_close(saved(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_a_checkpoint_that_stays_here_is_saved_with_a_warning(hub, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    for push in ({}, {"push_to_hub": True, "hub_strategy": "end"}):
+        trainer = Trainer(adapted(tmp_path), arguments(tmp_path, **options, **push), train_dataset=ROWS)
+        with pytest.warns(UserWarning, match="names its base by a folder"):
+            trainer.train()
+
+
+def test_a_model_whose_base_is_named_is_pushed_with_its_commit_and_no_path(hub, tmp_path):
+    model = adapted(tmp_path)
+    with pytest.raises(ValueError, match=r"'base'.*which nobody else can load"):
+        set_base(model, "base")
+    set_base(model, "owner/base", revision="0123abcd")
+    by_the_trainer(model, tmp_path)
+    files = hub.files("owner/experts")
+    config = json.loads(files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "0123abcd")
+    assert b"base_model: owner/base\n" in files["README.md"]
+    assert str(tmp_path).encode() not in files["adapter_config.json"] + files["README.md"]
+
+
+@pytest.mark.parametrize("base", ["/home/x/base", "./base", "../base", "~/base", r"C:\base", "user/na me", "a/b/c"])
+def test_a_path_is_recorded_with_a_warning_even_where_it_is_gone(tmp_path, base):
+    with pytest.warns(UserWarning, match="names its base by a folder"):
+        adapted(base).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=REFUSAL):
+        check_base(base)
+
+
+@pytest.mark.parametrize("base", ["", None, "tiny-llama"])
+def test_what_names_no_repository_of_somebody_is_no_base_to_push(base):
+    with pytest.raises(ValueError, match=REFUSAL):
+        check_base(base)
+
+
+def test_a_relative_folder_is_no_repository(tmp_path, monkeypatch):
+    check_base("models/base")
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=REFUSAL):
+        check_base("models/base")
+
+
+def test_only_a_method_of_something_that_pushes_is_a_push(tmp_path):
+    def push_to_hub():
+        return is_saved_for_a_push()
+
+    class Model:
+        def push_to_hub(self):
+            return push_to_hub()
+
+    assert not is_saved_for_a_push() and not push_to_hub() and Model().push_to_hub()
+
+
+def test_a_base_on_the_hub_is_saved_without_a_warning(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted("owner/base").save_pretrained(tmp_path)
+    assert not [item for item in caught if "base by a folder" in str(item.message)]
