@@ -36,7 +36,7 @@ def main(tasks: dict[str, dict]) -> None:
     for name, task in tasks.items():
         try:
             findings[name] = open_by_name(**task)
-        except (OSError, ValueError) as error:
+        except (KeyError, OSError, ValueError) as error:
             findings[name] = {"error": f"{type(error).__name__}: {error}"}
     assert not any(name.partition(".")[0] == "hf_moe" for name in sys.modules)
     print(json.dumps(findings))

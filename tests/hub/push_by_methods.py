@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from hub_checkpoints import record, tiny_config, tiny_model, tiny_processor
 from huggingface_hub import HfApi, ModelCard
+from odd_model import OddConfig, OddModel
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from hf_moe import HfMoeForConditionalGeneration
+from hf_moe import HfMoeForConditionalGeneration, MoeLoraConfig
 from hf_moe.training.trainer import HfMoeTrainer
 
 
@@ -36,6 +37,14 @@ def main(root: Path) -> None:
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     adapted.push_to_hub("owner/adapter")
     record(root / "adapter", adapted.merge_and_unload(), processor)
+
+    experts = MoeLoraConfig(target_modules=r".*language_model.*q_proj")
+    get_peft_model(HfMoeForConditionalGeneration.from_pretrained("owner/methods"), experts).push_to_hub(
+        "owner/experts"
+    )
+    OddModel(OddConfig()).push_to_hub("owner/odd")
+    odd = OddModel.from_pretrained("owner/odd")
+    get_peft_model(odd, MoeLoraConfig(target_modules=["mix"], router_input="target")).push_to_hub("owner/odd_experts")
 
     ids = torch.tensor([5, 6, 7, 8])
     options = {

@@ -103,6 +103,8 @@ def found(hub, tmp_path_factory):
         "gated_for_visitor": task("gated", first, token=VISITOR_TOKEN),
         "wrong_token": task("gated", first, token="hf_wrong"),
         "no_such_revision": task("twice", first, revision="v9"),
+        "experts": task("experts", first),
+        "odd_experts": task("odd_experts", first),
         **{name: task(name, root / name / "reference.pt", processor=name != "adapter") for name in METHODS},
     }
     online = json.loads(result_of(run("open_by_name.py", json.dumps(tasks), hub.url, root / "home")))
@@ -160,6 +162,8 @@ def test_what_was_loaded_once_loads_without_a_network(found, place):
         ("gated_for_visitor", "gated repo"),
         ("wrong_token", "401"),
         ("no_such_revision", "v9"),
+        ("experts", 'pip install "hf-moe[train]"` and `import hf_moe.adapters'),
+        ("odd_experts", 'pip install "hf-moe[train]"` and `import hf_moe.adapters'),
     ],
 )
 def test_a_refusal_names_its_reason(found, name, message):

@@ -17,6 +17,8 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 from transformers.trainer_utils import HubStrategy
 
+from ..hub.adapter import cached_commit
+
 
 INSTRUCTIONS = 'run `pip install "hf-moe[train]"` and `import hf_moe.adapters`'
 
@@ -31,10 +33,11 @@ def accept_saved_type(name: str, config_cls: Any) -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[saved_peft_type(name)] = config_cls
 
 
-def write_saved_type(folder: str | Path, name: str) -> None:
-    """Make the config in `folder` tell a process without this package what to do."""
+def complete_saved_config(folder: str | Path, name: str) -> None:
+    """Make the config in `folder` name the commit of the base, and tell a process without this package what to do."""
     path = Path(folder) / CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8"))
+    config["revision"] = config["revision"] or cached_commit(config["base_model_name_or_path"])
     config["peft_type"] = saved_peft_type(name)
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 

@@ -17,7 +17,7 @@ from ..modeling.gating import check_choice
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
-from .checkpoints import is_saved_for_a_push, write_saved_type
+from .checkpoints import complete_saved_config, is_saved_for_a_push
 from .experts import EXPERT_KINDS
 from .routers import ADAPTER_ROUTERS
 from .systems import load_system
@@ -192,7 +192,7 @@ class MoeLoraConfig(PeftConfig):
             ValueError: if the folder is saved for a push, and nobody else could load the base; it is complete then.
         """
         super().save_pretrained(save_directory, **kwargs)
-        write_saved_type(save_directory, MOE_LORA.value)
+        complete_saved_config(save_directory, MOE_LORA.value)
         base = self.base_model_name_or_path
         if is_saved_for_a_push():
             check_base(base)

@@ -75,9 +75,6 @@ class MoeLoraModel(BaseTuner):
         self._handles = install_hooks(model) or self._handles
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict) -> MoeLoraConfig:
-        if peft_config.revision is None:
-            # The commit of a base that came from the Hub.
-            peft_config.revision = getattr(getattr(self.model, "config", None), "_commit_hash", None)
         if peft_config.target_parameters and peft_config.target_modules is None:
             peft_config.target_modules = []  # not those that PEFT would guess
         return super()._prepare_adapter_config(peft_config, model_config)

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 
@@ -51,6 +53,18 @@ def is_path(base: str) -> bool:
     except HFValidationError:
         return True
     return Path(base).is_dir()
+
+
+def cached_commit(base: str | None) -> str | None:
+    """Return the commit of a base whose weights lie in the Hub's cache; `None` if they lie there in several, or none.
+
+    A loaded model does not tell which commit it came from.
+    """
+    if not base or is_path(base):
+        return None
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=base, repo_type="model")
+    commits = {path.parent.name for path in folder.glob("snapshots/*/*.safetensors")}
+    return commits.pop() if len(commits) == 1 else None
 
 
 def check_base(base: str | None) -> None:
