@@ -36,7 +36,22 @@ def mixtral_host():
     return HfMoeConfig(text_config=text)
 
 
-@pytest.mark.parametrize("router", ["top_k", "moiie"])
+# All slots of every token are filled: so a budget at its upper end, and p = 1.
+ROUTERS = [
+    "top_k",
+    "moiie",
+    "deepseek_v3",
+    "ernie45_vl",
+    {"name": "evomoe_dtr", "hyper_hidden": 3},
+    {"name": "evomoe_dtr", "per_modality": False, "shared_router": True},
+    {"name": "ming_multi_router", "gate": "sigmoid_bias"},
+    {"name": "dynamic_moe_top_p", "top_p_threshold": 1.0},
+    {"name": "dynamic_moe_top_p", "top_p_threshold": 1.0, "max_experts_per_tok": 3},
+    {"name": "anyexperts", "max_slots": 3, "target_slots": 3, "max_virtual_share": 0.0, "bias_update_rate": 0.1},
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda value: value if isinstance(value, str) else value["name"])
 def test_parameters_are_those_of_the_model_and_of_its_routing(tmp_path, router):
     model = tiny_model(tiny_config(router=router, layers=[1], num_shared_experts=1))
     model.save_pretrained(tmp_path, max_shard_size="60KB")
@@ -47,6 +62,17 @@ def test_parameters_are_those_of_the_model_and_of_its_routing(tmp_path, router):
     assert found["groups"]["shared experts"]["parameters"] == 3 * 32 * 64
 
 
+def test_empty_slots_are_counted_as_if_they_were_filled(tmp_path):
+    model = tiny_model(tiny_config(router={"name": "adamoe", "num_null_experts": 12}, num_experts_per_tok=3))
+    model.save_pretrained(tmp_path)
+    found = inspect_checkpoint(tmp_path)["parameters_active"]
+    expert = 3 * 32 * 64
+    assert all(count < found[name] for name, count in measured(model).items())
+    routed = sum(p.numel() for layer in model.moe_layers().values() for p in layer.experts.parameters())
+    decoder = sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel()
+    assert found["text"] == decoder - routed + 2 * 3 * expert
+
+
 def test_isolated_banks_are_counted_one_by_one(tmp_path):
     moe = {"expert_banks": BANKS, "num_experts": None, "num_experts_per_tok": 1}
     model = tiny_model(tiny_config(router="ernie45_vl", **moe))
@@ -55,12 +81,9 @@ def test_isolated_banks_are_counted_one_by_one(tmp_path):
     assert found["layers"][0]["banks"] == {"text": 2, "vision": 2}
     assert found["layers"][0]["expert_width"] == [16, 32]
     by_modality = measured(model)
+    assert found["parameters_active"] == {"text": by_modality["text"], "vision": by_modality["image"]}
     # The biases that balance the load are saved, and are no parameters.
-    biases = sum(buffer.numel() for layer in model.moe_layers().values() for buffer in layer.gate.buffers())
-    assert found["parameters_active"] == {
-        "text": by_modality["text"] + biases,
-        "vision": by_modality["image"] + biases,
-    }
+    assert found["parameters_total"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_experts_that_a_host_saves_one_by_one_are_counted_as_such(tmp_path):

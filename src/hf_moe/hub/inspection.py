@@ -16,12 +16,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 
 from ..configuration.configuration_hf_moe import HfMoeConfig, at_layer
+from ..modeling.host import HostFfn, layer_spec
 from ..modeling.mechanisms import get_mechanism, mechanism_names
+from ..modeling.registry import build
+from ..modeling.routing import Router
 from .bundle import CONFIGURATION, MODELING, PROCESSING, bundle_files, used_names
 
 
@@ -64,10 +68,10 @@ def inspect_checkpoint(
 
     Returns:
         `commit`, `system`, `num_hidden_layers`, `layers` (the kinds of MoE layer), `parameters_total`,
-        `parameters_active` (of the decoder, for a token all of whose K slots are filled: by modality, or by bank
-        where the layers have isolated banks), `bytes` and `parameters` by group, `mechanisms` with their sources,
-        `code` (file, SHA-256, how it compares with the installed package) and `problems`. The headers do not tell a
-        parameter from a saved buffer: a router's balancing bias counts as one.
+        `parameters_active` (of the decoder, at most at work on a token: by modality, or by bank where the layers have
+        isolated banks), `bytes` and `parameters` by group, `mechanisms` with their sources, `code` (file, SHA-256, how
+        it compares with the installed package) and `problems`. Of a router that is not installed all parameters count
+        as active, its buffers too, and `num_experts_per_tok` experts.
 
     Raises:
         FileNotFoundError: if there is no such folder or no config in it.
@@ -103,10 +107,13 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         for name, tensor in files.header(file).tensors.items()
     }
     groups: dict[str, dict[str, int]] = {group: {"parameters": 0, "bytes": 0} for group in GROUPS}
+    routers = {layer: _router(config, tensors, layer) for layer in config.moe_layers()}
+    buffers = {name for router in routers.values() if router is not None for name, _ in router.named_buffers()}
     for name, tensor in tensors.items():
         group = groups[_group(name)]
         group["bytes"] += tensor.data_offsets[1] - tensor.data_offsets[0]
-        group["parameters"] += 0 if STATE.search(name) else math.prod(tensor.shape)
+        is_state = STATE.search(name) or name.partition(".gate.")[2] in buffers
+        group["parameters"] += 0 if is_state else math.prod(tensor.shape)
     groups = {name: group for name, group in groups.items() if group["bytes"]}
     code, problems = _code(files, config)
     return {
@@ -114,7 +121,7 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         "num_hidden_layers": config.text_config.num_hidden_layers,
         "layers": _layers(config, tensors),
         "parameters_total": sum(group["parameters"] for group in groups.values()),
-        "parameters_active": _active(config, tensors, groups),
+        "parameters_active": _active(config, tensors, groups, routers),
         "groups": groups,
         "mechanisms": _mechanisms(files),
         "code": code,
@@ -165,16 +172,29 @@ def _expert_tensors(tensors: dict[str, Any], layer: int, bank: str | None = None
     }
 
 
+def _expert_widths(tensors: dict[str, Any], layer: int) -> list[int]:
+    """Return the inner widths of a layer's routed experts, smallest first."""
+    outputs = {name: tensor.shape[-1] for name, tensor in _expert_tensors(tensors, layer).items()}
+    return sorted({width for name, width in outputs.items() if re.search(r"\.(down_proj|w2)(\.weight)?$", name)})
+
+
+def _router(config: Any, tensors: dict[str, Any], layer: int) -> Router | None:
+    """Build a layer's router without memory: it knows what of it works on a token. `None` if it is not installed."""
+    options = dict(at_layer(config.moe_config.router, layer))
+    name = options.pop("name")
+    if name not in mechanism_names("router"):
+        return None
+    width = max(_expert_widths(tensors, layer), default=1) * at_layer(config.moe_config.granularity, layer)
+    spec = layer_spec(config, layer, HostFfn(width, gated=True, bias=False, layout=None))
+    with torch.device("meta"):
+        return build("router", get_mechanism("router", name), options, spec)
+
+
 def _layers(config: Any, tensors: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the kinds of MoE layer, each with its layers, in order of first appearance."""
     moe = config.moe_config
     kinds: dict[str, dict[str, Any]] = {}
     for layer in config.moe_layers():
-        outputs = [
-            tensor.shape[-1]
-            for name, tensor in _expert_tensors(tensors, layer).items()
-            if re.search(r"\.(down_proj|w2)(\.weight)?$", name)
-        ]
         row = {
             "router": at_layer(moe.router, layer),
             "experts": at_layer(moe.experts, layer),
@@ -182,27 +202,30 @@ def _layers(config: Any, tensors: dict[str, Any]) -> list[dict[str, Any]]:
             "num_experts_per_tok": at_layer(moe.num_experts_per_tok, layer),
             "num_shared_experts": at_layer(moe.num_shared_experts, layer),
             "banks": {name: bank["num_experts"] for name, bank in (at_layer(moe.expert_banks, layer) or {}).items()},
-            "expert_width": sorted(set(outputs)),
+            "expert_width": _expert_widths(tensors, layer),
         }
         kinds.setdefault(json.dumps(row, sort_keys=True), {"layers": [], **row})["layers"].append(layer)
     return list(kinds.values())
 
 
-def _active(config: Any, tensors: dict[str, Any], groups: dict[str, dict[str, int]]) -> dict[str, int]:
-    """Return the decoder's parameters at work on a token: all but the routed experts, and K of those per layer."""
+def _active(
+    config: Any, tensors: dict[str, Any], groups: dict[str, dict[str, int]], routers: dict[int, Router | None]
+) -> dict[str, int]:
+    """Return the decoder's parameters at work on a token: of the routed experts as many as a router takes at most."""
     moe = config.moe_config
     always = sum(groups[name]["parameters"] for name in DECODER if name in groups)
-    layers = config.moe_layers()
-    names = dict.fromkeys(name for layer in layers for name in at_layer(moe.expert_banks, layer) or {})
+    names = dict.fromkeys(name for layer in routers for name in at_layer(moe.expert_banks, layer) or {})
     modalities = ("text",) if config.vision_config is None else ("text", "image")
     active = dict.fromkeys(names or modalities, always)
-    for layer in layers:
+    for layer, router in routers.items():
         banks = at_layer(moe.expert_banks, layer) or {}
+        slots = at_layer(moe.num_experts_per_tok, layer) if router is None else router.most_experts_per_tok()
+        idle = 0 if router is None else router.idle_parameters()
         for name in active:
             bank = name if name in banks else None
             held = sum(math.prod(tensor.shape) for tensor in _expert_tensors(tensors, layer, bank).values())
             size = banks[bank]["num_experts"] if bank else at_layer(moe.num_experts, layer)
-            active[name] += held * min(at_layer(moe.num_experts_per_tok, layer), size) // size
+            active[name] += held * min(slots, size) // size - idle
     return active
 
 
@@ -286,7 +309,7 @@ def run(args: argparse.Namespace) -> int:
         for kind in ("router", "experts"):
             options = ", ".join(f"{name}={value}" for name, value in row[kind].items() if name != "name")
             print(f"    {kind} {row[kind]['name']}" + (f" ({options})" if options else ""))
-    print(f"\n{found['parameters_total']:,} parameters; of the decoder, at work on a token with every slot filled:")
+    print(f"\n{found['parameters_total']:,} parameters; of the decoder, at most at work on a token:")
     for name, count in found["parameters_active"].items():
         print(f"  {count:>16,}  {name}")
     print("\nParameters and bytes by group:")

@@ -263,6 +263,10 @@ class Router(nn.Module):
     def initialize(self, std: float) -> None:
         """Initialise the router's own parameters and buffers; `std` is the model's `initializer_range`."""
 
+    def most_experts_per_tok(self) -> int:
+        """Return how many experts a token uses at most."""
+        return min(self.spec.num_experts_per_tok, self.spec.num_experts)
+
     def idle_parameters(self) -> int:
         """Return how many of its parameters do no work on a token, such as the networks of other modalities."""
         return 0

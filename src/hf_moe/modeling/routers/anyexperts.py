@@ -172,6 +172,9 @@ class AnyExpertsRouter(BiasBalancedRouter):
             init.constant_(self.virtual_bias, -0.5)
             init.constant_(self.gamma, 5.0)
 
+    def most_experts_per_tok(self) -> int:
+        return self.max_slots
+
     def _virtual_cap(self, slots: torch.Tensor) -> torch.Tensor:
         """Return floor(rho * slots); the margin keeps 0.29 * 100 from coming out one short."""
         return (self.max_virtual_share * slots + 1e-6).floor().long()

@@ -63,6 +63,9 @@ class DynamicMoETopPRouter(Router):
     def initialize(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)
 
+    def most_experts_per_tok(self) -> int:
+        return self.max_experts_per_tok
+
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         logits = apply_overrides(gate_logits(hidden_states, self.weight), self.spec, context)  # (T, E)
         probs = logits.softmax(dim=-1)
