@@ -23,6 +23,12 @@ def decoder_folder(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("module", ["hf_moe", "hf_moe.cli"])
+def test_python_runs_it_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "list", "systems"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "anyexperts" in done.stdout
+
+
 def test_build_prints_its_report(decoder_folder, tmp_path):
     arguments = [
         "--language-model",

@@ -53,3 +53,7 @@ def _list(args: argparse.Namespace) -> int:
         for kind in KINDS:
             print(f"{kind + ':':11} {', '.join(list_mechanisms(kind))}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
