@@ -84,10 +84,11 @@ def test_objectives_enter_the_loss_by_the_formula(llama, own_model, text, random
         torch.testing.assert_close(loss - plain(**text, num_items_in_batch=40).loss, 0.5 * expected)
 
 
-def test_router_gradients_do_not_depend_on_how_rows_are_split(llama, text, randomise):
+@pytest.mark.parametrize("router", [{"name": "top_k"}, {"name": "deepseek_v3", "bias_update_rate": 0.5}])
+def test_router_gradients_do_not_depend_on_how_rows_are_split(llama, text, randomise, router):
     found = []
     for rows in (2, 1):
-        model = adapt(llama())
+        model = adapt(llama(), router=router)
         randomise(model)
         total = (text["labels"][:, 1:] != -100).sum()
         for step in range(2):  # the second step balances against the population of the first

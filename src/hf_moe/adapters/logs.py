@@ -6,6 +6,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis.routing_statistics import RoutingStatistics
+from ..modeling.auxiliary import AuxiliaryLoss, is_learning
 from .routing import AdapterContext
 
 
@@ -13,8 +14,8 @@ class LogRouting(TrainerCallback):
     """Logs `objective/<name>` and `routing/<modality>/<early|middle|late>/<figure>`, as [`HfMoeTrainer`] does.
 
     The values are those of the last step before a log, the others pay nothing for them; an objective's is before its
-    coefficient, summed over the micro-batches of that step. With several active adapters each name begins with the
-    adapter's.
+    coefficient, the mean over the rows of that step in this process, weighted by their labels. With several active
+    adapters each name begins with the adapter's.
 
         Trainer(model, arguments, train_dataset=rows, callbacks=[LogRouting()])
     """
@@ -26,6 +27,7 @@ class LogRouting(TrainerCallback):
 
     def _clear(self) -> None:
         self._objectives: dict[str, dict[str, torch.Tensor]] = {}
+        self._labels: dict[str, torch.Tensor] = {}
         self._routing: dict[str, RoutingStatistics] = {}
 
     def on_train_begin(
@@ -49,14 +51,18 @@ class LogRouting(TrainerCallback):
 
     def _watch(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         context: AdapterContext | None = kwargs.get("moe_lora_context")
-        if context is None or not self._watching or not model.training:
+        if context is None or not self._watching or not is_learning(model):
             return
         for adapter_name in context.decisions:
             routing = context.of(adapter_name)
             self._routing.setdefault(adapter_name, RoutingStatistics()).update(routing)
+            loss: AuxiliaryLoss | None = routing.carry.get("auxiliary_loss")
+            if loss is None:
+                continue
+            self._labels[adapter_name] = self._labels.get(adapter_name, 0) + loss.row_labels.sum()
             sums = self._objectives.setdefault(adapter_name, {})
-            for name, value in routing.carry.get("objective_values", {}).items():
-                sums[name] = sums.get(name, 0.0) + value
+            for name, value in loss.values.items():
+                sums[name] = sums.get(name, 0.0) + (loss.row_labels * value).sum()
 
     def on_log(
         self,
@@ -71,8 +77,9 @@ class LogRouting(TrainerCallback):
         figures: dict[str, float] = {}
         for adapter_name, statistics in self._routing.items():
             prefix = f"{adapter_name}/" if len(self._routing) > 1 else ""
-            for name, total in self._objectives[adapter_name].items():
-                figures[f"{prefix}objective/{name}"] = round(float(total), 6)
+            for name, total in self._objectives.get(adapter_name, {}).items():
+                mean = total / self._labels[adapter_name].clamp(min=1)
+                figures[f"{prefix}objective/{name}"] = round(float(mean), 6)
             for name, value in statistics.figures().items():
                 figures[f"{prefix}routing/{name}"] = round(value, 4)
         logs.update(figures)

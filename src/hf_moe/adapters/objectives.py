@@ -2,8 +2,9 @@
 
     loss = base loss + sum_r (n_r / N) * sum_o coef_o * A_o[r]
 
-with n_r the labels of row r and N those of the optimizer step, exactly as in our own models (`modeling/auxiliary.py`).
-Labels that are not one per token, as in classification, count one a row.
+with n_r the labels of row r and N those of the optimizer step, exactly as in our own models (`modeling/auxiliary.py`),
+and as there through the gradient of the log-probabilities where a trainer makes its loss of those. Labels that are not
+one per token, as in classification, count one a row.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from ..modeling.auxiliary import count_labels, is_learning, warn_without_labels
 from ..modeling.routing import ExpertAssignment, Router
 from .frozen import install_frozen_hooks
 from .layer import MoeLoraLayer
@@ -29,10 +31,11 @@ def install_hooks(model: nn.Module) -> list[Any]:
     if any(hook is pass_context for hook in model._forward_pre_hooks.values()):
         return []
     return [
+        model.register_forward_pre_hook(end_finished_step),
         model.register_forward_pre_hook(pass_context, with_kwargs=True),
         model.register_forward_hook(add_objectives, with_kwargs=True),
         *install_frozen_hooks(model),
-        model.register_forward_hook(remember, with_kwargs=True),
+        model.register_forward_hook(remember, with_kwargs=True, always_call=True),
     ]
 
 
@@ -44,36 +47,37 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
             reentrant checkpointing has cut the gradient.
     """
     context: AdapterContext | None = kwargs.get("moe_lora_context")
-    inputs = root_inputs(model, args, kwargs)
-    if context is None or inputs.get("labels") is None:
+    if context is None:
         return
+    inputs = root_inputs(model, args, kwargs)
+    row_labels = _row_labels(inputs.get("labels"), output, context)
     routers = list(_deciding_routers(model, context))
-    if model.training:
-        _end_finished_step(model, routers)
-    for layer in tuner_layers(model):
-        for adapter_name, losses in layer.moe_lora_objectives.items():
-            if layer.disable_adapters or layer.merged or adapter_name not in layer.active_adapters:
-                continue
-            if adapter_name not in context.decisions:
-                raise ValueError(
-                    f"The objectives of adapter {adapter_name!r} found no routing decision: {type(model).__name__} "
-                    "does not pass keyword arguments, such as the routing context, on to its layers. Leave them out."
-                )
-            if not isinstance(output, ModelOutput) or output.get("loss") is None:
-                raise ValueError(
-                    f"The objectives of adapter {adapter_name!r} are added to the loss that {type(model).__name__} "
-                    "returns, and it returned none: call it with return_dict=True."
-                )
-            _check_gradient(adapter_name, context, routers)
-            labels = _labels_per_token(inputs["labels"], context)
+    objectives = {
+        name: losses
+        for layer in _active_layers(model)
+        for name, losses in layer.moe_lora_objectives.items()
+        if name in layer.active_adapters
+    }
+    if row_labels is not None:
+        for adapter_name, losses in objectives.items():
+            _check(model, adapter_name, context, routers, output)
             routing = context.of(adapter_name)
-            loss, values = losses(routing, labels, inputs.get("num_items_in_batch"))
-            routing.carry["objective_values"] = values
-            output.loss = output.loss + loss.to(output.loss.device)
-    if model.training:
-        for adapter_name, router in routers:
-            routing = context.of(adapter_name)
-            router.accumulate(routing.decisions[router.spec.layer_idx], routing)
+            routing.carry["auxiliary_loss"] = loss = losses(routing, row_labels, inputs.get("num_items_in_batch"))
+            loss.add_to(output)
+    if not is_learning(model):
+        return
+    if row_labels is None and objectives:
+        warn_without_labels([name for losses in objectives.values() for name in losses.by_name])
+    for adapter_name, losses in objectives.items():
+        if adapter_name in context.decisions:
+            losses.accumulate(context.of(adapter_name))
+    for adapter_name, router in routers:
+        routing = context.of(adapter_name)
+        router.accumulate(routing.decisions[router.spec.layer_idx], routing)
+
+
+def _active_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
+    return (layer for layer in tuner_layers(model) if not (layer.disable_adapters or layer.merged))
 
 
 def _deciding_routers(model: nn.Module, context: AdapterContext) -> Iterator[tuple[str, Router]]:
@@ -84,10 +88,32 @@ def _deciding_routers(model: nn.Module, context: AdapterContext) -> Iterator[tup
                 yield adapter_name, router
 
 
-def _labels_per_token(labels: torch.Tensor, context: AdapterContext) -> torch.Tensor:
-    if labels.shape == context.tokens.token_mask.shape:
-        return labels
-    return labels.new_zeros(len(context.tokens.token_mask), 2, dtype=torch.long)  # one label a row, after the shift
+def _row_labels(labels: torch.Tensor | None, output: Any, context: AdapterContext) -> torch.Tensor | None:
+    """Return how many labels every row has, (B,); `None` where there are none."""
+    label_mask = getattr(output, "label_mask", None)
+    if label_mask is not None:
+        return label_mask.sum(-1)
+    if labels is None:
+        return None
+    token_mask = context.tokens.token_mask
+    return count_labels(labels) if labels.shape == token_mask.shape else labels.new_ones(len(token_mask))
+
+
+def _check(
+    model: nn.Module, adapter_name: str, context: AdapterContext, routers: list[tuple[str, Router]], output: Any
+) -> None:
+    """Refuse objectives that could not be computed, or whose gradient would not arrive."""
+    if adapter_name not in context.decisions:
+        raise ValueError(
+            f"The objectives of adapter {adapter_name!r} found no routing decision: {type(model).__name__} "
+            "does not pass keyword arguments, such as the routing context, on to its layers. Leave them out."
+        )
+    if not isinstance(output, ModelOutput) or output.get("loss") is None:
+        raise ValueError(
+            f"The objectives of adapter {adapter_name!r} are added to the loss that {type(model).__name__} "
+            "returns, and it returned none: call it with return_dict=True."
+        )
+    _check_gradient(adapter_name, context, routers)
 
 
 def _check_gradient(adapter_name: str, context: AdapterContext, routers: list[tuple[str, Router]]) -> None:
@@ -105,15 +131,18 @@ def _check_gradient(adapter_name: str, context: AdapterContext, routers: list[tu
                 )
 
 
-def _end_finished_step(model: nn.Module, routers: list[tuple[str, Router]]) -> None:
-    """Close the statistics of the previous optimizer step if its gradients have been cleared, as our models do."""
-    for adapter_name in {name for name, _ in routers}:
-        own = [router for name, router in routers if name == adapter_name]
-        watched = next((p for router in own for p in router.parameters() if p.requires_grad), None)
+def end_finished_step(model: nn.Module, args: tuple) -> None:
+    """Hook before the root's forward: close the statistics of the previous optimizer step, as our models do."""
+    if not is_learning(model):
+        return
+    layers = list(_active_layers(model))
+    for adapter_name in {name for layer in layers for name in layer.active_adapters}:
+        routers = [layer.moe_lora_router[adapter_name] for layer in layers if adapter_name in layer.moe_lora_router]
+        watched = next((p for router in routers for p in router.parameters() if p.requires_grad), None)
         if watched is None or watched.grad is not None:
             continue
-        for router in own:
+        for router in routers:
             router.end_step()
-        for layer in tuner_layers(model):
+        for layer in layers:
             if adapter_name in layer.moe_lora_objectives:
                 layer.moe_lora_objectives[adapter_name].end_step()

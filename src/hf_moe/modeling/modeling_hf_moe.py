@@ -11,15 +11,17 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.models.auto import AutoModel
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
-from .auxiliary import AuxiliaryLosses
+from .auxiliary import AuxiliaryLosses, count_labels, is_learning, warn_without_labels
 from .base import HfMoePreTrainedModel
+from .context import build_context
 from .elastic import ElasticBudget
 from .host import install_moe_layers, scale_logits
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
-from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast
+from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast, router_logits
 from .registry import build
-from .routing import ExpertAssignment, RoutingContext, RoutingOverrides
+from .routed_forward import RoutedForward, install_hooks
+from .routing import RoutingContext, RoutingOverrides
 from .vision import insert_images, probe_tower, run_tower, takes_packed_patches, touch_vision
 
 
@@ -136,39 +138,10 @@ class HfMoeModel(HfMoePreTrainedModel):
         condition_ids: dict[str, torch.Tensor] | None = None,
         routing_overrides: RoutingOverrides | None = None,
     ) -> RoutingContext:
-        """Build what the routers may know of this forward pass.
-
-        Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given, or if `mm_token_type_ids` does
-                not have their shape.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        given = inputs_embeds if input_ids is None else input_ids
-        batch, positions = given.shape[:2]
-        token_mask = torch.ones(batch, positions, dtype=torch.bool, device=given.device)
-        # A 4-D mask belongs to a static cache, at inference, where every token of the call counts as real.
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            token_mask = attention_mask[:, -positions:].bool()
-        if mm_token_type_ids is None:
-            mm_token_type_ids = torch.zeros(batch, positions, dtype=torch.long, device=given.device)
-            placeholders = (self.config.image_token_id, self.config.video_token_id, self.config.audio_token_id)
-            for modality, token_id in enumerate(placeholders, start=1):
-                if token_id is not None and input_ids is not None:
-                    mm_token_type_ids = mm_token_type_ids.masked_fill(input_ids == token_id, modality)
-        elif mm_token_type_ids.shape != (batch, positions):
-            raise ValueError(
-                f"mm_token_type_ids must have the shape {(batch, positions)} of the tokens, got "
-                f"{tuple(mm_token_type_ids.shape)}."
-            )
-        return RoutingContext(
-            modality_ids=mm_token_type_ids.long(),
-            token_mask=token_mask,
-            input_ids=input_ids,
-            condition_ids=condition_ids,
-            progress=self.training_progress if self.training else 1.0,
-            overrides=routing_overrides,
-        )
+        """Build what the routers may know of this forward pass, see [`build_context`]."""
+        progress = self.training_progress if self.training else 1.0
+        inputs = (input_ids, inputs_embeds, attention_mask, mm_token_type_ids, condition_ids, routing_overrides)
+        return build_context(self.config, *inputs, progress)
 
     def forward(
         self,
@@ -238,7 +211,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=_router_logits(routing_context) if output_router_logits else None,
+            router_logits=router_logits(routing_context) if output_router_logits else None,
             image_hidden_states=images.pooler_output if images is not None else None,
         )
         return result if self._wants_dict(return_dict) else result.to_tuple()
@@ -254,7 +227,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         return self.config.return_dict if return_dict is None else return_dict
 
 
-class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, GenerationMixin):
+class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTrainedModel, GenerationMixin):
     """The model with its language head, loss and generation.
 
     The language loss is the host's; objectives are added as `auxiliary.py` says. Population statistics (loads, biases)
@@ -274,6 +247,7 @@ class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, Generat
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        install_hooks(self)
         self.post_init()
 
     @property
@@ -319,6 +293,7 @@ class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, Generat
         num_items_in_batch: torch.Tensor | int | None = None,
         output_router_logits: bool | None = None,
         output_routing: bool = False,
+        routing_context: RoutingContext | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> HfMoeCausalLMOutputWithPast | tuple:
@@ -333,12 +308,16 @@ class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, Generat
 
             The rest as in [`HfMoeModel`].
         """
-        if self.training and labels is not None:
-            self._end_finished_step()
-        context = self.model.routing_context(
-            input_ids, inputs_embeds, attention_mask, mm_token_type_ids, condition_ids, routing_overrides
-        )
-        context.keep_outputs = labels is not None and self.objectives.reads_outputs
+        if routing_context is None:
+            routing_context = self.open_context(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                mm_token_type_ids=mm_token_type_ids,
+                condition_ids=condition_ids,
+                routing_overrides=routing_overrides,
+                labels=labels,
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -350,7 +329,7 @@ class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, Generat
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             mm_encoder_outputs=mm_encoder_outputs,
-            routing_context=context,
+            routing_context=routing_context,
             output_router_logits=output_router_logits,
             return_dict=True,
             **kwargs,
@@ -368,11 +347,12 @@ class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, Generat
                 num_items_in_batch=num_items_in_batch,
                 **kwargs,
             )
-            aux_loss, values = self.objectives(context, labels, num_items_in_batch)
+            auxiliary = self.objectives(routing_context, count_labels(labels), num_items_in_batch)
+            aux_loss, values = auxiliary.total(), auxiliary.totals()
             loss = loss + aux_loss.to(loss.device)
-            if self.training:
-                for layer_idx, layer in self.moe_layers().items():
-                    layer.router.accumulate(context.decisions[layer_idx], context)
+        elif is_learning(self) and self.objectives.by_name:
+            warn_without_labels(list(self.objectives.by_name))
+        self.accumulate(routing_context)
 
         result = HfMoeCausalLMOutputWithPast(
             loss=loss,
@@ -384,21 +364,9 @@ class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, Generat
             image_hidden_states=outputs.image_hidden_states,
             aux_loss=aux_loss,
             objective_values=values or None,
-            routing=context if output_routing else None,
+            routing=routing_context if output_routing else None,
         )
         return result if self.model._wants_dict(return_dict) else result.to_tuple()
-
-    def _end_finished_step(self) -> None:
-        """Close the statistics of the previous optimizer step if its gradients have been cleared.
-
-        `Trainer` and `optimizer.zero_grad()` set gradients to `None`, so the first micro-batch of a step finds none.
-        """
-        gates = (parameter for layer in self.moe_layers().values() for parameter in layer.gate.parameters())
-        watched = next((parameter for parameter in gates if parameter.requires_grad), None)
-        if watched is not None and watched.grad is None:
-            self.objectives.end_step()
-            for layer in self.moe_layers().values():
-                layer.router.end_step()
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, image_features: torch.Tensor | None = None, **kwargs: Any):
@@ -408,15 +376,6 @@ class HfMoeForConditionalGeneration(ElasticBudget, HfMoePreTrainedModel, Generat
             images = self.get_image_features(None, image_features, mask, return_dict=True)
             kwargs["mm_encoder_outputs"] = {"image": images}
         return super().generate(inputs, **kwargs)
-
-
-def _router_logits(context: RoutingContext) -> tuple[torch.Tensor, ...] | None:
-    """Return the layers' router logits, or `None` where their widths differ: tools stack them."""
-    assignments = [item for item in context.decisions.values() if isinstance(item, ExpertAssignment)]
-    logits = [item.router_logits for item in assignments if item.router_logits is not None]
-    if len({item.shape[-1] for item in logits}) != 1:
-        return None
-    return tuple(logits)
 
 
 __all__ = ["HfMoeForConditionalGeneration", "HfMoeModel", "HfMoePreTrainedModel"]

@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
-from .routing import RoutingContext
+from .routing import ExpertAssignment, RoutingContext
 
 
 @dataclass
@@ -56,3 +56,12 @@ class HfMoeCausalLMOutputWithPast(ModelOutput):
     aux_loss: torch.Tensor | None = None
     objective_values: dict[str, torch.Tensor] | None = None
     routing: RoutingContext | None = None
+
+
+def router_logits(context: RoutingContext) -> tuple[torch.Tensor, ...] | None:
+    """Return the layers' router logits, or `None` where their widths differ: tools stack them."""
+    assignments = [item for item in context.decisions.values() if isinstance(item, ExpertAssignment)]
+    logits = [item.router_logits for item in assignments if item.router_logits is not None]
+    if len({item.shape[-1] for item in logits}) != 1:
+        return None
+    return tuple(logits)
