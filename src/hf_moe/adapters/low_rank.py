@@ -3,15 +3,17 @@
     y = base + s * sum_i g_i B_i act(A_i x)        A (E, r, in), B (E, out, r)
 
 *Masked dense*: all A as one product, times the gates, all B as another; the cost grows with E * r. *Grouped*: tokens
-sorted by expert, one product per expert and matrix; the cost grows with K * r. *Padded*: the same with one batched
-product for all experts, over rows as long as the longest; twice as fast as one by one, where loads are not too uneven.
+sorted by expert, one product per expert and matrix; the cost grows with K * r. *Bucketed*, on a CPU: the same with one
+batched product for experts of like load, over rows as long as the longest of them.
 Without `act` the experts are LoRA.
 """
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..modeling.dispatch import compute_dtype, grouped_linear
@@ -21,10 +23,25 @@ from ..modeling.routing import ExpertAssignment, SlotMixture
 # The most bytes of a token's E * r inner states for which two plain matrix products are faster than sorted ones:
 # E * r = 64 in float32, 128 in bfloat16.
 MAX_DENSE_BYTES = 256
-# How many rows, as a multiple of the filled ones, padding may make of them.
-MAX_PADDING = 2.0
-
 Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Buckets(NamedTuple):
+    """The M filled slots of T tokens in R rows, where experts of one bucket have equally many.
+
+    Attributes:
+        buckets: the experts (n,) of every bucket and their rows, expert by expert.
+        token (`torch.Tensor` of shape `(R,)`): whose slot a row is; 0 in rows that fill up.
+        weight (`torch.Tensor` of shape `(R,)`): the slot's weight; 0 in rows that fill up.
+        filled (`torch.Tensor` of shape `(M,)`): the other rows, sorted by token.
+        starts (`torch.Tensor` of shape `(T,)`): where in `filled` every token begins.
+    """
+
+    buckets: list[tuple[torch.Tensor, slice]]
+    token: torch.Tensor
+    weight: torch.Tensor
+    filled: torch.Tensor
+    starts: torch.Tensor
 
 
 class ExpertSlots:
@@ -42,7 +59,7 @@ class ExpertSlots:
         self.index = assignment.expert_index.to(device)  # (T, K)
         self.weight = weight.to(device)  # (T, K)
         self.num_experts = assignment.num_experts
-        self._gathered: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -63,37 +80,50 @@ class ExpertSlots:
         return order // self.index.shape[1], self.weight.reshape(-1).index_select(0, order), offsets
 
     @cached_property
-    def padding(self) -> float:
-        """How many times as many rows there are with every expert's as long as the longest."""
-        token, _, offsets = self.by_expert
-        longest = int(torch.diff(offsets, prepend=offsets.new_zeros(1)).max())
-        return self.num_experts * longest / max(len(token), 1)
+    def bucketed(self) -> Buckets:
+        """The filled slots in buckets: the experts, sorted by load, are cut at 1, 2, 4, 8, ... where the load falls.
 
-    @cached_property
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The filled slots as one row per expert, all as long as the longest: token (E, C) and weight (E, C).
-
-        What is behind an expert's own slots has the weight 0 and the token 0.
+        However uneven the loads are, there are not 2.6 times as many rows as filled slots.
         """
         token, weight, offsets = self.by_expert
         counts = torch.diff(offsets, prepend=offsets.new_zeros(1)).long()  # (E,)
-        longest = int(counts.max())
-        expert = torch.arange(self.num_experts, device=token.device).repeat_interleave(counts)  # (M,)
-        place = torch.arange(len(token), device=token.device) - (offsets.long() - counts)[expert]
-        cell = expert * longest + place
-        tokens = token.new_zeros(self.num_experts * longest).index_copy(0, cell, token)
-        weights = weight.new_zeros(len(tokens)).index_copy(0, cell, weight)
-        return tokens.view(self.num_experts, -1), weights.view(self.num_experts, -1)
+        order = counts.argsort(descending=True, stable=True)
+        loads = counts[order].tolist()
+        buckets: list[tuple[torch.Tensor, slice]] = []
+        first: list[int] = []  # first row of the experts in `order`
+        start = rows = 0
+        while start < len(loads) and loads[start] > 0:
+            end = max(2 * start, 1)
+            while end < len(loads) and 8 * loads[end] > 7 * loads[start]:
+                end *= 2
+            experts = order[start:end]
+            # In steps of at most an eighth: oneDNN compiles a kernel for every new size.
+            step = 1 << max(loads[start].bit_length() - 4, 0)
+            length = -(-loads[start] // step) * step
+            first.extend(range(rows, rows + len(experts) * length, length))
+            buckets.append((experts, slice(rows, rows + len(experts) * length)))
+            start, rows = end, rows + len(experts) * length
+        shift = counts - offsets  # (E,), from a slot's place in `token` to its row
+        shift[order[: len(first)]] += shift.new_tensor(first)
+        row = torch.arange(len(token), device=token.device) + shift.repeat_interleave(counts)  # (M,)
+        by_token, places = token.sort(stable=True)
+        return Buckets(
+            buckets,
+            token.new_zeros(rows).index_copy(0, row, token),
+            weight.new_zeros(rows).index_copy(0, row, weight),
+            row[places],
+            torch.searchsorted(by_token, torch.arange(len(self), device=token.device)),
+        )
 
-    def rows(self, inputs: torch.Tensor, token: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the inputs (..., in) of the tokens of slots, (len(token), in).
+    def rows(self, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the inputs (..., in) of the filled slots sorted by expert, (M, in).
 
-        Gathered once for targets with the same inputs and the same `token`, that of `by_expert` or `padded`.
+        Gathered once for targets with the same inputs.
         """
-        if self._gathered is None or self._gathered[0] is not inputs or self._gathered[1] is not token:
+        if self._gathered is None or self._gathered[0] is not inputs:
             tokens = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-            self._gathered = inputs, token, tokens.index_select(0, token.flatten())
-        return self._gathered[2]
+            self._gathered = inputs, tokens.index_select(0, self.by_expert[0])
+        return self._gathered[1]
 
 
 class MixedSlots:
@@ -130,13 +160,17 @@ def add_experts(
     """
     if isinstance(slots, MixedSlots):
         return mixed_slots(result, inputs, lora_a, lora_b, slots, activation)
-    num_experts, rank, _ = lora_a.shape
-    dtype = compute_dtype(inputs)
-    # Where every token uses every expert, sorting saves nothing.
-    if num_experts * rank * dtype.itemsize <= MAX_DENSE_BYTES or slots.index.shape[1] >= num_experts:
+    if runs_dense(inputs, len(lora_a) * lora_a.shape[1], slots):
         return masked_dense(result, inputs, lora_a, lora_b, slots, activation)
-    one_by_one = slots.padding > MAX_PADDING or inputs.device.type == "cuda"  # which has a grouped kernel
-    return (grouped if one_by_one else padded)(result, inputs, lora_a, lora_b, slots, activation)
+    form = bucketed if inputs.device.type == "cpu" else grouped
+    return form(result, inputs, lora_a, lora_b, slots, activation)
+
+
+def runs_dense(inputs: torch.Tensor, total_rank: int, slots: ExpertSlots) -> bool:
+    """Whether all experts, of this rank together, are computed for every token rather than sorted."""
+    # Where every token uses every expert, sorting saves nothing.
+    every_expert = slots.index.shape[1] >= slots.num_experts
+    return every_expert or total_rank * compute_dtype(inputs).itemsize <= MAX_DENSE_BYTES
 
 
 def masked_dense(
@@ -167,7 +201,7 @@ def grouped(
     """Add the experts' output as one product per expert and matrix, over the tokens that chose it."""
     dtype = compute_dtype(inputs)
     token, weight, offsets = slots.by_expert
-    inner = grouped_linear(slots.rows(inputs, token, dtype), lora_a, offsets)  # (M, r)
+    inner = grouped_linear(slots.rows(inputs, dtype), lora_a, offsets)  # (M, r)
     if activation is not None:
         inner = activation(inner)
     output = grouped_linear(inner * weight[:, None].to(dtype), lora_b, offsets)  # (M, out)
@@ -175,7 +209,7 @@ def grouped(
     return tokens.index_add(0, token, output.to(result.dtype)).view(result.shape)
 
 
-def padded(
+def bucketed(
     result: torch.Tensor,
     inputs: torch.Tensor,
     lora_a: torch.Tensor,
@@ -183,16 +217,81 @@ def padded(
     slots: ExpertSlots,
     activation: Activation | None = None,
 ) -> torch.Tensor:
-    """Add the experts' output as one batched product per matrix, over rows of equal length."""
+    """Add the experts' output as one batched product per bucket and matrix."""
     dtype = compute_dtype(inputs)
-    token, weight = slots.padded
-    rows = slots.rows(inputs, token, dtype).view(*token.shape, inputs.shape[-1])  # (E, C, in)
-    inner = torch.bmm(rows, lora_a.to(dtype).mT)  # (E, C, r)
+    inner = Shrink.apply(inputs.reshape(-1, inputs.shape[-1]).to(dtype), lora_a, slots.bucketed)  # (R, r)
     if activation is not None:
         inner = activation(inner)
-    output = torch.bmm(inner * weight[..., None].to(dtype), lora_b.to(dtype).mT)  # (E, C, out)
-    tokens = result.reshape(-1, result.shape[-1])
-    return tokens.index_add(0, token.flatten(), output.flatten(0, 1).to(result.dtype)).view(result.shape)
+    inner = inner * slots.bucketed.weight[:, None].to(dtype)
+    output = Expand.apply(inner, lora_b.mT, slots.bucketed)  # (T, out)
+    return result + output.view(result.shape).to(result.dtype)
+
+
+class Shrink(torch.autograd.Function):
+    """`A_i x` of every row, from tokens (T, in) and the stack (E, r, in); the rows' inputs are not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+        ctx.slots = slots
+        ctx.save_for_backward(tokens, stack)
+        return shrink(tokens, stack, slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_inner: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        tokens, stack = ctx.saved_tensors
+        grad_tokens = expand(grad_inner, stack, ctx.slots) if ctx.needs_input_grad[0] else None
+        grad_stack = outer(grad_inner, tokens, stack, ctx.slots) if ctx.needs_input_grad[1] else None
+        return grad_tokens, grad_stack, None
+
+
+class Expand(torch.autograd.Function):
+    """The sum of `B_i h` over the rows of every token, from rows (R, r) and the stack (E, r, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+        ctx.slots = slots
+        ctx.save_for_backward(inner, stack)
+        return expand(inner, stack, slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        inner, stack = ctx.saved_tensors
+        grad_inner = shrink(grad_output, stack, ctx.slots) if ctx.needs_input_grad[0] else None
+        grad_stack = outer(inner, grad_output, stack, ctx.slots) if ctx.needs_input_grad[1] else None
+        return grad_inner, grad_stack, None
+
+
+def shrink(tokens: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+    """Return the product of every row's token (T, width) with its expert's matrix, (R, r)."""
+    inner = tokens.new_empty(len(slots.token), stack.shape[1])
+    for experts, rows in slots.buckets:
+        matrices = stack.index_select(0, experts).to(tokens.dtype)  # (n, r, width)
+        inputs = tokens.index_select(0, slots.token[rows]).view(len(experts), -1, tokens.shape[1])  # (n, C, width)
+        torch.bmm(inputs, matrices.mT, out=inner[rows].view(len(experts), -1, inner.shape[1]))
+    return inner
+
+
+def expand(inner: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+    """Return the sum over the rows (R, r) of every token of the product with their experts' matrices, (T, width)."""
+    output = inner.new_empty(len(inner), stack.shape[2])  # (R, width)
+    for experts, rows in slots.buckets:
+        matrices = stack.index_select(0, experts).to(inner.dtype)  # (n, r, width)
+        out = output[rows].view(len(experts), -1, output.shape[1])  # (n, C, width)
+        torch.bmm(inner[rows].view(len(experts), -1, inner.shape[1]), matrices, out=out)
+    # Several times as fast as `index_add`, and sums in float32.
+    return F.embedding_bag(slots.filled, output, slots.starts, mode="sum")
+
+
+def outer(inner: torch.Tensor, tokens: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+    """Return the gradient of the stack (E, r, width): outer products of the rows (R, r) with their tokens."""
+    gradient = torch.zeros_like(stack, memory_format=torch.contiguous_format)
+    for experts, rows in slots.buckets:
+        inputs = tokens.index_select(0, slots.token[rows]).view(len(experts), -1, tokens.shape[1])  # (n, C, width)
+        product = torch.bmm(inner[rows].view(len(experts), -1, inner.shape[1]).mT, inputs)  # (n, r, width)
+        gradient.index_copy_(0, experts, product.to(stack.dtype))
+    return gradient
 
 
 def mixed_slots(
