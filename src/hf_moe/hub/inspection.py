@@ -22,10 +22,9 @@ from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 
 from ..configuration.configuration_hf_moe import HfMoeConfig, at_layer
-from ..modeling.host import HostFfn, layer_spec
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
-from ..modeling.routing import Router
+from ..modeling.routing import MoELayerSpec, Router
 from .bundle import CONFIGURATION, MODELING, PROCESSING, bundle_files, used_names
 
 
@@ -180,12 +179,22 @@ def _expert_widths(tensors: dict[str, Any], layer: int) -> list[int]:
 
 def _router(config: Any, tensors: dict[str, Any], layer: int) -> Router | None:
     """Build a layer's router without memory: it knows what of it works on a token. `None` if it is not installed."""
-    options = dict(at_layer(config.moe_config.router, layer))
+    moe = config.moe_config
+    options = dict(at_layer(moe.router, layer))
     name = options.pop("name")
     if name not in mechanism_names("router"):
         return None
-    width = max(_expert_widths(tensors, layer), default=1) * at_layer(config.moe_config.granularity, layer)
-    spec = layer_spec(config, layer, HostFfn(width, gated=True, bias=False, layout=None))
+    width = max(_expert_widths(tensors, layer), default=1)
+    spec = MoELayerSpec(
+        layer_idx=layer,
+        hidden_size=config.text_config.hidden_size,
+        num_experts=at_layer(moe.num_experts, layer),
+        num_experts_per_tok=at_layer(moe.num_experts_per_tok, layer),
+        expert_intermediate_size=width,
+        banks=tuple(
+            (bank, fields["num_experts"], width) for bank, fields in (at_layer(moe.expert_banks, layer) or {}).items()
+        ),
+    )
     with torch.device("meta"):
         return build("router", get_mechanism("router", name), options, spec)
 
