@@ -19,7 +19,7 @@ from transformers import (
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.low_rank import ExpertSlots
 from hf_moe.adapters.objectives import tuner_layers
-from hf_moe.adapters.routing import ACTIVE_LAYER
+from hf_moe.adapters.routing import _ROOT_CONTEXT, ACTIVE_LAYER
 
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
@@ -30,9 +30,9 @@ def adapt(model, adapter="default", **fields):
     return get_peft_model(model, MoeLoraConfig(**fields), adapter_name=adapter).eval()
 
 
-def logits(model, inputs):
+def logits(model, inputs, **extra):
     with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        return model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra).logits
 
 
 ROUTERS = [
@@ -172,21 +172,34 @@ def test_a_vision_transformer_takes_routers_that_read_hidden_states_alone(vit, r
         assert all(p.grad is not None for name, p in model.named_parameters() if "moe_lora_" in name)
     with pytest.raises(ValueError, match="reads the modality"):
         adapt(vit(), target_modules="all-linear", router="moiie", router_input="target")
-    with pytest.raises(ValueError, match="padding must not count"):
-        adapt(vit(), target_modules="all-linear", objectives={"router_z": 0.1})
 
 
-def test_a_decoder_that_drops_the_context_says_so_where_it_is_needed(text):
+def test_the_context_reaches_the_layers_of_a_decoder_that_drops_keyword_arguments(text, randomise):
+    fields = {"target_modules": "all-linear", "router": "moiie", "objectives": {"router_z": 0.1}}
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        host = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)).eval()
+        base = logits(host, text)
+        model = adapt(host, **fields)
+        torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+        randomise(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.train()(**text).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_a_failed_call_leaves_no_context_behind(text):
     host = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)).eval()
-    base = logits(host, text)
-    model = adapt(host, target_modules="all-linear")
-    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
-    model = adapt(model.unload(), target_modules="all-linear", objectives={"router_z": 0.1})
-    with pytest.raises(ValueError, match="does not pass keyword arguments"):
+    model = adapt(host, target_modules="all-linear", router="condition")
+    with pytest.raises(ValueError, match="pass task_ids"):
         model(**text)
-    model = adapt(model.unload(), target_modules="all-linear", router="moiie")
-    with pytest.raises(ValueError, match="reads the modality"):
-        model(**text)
+    assert _ROOT_CONTEXT.get() is None
+    assert model(**text, task_ids=torch.tensor([0, 1])).loss.isfinite() and _ROOT_CONTEXT.get() is None
 
 
 def test_a_vision_language_model_of_transformers_tells_its_routers_the_modality(image_rows, randomise):
@@ -275,8 +288,56 @@ def test_nothing_stays_behind(llama, own_model, text):
                 model.delete_adapter("default")
             host = model.unload()
             assert [type(module) for module in host.modules()] == classes
-            assert not host._forward_pre_hooks and not host._forward_hooks
+            for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+                assert list(getattr(host, hooks).values()) == list(getattr(untouched, hooks).values())
             torch.testing.assert_close(logits(host, text), logits(untouched, text), atol=0, rtol=0)
+
+
+def test_experts_behind_a_layer_leave_it_in_its_place(llama, text, randomise):
+    fields = {"target_modules": r".*layers\.\d+", "experts": "bottleneck", "router_input": "target"}
+    plain = llama()
+    model = adapt(llama(), **fields)
+    layers = model.base_model.model.model.layers
+    assert [type(layer).__name__ for layer in layers] == ["LlamaDecoderLayer"] * 2
+    randomise(model)
+    seen = []
+    first = layers[0].output_experts
+    first.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    expected = logits(model, text)
+    kind, (block, output) = first.experts["default"], seen[0]
+    torch.testing.assert_close(block, first_output(plain, text), atol=1e-5, rtol=1e-5)
+    probs = (block @ first.moe_lora_router["default"].weight.T).softmax(-1)
+    weight, chosen = probs.topk(2)
+    pairs = zip(first.moe_lora_A["default"], first.scaled_b("default"), strict=True)
+    by_expert = torch.stack([kind.act_fn(block @ a.T) @ b.T for a, b in pairs], -2)
+    picked = by_expert.gather(-2, chosen[..., None].expand(*chosen.shape, 32))
+    mixed = block + ((weight / weight.sum(-1, keepdim=True))[..., None] * picked).sum(-2)
+    real = text["attention_mask"].bool()
+    torch.testing.assert_close(output[real], mixed[real], atol=1e-5, rtol=1e-5)
+
+    model.add_adapter("second", MoeLoraConfig(target_modules=["q_proj", "layers.1"], router="condition"))
+    for name, parameter in model.named_parameters():
+        if name.endswith("moe_lora_B.second"):
+            parameter.data.normal_()
+    model.set_adapter("second")
+    assert not torch.equal(logits(model, text, task_ids=torch.tensor([0, 1])), expected)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model, text), expected)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(logits(twin, text), logits(model, text))
+    host = model.unload()
+    assert [name for name, _ in host.named_modules()] == [name for name, _ in plain.named_modules()]
+    torch.testing.assert_close(logits(host, text), logits(plain, text), atol=0, rtol=0)
+
+
+def first_output(model, inputs):
+    """Return what the first layer of a model returns."""
+    outputs = []
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    logits(model, inputs)
+    handle.remove()
+    return outputs[0]
 
 
 def test_deleting_the_last_adapter_gives_the_layers_their_class_back(llama):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Trainer, TrainingArguments
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import LogRouting, routing_inputs
@@ -43,6 +43,7 @@ def watch(model):
 
 POOLED = [
     {"router": "sequence"},
+    {"router": {"name": "sequence", "pooling": "sum"}},
     {"router": "sequence", "router_input": "model"},
     {"router": "sequence", "router_input": "target", "num_experts_per_tok": None},
     {"router": {"name": "sequence", "end_token_id": END}, "router_input": "model"},
@@ -85,6 +86,52 @@ def test_a_pooled_gate_is_the_same_with_a_cache(llama, text, randomise, fields):
     options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = model.generate(**inputs, use_cache=True, **options)
     assert torch.equal(cached, model.generate(**inputs, use_cache=False, **options))
+
+
+STATIC = [*POOLED[:2], POOLED[-1]]
+
+
+@pytest.mark.parametrize("fields", STATIC, ids=lambda fields: "-".join(map(str, fields.values())))
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_pooled_gate_is_the_same_with_a_cache_of_fixed_size(llama, text, randomise, fields, num_beams):
+    model = adapt(llama(), **fields)
+    randomise(model)
+    text["input_ids"][:, 5] = END
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 4, "num_beams": num_beams, "do_sample": False, "eos_token_id": None}
+    grown = model.generate(**inputs, **options, output_scores=True, return_dict_in_generate=True)
+    for _ in range(2):  # the second call finds the cache of the first
+        fixed = model.generate(
+            **inputs, **options, cache_implementation="static", output_scores=True, return_dict_in_generate=True
+        )
+        assert torch.equal(fixed.sequences, grown.sequences)
+        torch.testing.assert_close(fixed.scores, grown.scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer_types", [["sliding_attention", "full_attention"], ["sliding_attention"] * 2])
+def test_a_pooled_gate_is_the_same_with_a_sliding_cache_of_fixed_size(text, randomise, layer_types):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 64}
+    config = Gemma3TextConfig(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=layer_types,
+        sliding_window=4,
+        pad_token_id=0,
+    )
+    model = adapt(Gemma3ForCausalLM(config).eval(), router="sequence")
+    randomise(model)
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    grown = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, cache_implementation="static"), grown)
+
+
+def test_a_mask_that_does_not_tell_what_is_padding_is_refused_by_a_pooled_gate(llama, text):
+    packed = torch.eye(9).bool()[None, None].expand(2, 1, 9, 9)
+    with pytest.raises(ValueError, match="must know what is padding"):
+        logits(adapt(llama(), router="sequence"), {"input_ids": text["input_ids"], "attention_mask": packed})
 
 
 def test_a_pooled_gate_reads_images_in_our_own_models_with_a_cache(own_model, image_rows, randomise):
@@ -155,9 +202,9 @@ def test_one_router_for_the_model_decides_once_also_in_a_recomputation(llama, te
     assert any("router" in name and gradient.any() for name, gradient in found[0].items())
 
 
-def test_a_vision_transformer_cannot_share_one_router_with_all_layers(vit):
+def test_the_tower_of_a_model_for_text_cannot_share_one_router_with_all_layers(own_model):
     with pytest.raises(ValueError, match="passes nothing from layer to layer"):
-        adapt(vit(), target_modules=["q_proj"], router_input="model")
+        adapt(own_model(), target_modules=r".*vision.*q_proj", router_input="model")
 
 
 def test_task_ids_pick_the_expert_of_a_row(llama, text, randomise, tmp_path):

@@ -17,8 +17,8 @@ def decide(
     """Return a router's decision for hidden states (..., d), and record it for the objectives."""
     context: RoutingContext
     root: AdapterContext | None = None if run is None else run.context
-    if root is not None and root.tokens.token_mask.numel() != hidden_states[..., 0].numel():
-        root = None  # it tells of other tokens than these
+    if root is not None and not root.tells_of(hidden_states):
+        root = None
     if root is not None:
         context = root.of(adapter_name)
     else:

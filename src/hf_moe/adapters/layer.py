@@ -223,11 +223,12 @@ class MoeLoraLayer(BaseTunerLayer):
         if key not in run.shared:
             run.shared[key] = self._shared_slots(owner, adapter_name, router, run, x.device)
         slots = run.shared[key]
-        if len(slots) != x[..., 0].numel():
+        if not run.tells_of(x):
             raise ValueError(
                 f"The router of this layer decided for the {len(slots)} tokens that enter the layer, and a "
                 f"target, {type(self.get_base_layer()).__name__}({self.in_features}, {self.out_features}), got "
-                f"{x[..., 0].numel()}: set router_input='target', or leave this target out."
+                f"others, {tuple(x.shape[:-1])}, as in cross-attention or in windows: set router_input='target', or "
+                "leave this target out."
             )
         return slots
 

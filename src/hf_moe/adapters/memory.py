@@ -6,6 +6,7 @@ and repeated with the rows it belongs to.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +37,30 @@ class PooledMemory:
 PooledState = dict[str, dict[int, PooledMemory]]
 
 
-def past_state(cache: Any) -> PooledState:
+def cache_of(values: Mapping[str, Any]) -> Cache | None:
+    """Return the cache among the inputs or outputs of a model; that of recurrent states has a name of its own."""
+    caches = (values.get(name) for name in ("past_key_values", "cache_params"))
+    return next((cache for cache in caches if isinstance(cache, Cache)), None)
+
+
+def cached_tokens(cache: Cache | None) -> int:
+    """Return how many tokens a cache holds; recurrent states do not count theirs, and give 1 if there are any."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return int(cache.has_previous_state())
+
+
+def past_state(cache: Cache | None) -> PooledState:
     """Return what is remembered of the tokens in a cache; nothing for an empty one."""
-    if not isinstance(cache, Cache) or cache.get_seq_length() == 0:
-        return {}
-    return getattr(cache, "moe_lora_state", {})
+    return getattr(cache, "moe_lora_state", {}) if cached_tokens(cache) else {}
 
 
-def keep_state(cache: Any, state: PooledState) -> None:
+def keep_state(cache: Cache | None, state: PooledState) -> None:
     """Leave what is remembered with the cache."""
-    if state and isinstance(cache, Cache):
+    if state and cache is not None:
         if not hasattr(cache, "moe_lora_state"):
             cache.__class__ = remembering_class(type(cache))  # type: ignore[arg-type]
         cache.moe_lora_state = state

@@ -7,7 +7,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
@@ -17,19 +16,12 @@ from .decisions import check_decision
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards
 from .frozen import FrozenExperts
+from .hosts import enclosing_layer, is_bidirectional, is_layer, known_tokens, layer_width, reads_text
 from .layer import Linear, MoeLoraLayer
 from .objectives import install_hooks, tuner_layers
 from .routers import HostRouter, PooledRouter, SoftMoaRouter
-from .routing import (
-    TokenlessContext,
-    adapted_layer_class,
-    enclosing_layer,
-    is_bidirectional,
-    knows_tokens,
-    layer_width,
-    reads_text,
-)
-from .targets import ParamWrapper, WholeModule
+from .routing import OUTPUT_EXPERTS, TokenlessContext, adapted_layer_class
+from .targets import LayerOutput, ParamWrapper, WholeModule
 
 
 # As Transformers' models start their linear layers.
@@ -89,15 +81,21 @@ class MoeLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        plain = not isinstance(target, (nn.Linear, Conv1D, MoeLoraLayer))
+        if parameter_name is None and plain and is_layer(self.model, current_key):
+            layer_name: str | None = current_key
+            parent, target_name = target, OUTPUT_EXPERTS
+            target = target._modules.get(OUTPUT_EXPERTS) or LayerOutput(target)
+        else:
+            layer_name = enclosing_layer(self.model, current_key)
         base = target.get_base_layer() if isinstance(target, MoeLoraLayer) else target
-        layer_name = enclosing_layer(self.model, current_key)
         layer = None if layer_name is None else self.model.get_submodule(layer_name)
         linear = isinstance(base, (nn.Linear, Conv1D))
         if not linear:
             self._check_module(peft_config, base, layer, current_key, parameter_name)
         settings = peft_config.settings(current_key, getattr(base, "num_experts", None))
-        tokens_known = knows_tokens(self.model, layer)
-        owner = self._owner(settings, adapter_name, layer, current_key)
+        tokens_known = known_tokens(self.model, layer_name)
+        owner = self._owner(settings, adapter_name, layer_name, current_key)
         router = None
         if owner is None:
             width = base.weight.shape[0] if isinstance(base, Conv1D) else getattr(base, "in_features", None)
@@ -132,16 +130,17 @@ class MoeLoraModel(BaseTuner):
             if settings.router_input != "target" and not isinstance(router, HostRouter):
                 target.router_owner[adapter_name] = target
         if layer is not None and not hasattr(layer, "moe_lora_host_class"):
-            layer.__class__ = adapted_layer_class(type(layer), tokens_known)  # type: ignore[arg-type]
+            layer.__class__ = adapted_layer_class(type(layer), tokens_known is not None)  # type: ignore[arg-type]
 
     def _check_module(
         self, config: MoeLoraConfig, base: nn.Module, layer: nn.Module | None, key: str, parameter_name: str | None
     ) -> None:
         """Refuse a target that is no linear layer and no module between hidden states either."""
-        if layer is None or isinstance(base, GradientCheckpointingLayer):
+        if layer is None:
             raise ValueError(
-                f"LoRA experts go on linear layers and on modules inside of a decoder layer, and {key!r} is a "
-                f"{type(base).__name__}: narrow target_modules, or name it in exclude_modules."
+                "LoRA experts go on linear layers, on modules inside of a decoder layer or encoder block and on these "
+                f"as a whole, and {key!r} is a {type(base).__name__}: narrow target_modules, or name it in "
+                "exclude_modules."
             )
         if parameter_name is not None:
             return
@@ -150,18 +149,18 @@ class MoeLoraModel(BaseTuner):
                 raise ValueError(f"{key!r} and {name!r} inside of it are both targets: leave one of them out.")
 
     def _owner(
-        self, settings: TargetSettings, adapter_name: str, layer: nn.Module | None, key: str
+        self, settings: TargetSettings, adapter_name: str, layer_name: str | None, key: str
     ) -> MoeLoraLayer | None:
         """Return the target that holds the router this one shares already, if there is one."""
         if settings.router_input == "target" or settings.router["name"] == HostRouter.mechanism_name:
             return None
-        if layer is None:
+        if layer_name is None:
             raise ValueError(
                 f"{key!r} lies in no decoder layer, whose input its router could read: name it in exclude_modules, or "
                 "set router_input='target', where every target has its own router."
             )
-        scope = self.model if settings.router_input == "model" else layer
-        if scope is not layer and not knows_tokens(self.model, layer):
+        scope = self.model if settings.router_input == "model" else self.model.get_submodule(layer_name)
+        if scope is self.model and known_tokens(self.model, layer_name) is None:
             raise ValueError(
                 f"{key!r} cannot share one router with all layers: this model passes nothing from layer to layer. Set "
                 "router_input='decoder_layer'."
@@ -175,11 +174,11 @@ class MoeLoraModel(BaseTuner):
         settings: TargetSettings,
         width: int,
         layer: nn.Module | None,
-        tokens_known: bool,
+        tokens_known: str | None,
         key: str,
     ) -> Router:
         """Return an initialised router that is known to work where it stands."""
-        if config.objectives and not tokens_known:
+        if config.objectives and tokens_known is None:
             raise ValueError(
                 f"objectives={list(config.objectives)} cannot reach {key!r}: padding must not count, and this model "
                 "tells its layers nothing of its tokens. Leave the objectives out, or name it in exclude_modules."
@@ -197,10 +196,11 @@ class MoeLoraModel(BaseTuner):
                     f"The router {settings.router['name']!r} mixes all tokens of a sequence, and {key!r} lies in a "
                     "layer whose attention hides later tokens from earlier ones: adapt a vision tower or an encoder."
                 )
-            if not tokens_known and reads_text(self.model, layer):
+            unknown = reads_text(self.model, layer) or (layer is not None and not bidirectional)
+            if tokens_known is None and unknown:
                 raise ValueError(
                     f"The router {settings.router['name']!r} pools the tokens of a sequence, and this model does not "
-                    f"tell {key!r} which of them are padding. Choose a router that decides token by token."
+                    f"tell {key!r} which of them are padding, or cached. Choose a router that decides token by token."
                 )
         return router
 
@@ -224,6 +224,7 @@ class MoeLoraModel(BaseTuner):
         for module in self.model.modules():
             if hasattr(module, "moe_lora_host_class") and not any(item.experts for item in tuner_layers(module)):
                 module.__class__ = module.moe_lora_host_class
+                module._modules.pop(OUTPUT_EXPERTS, None)
             if hasattr(module, "moe_lora_ffn_class") and not any(item.experts for item in tuner_layers(module)):
                 module.__class__ = module.moe_lora_ffn_class
         if not any(item.experts for item in tuner_layers(self.model)):
@@ -250,15 +251,15 @@ class MoeLoraModel(BaseTuner):
 
 
 @torch.no_grad()
-def check_decision_of(router: Router, experts: ExpertKind, tokens_known: bool) -> None:
+def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | None) -> None:
     """Refuse a router whose decisions the experts of a target cannot run, or that reads what is not known there."""
     if isinstance(router, HostRouter) or any(parameter.is_meta for parameter in router.parameters()):
         return
     probe = torch.zeros(1, 1, router.spec.hidden_size)
     context: RoutingContext = TokenlessContext(probe)
-    if tokens_known:
+    if tokens_known is not None and getattr(router, "condition", None) is not None:
+        return  # what it reads comes with the call
+    if tokens_known == "text":
         context = RoutingContext.all_text(probe)
         context.input_ids = context.modality_ids
-        if getattr(router, "condition", None) is not None:
-            return  # what it reads comes with the call
     check_decision(router(probe[0], context), experts)

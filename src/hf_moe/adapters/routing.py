@@ -1,9 +1,10 @@
 """How the routing context enters a model that knows nothing of it, and leaves it again.
 
-One hook on the root of the model builds the context and passes it down as a keyword argument. The class of every
-decoder layer with a target is swapped for a subclass of the same name that takes the argument and keeps it, with the
-hidden state that enters the layer, in a context variable while the host's own forward runs. As an argument of the
-layer the context survives every kind of recomputation; hooks on layers would not run again in one.
+One hook on the root of the model builds the context and passes it down as a keyword argument. The class of every layer
+with a target is swapped for a subclass of the same name that takes the argument and keeps it, with the hidden state
+that enters the layer, in a context variable while the host's own forward runs. As an argument of the layer the context
+survives every kind of recomputation; hooks on layers would not run again in one. Where a model drops the argument on
+the way, the layer's call takes it from the root's own variable, before a recomputation records the arguments.
 """
 
 import copy
@@ -11,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -19,13 +20,21 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..modeling.routing import Decision, Router, RoutingContext
+from ..modeling.routing import MODALITIES, Decision, Router, RoutingContext
 from .low_rank import ExpertSlots, MixedSlots
-from .memory import PooledState, keep_state, past_state
+from .memory import PooledState, cache_of, cached_tokens, keep_state, past_state
+
+
+def are_tokens(x: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether `x` (..., d) can be the tokens of that shape in their order: the same, or all rows in one.
+
+    Windows of a tower have as many tokens, in another order.
+    """
+    return x.shape[:-1] == shape or x.shape[:-1] == (shape.numel(),)
 
 
 class AdapterContext:
-    """What one forward of the root passes to its decoder layers.
+    """What one forward of the root passes to its layers.
 
     A plain class on purpose, see [`RoutingContext`].
 
@@ -35,12 +44,22 @@ class AdapterContext:
         hides_padding: the attention mask does not tell which tokens are padding.
     """
 
-    def __init__(self, tokens: RoutingContext, cache: Any = None, hides_padding: bool = False):
+    # The root's variable and what it held before, while its forward runs.
+    token: Token | None = None
+
+    def __init__(self, tokens: RoutingContext, cache: Cache | None = None, hides_padding: bool = False):
         self.tokens = tokens
         self.past = past_state(cache)
-        self.cached_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        self.cached_tokens = cached_tokens(cache)
         self.hides_padding = hides_padding
         self._of: dict[str, RoutingContext] = {}
+
+    def enter(self, hidden_states: torch.Tensor) -> None:
+        """Take note of what enters a layer."""
+
+    def tells_of(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the tokens are those of some hidden states (..., d), in their order."""
+        return are_tokens(hidden_states, self.tokens.token_mask.shape)
 
     def of(self, adapter_name: str) -> RoutingContext:
         """Return the context of one adapter: what is known of the tokens, with decisions and memory of its own."""
@@ -67,8 +86,29 @@ class AdapterContext:
         return {name: context.carry["pooled"] for name, context in self._of.items() if context.carry["pooled"]}
 
 
+class ImageContext(AdapterContext):
+    """What one forward of a vision encoder passes to its layers: one image per row, whose patches are all real.
+
+    Args:
+        rows: B.
+        conditions: of the rows.
+    """
+
+    def __init__(self, rows: int, conditions: dict[str, torch.Tensor]):
+        # How many patches there are shows in the first layer.
+        nothing = torch.zeros(rows, 0, dtype=torch.long)
+        super().__init__(RoutingContext(nothing, nothing.bool(), condition_ids=conditions))
+
+    def enter(self, hidden_states: torch.Tensor) -> None:
+        known = self.tokens
+        if not known.token_mask.numel() and hidden_states.dim() == 3 and len(hidden_states) == len(known.token_mask):
+            context = RoutingContext.all_text(hidden_states)
+            known.token_mask = context.token_mask
+            known.modality_ids = context.modality_ids + MODALITIES.index("image")
+
+
 class TokenlessContext(RoutingContext):
-    """The context of a layer whose model tells nothing of its tokens: all are real, and they have no modality.
+    """The context of a layer whose model tells nothing of its tokens: all are real, of no modality or condition.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, S, d)` or `(S, d)`).
@@ -81,48 +121,88 @@ class TokenlessContext(RoutingContext):
     @property
     def modality_ids(self) -> torch.Tensor:
         raise ValueError(
-            "This router reads the modality of the tokens, which is known only in the decoder layers of a model that "
-            "takes input_ids and passes keyword arguments on to its layers; vision towers and encoders do not. Choose "
-            "a router that reads hidden states alone, such as 'top_k', or other target_modules."
+            "This router reads the modality of the tokens, which is known only in layers that read a model's "
+            "input_ids; those of a vision tower or encoder have but one. Choose a router that reads hidden states "
+            "alone, such as 'top_k', or other target_modules."
         )
 
     @modality_ids.setter
     def modality_ids(self, value: torch.Tensor) -> None:
         pass
 
+    @property
+    def condition_ids(self) -> dict[str, torch.Tensor]:
+        raise ValueError(
+            "This router reads a condition of the rows, and a target's tokens are not the rows of the call, one "
+            "sequence or image each: it lies in the tower of a larger model, in an encoder-decoder, or in a layer "
+            "that cuts its input into windows. Choose a router that reads hidden states alone, such as 'top_k', or "
+            "other target_modules."
+        )
+
+    @condition_ids.setter
+    def condition_ids(self, value: dict[str, torch.Tensor]) -> None:
+        pass
+
 
 class LayerRun:
-    """One call of a decoder layer with targets in it.
+    """One call of a layer with targets in it.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, S, d)`): what enters the layer.
         context: what the root passed down, if it did.
+        encoder_hidden_states: what its cross-attention reads, if it has one.
     """
 
-    def __init__(self, hidden_states: torch.Tensor, context: AdapterContext | None):
+    def __init__(self, hidden_states: torch.Tensor, context: AdapterContext | None, encoder_hidden_states: Any = None):
         self.hidden_states = hidden_states
         self.context = context
+        self.encoder_hidden_states = encoder_hidden_states
         # (adapter, number of the router) -> the decision that targets in this layer share.
         self.shared: dict[tuple[str, int], ExpertSlots | MixedSlots] = {}
 
+    def tells_of(self, x: torch.Tensor) -> bool:
+        """Whether `x` (..., in) are the tokens that enter the layer."""
+        return x is not self.encoder_hidden_states and are_tokens(x, self.hidden_states.shape[:-1])
+
 
 ACTIVE_LAYER: ContextVar[LayerRun | None] = ContextVar("hf_moe_active_layer", default=None)
+_ROOT_CONTEXT: ContextVar[AdapterContext | None] = ContextVar("hf_moe_root_context", default=None)
+
+# Name of the experts behind a whole layer, a child of it. PEFT passes over names with its own prefix when it unloads.
+OUTPUT_EXPERTS = "output_experts"
 
 
 @functools.cache
 def adapted_layer_class(host_class: Any, knows_tokens: bool) -> Any:
-    """Return the subclass of a layer's class that takes `moe_lora_context`.
+    """Return the subclass of a layer's class that takes `moe_lora_context`, and runs the experts behind the layer.
 
     Args:
         host_class: class of the layer; its name is kept, by which device maps and FSDP wrapping policies find it.
         knows_tokens: whether the root's context is about the tokens of this layer.
     """
 
+    names = list(inspect.signature(host_class.forward).parameters)[1:]
+    place = names.index("encoder_hidden_states") if "encoder_hidden_states" in names else None
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "moe_lora_context" not in kwargs:
+            kwargs["moe_lora_context"] = _ROOT_CONTEXT.get()
+        return host_class.__call__(self, *args, **kwargs)
+
     def forward(self: Any, *args: Any, moe_lora_context: AdapterContext | None = None, **kwargs: Any) -> Any:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        token = ACTIVE_LAYER.set(LayerRun(hidden_states, moe_lora_context if knows_tokens else None))
+        context = moe_lora_context if knows_tokens else None
+        if context is not None:
+            context.enter(hidden_states)
+        positional = args[place] if place is not None and place < len(args) else None
+        run = LayerRun(hidden_states, context, kwargs.get("encoder_hidden_states", positional))
+        token = ACTIVE_LAYER.set(run)
         try:
-            return host_class.forward(self, *args, **kwargs)
+            output = host_class.forward(self, *args, **kwargs)
+            experts = self._modules.get(OUTPUT_EXPERTS)
+            if experts is None:
+                return output
+            return (experts(output[0]), *output[1:]) if isinstance(output, tuple) else experts(output)
         finally:
             ACTIVE_LAYER.reset(token)
 
@@ -140,6 +220,9 @@ def adapted_layer_class(host_class: Any, knows_tokens: bool) -> Any:
         "moe_lora_host_class": host_class,
         "moe_lora_knows_tokens": knows_tokens,
     }
+    # A layer of another kind may be called again in a recomputation, when the root has returned.
+    if issubclass(host_class, GradientCheckpointingLayer):
+        body["__call__"] = __call__
     return type(host_class.__name__, (host_class,), body)
 
 
@@ -149,59 +232,28 @@ def _new_adapted_layer(knows_tokens: bool, create: Any, args: tuple) -> nn.Modul
     return layer
 
 
-def enclosing_layer(model: nn.Module, key: str) -> str | None:
-    """Return the name of the layer that module `key` lies in: the unit that checkpointing recomputes, if any."""
-    parents = [key.rsplit(".", depth)[0] for depth in range(1, key.count(".") + 1)]  # innermost first
-    for name in parents:
-        if isinstance(model.get_submodule(name), GradientCheckpointingLayer):
-            return name
-    lists = [name for name in parents if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)]
-    return lists[-1] if lists else None
-
-
-def reads_text(model: nn.Module, layer: nn.Module | None) -> bool:
-    """Whether a layer is one of a model's decoder, which reads token ids."""
-    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
-        return False
-    return any(module is layer for module in model.get_decoder().modules())
-
-
-def knows_tokens(model: nn.Module, layer: nn.Module | None) -> bool:
-    """Whether the root's inputs tell of a layer's tokens: the layer is its decoder's, and gets keyword arguments."""
-    return reads_text(model, layer) and not model.config.is_encoder_decoder and _takes_kwargs(model)
-
-
-def is_bidirectional(layer: nn.Module | None) -> bool:
-    """Whether the attention in a layer is known to see later tokens."""
-    if layer is None:
-        return False
-    return {module.is_causal for module in layer.modules() if hasattr(module, "is_causal")} == {False}
-
-
-def _takes_kwargs(model: nn.Module) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
-
-
-def layer_width(model: nn.Module, name: str) -> int:
-    """Return the width of the hidden states that enter layer `name`, from the config of the model around it.
-
-    Raises:
-        ValueError: if no config names it.
-    """
-    parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)] + [""]
-    for parent in parents:
-        width = getattr(getattr(model.get_submodule(parent), "config", None), "hidden_size", None)
-        if width is not None:
-            return width
-    raise ValueError(
-        f"The width of what enters {name!r} is unknown: no config around it has a hidden_size. Set router_input="
-        "'target', where every target has its own router."
-    )
-
-
 def root_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the inputs of a call of the root by name."""
     return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+
+
+def real_tokens(model: PreTrainedModel, inputs: dict[str, Any], length: int) -> torch.Tensor | None:
+    """Return which of the last `length` tokens are no padding, (B, length) bool; `None` if the mask does not tell."""
+    mask, cache = inputs.get("attention_mask"), cache_of(inputs)
+    cached = cached_tokens(cache)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:  # of the past as well, and of free places behind
+        start = min(cached, mask.shape[1] - length)
+        return mask[:, start : start + length].bool()
+    if cache is None or not cache.is_compileable:
+        return None
+    # `generate` makes the masks for a cache of fixed size itself, one for each kind of layers: (B, 1, S, cache).
+    if isinstance(mask, dict):
+        mask = mask.get(model.config.get_text_config().layer_types[0])
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return None
+    # All tokens but padding attend to themselves.
+    own = mask[:, 0].diagonal(cached - int(cache.get_mask_sizes(length, 0)[1]), dim1=-2, dim2=-1)  # (B, S)
+    return own if own.dtype is torch.bool else own == 0
 
 
 def token_context(model: PreTrainedModel, inputs: dict[str, Any]) -> RoutingContext | None:
@@ -210,15 +262,15 @@ def token_context(model: PreTrainedModel, inputs: dict[str, Any]) -> RoutingCont
     if given is None:
         return None
     names = ("input_ids", "inputs_embeds", "attention_mask", "mm_token_type_ids", "condition_ids", "routing_overrides")
+    shape, device = given.shape[:2], given.device
+    token_mask = real_tokens(model, inputs, shape[1])
     own = getattr(model.base_model, "routing_context", None)
     if own is not None:  # one of our own models, which knows best
-        return own(**{name: inputs.get(name) for name in names})
-    shape, device = given.shape[:2], given.device
-    token_mask = torch.ones(shape, dtype=torch.bool, device=device)
-    mask = inputs.get("attention_mask")
-    # With a cache the mask covers the past as well. A 4-D mask belongs to a static cache, where all tokens are real.
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        token_mask = mask[:, -shape[1] :].bool()
+        context = own(**{name: inputs.get(name) for name in names})
+        context.token_mask = context.token_mask if token_mask is None else token_mask
+        return context
+    if token_mask is None:
+        token_mask = torch.ones(shape, dtype=torch.bool, device=device)
     modality_ids = inputs.get("mm_token_type_ids")
     if modality_ids is None:
         modality_ids = torch.zeros(shape, dtype=torch.long, device=device)
@@ -272,20 +324,46 @@ def pass_context(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
     kwargs = dict(kwargs)
     conditions = take_conditions(model, kwargs)
     inputs = {**root_inputs(model, args, kwargs), "condition_ids": conditions or None}
+    context = image_context if model.main_input_name == "pixel_values" else text_context
+    passed = context(model, inputs, conditions)
+    if passed is None:
+        return args, kwargs
+    passed.token = _ROOT_CONTEXT.set(passed)
+    return args, {**kwargs, "moe_lora_context": passed}
+
+
+def text_context(
+    model: PreTrainedModel, inputs: dict[str, Any], conditions: dict[str, torch.Tensor]
+) -> AdapterContext | None:
+    """Return what a model that reads token ids tells its layers; `None` where it got none."""
     tokens = token_context(model, inputs)
     if tokens is None:
-        return args, kwargs
-    rows = len(tokens.token_mask)
+        return None
+    rows, length = tokens.token_mask.shape
     tokens.condition_ids = {
         name: value.repeat_interleave(max(rows // len(value), 1), dim=0) for name, value in conditions.items()
     }
-    mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
-    hides_padding = isinstance(mask, torch.Tensor) and mask.dim() != 2
-    return args, {**kwargs, "moe_lora_context": AdapterContext(tokens, cache, hides_padding)}
+    hides_padding = inputs.get("attention_mask") is not None and real_tokens(model, inputs, length) is None
+    return AdapterContext(tokens, cache_of(inputs), hides_padding)
+
+
+def image_context(
+    model: PreTrainedModel, inputs: dict[str, Any], conditions: dict[str, torch.Tensor]
+) -> ImageContext | None:
+    """Return what a vision encoder tells its layers; `None` where a mask says that some patches are padding."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None or any(inputs.get(name) is not None for name in ("pixel_mask", "pixel_attention_mask")):
+        return None
+    return ImageContext(len(pixels), conditions)
 
 
 def remember(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Hook after the root's forward: leave what the routers have pooled with the key-value cache."""
+    """Hook after the root's forward, or its failure: leave what the routers have pooled with the key-value cache."""
     context: AdapterContext | None = kwargs.get("moe_lora_context")
-    if context is not None and isinstance(output, dict):
-        keep_state(output.get("past_key_values"), context.pooled)
+    if context is None:
+        return
+    if context.token is not None:
+        _ROOT_CONTEXT.reset(context.token)
+        context.token = None
+    if isinstance(output, dict):
+        keep_state(cache_of(output), context.pooled)

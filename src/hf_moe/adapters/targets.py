@@ -1,4 +1,4 @@
-"""Targets that are not linear layers: whole modules, and the stacked weights of a MoE model's experts."""
+"""Targets that are not linear layers: modules, layers as a whole, and the stacked weights of a MoE model's experts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -57,6 +57,25 @@ class WholeModule(nn.Module, MoeLoraLayer):
 
     def __repr__(self) -> str:
         return "moe_lora." + super().__repr__()
+
+
+class LayerOutput(nn.Module):
+    """Stands for what a decoder layer or encoder block returns, as the target of experts behind the whole of it.
+
+    The layer itself stays where it is, for models read attributes of their layers.
+
+    Args:
+        layer: the layer.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        # Empty; where it is and its dtype are what adapters take from the weight of a target.
+        like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+        self.register_buffer("weight", like.new_empty(0), persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
 
 
 # PEFT finds the wrapper of a parameter by the name of this class.

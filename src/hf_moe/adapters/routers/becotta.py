@@ -1,10 +1,10 @@
 """Domain experts: a noisy gate per domain, one decision for a sample.
 
     [c ; n] = W_domain h        l_t = c_t + N(0, 1) * (softplus(n_t) + 0.01)        noise while training alone
-    z = mean over the counted tokens of l        S = the K largest of z        w = softmax over the kept z
+    z = sum over the counted tokens of l        S = the K largest of z        w = softmax over the kept z
 
-Domains share the experts and differ in their gates. The mean takes the place of the paper's sum, so that a long sample
-has no sharper gate than a short one. The objective `condition_information` makes the experts specialise.
+Domains share the experts and differ in their gates. The objective `condition_information` makes the experts
+specialise.
 
 Source: BECoTTA: Input-dependent Online Blending of Experts for Continual Test-time Adaptation, arXiv:2402.08712.
 """
@@ -27,7 +27,8 @@ class BecottaRouter(PooledRouter):
         spec: facts of the layer.
         num_domains: D.
         condition: name of the domain ids; the model's call takes them as `<name>_ids` or in `condition_ids`.
-        modalities, end_token_id: what is pooled, see [`PooledRouter`].
+        modalities, end_token_id, pooling: what is pooled, and how, see [`PooledRouter`]; with `"mean"`, a long sample
+            has no sharper gate than a short one.
 
     Raises:
         ValueError: if K does not lie in [1, E]; in `forward`, if a domain does not lie in [0, D).
@@ -43,8 +44,9 @@ class BecottaRouter(PooledRouter):
         condition: str = "domain",
         modalities: list[str] | tuple[str, ...] | None = None,
         end_token_id: int | None = None,
+        pooling: str = "sum",
     ):
-        super().__init__(spec, modalities, end_token_id)
+        super().__init__(spec, modalities, end_token_id, pooling)
         check_slots(spec, spec.num_experts, "becotta")
         self.num_domains = num_domains
         self.condition = condition

@@ -1,10 +1,10 @@
 """The base of routers that look at a whole sequence, or at its instruction, without looking ahead.
 
-    pooled_t = mean of v_s over the counted tokens s <= t
+    pooled_t = mean, or sum, of v_s over the counted tokens s <= t
 
 A token counts if it is real, of one of the named modalities, and not behind the end of the instruction. So the gate of
 a token never sees a later one, padding or another row, and is the same whether the tokens before it were computed in
-the same call or lie in a key-value cache. In encoders, where attention sees everything, the mean is over the sequence.
+the same call or lie in a key-value cache. In encoders, where attention sees everything, all of the sequence is pooled.
 """
 
 import torch
@@ -22,9 +22,10 @@ class PooledRouter(Router):
         modalities: which tokens are pooled, by modality; all when `None`.
         end_token_id: the token that ends the instruction, such as the first one of the answer's header: it is the last
             one to be pooled, and the gate is constant behind it. `None` pools everything.
+        pooling: `"mean"` or `"sum"`.
 
     Raises:
-        ValueError: if a modality is unknown.
+        ValueError: if a modality or the pooling is unknown.
     """
 
     # Set by the tuner: whether the layer around the target hides later tokens from earlier ones.
@@ -35,15 +36,18 @@ class PooledRouter(Router):
         spec: MoELayerSpec,
         modalities: list[str] | tuple[str, ...] | None = None,
         end_token_id: int | None = None,
+        pooling: str = "mean",
     ):
         super().__init__(spec)
+        check_choice("pooling", pooling, ("mean", "sum"))
+        self.pooling = pooling
         for name in modalities or ():
             check_choice("modalities", name, MODALITIES)
         self.modalities = None if modalities is None else [MODALITIES.index(name) for name in modalities]
         self.end_token_id = end_token_id
 
     def pool(self, values: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the means (T, C) of `values` (T, C) float32, and whether any token was counted, (T,) bool."""
+        """Return `values` (T, C) float32 pooled, (T, C), and whether any token was counted, (T,) bool."""
         mask = context.token_mask.to(values.device)  # (B, S)
         past = self._past(context)
         counted, closed = self._counted(mask, context, past)
@@ -56,7 +60,8 @@ class PooledRouter(Router):
             total, count = total + past.total[:, None], count + past.count[:, None]
         memory = PooledMemory(total[:, -1].detach(), count[:, -1], closed)
         context.carry.setdefault("pooled", {})[self.spec.layer_idx] = memory
-        return (total / count.clamp(min=1)[..., None]).flatten(0, 1), (count > 0).flatten()
+        pooled = total / count.clamp(min=1)[..., None] if self.pooling == "mean" else total  # (B, S, C)
+        return pooled.flatten(0, 1), (count > 0).flatten()
 
     def _past(self, context: RoutingContext) -> PooledMemory | None:
         past = context.carry.get("past", {}).get(self.spec.layer_idx)
@@ -67,8 +72,8 @@ class PooledRouter(Router):
             )
         if context.carry.get("hides_padding", False):
             raise ValueError(
-                f"{type(self).__name__} needs a 2-D attention mask, which says what is padding; a static cache gives "
-                "a 4-D one. Use the default cache."
+                f"{type(self).__name__} must know what is padding, and this attention mask does not tell: give a 2-D "
+                "one, or leave it to generate."
             )
         return past
 

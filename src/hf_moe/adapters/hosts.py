@@ -1,0 +1,91 @@
+"""What the tuner has to know of a model that knows nothing of it."""
+
+import inspect
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def enclosing_layer(model: nn.Module, key: str) -> str | None:
+    """Return the name of the layer that module `key` lies in: the unit that checkpointing recomputes, if any."""
+    parents = [key.rsplit(".", depth)[0] for depth in range(1, key.count(".") + 1)]  # innermost first
+    for name in parents:
+        if isinstance(model.get_submodule(name), GradientCheckpointingLayer):
+            return name
+    lists = [name for name in parents if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)]
+    return lists[-1] if lists else None
+
+
+def is_layer(model: nn.Module, key: str) -> bool:
+    """Whether module `key` is itself the layer that modules inside of it lie in."""
+    return enclosing_layer(model, f"{key}.") == key
+
+
+def reads_text(model: nn.Module, layer: nn.Module | None) -> bool:
+    """Whether a layer is one of a decoder or encoder that reads the root's token ids."""
+    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
+        return False
+    return any(module is layer for module in model.get_decoder().modules())
+
+
+def known_tokens(model: nn.Module, layer_name: str | None) -> str | None:
+    """Return what the root's inputs tell of a layer's tokens.
+
+    Returns:
+        `"text"`: the layer reads the root's token ids. `"image"`: the root reads one image per row, and all layers see
+        the same patches of it. `None`: nothing, as in the vision tower of a model for text, in encoder-decoders, and
+        in towers that merge patches from stage to stage.
+    """
+    if layer_name is None or not isinstance(model, PreTrainedModel):
+        return None
+    layer = model.get_submodule(layer_name)
+    if model.config.is_encoder_decoder or not _takes_kwargs(model):
+        return None
+    if reads_text(model, layer):
+        return "text"
+    if model.main_input_name != "pixel_values" or not is_bidirectional(layer):
+        return None
+    return "image" if layer_width(model, layer_name) == _configured_width(model, layer_name) else None
+
+
+def is_bidirectional(layer: nn.Module | None) -> bool:
+    """Whether the attention in a layer is known to see later tokens."""
+    if layer is None:
+        return False
+    return {module.is_causal for module in layer.modules() if hasattr(module, "is_causal")} == {False}
+
+
+def _takes_kwargs(model: nn.Module) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+
+
+def layer_width(model: nn.Module, name: str) -> int:
+    """Return the width of the hidden states that enter layer `name`.
+
+    It is the `hidden_size` of the config around it, unless the norms in the layer have another: towers with stages,
+    such as Swin's, have a width in each.
+
+    Raises:
+        ValueError: if neither tells.
+    """
+    width = _configured_width(model, name)
+    norms = {p.numel() for key, p in model.get_submodule(name).named_parameters() if _is_norm(key, p)}
+    if width is not None and (width in norms or not norms):
+        return width
+    if len(norms) == 1:
+        return norms.pop()
+    raise ValueError(
+        f"The width of what enters {name!r} is unknown: its config says {width}, its norms {sorted(norms)}. Name "
+        "linear layers in target_modules, and set router_input='target', where every target has its own router."
+    )
+
+
+def _configured_width(model: nn.Module, name: str) -> int | None:
+    parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)] + [""]
+    widths = (getattr(getattr(model.get_submodule(item), "config", None), "hidden_size", None) for item in parents)
+    return next((width for width in widths if width is not None), None)
+
+
+def _is_norm(key: str, parameter: nn.Parameter) -> bool:
+    return key.endswith("weight") and parameter.dim() == 1
