@@ -1,15 +1,17 @@
 """LoRA experts against PEFT's LoRA of equal active and of equal total rank, and against a loop over the experts.
 
-    python benchmarks/lora_experts.py            # all rows, some minutes
+    python benchmarks/lora_experts.py            # all rows, six minutes
     python benchmarks/lora_experts.py --quick    # small sizes
 
 A number is the median of a whole training step (forward, backward, AdamW) of a two-layer decoder with an adapter on
 all seven linear layers. Every token uses two experts; the router is shared by the targets of a layer. The loop is the
 same adapter with the experts computed one after the other, each over the tokens that chose it. X-LoRA is PEFT's own,
 on as many adapters of the same rank, which train with its classifier; it runs the model twice and every adapter on
-every token, and is left out beyond 16.
+every token, and is left out beyond 16. The second table keeps to the form that sorts tokens by expert, also where the
+adapter would compute its few experts all at once.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -87,9 +89,31 @@ def make_step(model: nn.Module, input_ids: torch.Tensor) -> Callable[[], None]:
     return step
 
 
+def moe_lora(experts: int, rank: int) -> MoeLoraConfig:
+    """Return the adapter that is measured."""
+    return MoeLoraConfig(
+        r=rank,
+        num_experts=experts,
+        num_experts_per_tok=TOP_K,
+        target_modules="all-linear",
+        init_lora_weights=False,
+    )
+
+
+def draw_tokens(rows: int, seed: int) -> torch.Tensor:
+    """Return rows of 256 tokens."""
+    return torch.randint(0, 4096, (rows, 256), generator=torch.Generator().manual_seed(seed))
+
+
 def in_a_loop(step: Callable[[], None]) -> None:
     """Run a step in which the layers compute their experts one after the other."""
     with patch("hf_moe.adapters.experts.lora.add_experts", looped):
+        step()
+
+
+def sorted_by_expert(step: Callable[[], None]) -> None:
+    """Run a step in which the layers never compute all experts for every token."""
+    with patch("hf_moe.adapters.low_rank.MAX_DENSE_BYTES", 0):
         step()
 
 
@@ -99,20 +123,12 @@ def measure(sizes: tuple[int, int, int, int], experts: int, dtype: str, seeds: i
     times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for seed in range(seeds):
         build = partial(build_model, hidden=hidden, intermediate=intermediate, dtype=dtype)
-        routed = MoeLoraConfig(
-            r=rank,
-            num_experts=experts,
-            num_experts_per_tok=TOP_K,
-            target_modules="all-linear",
-            init_lora_weights=False,
-        )
-        models = [build(routed)]
+        models = [build(moe_lora(experts, rank))]
         models += [
             build(LoraConfig(r=total, target_modules="all-linear", init_lora_weights=False))
             for total in (TOP_K * rank, experts * rank)
         ]
-        torch.manual_seed(seed)
-        input_ids = torch.randint(0, 4096, (rows, 256))
+        input_ids = draw_tokens(rows, seed)
         steps = [make_step(model, input_ids) for model in models]
         runs = dict(zip(CONTESTANTS[:-1], [*steps, partial(in_a_loop, steps[0])], strict=True))
         if experts <= MOST_X_LORA:
@@ -121,6 +137,41 @@ def measure(sizes: tuple[int, int, int, int], experts: int, dtype: str, seeds: i
             times[name].extend(values)
     facts = {"experts": experts, "rank": rank, "active_rank": TOP_K * rank, "tokens": 256 * rows, "dtype": dtype}
     return {**facts, **{f"{name}_ms": median(values) for name, values in times.items() if values}}
+
+
+def measure_growth(sizes: tuple[int, int, int, int], seeds: int, repetitions: int) -> list[dict]:
+    """Return the median milliseconds of the sorted experts with the fewest and the most experts, all interleaved."""
+    rows, hidden, intermediate, rank = sizes
+    times: dict[str, list[float]] = defaultdict(list)
+    for seed in range(seeds):
+        input_ids = draw_tokens(rows, seed)
+        runs = {}
+        for dtype in DTYPES:
+            for experts in (EXPERTS[0], EXPERTS[-1]):
+                model = build_model(moe_lora(experts, rank), hidden, intermediate, dtype)
+                runs[f"{dtype} {experts}"] = partial(sorted_by_expert, make_step(model, input_ids))
+        for name, values in interleaved_ms(runs, repetitions).items():
+            times[name].extend(values)
+    facts = {"fewest_experts": EXPERTS[0], "most_experts": EXPERTS[-1], "rank": rank, "tokens": 256 * rows}
+    return [
+        {
+            "dtype": dtype,
+            **facts,
+            "fewest_ms": median(times[f"{dtype} {EXPERTS[0]}"]),
+            "most_ms": median(times[f"{dtype} {EXPERTS[-1]}"]),
+        }
+        for dtype in DTYPES
+    ]
+
+
+def growth_row(row: dict) -> dict:
+    """Return a line of the printed table of growth."""
+    return {
+        "sorted experts alone": row["dtype"],
+        f"ms at {row['fewest_experts']} experts": row["fewest_ms"],
+        f"ms at {row['most_experts']} experts": row["most_ms"],
+        "growth": row["most_ms"] / row["fewest_ms"],
+    }
 
 
 def table_row(row: dict, rows: list[dict]) -> dict:
@@ -143,7 +194,9 @@ def main() -> None:
     keep_freed_memory()
     sizes, repetitions = (QUICK_SIZES, 3) if arguments.quick else (SIZES, 7)
     rows = [measure(sizes, experts, dtype, arguments.seeds, repetitions) for dtype in DTYPES for experts in EXPERTS]
-    publish("lora_experts", arguments, {"rows": rows}, markdown_table([table_row(row, rows) for row in rows]))
+    growth = measure_growth(sizes, arguments.seeds, repetitions)
+    tables = [markdown_table([table_row(row, rows) for row in rows]), markdown_table(list(map(growth_row, growth)))]
+    publish("lora_experts", arguments, {"rows": rows, "growth": growth}, "\n\n".join(tables))
 
 
 if __name__ == "__main__":
