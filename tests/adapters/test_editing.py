@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.editing import add_expert, expert_names, freeze_experts, remove_expert, rename_expert
@@ -27,6 +28,27 @@ def logits(model, inputs):
 
 def stacks(model, adapter="default"):
     return [getattr(layer, name)[adapter] for layer in tuner_layers(model) for name in STACKS]
+
+
+def parts(model, adapter="default"):
+    """What belongs to each expert, in every stack of every target that has A and B: copies."""
+    found = []
+    for layer in tuner_layers(model):
+        target = layer.experts[adapter].target
+        for side in "AB":
+            split = target.split(side, getattr(layer, f"moe_lora_{side}")[adapter])
+            host = target.num_host_experts
+            found.append([torch.stack(split[i : i + host]).detach().clone() for i in range(0, len(split), host)])
+    return found
+
+
+def same(found, expected):
+    return all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(found, expected, strict=True))
+
+
+def reloaded(model, build, folder):
+    model.save_pretrained(folder)
+    return PeftModel.from_pretrained(build(), folder, is_trainable=True).eval()
 
 
 def routers(model):
@@ -199,6 +221,129 @@ def test_the_always_on_lora_is_no_expert(llama, text, randomise):
     torch.testing.assert_close(logits(model, text), expected, atol=1e-6, rtol=0)
 
 
+GATED = {"name": "bottleneck", "gated": True}
+RANKED = [
+    {"r": [2, 4, 8], "lora_alpha": 6},
+    {"r": [8] * 20 + [2, 4, 4, 8], "use_rslora": True},
+    {"r": 4, "rank_pattern": {"q_proj": 2, "v_proj": [1, 2, 3]}},
+    {"r": [2, 4, 4], "target_overrides": {"q_proj": {"r": 3, "num_experts": 3}, "v_proj": {"experts": "bottleneck"}}},
+    {"r": [2, 4, 4], "experts": GATED, "target_modules": ["mlp"]},
+    {"r": [2, 4, 4], "ffn_experts": True, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+]
+
+
+@pytest.mark.parametrize("fields", RANKED, ids=lambda fields: "-".join(map(str, fields.values()))[:40])
+def test_experts_of_their_own_rank_come_and_go_and_the_others_stay(llama, text, randomise, tmp_path, fields):
+    number = len(fields["r"]) if isinstance(fields["r"], list) else 3
+    # With every expert at weight 1, one that computes nothing yet leaves no trace.
+    model = adapt(llama(), num_experts=number, router="constant", num_experts_per_tok=None, **fields)
+    randomise(model)
+    before, expected = parts(model), logits(model, text)
+    assert add_expert(model, "new", rank=5) == number
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    for found, was in zip(parts(model), before, strict=True):
+        assert same(found[:number], was) and 5 in found[number].shape
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    step(model, text, optimizer)
+    assert all(found[number].any() for found in parts(model))
+    randomise(model)
+    before = parts(model)
+    add_expert(model, copy_of="new")
+    assert all(same(found, [*was, was[number]]) for found, was in zip(parts(model), before, strict=True))
+    remove_expert(model, 1)
+    left = [was[:1] + was[2:] + was[-1:] for was in before]
+    assert all(same(found, was) for found, was in zip(parts(model), left, strict=True))
+    loaded = reloaded(model, llama, tmp_path)
+    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-6, rtol=0)
+    assert loaded.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+    assert sum(part.numel() for found in left for part in found) == model.get_nb_trainable_parameters()[0]
+
+
+def test_ranks_become_equal_and_unequal_with_the_experts(llama, text, randomise, tmp_path):
+    model = adapt(llama(), r=[4, 4, 8], num_experts=3, lora_alpha=6)
+    randomise(model)
+    assert stacks(model)[0].shape == (16, 32)
+    remove_expert(model, 2)
+    layer = next(tuner_layers(model))
+    assert stacks(model)[0].shape == (2, 4, 32) and model.peft_config["default"].r == [4, 4]
+    assert layer.r["default"] == 4 and layer.scaling["default"] == 1.5
+    add_expert(model)
+    assert stacks(model)[0].shape == (3, 4, 32)
+    add_expert(model, rank=2)
+    assert stacks(model)[0].shape == (14, 32) and model.peft_config["default"].r == [4, 4, 4, 2]
+    with torch.no_grad():
+        layer.moe_lora_B["default"].fill_(1.0)
+    torch.testing.assert_close(layer.scaled_b("default")[0], torch.tensor([1.5] * 12 + [3.0] * 2))
+    torch.testing.assert_close(logits(reloaded(model, llama, tmp_path), text), logits(model, text), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("fields", RANKED, ids=lambda fields: "-".join(map(str, fields.values()))[:40])
+def test_frozen_experts_of_their_own_rank_stay_to_the_bit(llama, text, randomise, tmp_path, fields):
+    number = len(fields["r"]) if isinstance(fields["r"], list) else 3
+    model = adapt(llama(), num_experts=number, num_experts_per_tok=None, **fields)
+    randomise(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    step(model, text, optimizer)
+    freeze_experts(model, [0, 2])
+    before = parts(model)
+    step(model, text, optimizer)
+    loaded = reloaded(model, llama, tmp_path)
+    step(loaded, text, torch.optim.AdamW(loaded.parameters(), lr=1e-2, weight_decay=0.1))
+    logits(loaded, text)
+    for item in (model, loaded):
+        for found, was in zip(parts(item), before, strict=True):
+            assert same([found[0], found[2]], [was[0], was[2]]) and not torch.equal(found[1], was[1])
+
+
+def test_the_parts_of_an_expert_on_stacked_weights_go_together(own_model, image_rows, randomise, tmp_path):
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(
+        own_model(), MoeLoraConfig(target_parameters=targets, router="constant", num_experts=2, r=[2, 4])
+    ).eval()
+    randomise(model)
+    before = parts(model)
+    add_expert(model, rank=3)
+    add_expert(model, copy_of=0)
+    remove_expert(model, 0)
+    freeze_experts(model, [0])
+    found = parts(model)
+    assert all(same([new[0], new[2]], [was[1], was[0]]) for new, was in zip(found, before, strict=True))
+    model.train()(**image_rows).loss.backward()
+    for layer in tuner_layers(model.eval()):
+        lora_b = layer.moe_lora_B["default"]
+        gradients = layer.experts["default"].target.split("B", lora_b.grad)
+        assert not any(gradient.any() for gradient in gradients[:4]) and any(g.any() for g in gradients[4:])
+    inputs = {name: value for name, value in image_rows.items() if name != "labels"}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = reloaded(model, own_model, tmp_path)(**inputs).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_targets_with_another_number_of_experts_keep_theirs(llama, text, randomise, tmp_path):
+    model = get_peft_model(llama(), MoeLoraConfig.from_system("mixlora", r=4)).eval()
+    randomise(model)
+    edited = [layer.num_experts("default") > 1 for layer in tuner_layers(model)]
+    assert any(edited) and not all(edited)
+    before, number = parts(model), model.peft_config["default"].num_experts
+    add_expert(model, "small", rank=2)
+    freeze_experts(model, [number - 1])
+    remove_expert(model, 0)
+    assert model.peft_config["default"].frozen_experts == [number - 2]
+    for place, (found, was) in enumerate(zip(parts(model), before, strict=True)):
+        assert same(found[:-1], was[1:]) if edited[place // 2] else same(found, was)
+    loaded = reloaded(model, llama, tmp_path)
+    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-6, rtol=0)
+    step(loaded, text, torch.optim.AdamW(loaded.parameters(), lr=1e-2, weight_decay=0.1))
+    logits(loaded, text)
+    for place, (found, was) in enumerate(zip(parts(loaded), parts(model), strict=True)):
+        stayed = [torch.equal(*pair) for pair in zip(found, was, strict=True)][: number - 1]
+        assert stayed == [edited[place // 2] and expert == number - 2 for expert in range(len(stayed))]
+
+
+ONE_ALONE = {"q_proj": {"num_experts": 1, "num_experts_per_tok": 1, "router": "constant"}}
+
+
 @pytest.mark.parametrize(
     "fields, edit, message",
     [
@@ -206,19 +351,61 @@ def test_the_always_on_lora_is_no_expert(llama, text, randomise):
         ({}, lambda model: rename_expert(model, 0, "1"), "has an expert '1' already"),
         ({}, lambda model: add_expert(model, "1"), "has an expert '1' already"),
         ({}, lambda model: add_expert(model, adapter_name="none"), "no LoRA experts of the name 'none'"),
-        ({"r": [2, 4, 4, 8]}, lambda model: add_expert(model), "where all are alike"),
-        ({"router": "condition"}, lambda model: remove_expert(model, 1), "only the last expert of 'condition'"),
+        ({}, lambda model: add_expert(model, copy_of=1, rank=2), "leave rank=2 out, or copy_of"),
+        ({}, lambda model: add_expert(model, rank=0), "r=0 must be at least 1"),
+        ({"r": [2, 4, 4, 8]}, lambda model: add_expert(model), r"ranks \[2, 4, 4, 8\]: give the rank"),
+        ({"router": "condition"}, lambda model: remove_expert(model, 1), "only the last expert can be removed"),
         ({"router": "moiie"}, lambda model: remove_expert(model, 1), "group_fractions"),
         ({"num_experts": 2}, lambda model: remove_expert(model, 1), "num_experts"),
+        ({"experts": "rank1_pairs", "r": 1}, lambda model: freeze_experts(model, [1]), "share their parameters"),
+        (
+            {"num_experts": 2, "num_experts_per_tok": 1, "target_overrides": ONE_ALONE},
+            lambda model: remove_expert(model, 1),
+            "'model.layers.0.self_attn.q_proj' of adapter 'default' has 1 experts of its own",
+        ),
+        (
+            {"target_overrides": {"q_proj|v_proj|down_proj": {"num_experts": 3}}},
+            lambda model: add_expert(model),
+            "No target of adapter 'default' has the num_experts=4 experts",
+        ),
     ],
 )
 def test_what_cannot_be_edited_is_refused_and_stays(llama, fields, edit, message):
     model = adapt(llama(), **fields)
     before = [stack.detach().clone() for stack in stacks(model)]
+    config = copy.deepcopy(model.peft_config["default"])
     with pytest.raises(ValueError, match=message):
         edit(model)
     assert all(torch.equal(stack, was) for stack, was in zip(stacks(model), before, strict=True))
-    assert model.peft_config["default"].num_experts == len(before[0])
+    assert model.peft_config["default"] == config
+
+
+def test_experts_that_go_with_those_of_a_host_are_as_many(randomise):
+    torch.manual_seed(0)
+    host = OlmoeForCausalLM(
+        OlmoeConfig(
+            hidden_size=32,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=64,
+            eos_token_id=None,
+        )
+    )
+    model = adapt(host, target_modules=["mlp.experts"], router="host", num_experts=4)
+    randomise(model)
+    for edit in (add_expert, lambda model: remove_expert(model, 3)):
+        with pytest.raises(ValueError, match="is 'host': its experts go with those of the model"):
+            edit(model)
+    rename_expert(model, 3, "code")
+    freeze_experts(model, ["code"])
+    before = parts(model)
+    ids = torch.randint(0, 64, (2, 16))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert not any(stack.grad[3].any() for stack in stacks(model)) and stacks(model)[1].grad[:3].any()
+    assert same(parts(model)[0], before[0])
 
 
 def test_another_method_has_no_experts(llama):

@@ -1,10 +1,12 @@
 """Kinds of experts: what each computes, and that a fresh one changes nothing."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
     MixtralConfig,
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.low_rank import ExpertSlots, add_experts
+from hf_moe.adapters.low_rank import ExpertSlots
 from hf_moe.adapters.objectives import tuner_layers
 from hf_moe.modeling.routing import ExpertAssignment
 
@@ -68,6 +70,24 @@ KINDS = [
     {"experts": "rank1_pairs", "r": 1, "num_experts": 9, "target_modules": ["q_proj", "down_proj"]},
     {"ffn_experts": True, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
 ]
+GATED = {"name": "bottleneck", "gated": True, "activation": "silu"}
+# Experts of unequal rank in every form in which they are computed.
+UNEQUAL = {
+    "dense": {"r": [2, 4, 4, 8], "target_modules": ["q_proj", "down_proj"]},
+    "rslora": {"r": [2, 4, 4, 8], "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    "every expert": {"r": [1, 24, 40, 3], "num_experts_per_tok": None, "target_modules": ["q_proj"]},
+    "sorted": {"r": [1, 2, 3, 5] + [8] * 20, "num_experts": 24, "target_modules": ["q_proj", "down_proj"]},
+    "bottleneck": {"r": [1, 8, 2, 3], "experts": "bottleneck", "target_modules": ["mlp"]},
+    "gated": {"r": [1, 8, 2, 3], "experts": GATED, "target_modules": ["mlp"]},
+    "sorted, gated": {"r": [1, 80, 2, 3], "experts": GATED, "target_modules": ["mlp"]},
+    "feed-forwards": {
+        "r": [1, 8, 2, 3],
+        "rank_pattern": {"up_proj": [4, 8, 2, 2]},
+        "ffn_experts": True,
+        "target_modules": ["gate_proj", "up_proj", "down_proj"],
+    },
+    "stacked": {"r": [1, 2, 4], "num_experts": 3, "target_parameters": STACKED},
+}
 
 
 @pytest.mark.parametrize("fields", KINDS, ids=lambda fields: "-".join(map(str, fields.values()))[:40])
@@ -116,36 +136,84 @@ def test_bfloat16_autocast_trains_every_kind_close_to_float32(llama, text, rando
 
 
 @pytest.mark.parametrize("num_experts", [4, 24])
-def test_experts_of_unequal_rank_are_exactly_their_own_loras(llama, text, randomise, num_experts):
+def test_experts_of_unequal_rank_are_exactly_their_own_loras(llama, randomise, num_experts):
     ranks = [1, 2, 3, 5] + [8] * (num_experts - 4)
-    model = adapt(llama(), r=ranks, lora_alpha=6, num_experts=num_experts, target_modules=["up_proj"])
-    randomise(model)  # the padding too, which must not count
+    model = adapt(llama().double(), r=ranks, lora_alpha=6, num_experts=num_experts, target_modules=["up_proj"])
+    randomise(model)
     layer = next(tuner_layers(model))
-    x = torch.randn(7, 32)
+    lora_a, lora_b = layer.moe_lora_A["default"], layer.moe_lora_B["default"]
+    assert lora_a.shape == (sum(ranks), 32) and lora_b.shape == (48, sum(ranks))
+    x = torch.randn(7, 32, dtype=torch.double)
     index = torch.randint(0, num_experts, (7, 2))
     index[:4, 0] = torch.arange(4)
-    weight = torch.rand(7, 2)
-    slots = ExpertSlots(ExpertAssignment(index, weight, num_experts))
-    lora_a, lora_b = layer.moe_lora_A["default"], layer.moe_lora_B["default"]
-    found = add_experts(torch.zeros(7, 48), x, lora_a, layer.scaled_b("default"), slots)
+    weight = torch.rand(7, 2, dtype=torch.double)
+    layer._slots = lambda *args: ExpertSlots(ExpertAssignment(index, weight, num_experts))
+    found = layer(x) - layer.base_layer(x)
     for token in range(7):
         expected = 0.0
         for expert, share in zip(index[token].tolist(), weight[token], strict=True):
-            rank = ranks[expert]
-            expected = expected + share * 6 / rank * lora_b[expert, :, :rank] @ lora_a[expert, :rank] @ x[token]
-        torch.testing.assert_close(found[token], expected, atol=1e-5, rtol=1e-5)
-    found.square().sum().backward()
-    for expert, rank in enumerate(ranks):
-        assert not lora_a.grad[expert, rank:].any() and not lora_b.grad[expert, :, rank:].any()
+            own = slice(sum(ranks[:expert]), sum(ranks[: expert + 1]))
+            expected = expected + share * 6 / ranks[expert] * lora_b[:, own] @ lora_a[own] @ x[token]
+        torch.testing.assert_close(found[token], expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", UNEQUAL.values(), ids=UNEQUAL)
+def test_unequal_ranks_compute_and_learn_what_padded_experts_would(llama, text, randomise, tmp_path, fields):
+    host = partial(moe_host, "mixtral") if "target_parameters" in fields else llama
+    model = adapt(host(), lora_alpha=6, **fields)
+    randomise(model)
+    twin = adapt(host(), **{**fields, "lora_alpha": 6, "r": max(fields["r"]), "rank_pattern": {}})
+    unequal = 0
+    for own, padded in zip(tuner_layers(model), tuner_layers(twin), strict=True):
+        padded.moe_lora_router.load_state_dict(own.moe_lora_router.state_dict())
+        target, power = own.experts["default"].target, 0.5 if fields.get("use_rslora") else 1.0
+        stacks = [getattr(padded, f"moe_lora_{side}")["default"].detach().zero_().flatten(0, -3) for side in "AB"]
+        for expert, (lora_a, lora_b) in enumerate(zip(*parts(own, target), strict=True)):
+            rank = lora_b.shape[1]
+            stacks[0][expert].unflatten(0, (-1, target.rank))[:, :rank] = lora_a.detach()
+            stacks[1][expert][:, :rank] = lora_b.detach() * (target.rank / rank) ** power
+            unequal += lora_a.numel() + lora_b.numel()
+    torch.testing.assert_close(logits(model, text), logits(twin, text), atol=1e-5, rtol=1e-5)
+    for item in (model, twin):
+        item.train()(**text).loss.backward()
+    routers = [[p.grad for name, p in item.named_parameters() if "_router" in name] for item in (model, twin)]
+    torch.testing.assert_close(*routers, atol=1e-6, rtol=1e-4)
+    for own, padded in zip(tuner_layers(model), tuner_layers(twin), strict=True):
+        target = own.experts["default"].target
+        found = target.split("A", own.moe_lora_A["default"].grad)
+        for part, stack in zip(found, padded.moe_lora_A["default"].grad.flatten(0, -3), strict=True):
+            wanted = stack.unflatten(0, (-1, target.rank))[:, : part.shape[-2]]
+            torch.testing.assert_close(part, wanted.reshape(part.shape), atol=1e-6, rtol=1e-4)
+    # What trains, and what is saved, are these numbers alone.
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(count for name, count in trained.items() if "_router" not in name) == unequal
+    assert model.get_nb_trainable_parameters()[0] == sum(trained.values())
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in saved.values()) == sum(trained.values())
+    loaded = PeftModel.from_pretrained(host(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, text), logits(model.eval(), text), atol=1e-6, rtol=0)
+
+
+def parts(layer, target):
+    return [target.split(side, getattr(layer, f"moe_lora_{side}")["default"]) for side in "AB"]
+
+
+def test_unequal_ranks_keep_their_scaling_on_a_base_of_low_precision(llama):
+    model = adapt(llama().to(torch.bfloat16), r=[3, 7], lora_alpha=1, num_experts=2, target_modules=["q_proj"])
+    layer = next(tuner_layers(model))
+    with torch.no_grad():
+        layer.moe_lora_B["default"].fill_(1.0)
+    expected = torch.tensor([1 / 3] * 3 + [1 / 7] * 7).expand(32, -1)
+    torch.testing.assert_close(layer.scaled_b("default"), expected, atol=0, rtol=1e-6)
 
 
 def test_ranks_can_differ_by_expert_and_by_target(llama):
     model = adapt(
-        llama(), r=[2, 4], num_experts=2, rank_pattern={"v_proj": [1, 3]}, target_modules=["q_proj", "v_proj"]
+        llama(), r=[2, 4], num_experts=2, rank_pattern={"v_proj": [3, 3]}, target_modules=["q_proj", "v_proj"]
     )
     q_proj, v_proj = list(tuner_layers(model))[:2]
-    assert [q_proj.moe_lora_A["default"].shape, v_proj.moe_lora_A["default"].shape] == [(2, 4, 32), (2, 3, 32)]
-    assert not q_proj.moe_lora_A["default"][0, 2:].any() and q_proj.moe_lora_A["default"][1].any(-1).all()
+    assert [q_proj.moe_lora_A["default"].shape, v_proj.moe_lora_A["default"].shape] == [(6, 32), (2, 3, 32)]
     with pytest.raises(ValueError, match="the rank of each of num_experts=3"):
         MoeLoraConfig(r=[2, 4], num_experts=3, target_modules=["q_proj"])
 
@@ -293,7 +361,7 @@ def test_targets_differ_in_what_target_overrides_says(llama, text, randomise):
     "fields, message",
     [
         ({"target_modules": ["mlp", "gate_proj"]}, "are both targets"),
-        ({"target_modules": r"model\.layers\.\d+"}, "is a LlamaDecoderLayer"),
+        ({"target_modules": r"model\.norm"}, "is a LlamaRMSNorm"),
         ({"target_modules": ["gate_proj", "down_proj"], "ffn_experts": True}, "all of gate_proj, up_proj, down_proj"),
         (
             {"target_modules": ["gate_proj", "up_proj", "down_proj"], "ffn_experts": True, "router_input": "target"},

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from hf_moe import RoutingOverrides
 from hf_moe.adapters import assemble_lora_experts
@@ -31,8 +32,13 @@ def trained(llama, tmp_path):
     return build
 
 
-def test_each_expert_is_the_adapter_it_came_from(llama, trained, text):
-    folders = trained({"lora_alpha": 4}, {"lora_alpha": 16}, {"use_rslora": True, "alpha_pattern": {"q_proj": 2}})
+@pytest.mark.parametrize("unequal", [False, True])
+def test_each_expert_is_the_adapter_it_came_from(llama, trained, text, tmp_path, unequal):
+    settings = [{"lora_alpha": 4}, {"lora_alpha": 16}, {"use_rslora": True, "alpha_pattern": {"q_proj": 2}}]
+    if unequal:
+        settings[1] |= {"r": 2, "rank_pattern": {"layers.1.mlp.down_proj": 8}}
+        settings[2] |= {"r": 1}
+    folders = trained(*settings)
     bank = assemble_lora_experts(llama(), folders, num_experts_per_tok=1, router_input="target").eval()
     assert bank.peft_config["default"].expert_names == ["lora-0", "lora-1", "lora-2"]
     inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
@@ -45,6 +51,19 @@ def test_each_expert_is_the_adapter_it_came_from(llama, trained, text):
             found, expected = bank(**inputs).logits, single(**inputs).logits
         real = text["attention_mask"].bool()
         torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+    # No number more than the adapters have.
+    sizes = [sum(t.numel() for t in load_file(f"{folder}/adapter_model.safetensors").values()) for folder in folders]
+    bank.save_pretrained(tmp_path / "bank")
+    saved = load_file(tmp_path / "bank" / "adapter_model.safetensors")
+    assert sum(tensor.numel() for name, tensor in saved.items() if "_router" not in name) == sum(sizes)
+    config = bank.peft_config["default"]
+    assert config.r == ([4, 2, 1] if unequal else 4)
+    assert config.rank_pattern == ({"model.layers.1.mlp.down_proj": [4, 8, 1]} if unequal else {})
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "bank").eval()
+    torch.testing.assert_close(
+        [layer.stacks("default") for layer in tuner_layers(loaded)],
+        [layer.stacks("default") for layer in tuner_layers(bank)],
+    )
 
 
 def force(expert, router, args):
@@ -69,7 +88,6 @@ def test_only_the_router_is_trained(llama, trained, text):
 @pytest.mark.parametrize(
     "second, message",
     [
-        ({"r": 2}, "the same r"),
         ({"target_modules": ["q_proj"]}, "the same target_modules"),
         ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),

@@ -1,11 +1,12 @@
 """One routed bank from LoRA adapters that were trained apart, as Branch-Train-MiX does with whole feed-forwards.
 
-Adapter i becomes expert i, with its own scaling folded into B_i. Nothing of the adapters is retrained: only the new
-router is trainable.
+Adapter i becomes expert i of its own rank, with its own scaling folded into B_i. Nothing of the adapters is retrained:
+only the new router is trainable.
 
 Source: Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM, arXiv:2403.07816.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from .layer import MoeLoraLayer
 
 
 # What the experts of one bank must agree in.
-SHARED_FIELDS = ("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+SHARED_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Of the names that PEFT saves: what stands around the name of the target.
+PREFIX, A_SUFFIX = "base_model.model.", ".lora_A.weight"
 # What has no place in a bank of plain low-rank experts, with the value that is not in the way.
 PLAIN_FIELDS = {
     "use_dora": False,
@@ -38,15 +41,14 @@ def assemble_lora_experts(
 
     Args:
         model: the base model of the adapters.
-        adapters: folders or Hub names of LoRA adapters with the same rank and the same targets. The last parts of the
-            names become those of the experts, if they differ.
+        adapters: folders or Hub names of LoRA adapters with the same targets; their ranks may differ. The last parts
+            of the names become those of the experts, if they differ.
         adapter_name: name of the assembled adapter.
         options: further fields of [`MoeLoraConfig`], such as `router` or `num_experts_per_tok`. The experts are frozen
             unless `freeze_experts=False`.
 
     Raises:
-        ValueError: if an adapter is no plain LoRA, differs from the first one in rank or targets, or does not fit the
-            model.
+        ValueError: if an adapter is no plain LoRA, differs from the first one in targets, or does not fit the model.
     """
     configs = [PeftConfig.from_pretrained(adapter) for adapter in adapters]
     for adapter, config in zip(adapters, configs, strict=True):
@@ -57,15 +59,35 @@ def assemble_lora_experts(
                 raise ValueError(
                     f"The experts of a bank need the same {name}: {adapters[0]!r} has {wanted}, {adapter!r} {found}."
                 )
+    weights = [load_peft_weights(adapter, device="cpu") for adapter in adapters]
     first = configs[0]
     fields = {name: getattr(first, name) for name in (*SHARED_FIELDS, "lora_alpha", "alpha_pattern", "use_rslora")}
+    fields |= _ranks(weights)
     names = [Path(adapter).name for adapter in adapters]
     expert_names = names if len(set(names)) == len(names) else None
     options = {"freeze_experts": True, "expert_names": expert_names, **options}
     peft_model = get_peft_model(model, MoeLoraConfig(num_experts=len(adapters), **fields, **options), adapter_name)
     for expert, (adapter, config) in enumerate(zip(adapters, configs, strict=True)):
-        _fill_expert(peft_model, adapter_name, expert, adapter, config)
+        _fill_expert(peft_model, adapter_name, expert, adapter, config, weights[expert])
     return peft_model
+
+
+def _ranks(weights: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Return `r` and `rank_pattern` of a bank, from the matrices of its adapters."""
+    found: dict[str, list[int]] = {}
+    for adapter in weights:
+        for name, tensor in adapter.items():
+            if name.endswith(A_SUFFIX):
+                found.setdefault(name.removeprefix(PREFIX).removesuffix(A_SUFFIX), []).append(len(tensor))
+    ranks = {name: tuple(item) for name, item in found.items() if len(item) == len(weights)}
+    if not ranks:
+        raise ValueError("The adapters have no matrices of linear layers in common, which a bank could be made of.")
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    as_field = {item: item[0] if len(set(item)) == 1 else list(item) for item in ranks.values()}
+    return {
+        "r": as_field[usual],
+        "rank_pattern": {name: as_field[item] for name, item in ranks.items() if item != usual},
+    }
 
 
 def _check_plain(adapter: str, config: PeftConfig) -> None:
@@ -79,8 +101,15 @@ def _check_plain(adapter: str, config: PeftConfig) -> None:
 
 
 @torch.no_grad()
-def _fill_expert(model: PeftModel, adapter_name: str, expert: int, adapter: str, config: LoraConfig) -> None:
-    weights = load_peft_weights(adapter, device="cpu")
+def _fill_expert(
+    model: PeftModel,
+    adapter_name: str,
+    expert: int,
+    adapter: str,
+    config: LoraConfig,
+    weights: dict[str, torch.Tensor],
+) -> None:
+    bank = model.peft_config[adapter_name]
     for name, layer in model.named_modules():
         if not isinstance(layer, MoeLoraLayer):
             continue
@@ -89,10 +118,12 @@ def _fill_expert(model: PeftModel, adapter_name: str, expert: int, adapter: str,
         if missing:
             raise ValueError(f"{adapter!r} does not fit the model: it has no {missing[0]!r}.")
         lora_a, lora_b = (weights.pop(item) for item in names)
-        rank = layer.r[adapter_name]
+        rank = len(lora_a)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
-        layer.moe_lora_A[adapter_name][expert] = lora_a
-        layer.moe_lora_B[adapter_name][expert] = lora_b * (scaling / layer.scaling[adapter_name])
+        scaled_b = lora_b * (scaling / bank.scaling(layer.lora_alpha[adapter_name], rank))
+        target = layer.experts[adapter_name].target
+        target.split("A", layer.moe_lora_A[adapter_name])[expert].copy_(lora_a)
+        target.split("B", layer.moe_lora_B[adapter_name])[expert].copy_(scaled_b)
     if weights:
         raise ValueError(f"{adapter!r} does not fit the model: nothing takes its {sorted(weights)[0]!r}.")

@@ -110,8 +110,8 @@ def mix_experts(module: nn.Module, adapter_name: str, hidden_states: torch.Tenso
     base_gate, base_up = gate.base_layer(tokens), up.base_layer(tokens)  # (T, f)
 
     def delta(layer: MoeLoraLayer, rows: torch.Tensor) -> torch.Tensor:
-        inner = grouped_linear(rows, layer.moe_lora_A[adapter_name], offsets)  # (M, r)
-        return grouped_linear(inner, layer.scaled_b(adapter_name), offsets)
+        lora_a, lora_b = layer.stacks(adapter_name)
+        return grouped_linear(grouped_linear(rows, lora_a, offsets), lora_b, offsets)
 
     rows = gate._prepare(adapter_name, tokens).index_select(0, token).to(compute_dtype(tokens))  # (M, d)
     inner = module.act_fn(base_gate.index_select(0, token) + delta(gate, rows))

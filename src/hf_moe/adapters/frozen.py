@@ -5,12 +5,16 @@ move it. So what is frozen is kept aside, and put back before the model computes
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from .config import MoeLoraConfig
+from .experts.base import RANK_DIM
 from .layer import MoeLoraLayer
+from .routers import HostRouter
 
 
 class FrozenExperts:
@@ -26,19 +30,24 @@ class FrozenExperts:
         self.kept: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def hold(self, container: str, stack: nn.Parameter) -> None:
-        """Put the slices of a stack back, or take them if they are not known yet."""
-        if container not in self.kept:
-            self.kept[container] = stack[self.numbers].clone()
-        kept = self.kept[container].to(stack.device)
-        if not torch.equal(stack[self.numbers], kept):
-            stack[self.numbers] = kept.to(stack.dtype)
-        if stack.requires_grad and not hasattr(stack, "moe_lora_mask"):
-            # Not in the norm by which gradients are clipped either; a copy of the parameter loses hook and handle.
-            stack.moe_lora_mask = stack.register_hook(self._mask)
+    def hold(self, layer: MoeLoraLayer, adapter_name: str) -> None:
+        """Put the slices of a target's stacks back, or take them if they are not known yet."""
+        for container, stack in expert_stacks(layer, adapter_name):
+            dim, index = 0, torch.tensor(self.numbers, device=stack.device)
+            if adapter_name in layer.moe_lora_ranks:
+                dim, index = RANK_DIM[container], layer.moe_lora_ranks[adapter_name].rows_of(index)
+            if container not in self.kept:
+                self.kept[container] = stack.index_select(dim, index)
+            kept = self.kept[container].to(stack)
+            if not torch.equal(stack.index_select(dim, index), kept):
+                stack.index_copy_(dim, index, kept)
+            if stack.requires_grad and not hasattr(stack, "moe_lora_mask"):
+                # Not in the norm by which gradients are clipped either; a copy of the parameter loses hook and handle.
+                stack.moe_lora_mask = stack.register_hook(partial(_mask, dim, index))
 
-    def _mask(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.index_fill(0, torch.tensor(self.numbers, device=gradient.device), 0.0)
+
+def _mask(dim: int, index: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.index_fill(dim, index.to(gradient.device), 0.0)
 
 
 def release(stack: nn.Parameter) -> None:
@@ -50,10 +59,26 @@ def release(stack: nn.Parameter) -> None:
 
 def expert_stacks(layer: MoeLoraLayer, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield container and stack of the experts that an adapter has on a target."""
-    for container in ("moe_lora_A", "moe_lora_B", "moe_lora_vector"):
-        stacks = getattr(layer, container)
+    for container in ("A", "B", "vector"):
+        stacks = getattr(layer, f"moe_lora_{container}")
         if adapter_name in stacks:
             yield container, stacks[adapter_name]
+
+
+def numbered_layers(model: nn.Module, adapter_name: str, config: MoeLoraConfig) -> list[MoeLoraLayer]:
+    """Return the targets whose experts are those that an adapter's config numbers and names.
+
+    Left out are targets with another number of experts by `target_overrides`, such as a plain LoRA on attention beside
+    the experts of the feed-forwards, and those that follow a host's routing where the others do not.
+    """
+    layers = []
+    for layer in model.modules():
+        if isinstance(layer, MoeLoraLayer) and adapter_name in layer.experts:
+            follows_host = isinstance(layer.deciding_router(adapter_name), HostRouter)
+            number = layer.num_experts(adapter_name)
+            if number == config.num_experts and follows_host == (config.router["name"] == "host"):  # type: ignore[index]
+                layers.append(layer)
+    return layers
 
 
 def hold_frozen(model: nn.Module, *_: Any) -> None:
@@ -61,8 +86,7 @@ def hold_frozen(model: nn.Module, *_: Any) -> None:
     for layer in model.modules():
         if isinstance(layer, MoeLoraLayer):
             for adapter_name, frozen in layer.frozen_experts.items():
-                for container, stack in expert_stacks(layer, adapter_name):
-                    frozen.hold(container, stack)
+                frozen.hold(layer, adapter_name)
 
 
 def forget_frozen(model: nn.Module, *_: Any) -> None:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +19,7 @@ from .experts import ExpertKind, Target, build_kind
 from .experts.base import low_rank_pair
 from .experts.lora import LoraExperts
 from .low_rank import ExpertSlots, MixedSlots
+from .ranks import UnequalRanks
 from .routers import HostRouter
 from .routing import ACTIVE_LAYER, LayerRun
 
@@ -44,9 +44,10 @@ class MoeLoraLayer(BaseTunerLayer):
         "router_owner",
         "router_group",
         "frozen_experts",
+        "key",
         "layer_name",
         "ffn_experts",
-        "moe_lora_rank_scaling",
+        "moe_lora_ranks",
         "moe_lora_dropout",
         "moe_lora_objectives",
     )
@@ -59,11 +60,10 @@ class MoeLoraLayer(BaseTunerLayer):
         self.shared_scaling: dict[str, float] = {}
         self.experts: dict[str, ExpertKind] = {}
         # The kind of an adapter's experts says which of the three it has; LoRA has A and B.
-        self.moe_lora_A = nn.ParameterDict()  # (E, r, in)
-        self.moe_lora_B = nn.ParameterDict()  # (E, out, r)
+        self.moe_lora_A = nn.ParameterDict()  # (E, r, in), or (R, in) of experts of unequal rank
+        self.moe_lora_B = nn.ParameterDict()  # (E, out, r), or (out, R)
         self.moe_lora_vector = nn.ParameterDict()  # (E, width)
-        # Of experts of unequal rank: their own scaling over that of the largest, 0 beyond their rank; (E, 1, r).
-        self.moe_lora_rank_scaling = BufferDict(persistent=False)
+        self.moe_lora_ranks = nn.ModuleDict()  # of experts of unequal rank
         self.moe_lora_shared_A = nn.ParameterDict()  # (shared_r, in)
         self.moe_lora_shared_B = nn.ParameterDict()  # (out, shared_r)
         self.moe_lora_dropout = nn.ModuleDict()
@@ -72,6 +72,8 @@ class MoeLoraLayer(BaseTunerLayer):
         self.moe_lora_objectives = nn.ModuleDict()
         # The target whose router decides for this one, referenced only; `None` where the target decides for itself.
         self.router_owner: dict[str, MoeLoraLayer | None] = {}
+        # The name of the target in the model, by which the config sets its own ranks and overrides.
+        self.key: dict[str, str] = {}
         # The decoder layer around the target.
         self.layer_name: dict[str, str | None] = {}
         # Whether the feed-forward around the target mixes whole experts.
@@ -95,7 +97,7 @@ class MoeLoraLayer(BaseTunerLayer):
         adapter_name: str,
         config: MoeLoraConfig,
         settings: TargetSettings,
-        name: str,
+        key: str,
         layer_name: str | None,
         router: Router | None,
         owner: "MoeLoraLayer | None",
@@ -106,24 +108,19 @@ class MoeLoraLayer(BaseTunerLayer):
             adapter_name: the adapter.
             config: its configuration.
             settings: what of it holds for this target.
-            name: last part of the target's name.
+            key: the target's name in the model.
             layer_name: the decoder layer around it.
             router: the router, if this target holds it.
             owner: the target that holds the shared router; this one if the router is shared and its own.
         """
-        alpha = settings.lora_alpha
-        target = self.target(name, settings, config.init_lora_weights)
-        self.r[adapter_name] = target.rank
-        self.lora_alpha[adapter_name] = alpha
-        self.scaling[adapter_name] = config.scaling(alpha, target.rank)
+        target = self.target(key.rpartition(".")[2], settings, config.init_lora_weights)
+        kind = build_kind(settings.experts, target)
+        self.key[adapter_name] = key
+        self.lora_alpha[adapter_name] = settings.lora_alpha
+        self.set_experts(adapter_name, config, kind, {name: self.stored(t) for name, t in kind.tensors().items()})
         self.moe_lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.experts[adapter_name] = build_kind(settings.experts, target)
-        for container, tensor in self.experts[adapter_name].tensors().items():
-            getattr(self, f"moe_lora_{container}")[adapter_name] = nn.Parameter(self.stored(tensor))
-        if len(set(target.ranks)) > 1:
-            self.moe_lora_rank_scaling[adapter_name] = self.stored(self._rank_scaling(config, alpha, target))
         if config.shared_r:
-            self.shared_scaling[adapter_name] = config.scaling(alpha, config.shared_r)
+            self.shared_scaling[adapter_name] = config.scaling(settings.lora_alpha, config.shared_r)
             pair = low_rank_pair(replace(target, num_experts=1, ranks=(config.shared_r,)))
             self.moe_lora_shared_A[adapter_name] = nn.Parameter(pair["A"].squeeze(0))
             self.moe_lora_shared_B[adapter_name] = nn.Parameter(pair["B"].squeeze(0))
@@ -148,20 +145,38 @@ class MoeLoraLayer(BaseTunerLayer):
         """Return a tensor of the experts, as they create it, in the shape that it is stored in."""
         return tensor
 
-    @staticmethod
-    def _rank_scaling(config: MoeLoraConfig, alpha: int, target: Target) -> torch.Tensor:
-        largest = config.scaling(alpha, target.rank)
-        scaling = torch.zeros(target.num_experts, 1, target.rank)
-        for expert, rank in enumerate(target.ranks):
-            scaling[expert, :, :rank] = config.scaling(alpha, rank) / largest
-        return scaling
+    def set_experts(
+        self, adapter_name: str, config: MoeLoraConfig, kind: ExpertKind, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """Hold an adapter's experts, in place of those before, with these trainable tensors by container."""
+        self.experts[adapter_name] = kind
+        self.r[adapter_name] = kind.target.rank
+        self.scaling[adapter_name] = config.scaling(self.lora_alpha[adapter_name], kind.target.rank)
+        for container, tensor in tensors.items():
+            getattr(self, f"moe_lora_{container}")[adapter_name] = nn.Parameter(tensor)
+        if adapter_name in self.moe_lora_ranks:
+            del self.moe_lora_ranks[adapter_name]
+        if "A" in tensors and kind.target.unequal_ranks:
+            self.moe_lora_ranks[adapter_name] = UnequalRanks(kind.target, 0.5 if config.use_rslora else 1.0)
+
+    def num_experts(self, adapter_name: str) -> int:
+        """Return how many experts an adapter has here."""
+        target = self.experts[adapter_name].target
+        return target.num_experts // target.num_host_experts
 
     def scaled_b(self, adapter_name: str) -> torch.Tensor:
-        """Return the B of an adapter times its scaling, (E, out, r)."""
-        scaled = self.moe_lora_B[adapter_name] * self.scaling[adapter_name]
-        if adapter_name in self.moe_lora_rank_scaling:
-            scaled = scaled * self.moe_lora_rank_scaling[adapter_name].to(scaled.dtype)
-        return scaled
+        """Return the B of an adapter, as it is stored, times its scaling."""
+        lora_b, scaling = self.moe_lora_B[adapter_name], self.scaling[adapter_name]
+        if adapter_name in self.moe_lora_ranks:
+            scaling = (scaling * self.moe_lora_ranks[adapter_name].scaling).to(lora_b.dtype)
+        return lora_b * scaling
+
+    def stacks(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A (E, r, in) and the scaled B (E, out, r) of an adapter, zero beyond an expert's own rank."""
+        lora_a, lora_b = self.moe_lora_A[adapter_name], self.scaled_b(adapter_name)
+        if adapter_name in self.moe_lora_ranks:
+            return self.moe_lora_ranks[adapter_name].pad(lora_a, lora_b)
+        return lora_a.flatten(0, -3), lora_b.flatten(0, -3)
 
     def adapted(self, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, args: tuple = ()) -> torch.Tensor:
         """Return what the target computes with its active adapters.
@@ -183,6 +198,7 @@ class MoeLoraLayer(BaseTunerLayer):
             "A": self.moe_lora_A[adapter_name] if adapter_name in self.moe_lora_A else None,
             "B": self.scaled_b(adapter_name) if adapter_name in self.moe_lora_B else None,
             "vector": self.moe_lora_vector[adapter_name] if adapter_name in self.moe_lora_vector else None,
+            "ranks": self.moe_lora_ranks[adapter_name] if adapter_name in self.moe_lora_ranks else None,
         }
         prepare = partial(self._prepare, adapter_name)
         slots: Any = self._slots(adapter_name, x, args)
@@ -260,7 +276,7 @@ class MoeLoraLayer(BaseTunerLayer):
             raise ValueError(
                 f"Only LoRA experts on single weights can be merged; those of adapter {adapter_name!r} are {found}."
             )
-        lora_a, lora_b = self.moe_lora_A[adapter_name].float(), self.scaled_b(adapter_name).float()
+        lora_a, lora_b = (self.stored(stack).float() for stack in self.stacks(adapter_name))
         delta = torch.einsum("e,e...or,e...ri->...oi", gates.float(), lora_b, lora_a)
         if adapter_name in self.moe_lora_shared_A:
             shared_a, shared_b = self.moe_lora_shared_A[adapter_name], self.moe_lora_shared_B[adapter_name]

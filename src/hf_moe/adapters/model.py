@@ -15,7 +15,7 @@ from .constant_routing import RoutingVaries, constant_gates
 from .decisions import check_decision
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards
-from .frozen import FrozenExperts
+from .frozen import FrozenExperts, numbered_layers
 from .hosts import enclosing_layer, is_bidirectional, is_layer, known_tokens, layer_width, reads_text
 from .layer import Linear, MoeLoraLayer
 from .objectives import install_hooks, tuner_layers
@@ -61,9 +61,8 @@ class MoeLoraModel(BaseTuner):
             first.moe_lora_objectives[adapter_name] = losses
         if config.ffn_experts:
             adapt_feed_forwards(model, adapter_name)
-        for layer in tuner_layers(model) if config.frozen_experts else ():
-            if adapter_name in layer.experts:
-                layer.frozen_experts[adapter_name] = FrozenExperts(config.frozen_experts)
+        for layer in numbered_layers(model, adapter_name, config) if config.frozen_experts else ():
+            layer.frozen_experts[adapter_name] = FrozenExperts(config.frozen_experts)
         self._handles = install_hooks(model) or self._handles
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict) -> MoeLoraConfig:
@@ -105,7 +104,7 @@ class MoeLoraModel(BaseTuner):
         options: dict[str, Any] = {
             "config": peft_config,
             "settings": settings,
-            "name": target_name if parameter_name is None else parameter_name,
+            "key": current_key,
             "layer_name": layer_name,
             "router": router,
             "owner": owner,

@@ -131,10 +131,11 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
             )
         per_expert = super().target(name, settings, init_zero)
         ranks = tuple(rank for rank in per_expert.ranks for _ in range(self.num_host_experts))
-        return replace(per_expert, num_experts=len(ranks), ranks=ranks)
+        host = self.num_host_experts
+        return replace(per_expert, num_experts=len(ranks), ranks=ranks, num_host_experts=host)
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unflatten(0, (-1, self.num_host_experts))
+        return tensor.unflatten(0, (-1, self.num_host_experts)) if tensor.dim() > 2 else tensor
 
     def mergeable_weight(self) -> torch.Tensor:
         return getattr(self.get_base_layer(), self.parameter_name)
@@ -198,10 +199,9 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
             if adapter in self.experts:
                 slots: Any = self._slots(adapter, hidden_states, ())
                 index = slots.index.index_select(0, token) * self.num_host_experts + host_expert[:, None]  # (M, K)
-                lora_a = self.moe_lora_A[adapter].flatten(0, 1)  # (E * H, r, in)
+                lora_a, lora_b = self.stacks(adapter)  # (E * H, r, in), (E * H, out, r)
                 index = index.clamp(max=len(lora_a))
                 decision = ExpertAssignment(index, slots.weight.index_select(0, token), len(lora_a))
-                lora_b = self.scaled_b(adapter).flatten(0, 1)
                 output = add_experts(output, self._prepare(adapter, rows), lora_a, lora_b, ExpertSlots(decision))
         return output
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 
 if TYPE_CHECKING:
     from ..low_rank import ExpertSlots
+
+
+# Where experts of unequal rank lie side by side: rows of A, columns of B.
+RANK_DIM = {"A": -2, "B": -1}
 
 
 @dataclass(frozen=True)
@@ -18,9 +22,10 @@ class Target:
     Attributes:
         name: last part of its name, such as `"down_proj"`.
         in_features, out_features: widths of what it reads and returns.
-        num_experts: E.
-        ranks: rank of every expert.
+        num_experts: E, or E * H on the stacked weight of H host experts, where every expert has H parts.
+        ranks: rank of every expert or part.
         init_zero: start with experts that change nothing.
+        num_host_experts: H.
     """
 
     name: str
@@ -29,11 +34,25 @@ class Target:
     num_experts: int
     ranks: tuple[int, ...]
     init_zero: bool = True
+    num_host_experts: int = 1
 
     @property
     def rank(self) -> int:
-        """The largest rank, to which the others are padded."""
+        """The largest rank."""
         return max(self.ranks)
+
+    @property
+    def unequal_ranks(self) -> bool:
+        """Whether low-rank experts are stored side by side, and not as stacks."""
+        return len(set(self.ranks)) > 1
+
+    def split(self, container: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return views of what belongs to each expert, or to each part of each, in a tensor of this container."""
+        if container == "vector":
+            return list(tensor)
+        if self.unequal_ranks:
+            return list(tensor.split(self.ranks, dim=RANK_DIM[container]))
+        return list(tensor.flatten(0, -3))
 
 
 class ExpertKind:
@@ -41,12 +60,14 @@ class ExpertKind:
 
     # Whether the experts run on mixed slots (Soft MoE) too.
     takes_mixed_slots = False
+    # Whether every expert has parameters that are no other's.
+    own_parameters = True
 
     def __init__(self, target: Target):
         self.target = target
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the initial trainable tensors, by container (`"A"`, `"B"`, `"vector"`), experts first."""
+        """Return the initial trainable tensors, by container: `"A"` and `"B"`, see `low_rank_pair`, or `"vector"`."""
         raise NotImplementedError
 
     def forward(
@@ -54,7 +75,7 @@ class ExpertKind:
         call: Callable[[torch.Tensor], torch.Tensor],
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, torch.Tensor],
+        tensors: dict[str, Any],
         slots: "ExpertSlots",
     ) -> torch.Tensor:
         """Return what the target computes with its experts.
@@ -63,23 +84,28 @@ class ExpertKind:
             call: the target without them.
             x (`torch.Tensor` of shape `(..., in)`).
             prepare: casts and drops out what the experts read.
-            tensors: the trainable ones, with the scaling already in `"B"`.
+            tensors: the trainable ones, with the scaling already in `"B"`, and in `"ranks"` the `UnequalRanks` of
+                experts of unequal rank.
             slots: the decision of the router; kinds that take mixed slots may get `MixedSlots`.
         """
         raise NotImplementedError
 
 
 def low_rank_pair(target: Target, inner: int = 1) -> dict[str, torch.Tensor]:
-    """Return A (E, inner * r, in), started as `nn.Linear` starts, which is how LoRA starts, and B (E, out, r), zero.
+    """Return A, started as `nn.Linear` starts, which is how LoRA starts, and B, zero.
 
-    Rows and columns beyond an expert's own rank are zero; the layer's scaling keeps them from learning.
+    A is (E, inner * r, in) and B (E, out, r); of unequal ranks with the sum R, A is (R, in), or (inner, R, in), and B
+    (out, R).
     """
-    bound = target.in_features**-0.5
-    a = torch.empty(target.num_experts, inner * target.rank, target.in_features).uniform_(-bound, bound)
-    b = torch.zeros(target.num_experts, target.out_features, target.rank)
+    width, bound = target.in_features, target.in_features**-0.5
+    if target.unequal_ranks:
+        total = sum(target.ranks)
+        a = torch.empty(total, width) if inner == 1 else torch.empty(inner, total, width)
+        b = torch.zeros(target.out_features, total)
+    else:
+        a = torch.empty(target.num_experts, inner * target.rank, width)
+        b = torch.zeros(target.num_experts, target.out_features, target.rank)
+    a.uniform_(-bound, bound)
     if not target.init_zero:
         b.normal_(std=target.rank**-0.5)
-    for expert, rank in enumerate(target.ranks):
-        a[expert].unflatten(0, (inner, target.rank))[:, rank:] = 0.0
-        b[expert, :, rank:] = 0.0
     return {"A": a, "B": b}

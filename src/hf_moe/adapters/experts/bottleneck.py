@@ -12,6 +12,7 @@ Parameter-Efficient Transfer Learning, arXiv:2110.04366 (parallel).
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers.activations import ACT2FN
@@ -61,9 +62,10 @@ class BottleneckExperts(ExpertKind):
         call: Callable[[torch.Tensor], torch.Tensor],
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, torch.Tensor],
+        tensors: dict[str, Any],
         slots: ExpertSlots | MixedSlots,
     ) -> torch.Tensor:
         result = call(x)
         inputs = prepare(x if self.position == "parallel" else result)
-        return add_experts(result, inputs, tensors["A"], tensors["B"], slots, self.activate)
+        add = add_experts if tensors["ranks"] is None else tensors["ranks"].add_experts
+        return add(result, inputs, tensors["A"], tensors["B"], slots, self.activate)

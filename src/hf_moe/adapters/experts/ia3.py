@@ -10,6 +10,7 @@ Pushing Mixture of Experts to the Limit, arXiv:2309.05444.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class Ia3Experts(ExpertKind):
         call: Callable[[torch.Tensor], torch.Tensor],
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, torch.Tensor],
+        tensors: dict[str, Any],
         slots: ExpertSlots,
     ) -> torch.Tensor:
         vectors = tensors["vector"]

@@ -2,12 +2,11 @@
 
     y = f(x) + sum_i g_i s_i B_i A_i x        A_i (r_i, in), B_i (out, r_i), s_i = lora_alpha / r_i
 
-Experts of unequal rank are stored padded to the largest one; the padding is zero and receives no gradient.
-
 Source: LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,7 +25,8 @@ class LoraExperts(ExpertKind):
         call: Callable[[torch.Tensor], torch.Tensor],
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, torch.Tensor],
+        tensors: dict[str, Any],
         slots: ExpertSlots,
     ) -> torch.Tensor:
-        return add_experts(call(x), prepare(x), tensors["A"], tensors["B"], slots)
+        add = add_experts if tensors["ranks"] is None else tensors["ranks"].add_experts
+        return add(call(x), prepare(x), tensors["A"], tensors["B"], slots)

@@ -10,6 +10,7 @@ Source: Intuition-aware Mixture-of-Rank-1-Experts for Parameter Efficient Finetu
 from collections.abc import Callable
 from dataclasses import replace
 from math import isqrt
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -24,6 +25,8 @@ class Rank1PairExperts(ExpertKind):
     Raises:
         ValueError: if E is no square, or r is not 1.
     """
+
+    own_parameters = False
 
     def __init__(self, target: Target):
         super().__init__(target)
@@ -42,7 +45,7 @@ class Rank1PairExperts(ExpertKind):
         call: Callable[[torch.Tensor], torch.Tensor],
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, torch.Tensor],
+        tensors: dict[str, Any],
         slots: ExpertSlots,
     ) -> torch.Tensor:
         result = call(x)

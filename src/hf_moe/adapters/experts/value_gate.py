@@ -9,6 +9,7 @@ Source: PILL: Plug Into LLM with Adapter Expert and Attention Gate, arXiv:2311.0
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ class ValueGateExperts(ExpertKind):
         call: Callable[[torch.Tensor], torch.Tensor],
         x: torch.Tensor,
         prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, torch.Tensor],
+        tensors: dict[str, Any],
         slots: ExpertSlots,
     ) -> torch.Tensor:
         result = call(x)

@@ -13,7 +13,7 @@ from .smora import SmoraRouter
 from .soft_moa import SoftMoaRouter
 
 
-__all__ = ["ADAPTER_ROUTERS", "HostRouter", "PooledRouter", "SoftMoaRouter"]
+__all__ = ["ADAPTER_ROUTERS", "ConditionRouter", "HostRouter", "PooledRouter", "SoftMoaRouter"]
 
 ADAPTER_ROUTERS: dict[str, type[Router]] = {
     cls.mechanism_name: cls
