@@ -22,6 +22,7 @@ LITE0 = {
     "model_args": {"features_only": True, "out_indices": [3]},
     "do_pooling": False,
 }
+PRUNED_LITE0 = {**LITE0, "model_args": {**LITE0["model_args"], "feature_cls": "getter"}}
 TIMM_VIT = {
     "architecture": "vit_tiny_patch16_224",
     "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
@@ -68,6 +69,7 @@ TOWERS = {
         16,
     ),
     "timm_features": (AutoConfig.for_model("timm_wrapper", **LITE0), {"image_size": 64}, 112, 0, 16),
+    "timm_pruned": (AutoConfig.for_model("timm_wrapper", **PRUNED_LITE0), {"image_size": 64}, 112, 0, 16),
     "timm_vit": (AutoConfig.for_model("timm_wrapper", **TIMM_VIT), {"image_size": 32}, 24, 1, 16),
     "timm_vit_penultimate": (
         AutoConfig.for_model("timm_wrapper", **TIMM_VIT),

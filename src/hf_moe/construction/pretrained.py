@@ -159,9 +159,11 @@ def _efficientnet_lite0(feature_stage: int | None) -> PreTrainedModel:
     if mismatched:
         raise ValueError(f"The weights of EfficientNet-Lite0 do not fit timm's model at {mismatched[:3]}.")
     state = dict(zip(names, weights.values(), strict=True))
-    model_args = {} if feature_stage is None else {"features_only": True, "out_indices": [feature_stage]}
+    # Of its feature extractors for this architecture, timm's "getter" alone leaves out the layers behind the stage.
+    features = {"features_only": True, "feature_cls": "getter", "out_indices": [feature_stage]}
+    model_args = {} if feature_stage is None else features
     config = AutoConfig.for_model("timm_wrapper", architecture="efficientnet_lite0", model_args=model_args)
     tower = AutoModel.from_config(config)
-    own = tower.timm_model.state_dict()
-    tower.timm_model.load_state_dict({name: state[name] for name in own})
+    network = tower.timm_model if feature_stage is None else tower.timm_model.model
+    network.load_state_dict({name: state[name] for name in network.state_dict()})
     return tower.eval()
