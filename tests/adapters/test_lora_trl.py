@@ -19,7 +19,6 @@ def adapt(llama, randomise):
     def build(base=llama, **fields):
         defaults = {
             "target_modules": ["q_proj", "down_proj"],
-            "exclude_modules": r".*vision_tower.*",
             "objectives": {"load_balance": 0.3, "router_z": 0.1},
         }
         model = get_peft_model(base(), MoeLoraConfig(**{**defaults, **fields})).train()
@@ -49,7 +48,7 @@ def test_gradients_under_sft_are_those_of_the_loss_of_the_model(adapt, tmp_path)
 
 def test_objectives_of_an_adapter_and_of_our_own_model_below_it_both_arrive(adapt, own_model, tmp_path):
     def build():
-        model = adapt(own_model)
+        model = adapt(own_model, exclude_modules=r".*vision_tower.*")
         for layer in model.get_base_model().moe_layers().values():
             layer.gate.requires_grad_()
         return model
