@@ -66,6 +66,21 @@ def test_a_form_equals_the_loop_in_output_and_gradients(form, sizes):
         torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("trained", [(0, 1), (2,), (3,), (4,)])
+def test_buckets_give_their_gradient_alone_to_what_is_trained(trained):
+    leaves, index, experts = case()
+    leaves = [leaf.detach().requires_grad_(place in trained) for place, leaf in enumerate(leaves)]
+    output = bucketed(*leaves[:4], ExpertSlots(ExpertAssignment(index, leaves[4], experts)))
+    output.square().sum().backward()
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    loop(*leaves, index, experts).square().sum().backward()
+    for place, (gradient, leaf) in enumerate(zip(found, leaves, strict=True)):
+        assert (gradient is not None) == (place in trained)
+        torch.testing.assert_close(gradient, leaf.grad, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_in_bfloat16_a_form_is_as_close_to_the_loop_as_the_dtype_allows(form):
     leaves, index, experts = case(tokens=60, experts=9, rank=8, width=32)

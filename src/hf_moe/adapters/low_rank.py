@@ -23,10 +23,11 @@ from ..modeling.routing import ExpertAssignment, SlotMixture
 # The most bytes of a token's E * r inner states for which two plain matrix products are faster than sorted ones:
 # E * r = 64 in float32, 128 in bfloat16.
 MAX_DENSE_BYTES = 256
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Buckets(NamedTuple):
+class BucketedSlots(NamedTuple):
     """The M filled slots of T tokens in R rows, where experts of one bucket have equally many.
 
     Attributes:
@@ -80,7 +81,7 @@ class ExpertSlots:
         return order // self.index.shape[1], self.weight.reshape(-1).index_select(0, order), offsets
 
     @cached_property
-    def bucketed(self) -> Buckets:
+    def bucketed(self) -> BucketedSlots:
         """The filled slots in buckets: the experts, sorted by load, are cut at 1, 2, 4, 8, ... where the load falls.
 
         However uneven the loads are, there are not 2.6 times as many rows as filled slots.
@@ -107,7 +108,7 @@ class ExpertSlots:
         shift[order[: len(first)]] += shift.new_tensor(first)
         row = torch.arange(len(token), device=token.device) + shift.repeat_interleave(counts)  # (M,)
         by_token, places = token.sort(stable=True)
-        return Buckets(
+        return BucketedSlots(
             buckets,
             token.new_zeros(rows).index_copy(0, row, token),
             weight.new_zeros(rows).index_copy(0, row, weight),
@@ -231,7 +232,7 @@ class Shrink(torch.autograd.Function):
     """`A_i x` of every row, from tokens (T, in) and the stack (E, r, in); the rows' inputs are not kept."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+    def forward(ctx: Any, tokens: torch.Tensor, stack: torch.Tensor, slots: BucketedSlots) -> torch.Tensor:
         ctx.slots = slots
         ctx.save_for_backward(tokens, stack)
         return shrink(tokens, stack, slots)
@@ -249,7 +250,7 @@ class Expand(torch.autograd.Function):
     """The sum of `B_i h` over the rows of every token, from rows (R, r) and the stack (E, r, out)."""
 
     @staticmethod
-    def forward(ctx: Any, inner: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+    def forward(ctx: Any, inner: torch.Tensor, stack: torch.Tensor, slots: BucketedSlots) -> torch.Tensor:
         ctx.slots = slots
         ctx.save_for_backward(inner, stack)
         return expand(inner, stack, slots)
@@ -263,7 +264,7 @@ class Expand(torch.autograd.Function):
         return grad_inner, grad_stack, None
 
 
-def shrink(tokens: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+def shrink(tokens: torch.Tensor, stack: torch.Tensor, slots: BucketedSlots) -> torch.Tensor:
     """Return the product of every row's token (T, width) with its expert's matrix, (R, r)."""
     inner = tokens.new_empty(len(slots.token), stack.shape[1])
     for experts, rows in slots.buckets:
@@ -273,7 +274,7 @@ def shrink(tokens: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.T
     return inner
 
 
-def expand(inner: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+def expand(inner: torch.Tensor, stack: torch.Tensor, slots: BucketedSlots) -> torch.Tensor:
     """Return the sum over the rows (R, r) of every token of the product with their experts' matrices, (T, width)."""
     output = inner.new_empty(len(inner), stack.shape[2])  # (R, width)
     for experts, rows in slots.buckets:
@@ -284,7 +285,7 @@ def expand(inner: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Te
     return F.embedding_bag(slots.filled, output, slots.starts, mode="sum")
 
 
-def outer(inner: torch.Tensor, tokens: torch.Tensor, stack: torch.Tensor, slots: Buckets) -> torch.Tensor:
+def outer(inner: torch.Tensor, tokens: torch.Tensor, stack: torch.Tensor, slots: BucketedSlots) -> torch.Tensor:
     """Return the gradient of the stack (E, r, width): outer products of the rows (R, r) with their tokens."""
     gradient = torch.zeros_like(stack, memory_format=torch.contiguous_format)
     for experts, rows in slots.buckets:
