@@ -10,6 +10,10 @@ The division is this library's: in pretrained decoders the hidden state of the f
 long as the others. Left as it is, it alone would decide, for every sample alike, and with p at 0 or 1, where no
 gradient moves the gate.
 
+What all samples have in common says nothing about which expert is whose, but it is the larger part of a pooled state,
+and lets one expert take them all. `centred` subtracts it: z - W m, with m the mean of the samples' pooled states,
+averaged over the optimizer steps before and constant at inference.
+
 Source: Octavius: Mitigating Task Interference in MLLMs via LoRA-MoE, arXiv:2311.02684.
 """
 
@@ -19,8 +23,12 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...modeling.gating import apply_overrides, check_slots, gate_logits, renormalise, router_scores, select_experts
-from ...modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from ...modeling.routing import Decision, ExpertAssignment, MoELayerSpec, RoutingContext, sum_over_ranks
 from .pooled import PooledRouter
+
+
+# The share of the latest step in the mean, once there have been as many steps.
+MEAN_RATE = 0.02
 
 
 class SequenceRouter(PooledRouter):
@@ -30,9 +38,13 @@ class SequenceRouter(PooledRouter):
         spec: facts of the layer.
         modalities, end_token_id, pooling: what is pooled, and how, see [`PooledRouter`].
         norm_topk_prob: divide the K weights by their sum; without effect when K = 1.
+        centred: subtract what the samples of the training have in common.
     """
 
     mechanism_name = "sequence"
+    mean: torch.Tensor
+    accumulated: torch.Tensor
+    steps: torch.Tensor
 
     def __init__(
         self,
@@ -42,21 +54,52 @@ class SequenceRouter(PooledRouter):
         end_token_id: int | None = None,
         pooling: str = "mean",
         norm_topk_prob: bool = True,
+        centred: bool = False,
     ):
         super().__init__(spec, modalities, end_token_id, pooling)
         check_slots(spec, spec.num_experts, "sequence")
         self.norm_topk_prob = norm_topk_prob and spec.num_experts_per_tok > 1
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
+        self.centred = centred
+        if centred:
+            self.register_buffer("mean", torch.zeros(spec.hidden_size))
+            # Of the current step: the sum over its samples, and how many they are.
+            self.register_buffer("accumulated", torch.zeros(spec.hidden_size + 1))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def initialize(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)
+        for buffer in self.buffers():
+            init.zeros_(buffer)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         directions = F.rms_norm(hidden_states.float(), hidden_states.shape[-1:])  # (T, d)
+        if self.centred and self.training:
+            self._leave_pooled(directions.detach(), context)
         logits, known = self.pool(gate_logits(directions, self.weight), context)  # (T, E)
+        if self.centred:
+            logits = logits - gate_logits(self.mean[None], self.weight)
         logits = apply_overrides(logits, self.spec, context)
         scores, probs = router_scores(logits, "softmax")
         index, weight = select_experts(scores, logits, self.spec)  # (T, K) both
         weight = renormalise(weight) if self.norm_topk_prob else weight
         decision = ExpertAssignment(index, weight, self.spec.num_experts, router_logits=logits, router_probs=probs)
         return decision.drop(~known)
+
+    def _leave_pooled(self, directions: torch.Tensor, context: RoutingContext) -> None:
+        """Leave the sum of the samples' pooled states and their number, (d + 1,), for the end of the forward."""
+        pooled, known = (part.view(*context.token_mask.shape, -1)[:, -1] for part in self.pool(directions, context))
+        summed = torch.cat([pooled, torch.ones_like(pooled[:, :1])], dim=-1).masked_fill(~known, 0.0).sum(0)
+        context.carry.setdefault("pooled_samples", {})[self.spec.layer_idx] = summed
+
+    def accumulate(self, decision: Decision, context: RoutingContext) -> None:
+        if self.centred:
+            summed = context.carry["pooled_samples"][self.spec.layer_idx]
+            self.accumulated += sum_over_ranks(summed).to(self.accumulated)
+
+    def end_step(self) -> None:
+        if self.centred and self.accumulated[-1] > 0:
+            self.steps += 1
+            found = self.accumulated[:-1] / self.accumulated[-1]
+            self.mean += (found - self.mean) * max(1 / int(self.steps), MEAN_RATE)
+            self.accumulated.zero_()
