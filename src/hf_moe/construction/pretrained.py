@@ -49,13 +49,16 @@ def packaged_file(name: str) -> Path:
     return Path(spec.origin).parent / file
 
 
-def load_language_model(source: str | dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_language_model(
+    source: str | dict[str, Any], dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> tuple[Any, Any]:
     """Load a decoder with its head, and its tokenizer.
 
     Args:
         source: a Hub id or folder; a path to a `.gguf` file; the name of a packaged model; or the fields of a config
             (with `model_type`), which gives a fresh decoder and no tokenizer.
         dtype: of the weights.
+        revision: branch, tag or commit of a repository on the Hub.
 
     Returns:
         The `ForCausalLM` and its tokenizer (`None` for a fresh decoder).
@@ -66,44 +69,47 @@ def load_language_model(source: str | dict[str, Any], dtype: torch.dtype = torch
         return AutoModelForCausalLM.from_config(config, dtype=dtype), None
     path = packaged_file(source) if source in PACKAGED else Path(source)
     if path.suffix != ".gguf":
-        return _load(AutoModelForCausalLM, str(source), dtype), AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        return _load(AutoModelForCausalLM, str(source), dtype, revision), tokenizer
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"{path.name} is a GGUF file: pip install gguf")
     options = {"gguf_file": path.name}
     dense = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+    # Its weights are whole, but Transformers trains and saves no model that bears the mark of a quantised one.
+    dense.hf_quantizer.remove_quantization_config(dense)
     return dense, AutoTokenizer.from_pretrained(path.parent, **options)
 
 
-def _load(auto: Any, source: str, dtype: torch.dtype) -> Any:
+def _load(auto: Any, source: str, dtype: torch.dtype, revision: str | None = None) -> Any:
     """Load a checkpoint as `auto.from_pretrained` does, with every tensor read into memory of its own.
 
     Transformers maps the files. A mapped file stays in memory until the last of its tensors is let go, those that
     were only copied into experts included.
     """
-    files = _safetensors_files(source)
+    files = _safetensors_files(source, revision)
     if not files:
-        return auto.from_pretrained(source, dtype=dtype)
+        return auto.from_pretrained(source, dtype=dtype, revision=revision)
     tensors: dict[str, Any] = {}
     for file in files:
         weights = safe_open(file, "pt", backend="pread")
         tensors |= {name: weights.get_slice(name) for name in weights.keys()}
     with torch.device("meta"):
-        empty = auto.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+        empty = auto.from_config(AutoConfig.from_pretrained(source, revision=revision), dtype=dtype)
     model = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, dtype=dtype)
     model.config.name_or_path = source
     if model.can_generate():
         with suppress(OSError):  # Without a file of its own it keeps what the config says.
-            model.generation_config = GenerationConfig.from_pretrained(source)
+            model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
     return model
 
 
-def _safetensors_files(source: str) -> list[str]:
+def _safetensors_files(source: str, revision: str | None) -> list[str]:
     """Return the weight files of a checkpoint, none where it has another format."""
-    optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    optional: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     if (file := cached_file(source, SAFE_WEIGHTS_NAME, **optional)) is not None:
         return [file]
     if (index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **optional)) is not None:
-        return get_checkpoint_shard_files(source, index)[0]
+        return get_checkpoint_shard_files(source, index, revision=revision)[0]
     return []
 
 

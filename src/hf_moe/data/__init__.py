@@ -3,7 +3,8 @@
 from .collator import VisionLanguageCollator
 from .features import FeatureCache
 from .sources import load_rows
+from .text import TextProcessor
 from .tokenisation import tokenize_rows
 
 
-__all__ = ["FeatureCache", "VisionLanguageCollator", "load_rows", "tokenize_rows"]
+__all__ = ["FeatureCache", "TextProcessor", "VisionLanguageCollator", "load_rows", "tokenize_rows"]

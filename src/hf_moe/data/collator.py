@@ -1,14 +1,15 @@
 """Rows to batches: padded tokens, labels on the assistant's turns, images or their cached features."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..modeling.processing_hf_moe import HfMoeProcessor
 from .features import FeatureCache
 from .rows import describe_row, row_images
 from .tokenisation import (
     IGNORE_INDEX,
+    AnyProcessor,
     ConversationTokenizer,
     Tokens,
     expand_placeholders,
@@ -20,28 +21,33 @@ from .tokenisation import (
 class VisionLanguageCollator:
     """Collate rows of `messages` and `images` for `Trainer` and TRL's `SFTTrainer`.
 
-    The batch holds `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels`, each (B, S), and the image
-    processor's tensors or `image_features` (N, P, C). A row may have any number of images, none included. Training
-    pads on the right; prompts (`train=False`) end in the generation prompt and pad on the left, without labels.
+    The batch holds `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels`, each (B, S), the image processor's
+    tensors or `image_features` (N, P, C), and `<condition>_ids` (B,). A row may have any number of images, none
+    included. Training pads on the right; prompts (`train=False`) end in the generation prompt and pad on the left,
+    without labels.
 
     Args:
-        processor: an [`HfMoeProcessor`] with a chat template.
+        processor: an [`HfMoeProcessor`] with a chat template, or a [`TextProcessor`], for which nothing is said of
+            modalities.
         max_length: tokens per row, >= 1; what exceeds it is cut off, but never inside or before an image.
         feature_cache: features of a frozen tower, used in place of pixels; rows then need its key column.
         train: `False` for prompts.
+        conditions: names of what routers read of a row; rows then need the columns `<condition>_ids`.
     """
 
     def __init__(
         self,
-        processor: HfMoeProcessor,
+        processor: AnyProcessor,
         max_length: int | None = None,
         feature_cache: FeatureCache | None = None,
         train: bool = True,
+        conditions: Sequence[str] = (),
     ):
         self.processor = processor
         self.max_length = max_length
         self.feature_cache = feature_cache
         self.train = train
+        self.conditions = conditions
         self.conversations = ConversationTokenizer(processor, train)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -65,7 +71,8 @@ class VisionLanguageCollator:
                 batch.append(self._row_tokens(row, own))
             except ValueError as error:
                 raise ValueError(f"{describe_row(row, index, 'batch')} {error}") from error
-        return self._pad(batch) | pixels
+        columns = [f"{name}_ids" for name in self.conditions]
+        return self._pad(batch) | pixels | {name: torch.tensor([row[name] for row in rows]) for name in columns}
 
     def _cached_features(self, rows: list[dict[str, Any]], cache: FeatureCache) -> dict[str, torch.Tensor]:
         keys = []
@@ -116,8 +123,9 @@ class VisionLanguageCollator:
         result = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "mm_token_type_ids": (input_ids == self.processor.image_token_id).long() * attention_mask,
         }
+        if self.processor.image_token is not None:
+            result["mm_token_type_ids"] = (input_ids == self.processor.image_token_id).long() * attention_mask
         if self.train:
             result["labels"] = stack([labels for _, labels in batch], IGNORE_INDEX)
         return result

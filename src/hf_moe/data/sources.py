@@ -1,4 +1,4 @@
-"""Where rows come from: easy-VQA, a JSONL file, a folder of images, the Hub."""
+"""Where rows come from: easy-VQA, two opposite tasks, a JSONL file, a folder of images, the Hub."""
 
 import difflib
 import json
@@ -9,29 +9,32 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Image, IterableDataset, List, load_dataset
 
 from .easy_vqa import load_easy_vqa
+from .opposite_tasks import load_opposite_tasks
 from .rows import MESSAGES, normalise_messages, question_messages, row_images
 
 
-DATASETS = {"easy_vqa": load_easy_vqa}
-COMMON_OPTIONS = {"limit", "shuffle", "seed"}
+DATASETS = {"easy_vqa": load_easy_vqa, "opposite_tasks": load_opposite_tasks}
+COMMON_OPTIONS = {"where", "limit", "shuffle", "seed"}
 
 
 def load_rows(source: dict[str, Any] | str, split: str = "train") -> Dataset | IterableDataset:
-    """Load rows of `messages` (lists of role and content parts) and `images` (decoded when read).
+    """Load rows of `messages` (lists of role and content parts) and, if there are any, `images` (decoded when read).
 
     A source is one of:
 
-    - `{"name": "easy_vqa"}`: a dataset this package knows.
+    - `{"name": "easy_vqa"}`: a dataset this package knows, or `opposite_tasks`.
     - `{"path": "rows.jsonl"}`: one row a line, image paths relative to the file. `{split}` in the path is filled in.
     - `{"image_folder": "folder", "question": "What is this?"}`: as `datasets`' `imagefolder` reads it. The question of
       a row is its `question`, else the source's; the answer is its `answer`, its `text`, or its class folder's name.
     - `{"hub": "user/name", "name": "config", "streaming": true}`: rows that have `messages` already.
 
-    Each takes `limit` (at most so many rows), `shuffle` (bool) and `seed`; limiting comes after shuffling. A string is
-    a dataset's name, a path ending in `.jsonl`, a folder, or a Hub id.
+    Each takes `where` (column to value: only rows that have it), `limit` (at most so many rows), `shuffle` (bool) and
+    `seed`; limiting comes after shuffling. A string is a dataset's name, a path ending in `.jsonl`, a folder, or a Hub
+    id.
 
     Raises:
-        ValueError: if the source is unknown, has an unknown option, or rows are not of this form (naming the row).
+        ValueError: if the source is unknown, has an unknown option, or rows are not of this form (naming the row), or
+            none is left.
         FileNotFoundError: if a file or an image is not there.
     """
     source = _as_dict(source)
@@ -46,11 +49,24 @@ def load_rows(source: dict[str, Any] | str, split: str = "train") -> Dataset | I
         raise ValueError(f"A source of rows has one of the keys {', '.join(loaders)}; got {source!r}.")
     options = {name: value for name, value in source.items() if name not in COMMON_OPTIONS}
     rows = loaders[kind](split, **_checked(kind, options))
+    if source.get("where"):
+        rows = _where(rows, source["where"])
     if source.get("shuffle"):
         rows = rows.shuffle(seed=source.get("seed", 0))
     if source.get("limit") is not None:
         limit = source["limit"]
         rows = rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
+    return rows
+
+
+def _where(rows: Dataset | IterableDataset, wanted: dict[str, Any]) -> Dataset | IterableDataset:
+    for name in wanted:
+        if rows.column_names is not None and name not in rows.column_names:
+            raise ValueError(f"where: there is no column {name!r}; the rows have {', '.join(rows.column_names)}.")
+    columns = list(wanted)
+    rows = rows.filter(lambda *values: list(values) == list(wanted.values()), input_columns=columns)
+    if isinstance(rows, Dataset) and not len(rows):
+        raise ValueError(f"No row has {wanted!r}.")
     return rows
 
 

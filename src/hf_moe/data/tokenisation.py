@@ -11,10 +11,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from .rows import describe_row, normalise_messages, open_image, row_images, undecoded
+from .text import TextProcessor, plain_messages
 
 
 IGNORE_INDEX = -100
 MAX_KNOWN = 65536
+AnyProcessor = HfMoeProcessor | TextProcessor
 Tokens = tuple[list[int], list[int]]
 
 
@@ -34,7 +36,7 @@ class ConversationTokenizer:
         ValueError: if the processor has no chat template, or its tokenizer knows no offsets.
     """
 
-    def __init__(self, processor: HfMoeProcessor, train: bool = True):
+    def __init__(self, processor: AnyProcessor, train: bool = True):
         if not processor.chat_template:
             raise ValueError("The processor has no chat template: set processor.chat_template.")
         if not processor.tokenizer.is_fast:
@@ -54,6 +56,8 @@ class ConversationTokenizer:
             ValueError: if the placeholders are not as many as the images, or the template changes earlier turns.
         """
         messages = normalise_messages(messages, num_images)
+        if self.processor.image_token is None:
+            messages = plain_messages(messages)
         conversation = json.dumps(messages)
         if conversation not in self._known:
             if len(self._known) >= MAX_KNOWN:
@@ -149,19 +153,20 @@ def expand_placeholders(tokens: Tokens, placeholder: int, counts: Sequence[int])
     return input_ids, labels
 
 
-def takes_packed_patches(processor: HfMoeProcessor) -> bool:
+def takes_packed_patches(processor: AnyProcessor) -> bool:
     """Tell whether images differ in their number of placeholders."""
-    return "pixel_attention_mask" in processor.image_processor.model_input_names
+    image_processor = processor.image_processor
+    return image_processor is not None and "pixel_attention_mask" in image_processor.model_input_names
 
 
-def process_images(images: list[Any], processor: HfMoeProcessor) -> dict[str, Any]:
+def process_images(images: list[Any], processor: AnyProcessor) -> dict[str, Any]:
     """Return the image processor's tensors; no key without images."""
     if not images:
         return {}
     return dict(processor.image_processor([open_image(image) for image in images], return_tensors="pt"))
 
 
-def placeholder_counts(num_images: int, processor: HfMoeProcessor, pixels: dict[str, Any]) -> list[int]:
+def placeholder_counts(num_images: int, processor: AnyProcessor, pixels: dict[str, Any]) -> list[int]:
     """Return the placeholders of every image.
 
     Raises:
@@ -175,7 +180,7 @@ def placeholder_counts(num_images: int, processor: HfMoeProcessor, pixels: dict[
 
 
 def tokenize_rows(
-    rows: Dataset | IterableDataset, processor: HfMoeProcessor, train: bool = True
+    rows: Dataset | IterableDataset, processor: AnyProcessor, train: bool = True
 ) -> Dataset | IterableDataset:
     """Tokenise all rows before training; [`VisionLanguageCollator`] then only pads.
 

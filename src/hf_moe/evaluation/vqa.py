@@ -6,15 +6,16 @@ from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from tqdm.auto import tqdm
 
+from ..adapters import routing_inputs
 from ..analysis.routing_statistics import RoutingStatistics
 from ..data.collator import VisionLanguageCollator
 from ..data.features import FeatureCache
 from ..data.rows import row_images, text_part, undecoded
-from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer
+from ..data.tokenisation import IGNORE_INDEX, AnyProcessor, ConversationTokenizer
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.processing_hf_moe import HfMoeProcessor
 from ..modeling.vision import tower_features
 from .scoring import mean_scores, vqa_score
 
@@ -24,8 +25,8 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 @torch.no_grad()
 def predict_answers(
-    model: HfMoeForConditionalGeneration,
-    processor: HfMoeProcessor,
+    model: HfMoeForConditionalGeneration | PeftModel,
+    processor: AnyProcessor,
     rows: Rows,
     *,
     feature_cache: FeatureCache | None = None,
@@ -35,6 +36,7 @@ def predict_answers(
     zero_images: bool = False,
     max_new_tokens: int = 8,
     statistics: RoutingStatistics | None = None,
+    conditions: Sequence[str] = (),
 ) -> list[str]:
     """Return the model's answer to every row, whose last assistant turn it does not see.
 
@@ -46,11 +48,12 @@ def predict_answers(
         zero_images: replace the tower's features by zeros, for the score of a model that cannot see.
         max_new_tokens: of a generated answer, >= 1.
         statistics: collects the routing of the prompts; needs the prefill.
+        conditions: names of what routers of an adapter read of a row, see [`VisionLanguageCollator`].
 
     Raises:
         ValueError: if `statistics` are asked for and the answers must be generated.
     """
-    collator = VisionLanguageCollator(processor, feature_cache=feature_cache, train=False)
+    collator = VisionLanguageCollator(processor, feature_cache=feature_cache, train=False, conditions=conditions)
     rows = undecoded(rows)
     if candidates is None:
         candidates = sorted({answer for row in rows for answer in reference_answers(row)})
@@ -67,17 +70,11 @@ def predict_answers(
             batch = {name: value.to(model.device) for name, value in collator(batch_rows).items()}
             if zero_images:
                 batch = _without_sight(model, batch)
-            if generate:
-                pad_id = processor.tokenizer.pad_token_id
-                options = {
-                    "max_new_tokens": max_new_tokens,
-                    "do_sample": False,
-                    "num_beams": 1,
-                    "pad_token_id": pad_id,
-                }
-                tokens = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
-            else:
-                tokens = _prefill(model, batch, statistics)
+            with routing_inputs(**{name: batch.pop(f"{name}_ids") for name in conditions}):
+                if generate:
+                    tokens = _generate(model, batch, max_new_tokens, processor.tokenizer.pad_token_id)
+                else:
+                    tokens = _prefill(model, batch, statistics)
             answers += [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             progress.update(len(batch_rows))
     model.train(was_training)
@@ -85,7 +82,7 @@ def predict_answers(
 
 
 def evaluate_vqa(
-    model: HfMoeForConditionalGeneration, processor: HfMoeProcessor, rows: Rows, **options: Any
+    model: HfMoeForConditionalGeneration | PeftModel, processor: AnyProcessor, rows: Rows, **options: Any
 ) -> dict[str, Any]:
     """Score the model's answers by VQA accuracy.
 
@@ -133,7 +130,7 @@ def _batches(rows: Rows, batch_size: int) -> Iterator[list[dict[str, Any]]]:
         yield batch
 
 
-def _are_single_tokens(candidates: Sequence[str], row: dict[str, Any], processor: HfMoeProcessor) -> bool:
+def _are_single_tokens(candidates: Sequence[str], row: dict[str, Any], processor: AnyProcessor) -> bool:
     """Tell whether each candidate, as the answer to `row`, is one token right after the prompt."""
     tokenizer = processor.tokenizer
     num_images = len(row_images(row))
@@ -150,12 +147,17 @@ def _are_single_tokens(candidates: Sequence[str], row: dict[str, Any], processor
     return True
 
 
-def _prefill(
-    model: HfMoeForConditionalGeneration, batch: dict[str, Any], statistics: RoutingStatistics | None
-) -> torch.Tensor:
+def _generate(model: Any, batch: dict[str, Any], max_new_tokens: int, pad_id: int | None) -> torch.Tensor:
+    """Return the tokens of greedy answers, (B, N)."""
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": pad_id}
+    return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+
+
+def _prefill(model: Any, batch: dict[str, Any], statistics: RoutingStatistics | None) -> torch.Tensor:
     """Return the likeliest next token of every row, (B, 1)."""
     position_ids = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    outputs = model(**batch, position_ids=position_ids, logits_to_keep=1, output_routing=True, use_cache=False)
+    options = {} if statistics is None else {"output_routing": True}
+    outputs = model(**batch, position_ids=position_ids, logits_to_keep=1, use_cache=False, **options)
     if statistics is not None:
         statistics.update(outputs.routing)
     return outputs.logits.argmax(-1)

@@ -87,7 +87,7 @@ def write_card(
         base_model_relation="finetune" if base_models else None,
         datasets=list(datasets) or None,
         co2_eq_emissions=report.get("co2_eq_emissions"),
-        eval_results=_eval_results(report, datasets),
+        eval_results=eval_results(report, datasets),
     )
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = next(path for path in TEMPLATES if path.is_file())
@@ -159,11 +159,13 @@ def _diagram(config: Any, kinds: list[dict[str, Any]]) -> str:
     return "\n".join([*paths, "  |", *blocks, "  |", "answer"])
 
 
-def _eval_results(report: dict[str, Any], datasets: Sequence[str]) -> list[EvalResult] | None:
+def eval_results(
+    report: dict[str, Any], datasets: Sequence[str], task_type: str = "image-text-to-text"
+) -> list[EvalResult] | None:
     """Return the accuracies as the Hub's model index wants them; it lists no result without a data set."""
     results = [
         EvalResult(
-            task_type="image-text-to-text",
+            task_type=task_type,
             dataset_type=datasets[0],
             dataset_name=datasets[0],
             metric_type="accuracy",

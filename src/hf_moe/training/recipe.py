@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import PeftConfig
 
+from ..adapters import MoeLoraConfig
+from ..adapters.systems import load_system
 from ..configuration.configuration_hf_moe import unknown_name_message
 
 
 RECIPES = Path(str(files("hf_moe.configuration") / "recipes"))
+DTYPES = ("float32", "bfloat16", "float16")
+# What a recipe of an adapter may say of its base and of the evaluation.
+BASE_OPTIONS = ("base", "revision", "dtype")
+ADAPTER_EVALUATION = ("batch_size", "bf16")
+# What a recipe may say of an adapter: the fields of the config, but not what PEFT itself fills in.
+ADAPTER_FIELDS = sorted({item.name for item in fields(MoeLoraConfig)} - {item.name for item in fields(PeftConfig)})
 
 
 @dataclass
@@ -44,7 +53,11 @@ class Recipe:
 
     Args:
         name: of the run; the default output folder is `runs/<name>`.
-        model: keyword arguments of [`build_model`]; `tokenizer: words` trains one on the data's text.
+        model: keyword arguments of [`build_model`]; `tokenizer: words` trains one on the data's text. For an adapter
+            the `base` (a decoder as [`load_language_model`] takes it, or a checkpoint of this library), its `revision`
+            on the Hub and its `dtype`.
+        adapter: the fields of a [`MoeLoraConfig`], or `system`, `variant` and what differs from that preset. The base
+            is frozen, and the adapter alone is trained and saved.
         data: `train` and `eval` sources, see [`load_rows`]; `max_length` in tokens, *optional*.
         training: fields of `TrainingArguments`.
         trainable: parts that are trained, see [`train_only`].
@@ -63,6 +76,7 @@ class Recipe:
     stages: list[Stage] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] | None = None
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,8 +98,8 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
 
     Raises:
         FileNotFoundError: if there is neither a file nor a shipped recipe of that name.
-        ValueError: if a field is unknown or missing, an override is not of the form above, or the training is to
-            evaluate in between.
+        ValueError: if a field is unknown or missing, an override is not of the form above, the training is to
+            evaluate in between, or an adapter's recipe has what only a model's takes.
     """
     path = Path(source) if Path(source).is_file() else RECIPES / f"{Path(source).stem}.yaml"
     if not path.is_file():
@@ -99,7 +113,52 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     for number, stage in enumerate(stages, start=1):
         _check_fields(Stage, stage, f"stage {number} of {path.name}")
         _check_training(stage.get("training", {}), f"stage {number} of {path.name}")
+    if "base" in content["model"] or content.get("adapter") is not None:
+        _check_adapter(content, bool(stages), f"recipe {path.name}")
     return Recipe(**content, stages=[Stage(**stage) for stage in stages])
+
+
+def adapter_config(options: dict[str, Any]) -> MoeLoraConfig:
+    """Return the configuration that a recipe's `adapter` describes.
+
+    Raises:
+        ValueError: if a field, the system or its variant is unknown, or a value is refused.
+    """
+    options = dict(options)
+    system, variant = options.pop("system", None), options.pop("variant", None)
+    known = ["system", "variant", *ADAPTER_FIELDS]
+    for name in options:
+        if name not in known:
+            raise ValueError(unknown_name_message("field of the adapter", name, known))
+    if system is None:
+        if variant is not None:
+            raise ValueError(f"adapter.variant={variant!r} is a form of a published system: name that in `system`.")
+        return MoeLoraConfig(**options)
+    if load_system(system, variant)["method"] != "moe_lora":
+        raise ValueError(f"adapter.system={system!r} is a method of PEFT's own, which no recipe trains.")
+    return MoeLoraConfig.from_system(system, variant=variant, **options)
+
+
+def _check_adapter(content: dict[str, Any], in_stages: bool, place: str) -> None:
+    model, adapter = content["model"], content.get("adapter")
+    if not isinstance(adapter, dict) or not isinstance(model.get("base"), str):
+        raise ValueError(
+            f"The {place} needs both model.base, the name of a model, and adapter, the fields of a MoeLoraConfig, to "
+            f"train an adapter; it has model: {model!r} and adapter: {adapter!r}."
+        )
+    for kind, given, known in (
+        ("field of the model of an adapter's recipe", model, BASE_OPTIONS),
+        ("field of the evaluation of an adapter's recipe", content.get("evaluation", {}), ADAPTER_EVALUATION),
+    ):
+        for name in given:
+            if name not in known:
+                raise ValueError(unknown_name_message(kind, name, list(known)))
+    if model.get("dtype", "float32") not in DTYPES:
+        raise ValueError(unknown_name_message("dtype of the base", model["dtype"], list(DTYPES)))
+    if in_stages or "trainable" in content:
+        name = "stages" if in_stages else "trainable"
+        raise ValueError(f"The {place} has {name}, and an adapter's has none: what is trained is the adapter.")
+    adapter_config(adapter)
 
 
 def _check_fields(cls: type, content: dict[str, Any], place: str) -> None:

@@ -18,6 +18,7 @@ from ..data import FeatureCache, VisionLanguageCollator, load_rows
 from ..evaluation.report import write_report
 from ..evaluation.vqa import evaluate_vqa, predict_answers
 from ..hub.card import write_card
+from .adapter import run_adapter_recipe
 from .recipe import Recipe, Stage, load_recipe, recipe_names
 from .stages import image_features, run_stages, train_model
 
@@ -25,8 +26,8 @@ from .stages import image_features, run_stages, train_model
 def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: bool = False) -> dict[str, Any]:
     """Run a recipe to its end and return the report, which is also written to `report.json`.
 
-    Leaves `checkpoint/` (a complete checkpoint: config, safetensors, processor, chat template, code, card, picture),
-    `report.json` and the trainer's own files in `output_dir`.
+    Leaves `checkpoint/` (a complete checkpoint: config, safetensors, processor, chat template, code, card, picture; or
+    an adapter folder, with the tokenizer and a card), `report.json` and the trainer's own files in `output_dir`.
 
     Args:
         recipe: the job.
@@ -39,6 +40,8 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
     set_seed(recipe.seed)
     splits = {"train": "train", "eval": "test"}
     rows = {part: load_rows(recipe.data[part], split) for part, split in splits.items() if part in recipe.data}
+    if recipe.adapter is not None:
+        return run_adapter_recipe(recipe, rows, folder, resume)
     model, processor = _build(recipe, rows["train"])
     report: dict[str, Any] = {}
     if recipe.stages:
@@ -140,6 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `hf-moe train`."""
     report = run_recipe(load_recipe(args.recipe, args.overrides), args.output_dir, args.resume)
-    shown = ("accuracy", "blind_accuracy", "accuracy_by_question_type", "train_seconds", "total_seconds")
-    print(json.dumps({key: report[key] for key in shown if key in report}, indent=2))
+    accuracies = ("accuracy", "blind_accuracy", "base_accuracy", "accuracy_by_question_type")
+    shown = [key for key in (*accuracies, "train_seconds", "total_seconds") if key in report]
+    print(json.dumps({key: report[key] for key in shown}, indent=2))
     return 0

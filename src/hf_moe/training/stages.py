@@ -193,7 +193,7 @@ def train_model(
     callbacks: list[TrainerCallback] = [] if evolution is None else [evolution]
     trainer = HfMoeTrainer(
         model=model,
-        args=training_arguments(recipe, stage, folder),
+        args=training_arguments(recipe, stage.training, folder),
         train_dataset=tokenize_rows(rows, processor),
         data_collator=VisionLanguageCollator(processor, recipe.data.get("max_length"), features),
         processing_class=processor,
@@ -223,9 +223,7 @@ def image_features(
     return FeatureCache.build(model, processor, images, cache_dir=folder / "features")
 
 
-def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
-    """Return a stage's `TrainingArguments`; on a machine without an accelerator they run on the CPU."""
+def training_arguments(recipe: Recipe, overrides: dict[str, Any], folder: Path) -> TrainingArguments:
+    """Return a recipe's `TrainingArguments` with a stage's; without an accelerator they run on the CPU."""
     options = {"report_to": "none", "remove_unused_columns": False, "use_cpu": not torch.cuda.is_available()}
-    return TrainingArguments(
-        output_dir=str(folder), seed=recipe.seed, **{**options, **recipe.training, **stage.training}
-    )
+    return TrainingArguments(output_dir=str(folder), seed=recipe.seed, **{**options, **recipe.training, **overrides})

@@ -1,0 +1,40 @@
+"""What the data pipeline asks of a processor, for a model that reads text alone."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+class TextProcessor:
+    """Stands in for a processor where there is only a tokenizer.
+
+    Args:
+        tokenizer: with a chat template.
+    """
+
+    image_token: str | None = None
+    image_token_id = -1  # no token's
+    image_seq_length: int | None = None
+    image_processor: Any = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    @property
+    def chat_template(self) -> Any:
+        return self.tokenizer.chat_template
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Return the rendered conversation."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose content is a string, as the chat templates of text models want it.
+
+    Raises:
+        ValueError: if a message holds an image.
+    """
+    if any(part["type"] != "text" for message in messages for part in message["content"]):
+        raise ValueError("has an image, and this model reads text alone: take rows without images, or another base.")
+    return [{**message, "content": "".join(part["text"] for part in message["content"])} for message in messages]

@@ -1,0 +1,99 @@
+"""Writes the model card of an adapter folder: what it adapts, what was measured, how it was trained."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from ..adapters.systems import load_system
+from .adapter import is_adapter
+from .card import REPOSITORY, eval_results
+from .evaluation import write_evaluation
+
+
+TEMPLATES = (
+    Path(__file__).with_name("adapter_card.md.jinja"),
+    REPOSITORY / "model_cards" / "adapter_card.md.jinja",
+)
+
+
+def write_adapter_card(
+    folder: str | Path,
+    *,
+    model: Any,
+    report: dict[str, Any],
+    recipe: dict[str, Any] | None = None,
+    base_models: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    license: str | None = "apache-2.0",
+    language: str | Sequence[str] = (),
+) -> Path:
+    """Write README.md into the folder of a saved adapter, beside it the evaluation files that its numbers come from.
+
+    What the report does not hold is left out.
+
+    Args:
+        folder: the adapter has been saved to it.
+        model: the `PeftModel` that was saved.
+        report: as for [`~hf_moe.hub.card.write_card`], and `trainable_parameters` by part, `base_accuracy` and
+            `base_accuracy_by_question_type`, the scores of the base without the adapter.
+        recipe: the training job as plain data, *optional*; the adapter takes its `name`, else that of the folder.
+        base_models: ids of the base on the Hub; what the adapter's config records where there are none.
+        datasets: what the adapter was trained on; the results are listed under the first one.
+        license: of the weights, an identifier of the Hub; `None` where it is not known.
+        language: codes of the languages of the data, such as `"en"`.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        FileNotFoundError: if the folder holds no adapter.
+        ImportError: if jinja2 is not installed.
+    """
+    folder = Path(folder)
+    if not is_adapter(folder):
+        raise FileNotFoundError(f"{folder} holds no adapter_config.json: save the adapter there first.")
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ImportError("Model cards need jinja2: pip install 'hf-moe[train]'") from error
+
+    report = write_evaluation(folder, report, datasets)
+    config = model.active_peft_config
+    bases = list(base_models) or [config.base_model_name_or_path]
+    multimodal = getattr(model.get_base_model().config, "vision_config", None) is not None
+    metadata = ModelCardData(
+        model_name=recipe["name"] if recipe else folder.resolve().name,
+        library_name="peft",
+        pipeline_tag="image-text-to-text" if multimodal else "text-generation",
+        tags=["lora", "moe", "hf_moe"],
+        license=license,
+        language=[language] if isinstance(language, str) else list(language) or None,
+        base_model=bases,
+        base_model_relation="adapter",
+        datasets=list(datasets) or None,
+        eval_results=eval_results(report, datasets, "image-text-to-text" if multimodal else "text-generation"),
+    )
+    targets = config.target_modules or config.target_parameters or []
+    system = (recipe or {}).get("adapter", {}).get("system")
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template = next(path for path in TEMPLATES if path.is_file())
+    text = environment.from_string(template.read_text(encoding="utf-8")).render(
+        metadata=metadata.to_yaml(),
+        name=metadata.model_name,
+        folder=folder.resolve().name,
+        base=bases[0],
+        auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
+        config=config,
+        system=load_system(system) if system else None,
+        targets=[targets] if isinstance(targets, str) else sorted(targets),
+        report=report,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
+        datasets=datasets,
+    )
+    path = folder / "README.md"
+    path.write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
+    return path
