@@ -40,7 +40,7 @@ ROWS = 16
 
 def single(rank: int) -> list[str]:
     """Return what makes the recipe's adapter a plain LoRA of this rank; the scaling of all contestants is 2."""
-    fields = {"router": "constant", "num_experts": 1, "r": rank, "lora_alpha": 2 * rank, "objectives": "{}"}
+    fields = {"router": "constant", "num_experts": 1, "r": rank, "lora_alpha": 2 * rank}
     return [f"adapter.{name}={value}" for name, value in fields.items()]
 
 
@@ -48,7 +48,7 @@ ARMS = {
     "lora": single(8),
     "token": ["adapter.router=top_k"],
     "sequence": [],
-    "condition": ["adapter.router=condition", "adapter.objectives={}"],
+    "condition": ["adapter.router=condition"],
 }
 ARMS |= {
     f"alone_{task}": [
