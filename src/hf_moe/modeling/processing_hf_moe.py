@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from ..configuration.configuration_hf_moe import save_with_hooks
@@ -73,6 +74,13 @@ class HfMoeProcessor(ProcessorMixin):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        # Without a config AutoTokenizer reads the checkpoint's, and asks whether to trust its class; the files of the
+        # tokenizer name what it needs.
+        kwargs.setdefault("config", PreTrainedConfig())
+        return super()._load_tokenizer_from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         return save_with_hooks(self, super().save_pretrained, save_directory, push_to_hub, kwargs)
