@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters import find_centroids, intuition, list_systems
+from hf_moe.adapters import find_centroids, intuition, list_lora_systems
 from hf_moe.adapters.low_rank import ExpertSlots, add_experts
 from hf_moe.adapters.objectives import tuner_layers
 from hf_moe.modeling.routing import ExpertAssignment, RoutingContext
@@ -83,7 +83,7 @@ def single_lora(inputs, outputs, rank):
 
 
 def test_every_preset_can_be_listed_and_built():
-    keys = [system["key"] for system in list_systems()]
+    keys = [system["key"] for system in list_lora_systems()]
     assert keys == sorted(keys) and len(keys) == 12
     with pytest.raises(ValueError, match="octavius"):
         MoeLoraConfig.from_system("octavus")
@@ -134,8 +134,9 @@ def test_octavius_with_one_expert_is_plain_lora(llama, text, randomise):
     torch.testing.assert_close(logits(model, text)[real], logits(plain, text)[real], atol=1e-5, rtol=1e-5)
 
 
-def test_octavius_keeps_conflicting_tasks_apart_where_one_lora_cannot():
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("seed", range(4))
+def test_octavius_keeps_conflicting_tasks_apart_where_one_lora_cannot(seed):
+    generator = torch.Generator().manual_seed(seed)
     changes = torch.randn(4, 12, 3, generator=generator) @ torch.randn(4, 3, 12, generator=generator) / 6
     changes[1] = -changes[0]
     questions = 3.0 * torch.eye(4, 12)
@@ -148,9 +149,9 @@ def test_octavius_keeps_conflicting_tasks_apart_where_one_lora_cannot():
         y = F.linear(x, base) + torch.einsum("boi,bsi->bso", changes[task], x)
         return x, y.detach()
 
-    routed = get_peft_model(
-        Toy(12), MoeLoraConfig.from_system("octavius", r=4, lora_alpha=4, router="sequence", **TOY)
-    )
+    torch.manual_seed(seed)
+    config = MoeLoraConfig.from_system("octavius", r=4, lora_alpha=4, router="sequence", **TOY)
+    routed = get_peft_model(Toy(12), config)
     routed_loss = fit(routed, batch, 300)
     single_loss = fit(single_lora(12, 12, 8), batch, 300)
     assert routed_loss < 0.7 * single_loss
@@ -170,6 +171,9 @@ def test_mixlora_equals_the_naive_path_through_every_expert(llama, text, randomi
     per_layer = 4 * 2 * 3 * (32 + 48) + 4 * 32 + 2 * (32 + 32) + 2 * (32 + 16)
     assert sum(model.get_parameter(name).numel() for name in trained) == 2 * per_layer
     randomise(model)
+    model(**text).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (name in trained), name
     mlp = model.base_model.model.model.layers[0].mlp
     gates = torch.rand(5, 4).masked_fill(torch.rand(5, 4) < 0.4, 0.0)
     gates[0] = 0.0
@@ -196,7 +200,7 @@ def test_mov_and_molora_mix_all_experts_and_tell_tasks_apart(llama, text):
     for variant in ("mov", "molora"):
         base = logits(llama(), text)
         model = adapt(llama(), "mov_molora", variant=variant)
-        torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+        assert torch.equal(logits(model, text), base)
         made = decisions(model)
         logits(model, text)
         assert all(decision.expert_index.shape[1] == 10 for decision in made)
@@ -216,6 +220,24 @@ def test_mov_and_molora_mix_all_experts_and_tell_tasks_apart(llama, text):
             means = torch.stack([made[0].router_probs[task == number].mean(0) for number in range(4)])
             spread = (means[:, None] - means[None]).abs().sum(-1).amax().item()
     assert losses[4] < 0.8 * losses[1] and spread > 0.2
+
+
+def test_a_merged_vector_does_what_the_separate_ones_do_on_average_and_nothing_else_is_trained(llama, text, randomise):
+    model = adapt(llama(), "mov_molora")
+    randomise(model)
+    layer = next(tuner_layers(model))
+    x = torch.randn(1, 5, 32)
+    made = decisions(model)
+    found = layer(x)
+    vectors, share = layer.moe_lora_vector["default"], made[0].router_probs  # (E, out), (T, E)
+    separate = torch.stack([vector * layer.base_layer(x[0]) for vector in vectors], dim=1)  # (T, E, out)
+    torch.testing.assert_close(found[0], (share[..., None] * separate).sum(1), atol=1e-6, rtol=1e-6)
+    for variant in ("mov", "molora"):
+        model = adapt(llama(), "mov_molora", variant=variant)
+        randomise(model)
+        model(**text).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None and bool(parameter.grad.any())) == ("moe_lora_" in name), name
 
 
 def test_smora_is_a_mixture_of_loras_when_gates_are_constant_on_blocks_and_balances_its_ranks():
@@ -264,7 +286,7 @@ def test_smora_beats_single_loras_on_conflicting_tasks():
         MoeLoraConfig.from_system("smora", num_experts=16, num_experts_per_tok=4, lora_alpha=4, **TOY),
     )
     routed = fit(model, batch, 400)
-    assert routed < 0.5 * min(fit(single_lora(inputs, outputs, rank), batch, 250) for rank in (4, 16))
+    assert routed < 0.1 * min(fit(single_lora(inputs, outputs, rank), batch, 400) for rank in (4, 16))
 
 
 def test_intuition_decides_between_pairs_and_sharpens_specialisation(llama, text, randomise):
@@ -297,7 +319,8 @@ def test_intuition_decides_between_pairs_and_sharpens_specialisation(llama, text
     torch.testing.assert_close(F.cosine_similarity(change, up)[real].abs(), torch.ones(int(real.sum())))
 
 
-def test_intuition_ties_pairs_to_clusters(llama):
+@pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_intuition_ties_pairs_to_clusters(llama, steps):
     generator = torch.Generator().manual_seed(0)
     cluster = torch.arange(32) % 4
     ids = torch.randint(1, 60, (1, 4), generator=generator).expand(32, -1).contiguous()
@@ -311,7 +334,7 @@ def test_intuition_ties_pairs_to_clusters(llama):
         model = adapt(llama(), "intuition_mor1e", **fields, target_modules=["q_proj", "up_proj", "down_proj"])
         extra = {"intuition_ids": prior} if clusters else {}
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
-        for _ in range(40):
+        for _ in range(steps):
             model(input_ids=ids, labels=labels, **extra).loss.backward()
             optimizer.step()
             optimizer.zero_grad()

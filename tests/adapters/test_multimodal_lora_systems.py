@@ -6,11 +6,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import (
-    TestTimeAdapter,
     assemble_lora_experts,
     score_adapters,
     select_adapters,
@@ -18,7 +26,6 @@ from hf_moe.adapters import (
     update_similarities,
 )
 from hf_moe.adapters.objectives import tuner_layers
-from hf_moe.analysis.experts import expert_redundancy
 
 
 SIZES = {
@@ -35,6 +42,9 @@ SIZES = {
 HOSTS = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
     "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, moe_intermediate_size=24)
+    ),
 }
 
 
@@ -111,8 +121,10 @@ def test_perft_routed_leaves_the_choice_of_the_host_alone(text, randomise):
     assert torch.equal(chosen[0], chosen[1])
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_perft_routed_shifts_tasks_further_than_one_adapter_of_equal_active_rank(seed):
+@pytest.mark.parametrize(
+    "seed, steps", [(0, 50), *(pytest.param(seed, 200, marks=pytest.mark.slow) for seed in range(3))]
+)
+def test_perft_routed_shifts_tasks_further_than_one_adapter_of_equal_active_rank(seed, steps):
     generator = torch.Generator().manual_seed(seed)
     words = torch.stack([torch.randperm(40, generator=generator) + 10 for _ in range(4)])
     losses = {}
@@ -120,7 +132,7 @@ def test_perft_routed_shifts_tasks_further_than_one_adapter_of_equal_active_rank
         model = adapt(moe_host("mixtral"), "perft", variant=variant, r=4, lora_alpha=8, lora_dropout=0.0, **fields)
         optimizer = torch.optim.Adam(trainable(model).values(), lr=0.02)
         draws = torch.Generator().manual_seed(seed)
-        for _ in range(50):
+        for _ in range(steps):
             task, word = torch.randint(0, 4, (64,), generator=draws), torch.randint(0, 40, (64,), generator=draws)
             ids = torch.stack([task + 1, word + 10, words[task, word]], dim=1)
             labels = ids.clone()
@@ -156,6 +168,25 @@ def test_soft_adapters_mix_slots_in_a_vision_tower(vit, randomise):
             torch.testing.assert_close(alone, logits(model, pixels)[:1], atol=1e-5, rtol=1e-5)
 
 
+def test_soft_slots_leave_padding_out_and_let_an_early_token_see_a_late_one(text, randomise):
+    """The second is why they are refused in a causal layer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    host = BertForSequenceClassification(BertConfig(**sizes, vocab_size=64, initializer_range=0.15)).eval()
+    model = adapt(host, "soft_moa", num_experts=4, r=4, target_modules=[r"intermediate.dense"])
+    randomise(model)
+    ids = text["input_ids"][:1]
+    padded = torch.cat([ids, torch.zeros_like(ids)], dim=1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], dim=1)
+    alone, beside = logits(model, {"input_ids": ids}), logits(model, {"input_ids": padded, "attention_mask": mask})
+    torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-5)
+    layer = next(tuner_layers(model))
+    hidden = torch.randn(1, 6, 32)
+    late = hidden.clone()
+    late[:, -1] += 1.0
+    assert (layer(hidden) - layer(late))[:, :-1].abs().max() > 1e-4
+
+
 def test_padding_reaches_no_soft_slot():
     from hf_moe.adapters.routers import ADAPTER_ROUTERS
     from hf_moe.modeling.routing import MoELayerSpec, RoutingContext
@@ -170,37 +201,6 @@ def test_padding_reaches_no_soft_slot():
     torch.testing.assert_close(mixture.dispatch.sum(1), torch.ones(1, 8))
     alone = router(x[0, :4], RoutingContext.all_text(x[:, :4]))
     torch.testing.assert_close(mixture.dispatch[:, :4], alone.dispatch)
-
-
-def test_partial_lora_leaves_text_bit_identical(own_model, image_rows, text):
-    targets = r".*language_model.*(q_proj|v_proj)"
-    base = own_model()
-    before, before_images = logits(base, text), logits(base, image_rows)
-    model = adapt(own_model(), "moe_redundancy_plora", target_modules=targets)
-    assert any("experts" in name for name in trainable(model)) and not any(
-        "router" in name for name in trainable(model)
-    )
-    train(model.train(), image_rows, steps=3)
-    assert torch.equal(logits(model.eval(), text), before)
-    assert (logits(model, image_rows) - before_images).abs().max() > 0.01
-
-
-def test_partial_lora_takes_up_redundant_experts_for_images_alone(own_model, image_rows, text):
-    base = own_model()
-    with torch.no_grad():
-        for stack in base.moe_layers()[1].experts.parameters():
-            stack.copy_(stack[:1] + 0.02 * torch.randn(stack.shape, generator=torch.Generator().manual_seed(0)))
-    model = adapt(base, "moe_redundancy_plora", target_modules=r".*language_model.*(q_proj|v_proj)")
-    image, real = image_rows["input_ids"] == 60, text["attention_mask"].bool()
-
-    def redundancy():
-        return expert_redundancy(model, image_rows, image)[1], expert_redundancy(model, text, real)[1]
-
-    before = redundancy()
-    train(model.train(), image_rows, steps=10, learning_rate=0.02)
-    after = redundancy()
-    assert before[0] > 0.9 and after[0] < before[0] - 0.1
-    assert after[1] == before[1]
 
 
 @pytest.fixture
@@ -243,8 +243,12 @@ def test_pill_gates_the_values_of_images_and_routes_adapters_by_modality(own_mod
     assert torch.equal(read[0][real_text], read[1][real_text]) and not torch.equal(read[0][image], read[1][image])
 
 
-def test_pill_opens_its_gate_and_learns_more_with_it(pill, image_rows):
-    image_rows["labels"][image_rows["input_ids"] == 60] = -100
+@pytest.mark.parametrize("steps", [30, pytest.param(100, marks=pytest.mark.slow)])
+def test_pill_opens_its_gate_and_learns_captions_with_it(pill, steps):
+    ids = torch.tensor([[5, 60, 60, 60, 60, 6, 10 + image] for image in range(4)])  # what to write shows in the image
+    labels = ids.masked_fill(torch.arange(7) < 6, -100)
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    captions = {"input_ids": ids, "labels": labels, "pixel_values": pixels}
     losses = {}
     for frozen in (False, True):
         torch.manual_seed(0)
@@ -252,9 +256,9 @@ def test_pill_opens_its_gate_and_learns_more_with_it(pill, image_rows):
         gates = [p for name, p in model.named_parameters() if "moe_lora_vector" in name]
         for gate in gates:
             gate.requires_grad_(not frozen)
-        losses[frozen] = train(model.train(), image_rows, steps=25, learning_rate=0.01)
+        losses[frozen] = train(model.train(), captions, steps=steps, learning_rate=0.01)
         assert all(bool(gate.any()) != frozen for gate in gates)
-    assert losses[False] < losses[True]
+    assert losses[False] < 0.9 * losses[True]
 
 
 def test_pill_trains_image_adapters_alone_on_captions(own_model):
@@ -294,9 +298,13 @@ def test_x_lora_is_pefts_own_and_learns_to_choose(llama, bank):
     first = ids[:, :1] % 2 == 0
     ids = torch.where(first, 5, 6).expand_as(ids).contiguous()  # tells which of the two is wanted
     labels = torch.where(first, 10, 20).expand_as(ids).contiguous()
-    start = model(input_ids=ids, labels=labels).loss.item()
-    end = train(model, {"input_ids": ids, "labels": labels}, steps=25, learning_rate=0.05)
-    assert end < 0.5 * start
+    train(model, {"input_ids": ids, "labels": labels}, steps=60, learning_rate=0.1)
+    for task, folder in enumerate(folders):
+        wanted = (first[:, 0] if task == 0 else ~first[:, 0]).nonzero().squeeze(1)
+        rows = {"input_ids": ids[wanted], "labels": labels[wanted]}
+        single = PeftModel.from_pretrained(llama(), folder).eval()
+        with torch.no_grad():
+            assert model(**rows).loss <= 1.1 * single(**rows).loss
     for name, parameter in model.named_parameters():
         assert name not in frozen or torch.equal(parameter, frozen[name])
     last = model.base_model.internal_xlora_classifier.layers[-1]
@@ -306,47 +314,6 @@ def test_x_lora_is_pefts_own_and_learns_to_choose(llama, bank):
     single = PeftModel.from_pretrained(llama(), folders[0]).eval()
     found = logits(model.eval(), {"input_ids": ids})
     torch.testing.assert_close(found, logits(single, {"input_ids": ids}), atol=1e-4, rtol=1e-4)
-
-
-def test_becotta_learns_domain_experts_and_adapts_adapters_alone(llama):
-    generator = torch.Generator().manual_seed(0)
-    domain = torch.arange(16) % 4
-    rows = {"input_ids": torch.randint(1, 60, (16, 5), generator=generator), "domain_ids": domain}
-    # The task is the same everywhere: what ties experts to domains is the objective alone.
-    rows["labels"] = torch.full_like(rows["input_ids"], 10)
-    found = {}
-    for weight in (0.0, 10.0):
-        torch.manual_seed(0)
-        objective = {"condition_information": {"coef": weight, "condition": "domain", "num_conditions": 4}}
-        model = adapt(llama(), "becotta", num_experts=4, objectives=objective)
-        base = logits(llama(), {"input_ids": rows["input_ids"]})
-        torch.testing.assert_close(logits(model, rows), base, atol=1e-6, rtol=0)
-        train(model.train(), rows, steps=30, learning_rate=0.02)
-        made = []
-        for layer in tuner_layers(model):
-            layer.moe_lora_router["default"].register_forward_hook(lambda m, a, output, made=made: made.append(output))
-        logits(model.eval(), rows)
-        found[weight] = sum(information(decision.router_probs.view(16, 5, 4)[:, -1], domain) for decision in made)
-    assert found[10.0] > 2 * found[0.0] and found[10.0] > 0.3
-
-    source = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    stream = {name: value for name, value in rows.items() if name != "labels"}
-    accuracy = (logits(model, stream).argmax(-1) == rows["labels"]).float().mean()
-    adapter = TestTimeAdapter(model, learning_rate=1e-3, confidence=0.1, restore_prob=0.01)
-    for start in (0, 8, 0, 8):
-        adapter.step(**{name: value[start : start + 8] for name, value in stream.items()})
-    assert (logits(model, stream).argmax(-1) == rows["labels"]).float().mean() >= accuracy - 0.05
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, source[name])}
-    assert changed and all("moe_lora_" in name for name in changed)
-    adapter.restore_prob = 1.0
-    adapter.step(**stream)
-    assert not [name for name in adapter.trained if not torch.equal(adapter.trained[name], adapter.source[name])]
-
-
-def information(probs, condition):
-    """Return the mutual information of a condition and the experts, in nats, from rows of probabilities."""
-    joint = torch.zeros(4, probs.shape[-1]).index_add(0, condition, probs) / len(probs)
-    return float((joint * (joint / (joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True))).log()).sum())
 
 
 def test_kshot_picks_the_relevant_adapters_but_no_duplicates(llama, bank):

@@ -4,10 +4,13 @@ The shuffle test permutes the columns of every router: where experts are interch
 Source of the test: EvoMoE, arXiv:2505.23830.
 """
 
+import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..modeling.experts.ffn import FfnExperts
@@ -39,7 +42,8 @@ def output_similarity(layer: MoELayer, hidden_states: torch.Tensor) -> torch.Ten
     Raises:
         ValueError: if the experts are no single bank of feed-forwards.
     """
-    return _output_cosines(_bank(layer), hidden_states, layer.spec.num_experts)
+    experts = layer.spec.num_experts
+    return _output_cosines(partial(_run_expert, _bank(layer), experts), hidden_states, experts)
 
 
 @torch.no_grad()
@@ -87,24 +91,43 @@ def expert_redundancy(model: Any, batch: dict[str, torch.Tensor], tokens: torch.
         raise ValueError("tokens names none to compare the experts on: give a mask (B, S) with some that are True.")
     found: dict[int, float] = {}
 
-    def measure(layer: MoELayer) -> Any:
+    def measure(number: int, num_experts: int) -> Any:
         # Within the forward pass, where the routers of adapters know the modality of the tokens.
-        def hook(experts: Any, args: tuple[torch.Tensor, ExpertAssignment], output: torch.Tensor) -> None:
-            kept = tokens.flatten().to(args[0].device)
-            found[layer.layer_idx] = mean_similarity(
-                _output_cosines(experts.forward, args[0], layer.spec.num_experts, kept)
-            )
+        def hook(experts: Any, args: tuple, output: torch.Tensor) -> None:
+            run = partial(_run_expert, experts, num_experts, takes_assignment=len(args) == 2)
+            found[number] = mean_similarity(_output_cosines(run, args[0], num_experts, tokens.flatten()))
 
         return hook
 
-    layers = model.moe_layers().values()
-    handles = [layer.experts.register_forward_hook(measure(layer)) for layer in layers]
+    handles = [
+        experts.register_forward_hook(measure(number, count)) for number, (experts, count) in _banks(model).items()
+    ]
     try:
         model.eval()(**batch)
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _banks(model: Any) -> dict[int, tuple[nn.Module, int]]:
+    """Return the experts of every MoE layer, with all adapters around them, and their number.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    if hasattr(model, "moe_layers"):
+        return {layer.layer_idx: (layer.experts, layer.spec.num_experts) for layer in model.moe_layers().values()}
+    banks = {}
+    for name, module in model.named_modules():
+        # The attributes by which Transformers' own backends know a stack of experts.
+        if all(hasattr(module, item) for item in ("has_gate", "is_transposed", "down_proj")):
+            outermost = model.get_submodule(name.partition(".base_layer")[0])
+            layer_idx = int(re.findall(r"\.(\d+)\.", name)[-1])
+            banks[layer_idx] = outermost, len(module.down_proj)
+    if not banks:
+        raise ValueError(f"{type(model).__name__} has no layers with experts to compare.")
+    return banks
 
 
 def mean_similarity(matrix: torch.Tensor) -> float:
@@ -183,15 +206,29 @@ def _mean_loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     return total / max(labels, 1)
 
 
+def _run_expert(
+    experts: Any, num_experts: int, hidden_states: torch.Tensor, expert: int, takes_assignment: bool = True
+) -> torch.Tensor:
+    """Return what one expert makes of all tokens; Transformers' take index and weight in place of a decision."""
+    index = torch.full((len(hidden_states), 1), expert, device=hidden_states.device)
+    weight = torch.ones_like(index, dtype=hidden_states.dtype)
+    if takes_assignment:
+        return experts.forward(hidden_states, ExpertAssignment(index, weight, num_experts))
+    return experts.forward(hidden_states, index, weight)
+
+
 def _output_cosines(
-    experts: Callable[..., torch.Tensor], hidden_states: torch.Tensor, num_experts: int, kept: Any = slice(None)
+    run: Callable[[torch.Tensor, int], torch.Tensor],
+    hidden_states: torch.Tensor,
+    num_experts: int,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the cosines (E, E) between the outputs of experts, averaged over the tokens `kept` of (T, d)."""
     outputs = []
     for expert in range(num_experts):
-        index = torch.full((len(hidden_states), 1), expert, device=hidden_states.device)
-        assignment = ExpertAssignment(index, torch.ones_like(index, dtype=hidden_states.dtype), num_experts)
-        outputs.append(F.normalize(experts(hidden_states, assignment)[kept].float(), dim=-1))
+        output = run(hidden_states, expert)
+        output = output if kept is None else output[kept.to(output.device)]
+        outputs.append(F.normalize(output.float(), dim=-1))
     stacked = torch.stack(outputs)  # (E, T, d)
     return (torch.einsum("etd,ftd->ef", stacked, stacked) / stacked.shape[1]).cpu()
 
