@@ -93,19 +93,18 @@ def test_all_linear_would_have_missed_the_experts(moe):
     assert check_lora_covers(model, wanted[1:]) == 1
 
 
-def test_an_excluded_parameter_is_noticed(moe):
-    with pytest.raises(ValueError, match="got no LoRA, among them .*q_proj"):
-        get_lora_model(moe(), ["attention"], exclude_modules=["q_proj"])
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"lora_dropout": 0.05}, "lora_dropout=0.05 does not work"),
         ({"use_dora": True}, "use_dora=True does not work"),
         ({"lora_bias": True}, "lora_bias=True does not work"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' reads the weight of a linear layer"),
+        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, r"alora_invocation_tokens=\[1\] does not work"),
+        ({"monteclora_config": {}}, "monteclora_config=.* does not work"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' starts from a linear layer"),
         ({"target_modules": ["q_proj"]}, r"\['target_modules'\] follow from parts"),
+        ({"exclude_modules": ["q_proj"]}, r"\['exclude_modules'\] follow from parts"),
+        ({"layers_to_transform": [0]}, r"\['layers_to_transform'\] follow from parts"),
     ],
 )
 def test_what_peft_cannot_do_on_stacked_parameters_is_refused_before_anything_is_wrapped(moe, options, message):
@@ -118,6 +117,28 @@ def test_what_peft_cannot_do_on_stacked_parameters_is_refused_before_anything_is
 def test_linear_layers_alone_take_dropout_and_dora(moe, image_rows):
     model = get_lora_model(moe(), ["attention", "connector"], lora_dropout=0.1, use_dora=True)
     model.train()(**image_rows).loss.backward()
+
+
+@pytest.mark.parametrize(
+    "parts, init",
+    [(["attention", "experts"], False), (["attention", "experts"], "gaussian"), (["attention"], "pissa")],
+)
+def test_an_adapter_is_untrained_until_it_leaves_its_start(moe, image_rows, parts, init):
+    model = get_lora_model(moe(), parts, r=2, init_lora_weights=init)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert all(bool(layer.lora_B["default"].weight.any()) == (init != "gaussian") for layer in layers)
+    with pytest.raises(ValueError, match=f"has not changed the LoRA of {len(layers)} of {len(layers)} parameters"):
+        check_lora_trained(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(**image_rows).loss.backward()
+    optimizer.step()
+    assert check_lora_trained(model) == len(layers)
+
+
+def test_training_from_an_unknown_start_cannot_be_checked(moe):
+    model = get_peft_model(moe(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="init_lora_weights=False starts with B other than zero"):
+        check_lora_trained(model)
 
 
 def test_single_experts_that_no_token_reached_are_named(moe):

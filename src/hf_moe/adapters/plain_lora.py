@@ -10,6 +10,7 @@ every parameter of them is known to have an adapter before training starts, and 
 
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,17 +24,15 @@ from ..modeling.host import FFN_NAMES, decoder_layers
 
 PARTS = ("attention", "feed_forward", "experts", "router", "connector", "vision_tower")
 
-# What PEFT's LoRA cannot do on a parameter that is no linear layer: field -> the value that it needs.
-NEEDED_ON_PARAMETERS: dict[str, Any] = {
-    "lora_dropout": 0.0,
-    "use_dora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "use_qalora": False,
-    "velora_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-}
+# Fields of `LoraConfig` that choose targets. PEFT would not hold full names, which parts become, against the layers.
+FROM_PARTS = {"target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"}
+
+# What PEFT's LoRA cannot do on a parameter that is no linear layer, besides its variants, such as DoRA.
+LINEAR_ONLY = {"lora_dropout", "lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication"}
+
+# Ways to start that have B = 0; those that do without the weight of a linear layer.
+ZERO_STARTS = (True, "gaussian", "eva")
+STARTS_ON_PARAMETERS = (True, False, "gaussian")
 
 
 def lora_targets(model: PreTrainedModel, parts: Iterable[str] = ("attention", "experts")) -> dict[str, list[str]]:
@@ -79,14 +78,14 @@ def get_lora_model(
         model: a model of this library.
         parts: as in [`lora_targets`].
         adapter_name: name of the adapter.
-        options: further fields of PEFT's `LoraConfig`, such as `r`.
+        options: further fields of PEFT's `LoraConfig`, such as `r`, without those that choose targets.
 
     Raises:
         ValueError: if a part is unknown, if an option does not work on its parameters, or if a parameter got no
             adapter.
     """
     parts = list(parts)
-    given = {"target_modules", "target_parameters"} & set(options)
+    given = FROM_PARTS & set(options)
     if given:
         raise ValueError(f"{sorted(given)} follow from parts={parts}: name the parts, or use PEFT's get_peft_model.")
     config = LoraConfig(**lora_targets(model, parts), **options)
@@ -94,6 +93,10 @@ def get_lora_model(
     wanted = [name for part in parts for name in _parameters_of(model, part)]
     peft_model = get_peft_model(model, config, adapter_name)
     check_lora_covers(peft_model, wanted, adapter_name)
+    for _, layer in _adapted_parameters(peft_model, adapter_name):
+        lora_b = layer.lora_B[adapter_name].weight.detach()
+        if lora_b.any():
+            layer.lora_b_at_start = {adapter_name: lora_b.clone()}
     return peft_model
 
 
@@ -105,17 +108,18 @@ def check_lora_config(config: LoraConfig) -> None:
     """
     if not config.target_parameters:
         return
-    for name, needed in NEEDED_ON_PARAMETERS.items():
-        found = getattr(config, name, needed)
-        if (found or needed) != needed:
+    for field in fields(config):
+        found = getattr(config, field.name)
+        if found and (field.name in LINEAR_ONLY or field.metadata.get("is_lora_variant")):
             raise ValueError(
-                f"{name}={found!r} does not work where LoRA adapts parameters that are no linear layers, such as "
-                f"{config.target_parameters[0]!r}: set {name}={needed!r}, or leave experts and router out."
+                f"{field.name}={found!r} does not work where LoRA adapts parameters that are no linear layers, such "
+                f"as {config.target_parameters[0]!r}: set {field.name}={field.default!r}, or leave experts and router "
+                "out."
             )
-    if config.init_lora_weights not in (True, False):
+    if config.init_lora_weights not in STARTS_ON_PARAMETERS:
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} reads the weight of a linear layer, and "
-            f"{config.target_parameters[0]!r} is none: set init_lora_weights=True."
+            f"init_lora_weights={config.init_lora_weights!r} starts from a linear layer, and "
+            f"{config.target_parameters[0]!r} is none: set one of {STARTS_ON_PARAMETERS}."
         )
 
 
@@ -130,8 +134,8 @@ def check_lora_covers(model: PeftModel, parameters: Iterable[str], adapter_name:
     missing = [name for name in wanted if name not in covered]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} parameters got no LoRA, among them {missing[:3]}: check "
-            "exclude_modules, layers_to_transform and the version of peft."
+            f"{len(missing)} of {len(wanted)} parameters got no LoRA, among them {missing[:3]}: check the targets and "
+            "the version of peft."
         )
     return len(wanted)
 
@@ -139,31 +143,43 @@ def check_lora_covers(model: PeftModel, parameters: Iterable[str], adapter_name:
 def check_lora_trained(model: PeftModel, adapter_name: str = "default") -> int:
     """Return the number of adapted parameters, after a check that training has reached each of them.
 
-    LoRA starts with B = 0, so an adapter with B = 0 has never had a gradient. Single experts that no token has chosen
-    are named in a warning.
+    LoRA starts with B = 0, so an adapter with B = 0 has never had a gradient. Where `init_lora_weights` starts with
+    another B, the one that [`get_lora_model`] has noted counts. Single experts that no token has chosen are named in a
+    warning.
 
     Raises:
-        ValueError: if the model has no LoRA, or the B of a parameter is still zero.
+        ValueError: if the model has no LoRA, if the B of a parameter is as it was at the start, or if it is not known
+            what that was.
     """
-    untouched, idle, number = [], [], 0
-    for name, layer in _adapted_parameters(model, adapter_name):
-        number += 1
-        lora_b = layer.lora_B[adapter_name].weight.detach()  # (out, r), or (out, r * E)
-        if not lora_b.any():
+    adapted = list(_adapted_parameters(model, adapter_name))
+    if not adapted:
+        raise ValueError(f"The model has no LoRA of the name {adapter_name!r}.")
+    init = model.peft_config[adapter_name].init_lora_weights
+    untouched, idle = [], []
+    for name, layer in adapted:
+        change = layer.lora_B[adapter_name].weight.detach()  # (out, r), or (out, r * E)
+        start = getattr(layer, "lora_b_at_start", {}).get(adapter_name)
+        if start is not None:
+            change = change - start.to(change)
+        elif init not in ZERO_STARTS:
+            raise ValueError(
+                f"Whether training has changed {name!r} is unknown: init_lora_weights={init!r} starts with B other "
+                "than zero, which get_lora_model notes: make the adapter with it, and check what was trained."
+            )
+        if not change.any():
             untouched.append(name)
         elif isinstance(layer, ParamWrapper) and layer.num_experts > 1:
-            used = lora_b.view(len(lora_b), -1, layer.num_experts).abs().sum((0, 1)) > 0
+            used = change.view(len(change), -1, layer.num_experts).abs().sum((0, 1)) > 0
             idle += [f"{name}[{expert}]" for expert in (~used).nonzero().flatten().tolist()]
-    if number == 0:
-        raise ValueError(f"The model has no LoRA of the name {adapter_name!r}.")
     if untouched:
         raise ValueError(
-            f"Training has not changed the LoRA of {len(untouched)} of {number} parameters, among them "
-            f"{untouched[:3]}: their B is zero. Check that they took part in the loss and that the optimizer has them."
+            f"Training has not changed the LoRA of {len(untouched)} of {len(adapted)} parameters, among them "
+            f"{untouched[:3]}: their B is as it started. Check that they took part in the loss and that the optimizer "
+            "has them."
         )
     if idle:
         warnings.warn(f"No token has reached the LoRA of {len(idle)} experts, among them {idle[:3]}.", stacklevel=2)
-    return number
+    return len(adapted)
 
 
 def _adapted_parameters(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
