@@ -17,7 +17,6 @@ routers, of trainable parameters:
 A finished cell is kept under `runs/lora_tasks` and read, not run again.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
@@ -76,6 +75,7 @@ def tiny_base(folder: Path) -> list[str]:
         f"adapter.router.end_token_id={end}",
         "training.max_steps=2",
         "training.logging_steps=1",
+        "data.eval.limit=32",
     ]
 
 
@@ -84,10 +84,10 @@ def cell_recipe(arm: str, seed: int, quick: list[str]) -> Recipe:
     return load_recipe(RECIPE, [*quick, *ARMS[arm], f"seed={seed}"])
 
 
-def cell(arm: str, seed: int, arguments: argparse.Namespace, quick: list[str]) -> dict[str, Any]:
+def cell(arm: str, seed: int, runs: Path, quick: list[str]) -> dict[str, Any]:
     """Return the result of one cell, from the report of an earlier run of the same recipe if there is one."""
     recipe = cell_recipe(arm, seed, quick)
-    path = arguments.runs / f"{arm}-{seed}" / "report.json"
+    path = runs / f"{arm}-{seed}" / "report.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if report.get("config") != json.loads(json.dumps(recipe.to_dict())):
         report = run_recipe(recipe, path.parent)
@@ -134,10 +134,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/lora_tasks"), help="folder of the finished cells")
     arguments = parser.parse_args()
     keep_freed_memory()
-    if arguments.quick:
-        arguments.runs = arguments.runs / "quick"
-    quick = tiny_base(arguments.runs / "base") if arguments.quick else []
-    rows = [cell(arm, seed, arguments, quick) for seed in range(arguments.seeds) for arm in ARMS]
+    runs = arguments.runs / "quick" if arguments.quick else arguments.runs
+    quick = tiny_base(runs / "base") if arguments.quick else []
+    rows = [cell(arm, seed, runs, quick) for seed in range(arguments.seeds) for arm in ARMS]
     publish("lora_tasks", arguments, {"recipe": RECIPE, "rows": rows}, summary(rows))
 
 

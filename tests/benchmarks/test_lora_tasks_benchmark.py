@@ -1,8 +1,8 @@
 """The benchmark of contradicting tasks: what its contestants share, and that it runs and reads what is finished."""
 
-import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,51 +18,62 @@ def benchmark():
         spec = importlib.util.spec_from_file_location("lora_tasks_benchmark", FOLDER / "lora_tasks.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        patch.setattr(module, "keep_freed_memory", lambda: None)  # it would hold for the whole test process
         yield module
 
 
 @pytest.fixture(scope="module")
-def base(benchmark):
-    return benchmark.Base(quick=True)
+def quick(benchmark, tmp_path_factory):
+    """Run the benchmark on a tiny base; return the folder of its runs and its result."""
+    folder = tmp_path_factory.mktemp("quick")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["--quick", "--runs", str(folder), "--json", str(folder / "result.json")]
+        patch.setattr(sys, "argv", ["lora_tasks.py", *arguments])
+        benchmark.main()
+    return folder, json.loads((folder / "result.json").read_text())
 
 
-def test_the_tasks_contradict_each_other_and_the_test_words_are_new(benchmark):
-    train, test = (set(benchmark.questions(part)) for part in (False, True))
-    assert len(train) == 192 and len(test) == 96
-    words = [{question.split()[2] for question, _ in part} for part in (train, test)]
-    assert not words[0] & words[1] and len(words[1]) == 48
-    assert sum(truth for _, truth in test) == 48
-    answers = {task: {q: answer for _, q, answer in benchmark.rows_of([task], test=True)} for task in ("truth", "lie")}
-    assert all(answers["lie"][question] is not answer for question, answer in answers["truth"].items())
+def test_all_contestants_run_with_equal_trainable_parameters_but_for_the_routers(quick):
+    cells = {row["contestant"]: row for row in quick[1]["rows"]}
+    single = cells["lora"]["trainable"]
+    assert cells["condition"]["trainable"] == single == 2 * cells["alone_truth"]["trainable"]
+    for learned in ("token", "sequence"):
+        assert cells[learned]["trainable"] - cells[learned]["routers"] == single
+        assert cells[learned]["routers"] == 2 * 2 * 32
+    assert all(0 <= cells[arm][task] <= 1 for arm in ("lora", "token", "sequence") for task in ("truth", "lie"))
+    assert "lie" not in cells["alone_truth"]
 
 
-def test_all_contestants_run_with_equal_trainable_parameters(benchmark, base):
-    results = {arm: benchmark.train(base, arm, 0, 1) for arm in benchmark.ARMS}
-    single = results["lora"]["trainable"]
-    assert results["task"]["trainable"] == single
-    assert results["alone_truth"]["trainable"] + results["alone_lie"]["trainable"] == single
-    assert single < results["token"]["trainable"] < 1.03 * single  # the learned router
-    assert all(0 <= results["lora"][task] <= 1 for task in ("truth", "lie"))
+def test_the_table_has_a_line_for_every_contestant(benchmark, quick):
+    lines = benchmark.summary(quick[1]["rows"]).splitlines()
+    names = [line.split("|")[1].strip() for line in lines[2:]]
+    assert names == ["the base itself", "lora", "token", "sequence", "condition", "alone"]
 
 
-def test_the_instruction_picks_the_expert(benchmark, base):
-    model = benchmark.get_peft_model(base.model, base.config("task"))
-    chosen = []
-    router = next(module for module in model.modules() if isinstance(module, benchmark.ByInstructionRouter))
-    router.register_forward_hook(lambda module, args, output: chosen.append(output.expert_index))
-    rows = [row for row in base.inputs if row[0] == "truth"][:2] + [row for row in base.inputs if row[0] == "lie"][:1]
-    base.answer_logits(model, rows)
-    model.unload()
-    assert chosen[0].view(3, -1).unique(dim=1).flatten().tolist() == [0, 0, 1]
+def test_what_is_compared_differs_in_nothing_but_the_adapter_and_the_rows(benchmark):
+    recipes = {arm: benchmark.cell_recipe(arm, 1, []).to_dict() for arm in benchmark.ARMS}
+    for arm in ("token", "sequence", "condition"):
+        assert {**recipes[arm], "adapter": None} == {**recipes["lora"], "adapter": None}
+    alone = recipes["alone_lie"]
+    assert alone["training"] == {**recipes["lora"]["training"], "per_device_train_batch_size": benchmark.ROWS // 2}
+    assert recipes["lora"]["training"]["per_device_train_batch_size"] == benchmark.ROWS
+    assert alone["data"]["train"]["where"] == {"question_type": "lie"}
+    scalings = {recipe["adapter"]["lora_alpha"] / recipe["adapter"]["r"] for recipe in recipes.values()}
+    assert scalings == {2.0}
 
 
-def test_a_finished_cell_is_read_and_not_run_again(benchmark, base, tmp_path, monkeypatch):
-    arguments = argparse.Namespace(quick=False, runs=tmp_path)
+def test_a_finished_cell_is_read_and_run_again_only_if_its_recipe_has_changed(benchmark, quick, monkeypatch):
+    folder, result = quick
     calls = []
-    monkeypatch.setattr(benchmark, "train", lambda *args: calls.append(args) or {"seed": 3, "final": len(calls)})
-    first = benchmark.cell(base, "lora", 3, arguments)
-    assert benchmark.cell(base, "lora", 3, arguments) == first and len(calls) == 1
-    path = tmp_path / "lora-3.json"
-    kept = json.loads(path.read_text())
-    path.write_text(json.dumps({**kept, "settings": {**kept["settings"], "rank": 1}}))
-    assert benchmark.cell(base, "lora", 3, arguments)["final"] == 2
+
+    def run(recipe, path):
+        calls.append(path)
+        return json.loads((path / "report.json").read_text())
+
+    monkeypatch.setattr(benchmark, "run_recipe", run)
+    base = benchmark.tiny_base(folder / "quick" / "base")
+    runs = folder / "quick"
+    assert benchmark.cell("token", 0, runs, base) == next(r for r in result["rows"] if r["contestant"] == "token")
+    assert not calls
+    benchmark.cell("token", 0, runs, [*base, "training.learning_rate=1.0"])
+    assert calls == [runs / "token-0"]

@@ -14,7 +14,7 @@ class TextProcessor:
 
     image_token: str | None = None
     image_token_id = -1  # no token's
-    image_seq_length: int | None = None
+    image_seq_length = 0
     image_processor: Any = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

@@ -160,8 +160,8 @@ def takes_packed_patches(processor: AnyProcessor) -> bool:
 
 
 def process_images(images: list[Any], processor: AnyProcessor) -> dict[str, Any]:
-    """Return the image processor's tensors; no key without images."""
-    if not images:
+    """Return the image processor's tensors; no key without images, or without an image processor."""
+    if not images or processor.image_processor is None:
         return {}
     return dict(processor.image_processor([open_image(image) for image in images], return_tensors="pt"))
 
