@@ -352,7 +352,7 @@ ONE_ALONE = {"q_proj": {"num_experts": 1, "num_experts_per_tok": 1, "router": "c
         ({}, lambda model: add_expert(model, "1"), "has an expert '1' already"),
         ({}, lambda model: add_expert(model, adapter_name="none"), "no LoRA experts of the name 'none'"),
         ({}, lambda model: add_expert(model, copy_of=1, rank=2), "leave rank=2 out, or copy_of"),
-        ({}, lambda model: add_expert(model, rank=0), "r=0 must be at least 1"),
+        ({}, lambda model: add_expert(model, rank=0), "0.* must be at least 1"),
         ({"r": [2, 4, 4, 8]}, lambda model: add_expert(model), r"ranks \[2, 4, 4, 8\]: give the rank"),
         ({"router": "condition"}, lambda model: remove_expert(model, 1), "only the last expert can be removed"),
         ({"router": "moiie"}, lambda model: remove_expert(model, 1), "group_fractions"),

@@ -49,11 +49,12 @@ class UnequalRanks(nn.Module):
     def pad(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the stacks A (E, r, in), of gated experts (E, 2r, in), and B (E, out, r), for the largest rank r."""
         rows = self.stack_shape[0] * self.stack_shape[1]
-        wide_a = lora_a.new_zeros(*lora_a.shape[:-2], rows, lora_a.shape[-1]).index_copy(-2, self.place, lora_a)
+        wide_a = lora_a.new_zeros(*lora_a.shape[:-2], rows, lora_a.shape[-1]).index_copy_(-2, self.place, lora_a)
+        wide_b = lora_b.new_zeros(rows, len(lora_b)).index_copy_(0, self.place, lora_b.t().contiguous())
         stack_a = wide_a.unflatten(-2, self.stack_shape).movedim(-3, 0).flatten(1, -2)
-        wide_b = lora_b.new_zeros(rows, len(lora_b)).index_copy(0, self.place, lora_b.t())
-        # The grouped kernel of GPUs takes contiguous stacks alone.
-        return stack_a, wide_b.unflatten(0, self.stack_shape).mT.contiguous()
+        stack_b = wide_b.unflatten(0, self.stack_shape).mT
+        # The grouped kernel of GPUs takes contiguous stacks alone; the products of a CPU read this one as it is.
+        return stack_a, stack_b.contiguous() if stack_b.is_cuda else stack_b
 
     def add_experts(
         self,
