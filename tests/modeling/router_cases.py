@@ -1,0 +1,91 @@
+"""What the tests of the routers share: small layers, contexts and experts, and a loop that trains them."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_moe.modeling.mechanisms import get_mechanism
+from hf_moe.modeling.registry import build
+from hf_moe.modeling.routing import MoELayerSpec, Router, RoutingContext
+
+
+HIDDEN, EXPERTS, SLOTS = 32, 8, 2
+EAGER = SimpleNamespace(_experts_implementation="eager")
+
+
+def make_spec(**kwargs) -> MoELayerSpec:
+    fields = {
+        "layer_idx": 1,
+        "hidden_size": HIDDEN,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": SLOTS,
+        "expert_intermediate_size": 16,
+    }
+    return MoELayerSpec(**{**fields, **kwargs})
+
+
+def make_router(name: str, options: dict | None = None, spec: MoELayerSpec | None = None) -> Router:
+    router = build("router", get_mechanism("router", name), options or {}, spec or make_spec())
+    router.initialize(0.2)
+    return router.eval()
+
+
+def make_context(rows: int = 3, positions: int = 10, **kwargs) -> RoutingContext:
+    """Rows of text with an image in the middle, the first row left-padded."""
+    modality = torch.zeros(rows, positions, dtype=torch.long)
+    modality[:, 3:7] = 1
+    mask = torch.ones(rows, positions, dtype=torch.bool)
+    mask[0, :2] = False
+    return RoutingContext(**{"modality_ids": modality, "token_mask": mask, **kwargs})
+
+
+def make_hidden(context: RoutingContext, width: int = HIDDEN) -> torch.Tensor:
+    return torch.randn(context.token_mask.numel(), width)
+
+
+def text_context(rows: int, positions: int) -> RoutingContext:
+    return RoutingContext.all_text(torch.empty(rows, positions, 1))
+
+
+def make_experts(spec: MoELayerSpec, std: float = 0.2):
+    experts = build("experts", get_mechanism("experts", "ffn"), {}, EAGER, spec)
+    experts.initialize(std)
+    return experts
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return module.eval()
+
+
+def copy_experts(spec: MoELayerSpec, source: nn.Module):
+    experts = build("experts", get_mechanism("experts", "ffn"), {}, EAGER, spec)
+    experts.load_state_dict(source.state_dict())
+    return experts
+
+
+def collapsed(router: Router, expert: int = 0) -> Router:
+    """Send every token whose first feature is positive to one expert."""
+    router.weight.data.zero_()
+    router.weight.data[..., expert, 0] = 100.0
+    return router
+
+
+def fit(forward, parameters, batch, steps: int, lr: float = 1e-2) -> float:
+    """Train with Adam and return the mean loss of the last 20 steps."""
+    optimizer, losses = torch.optim.Adam(parameters, lr=lr), []
+    for _ in range(steps):
+        inputs, targets = batch()
+        loss = F.mse_loss(forward(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20
+
+
+def moe(router: Router, experts, context: RoutingContext):
+    return lambda hidden: experts(hidden, router(hidden, context))
