@@ -331,6 +331,26 @@ def test_experts_behind_a_layer_leave_it_in_its_place(llama, text, randomise):
     torch.testing.assert_close(logits(host, text), logits(plain, text), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("build", ["llama", "own_model"])
+def test_experts_behind_layers_come_back_in_a_recomputation(build, request, text, randomise):
+    found = []
+    for checkpointing in (False, True):
+        model = request.getfixturevalue(build)()
+        options = {"router_input": "target", "objectives": {"condition_information": {"coef": 1.0}}}
+        router = {"name": "becotta", "num_domains": 2}
+        model = adapt(model, target_modules=r"model\.(language_model\.)?layers\.\d+", router=router, **options)
+        randomise(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        torch.manual_seed(0)
+        model.train()(**text, domain_ids=torch.tensor([0, 1])).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert any("output_experts" in name for name in found[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
 def first_output(model, inputs):
     """Return what the first layer of a model returns."""
     outputs = []

@@ -76,7 +76,7 @@ def expert_redundancy(model: Any, batch: dict[str, torch.Tensor], tokens: torch.
     """Return, by layer, the mean cosine between the outputs of two experts on the same tokens.
 
     1 where all experts do the same, so that all but one are spare. What adapters add to the experts counts as well, as
-    it does for these tokens in the forward pass.
+    it does for these tokens in the forward pass. It works on the models of this library and on those of Transformers.
 
     Source: Exploiting Mixture-of-Experts Redundancy Unlocks Multimodal Generative Abilities, arXiv:2503.22517.
 
@@ -85,7 +85,7 @@ def expert_redundancy(model: Any, batch: dict[str, torch.Tensor], tokens: torch.
         tokens (`torch.Tensor` of shape `(B, S)`, bool): the tokens compared on, such as those of one modality.
 
     Raises:
-        ValueError: if `tokens` names none.
+        ValueError: if `tokens` names none, or the model has no experts.
     """
     if not tokens.any():
         raise ValueError("tokens names none to compare the experts on: give a mask (B, S) with some that are True.")
