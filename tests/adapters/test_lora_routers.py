@@ -4,7 +4,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Trainer, TrainingArguments
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import LogRouting, routing_inputs
@@ -156,10 +163,34 @@ def test_a_cache_without_the_memory_of_a_pooled_router_is_refused(llama, text):
         cache = model(input_ids=text["input_ids"], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="start from an empty cache"):
         model(input_ids=text["input_ids"][:, :1], past_key_values=cache)
-    cache = model(input_ids=text["input_ids"], use_cache=True).past_key_values
-    assert type(cache).__name__ == "DynamicCache"
-    with pytest.raises(ValueError, match="cannot forget"):
-        cache.crop(2)
+
+
+def test_a_pooled_gate_refuses_a_cache_that_went_on_without_it(llama, text):
+    model = adapt(llama(), router="sequence")
+    model.add_adapter("other", MoeLoraConfig(target_modules=TARGETS))
+    step = {"input_ids": text["input_ids"][:, :2]}
+    with torch.no_grad():
+        cache = model(**step, use_cache=True).past_key_values
+        assert type(cache).__name__ == "DynamicCache"
+        model.set_adapter("other")
+        model(**step, past_key_values=cache)
+        model.set_adapter("default")
+        with pytest.raises(ValueError, match="holds 4, of which 2 were computed without"):
+            model(**step, past_key_values=cache)
+
+
+@pytest.mark.parametrize("fields", POOLED, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_a_pooled_gate_generates_the_same_with_candidates_that_are_taken_back(llama, text, randomise, fields):
+    model = adapt(llama(), **fields)
+    randomise(model, 1)
+    inputs = {name: text[name][1:, 3:] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(**inputs, **options)
+    torch.manual_seed(0)
+    assistant = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 1})).eval()
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), plain)
+    looked_up = model.generate(**inputs, **options, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    assert torch.equal(looked_up, plain)
 
 
 def test_an_instruction_level_gate_pools_the_named_modalities_up_to_its_end(own_model, image_rows, randomise):

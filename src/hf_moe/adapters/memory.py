@@ -1,12 +1,13 @@
 """What pooled routers remember of the tokens in a key-value cache.
 
 A gate that pools the tokens so far needs, when one token is decoded, a summary of those whose keys and values are
-cached. The summary lives on the cache, whose class is swapped for a subclass of the same name, so that it is reordered
-and repeated with the rows it belongs to.
+cached. There is one for every cached token, so that the last ones can be taken back, as assisted generation does. They
+live on the cache, whose class is swapped for a subclass of the same name, so that they are reordered, repeated and
+cropped with what they belong to.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +17,34 @@ from transformers import Cache
 
 @dataclass(frozen=True)
 class PooledMemory:
-    """The tokens that a router has pooled so far, per row.
+    """What a router had pooled at every one of n cached tokens, per row.
 
     Attributes:
-        total (`torch.Tensor` of shape `(B, C)`, float32): sum of what is pooled.
-        count (`torch.Tensor` of shape `(B,)`): how many tokens that were.
-        closed (`torch.Tensor` of shape `(B,)`, bool): the instruction has ended, nothing is pooled any more.
+        total (`torch.Tensor` of shape `(B, n, C)`, float32): sum of what is pooled up to the token.
+        count (`torch.Tensor` of shape `(B, n)`): how many tokens that are.
+        closed (`torch.Tensor` of shape `(B, n)`, bool): the instruction has ended, nothing is pooled any more.
     """
 
     total: torch.Tensor
     count: torch.Tensor
     closed: torch.Tensor
 
+    def __len__(self) -> int:
+        return self.count.shape[1]
+
     def rows(self, index: torch.Tensor) -> "PooledMemory":
         """Return the memory of the rows `index`."""
         return PooledMemory(*(part.index_select(0, index.to(part.device)) for part in vars(self).values()))
+
+    def first(self, length: int) -> "PooledMemory":
+        """Return the memory of the first `length` tokens."""
+        return PooledMemory(*(part[:, :length] for part in vars(self).values()))
+
+    def followed_by(self, later: "PooledMemory") -> "PooledMemory":
+        """Return the memory of these tokens and later ones."""
+        return PooledMemory(
+            *(torch.cat(parts, 1) for parts in zip(vars(self).values(), vars(later).values(), strict=True))
+        )
 
 
 # adapter -> number of the router -> memory
@@ -44,13 +58,16 @@ def cache_of(values: Mapping[str, Any]) -> Cache | None:
 
 
 def cached_tokens(cache: Cache | None) -> int:
-    """Return how many tokens a cache holds; recurrent states do not count theirs, and give 1 if there are any."""
+    """Return how many tokens a cache holds; recurrent states do not count theirs, but the routers' memory does."""
     if cache is None:
         return 0
     try:
         return int(cache.get_seq_length())
     except ValueError:
-        return int(cache.has_previous_state())
+        lengths = [
+            len(memory) for routers in getattr(cache, "moe_lora_state", {}).values() for memory in routers.values()
+        ]
+        return max(lengths, default=1) if cache.has_previous_state() else 0
 
 
 def past_state(cache: Cache | None) -> PooledState:
@@ -68,38 +85,34 @@ def keep_state(cache: Cache | None, state: PooledState) -> None:
 
 @functools.cache
 def remembering_class(cache_class: Any) -> Any:
-    """Return the subclass of a cache's class that moves the routers' memory with its rows."""
+    """Return the subclass of a cache's class that changes the routers' memory with it."""
 
-    def move(self: Any, index: torch.Tensor) -> None:
+    def change(self: Any, of: Callable[[PooledMemory], PooledMemory]) -> None:
         self.moe_lora_state = {
-            adapter: {number: memory.rows(index) for number, memory in routers.items()}
+            adapter: {number: of(memory) for number, memory in routers.items()}
             for adapter, routers in self.moe_lora_state.items()
         }
 
-    def rows(self: Any) -> torch.Tensor:
-        memory = next(memory for routers in self.moe_lora_state.values() for memory in routers.values())
-        return torch.arange(len(memory.count), device=memory.count.device)
-
     def reorder_cache(self: Any, beam_idx: torch.Tensor) -> None:
         cache_class.reorder_cache(self, beam_idx)
-        move(self, beam_idx)
+        change(self, lambda memory: memory.rows(beam_idx))
 
     def batch_select_indices(self: Any, indices: torch.Tensor) -> None:
         cache_class.batch_select_indices(self, indices)
-        move(self, indices)
+        change(self, lambda memory: memory.rows(indices))
 
     def batch_repeat_interleave(self: Any, repeats: int) -> None:
         cache_class.batch_repeat_interleave(self, repeats)
-        move(self, rows(self).repeat_interleave(repeats))
+
+        def repeat(memory: PooledMemory) -> PooledMemory:
+            rows = torch.arange(len(memory.count), device=memory.count.device)
+            return memory.rows(rows.repeat_interleave(repeats))
+
+        change(self, repeat)
 
     def crop(self: Any, tokens_to_remove: int) -> None:
-        closed = all(memory.closed.all() for routers in self.moe_lora_state.values() for memory in routers.values())
-        if tokens_to_remove > 0 and not closed:
-            raise ValueError(
-                "A router pools the tokens so far, and cannot forget those that are cropped from the cache: give it "
-                "an end_token_id, after which it pools no more, or generate without an assistant model."
-            )
         cache_class.crop(self, tokens_to_remove)
+        change(self, lambda memory: memory.first(len(memory) - abs(tokens_to_remove)))
 
     methods = (reorder_cache, batch_select_indices, batch_repeat_interleave, crop)
     body = {method.__name__: method for method in methods}

@@ -21,6 +21,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modeling.routing import MODALITIES, Decision, Router, RoutingContext
+from .documents import packed_documents
 from .low_rank import ExpertSlots, MixedSlots
 from .memory import PooledState, cache_of, cached_tokens, keep_state, past_state
 
@@ -42,16 +43,24 @@ class AdapterContext:
         tokens: what the routers may know of the tokens.
         cache: the key-value cache of the call, with what routers remember of its tokens.
         hides_padding: the attention mask does not tell which tokens are padding.
+        documents (`torch.Tensor` of shape `(B, S)`, *optional*): which of several in its row a token belongs to.
     """
 
     # The root's variable and what it held before, while its forward runs.
     token: Token | None = None
 
-    def __init__(self, tokens: RoutingContext, cache: Cache | None = None, hides_padding: bool = False):
+    def __init__(
+        self,
+        tokens: RoutingContext,
+        cache: Cache | None = None,
+        hides_padding: bool = False,
+        documents: torch.Tensor | None = None,
+    ):
         self.tokens = tokens
         self.past = past_state(cache)
         self.cached_tokens = cached_tokens(cache)
         self.hides_padding = hides_padding
+        self.documents = documents
         self._of: dict[str, RoutingContext] = {}
 
     def enter(self, hidden_states: torch.Tensor) -> None:
@@ -71,6 +80,7 @@ class AdapterContext:
                 "past": self.past.get(adapter_name, {}),
                 "cached_tokens": self.cached_tokens,
                 "hides_padding": self.hides_padding,
+                "documents": self.documents,
                 "pooled": {},
             }
         return self._of[adapter_name]
@@ -344,7 +354,9 @@ def text_context(
         name: value.repeat_interleave(max(rows // len(value), 1), dim=0) for name, value in conditions.items()
     }
     hides_padding = inputs.get("attention_mask") is not None and real_tokens(model, inputs, length) is None
-    return AdapterContext(tokens, cache_of(inputs), hides_padding)
+    cache = cache_of(inputs)
+    documents = None if cached_tokens(cache) else packed_documents(inputs, tokens.token_mask.shape)
+    return AdapterContext(tokens, cache, hides_padding, documents)
 
 
 def image_context(

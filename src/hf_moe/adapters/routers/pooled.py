@@ -5,6 +5,7 @@
 A token counts if it is real, of one of the named modalities, and not behind the end of the instruction. So the gate of
 a token never sees a later one, padding or another row, and is the same whether the tokens before it were computed in
 the same call or lie in a key-value cache. In encoders, where attention sees everything, all of the sequence is pooled.
+Where a row holds several documents, each is pooled for itself.
 """
 
 import torch
@@ -49,26 +50,28 @@ class PooledRouter(Router):
     def pool(self, values: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `values` (T, C) float32 pooled, (T, C), and whether any token was counted, (T,) bool."""
         mask = context.token_mask.to(values.device)  # (B, S)
+        documents = context.carry.get("documents")  # (B, S), or none where every row is one
+        documents = None if documents is None else documents.to(values.device)
         past = self._past(context)
-        counted, closed = self._counted(mask, context, past)
+        counted, closed = self._counted(mask, context, past, documents)
         per_row = values.view(*mask.shape, -1).masked_fill(~counted[..., None], 0.0)  # (B, S, C)
-        if self.causal:
-            total, count = per_row.cumsum(1), counted.cumsum(1)
-        else:
-            total, count = (part.sum(1, keepdim=True).expand_as(part) for part in (per_row, counted.long()))
+        pooled_so_far = _running_sum if self.causal else _whole_sum
+        total, count = (pooled_so_far(part, documents) for part in (per_row, counted.long()))
         if past is not None:
-            total, count = total + past.total[:, None], count + past.count[:, None]
-        memory = PooledMemory(total[:, -1].detach(), count[:, -1], closed)
+            total, count = total + past.total[:, -1:], count + past.count[:, -1:]
+        memory = PooledMemory(total.detach(), count, closed)
+        memory = memory if past is None else past.followed_by(memory)
         context.carry.setdefault("pooled", {})[self.spec.layer_idx] = memory
         pooled = total / count.clamp(min=1)[..., None] if self.pooling == "mean" else total  # (B, S, C)
         return pooled.flatten(0, 1), (count > 0).flatten()
 
     def _past(self, context: RoutingContext) -> PooledMemory | None:
         past = context.carry.get("past", {}).get(self.spec.layer_idx)
-        if past is None and context.carry.get("cached_tokens", 0) > 0:
+        remembered, cached = 0 if past is None else len(past), context.carry.get("cached_tokens", 0)
+        if remembered != cached:
             raise ValueError(
-                f"{type(self).__name__} pools all tokens so far, and the cache of this call holds tokens that were "
-                "computed without this adapter: start from an empty cache."
+                f"{type(self).__name__} pools all tokens so far, and the cache of this call holds {cached}, of which "
+                f"{cached - remembered} were computed without this adapter: start from an empty cache."
             )
         if context.carry.get("hides_padding", False):
             raise ValueError(
@@ -78,21 +81,47 @@ class PooledRouter(Router):
         return past
 
     def _counted(
-        self, mask: torch.Tensor, context: RoutingContext, past: PooledMemory | None
+        self,
+        mask: torch.Tensor,
+        context: RoutingContext,
+        past: PooledMemory | None,
+        documents: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which tokens are pooled (B, S), and in which rows the instruction has ended (B,)."""
+        """Return which tokens are pooled, and up to which the instruction has ended, (B, S) bool both."""
         counted = mask
         if self.modalities is not None:
             wanted = torch.tensor(self.modalities, device=mask.device)
             counted = counted & torch.isin(context.modality_ids.to(mask.device), wanted)
-        closed = torch.zeros_like(mask[:, 0]) if past is None else past.closed
+        closed = torch.zeros_like(mask) if past is None else past.closed[:, -1:].expand_as(mask)
         if self.end_token_id is not None:
             if context.input_ids is None:
                 raise ValueError(
                     f"end_token_id={self.end_token_id} is looked for in the input_ids, which this call did not give."
                 )
             ends = (context.input_ids.to(mask.device) == self.end_token_id) & mask
-            behind = (ends.cumsum(1) - ends.long()) > 0
-            counted = counted & ~(behind | closed[:, None])
-            closed = closed | ends.any(1)
+            so_far = _running_sum(ends.long(), documents)
+            counted = counted & ~((so_far - ends.long() > 0) | closed)
+            closed = closed | (so_far > 0)
         return counted, closed
+
+
+def _running_sum(values: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    """Return the sum of `values` (B, S, ...) up to every token, within its document."""
+    total = values.cumsum(1)
+    if documents is None:
+        return total
+    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = documents.diff(dim=1, prepend=documents[:, :1]) != 0
+    start = place.masked_fill(~starts, 0).cummax(1).values  # (B, S)
+    rows = torch.arange(len(documents), device=documents.device)[:, None]
+    # What was summed before the first token of the document; nothing comes before the first of all.
+    before = (total - values)[rows, start]
+    return total - before
+
+
+def _whole_sum(values: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    """Return the sum of `values` (B, S, ...) over the whole document of every token."""
+    if documents is None:
+        return values.sum(1, keepdim=True).expand_as(values)
+    cell = documents.view(*documents.shape, *[1] * (values.dim() - 2)).expand_as(values)
+    return torch.zeros_like(values).scatter_add(1, cell, values).gather(1, cell)

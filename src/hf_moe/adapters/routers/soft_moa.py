@@ -47,6 +47,11 @@ class SoftMoaRouter(Router):
             init.ones_(self.scale)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> SlotMixture:
+        if context.carry.get("documents") is not None:
+            raise ValueError(
+                "The router 'soft_moa' mixes all tokens of a row, and this one holds several documents: leave packing "
+                "out, or choose another router."
+            )
         weight = self.weight
         if self.scale is not None:
             hidden_states = F.normalize(hidden_states.float(), dim=-1)
