@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 $(STAMP): pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable ".[timm,train,eval,space,dev]"
+	$(RUN) -m pip install --quiet --editable ".[timm,train,eval,space,quantised,dev]"
 	touch $(STAMP)
 
 # Fine-tunes a multimodal MoE on real images and questions and loads the result without the package.

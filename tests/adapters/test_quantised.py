@@ -1,6 +1,7 @@
 """LoRA experts train on a base in 8 or 4 bit, and what is not possible says so."""
 
 import importlib.util
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,12 @@ SIZES = {
 }
 
 
+def require(backend):
+    if importlib.util.find_spec(backend) is None:
+        message = f"no {backend}: pip install 'hf-moe[quantised]'"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+
+
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
@@ -35,7 +42,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("backend, bits", HELD)
 def test_experts_train_on_a_quantised_base(folder, text, tmp_path, backend, bits):
-    pytest.importorskip(backend, reason=f"{backend} is optional; what happens without it is tested below")
+    require(backend)
     inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         full = AutoModelForCausalLM.from_pretrained(folder)(**inputs).logits
@@ -79,6 +86,20 @@ def test_experts_train_on_a_quantised_base(folder, text, tmp_path, backend, bits
     opened = PeftModel.from_pretrained(prepare_quantised(load()), tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_base_in_4_bit_is_kept_from_being_packed_for_evaluation(folder, text):
+    require("bitsandbytes")
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config(4))
+    layers = [module for module in base.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert len(layers) == 2 * 7
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # as bitsandbytes sets it on CPUs that have it
+    base = prepare_quantised(base).eval()
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    with torch.no_grad():
+        base(input_ids=text["input_ids"])
+    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
 
 
 def test_a_base_that_is_packed_for_evaluation_is_refused():
