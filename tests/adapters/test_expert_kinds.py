@@ -368,7 +368,7 @@ def test_targets_differ_in_what_target_overrides_says(llama, text, randomise):
             "must share one router",
         ),
         ({"target_modules": ["q_proj"], "experts": "ia4"}, "'ia3'"),
-        ({"target_modules": ["q_proj"], "experts": {"name": "ia3", "position": "parallel"}}, "cannot be built"),
+        ({"target_modules": ["q_proj"], "experts": {"name": "ia3", "position": "parallel"}}, "Unknown option"),
         ({"target_modules": ["v_proj"], "experts": {"name": "value_gate", "head_dim": 5}}, "must divide"),
         ({"target_modules": ["mlp"], "router": "host"}, "was called with"),
     ],

@@ -25,7 +25,9 @@ from hf_moe.adapters import (
     select_data,
     update_similarities,
 )
+from hf_moe.adapters.low_rank import ExpertSlots
 from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.modeling.routing import ExpertAssignment
 
 
 SIZES = {
@@ -206,17 +208,7 @@ def test_padding_reaches_no_soft_slot():
 @pytest.fixture
 def pill(own_model):
     def build(**fields):
-        names = ("input_layernorm", "post_attention_layernorm", "v_proj")
-        overrides = {
-            "input_layernorm": {"router": "constant", "num_experts": 1},
-            "v_proj": {
-                "experts": {"name": "value_gate", "head_dim": 8},
-                "router": {"name": "modality", "modalities": ["image"]},
-                "num_experts": 1,
-            },
-        }
-        targets = rf".*language_model.*({'|'.join(names)})"
-        return adapt(own_model(), "pill", target_modules=targets, target_overrides=overrides, r=4, **fields)
+        return adapt(own_model(), "pill", r=4, **fields)
 
     return build
 
@@ -261,10 +253,24 @@ def test_pill_opens_its_gate_and_learns_captions_with_it(pill, steps):
     assert losses[False] < 0.9 * losses[True]
 
 
-def test_pill_trains_image_adapters_alone_on_captions(own_model):
-    targets = r".*language_model.*(input_layernorm|post_attention_layernorm)"
-    model = adapt(own_model(), "pill", variant="caption", target_modules=targets)
-    assert {len(layer.moe_lora_A["default"]) for layer in tuner_layers(model)} == {1}
+def test_pill_goes_on_from_captions_with_the_image_adapters_that_they_trained(own_model, image_rows, text, tmp_path):
+    captions = adapt(own_model(), "pill", variant="caption", r=4)
+    train(captions.train(), image_rows, steps=3)
+    assert torch.equal(logits(captions.eval(), text), logits(own_model(), text))
+    captions.save_pretrained(tmp_path)
+    config = MoeLoraConfig.from_system("pill", r=4)
+    model = PeftModel.from_pretrained(own_model(), tmp_path, config=config, is_trainable=True).eval()
+    assert torch.equal(logits(model, text), logits(own_model(), text))
+    norm, x = "base_model.model.model.language_model.layers.0.post_attention_layernorm", torch.randn(2, 9, 32)
+    trained, went_on = (item.get_submodule(norm) for item in (captions, model))
+    assert trained.moe_lora_B["default"][1].any() and not trained.moe_lora_B["default"][0].any()
+    for container in ("moe_lora_A", "moe_lora_B"):
+        assert torch.equal(getattr(went_on, container)["default"], getattr(trained, container)["default"])
+    images = ExpertSlots(ExpertAssignment(torch.ones(18, 1, dtype=torch.long), torch.ones(18, 1), 2))
+    for layer in (trained, went_on):
+        layer._slots = lambda *args: images
+    assert torch.equal(trained(x), went_on(x)) and not torch.equal(trained(x), trained.get_base_layer()(x))
+    assert trainable(model)
 
 
 @pytest.fixture

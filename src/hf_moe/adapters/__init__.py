@@ -6,14 +6,18 @@ from .adaptation import TestTimeAdapter
 from .alignment import gromov_wasserstein_init
 from .assembly import assemble_lora_experts
 from .checkpoints import accept_saved_type
+from .conditions import routing_inputs
 from .config import MoeLoraConfig
+from .editing import add_expert, expert_names, freeze_experts, remove_expert, rename_expert
 from .layer import MoeLoraLayer
 from .logs import LogRouting
+from .merging import merge_by_mean_routing, merge_for
 from .model import MoeLoraModel
+from .plain_lora import check_lora_trained, get_lora_model, lora_targets
+from .quantised import prepare_quantised, quantization_config
 from .routers.intuition_mor1e import find_centroids, intuition
-from .routing import routing_inputs
 from .selection import score_adapters, select_adapters, select_data, update_similarities
-from .systems import list_systems
+from .systems import list_lora_systems
 
 
 __all__ = [
@@ -22,11 +26,23 @@ __all__ = [
     "MoeLoraLayer",
     "MoeLoraModel",
     "TestTimeAdapter",
+    "add_expert",
     "assemble_lora_experts",
+    "check_lora_trained",
+    "expert_names",
     "find_centroids",
+    "freeze_experts",
+    "get_lora_model",
     "gromov_wasserstein_init",
     "intuition",
-    "list_systems",
+    "list_lora_systems",
+    "lora_targets",
+    "merge_by_mean_routing",
+    "merge_for",
+    "prepare_quantised",
+    "quantization_config",
+    "remove_expert",
+    "rename_expert",
     "routing_inputs",
     "score_adapters",
     "select_adapters",

@@ -4,7 +4,7 @@ import json
 import warnings
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 from peft import PeftConfig, XLoraConfig
 from peft.utils import PeftType
@@ -18,9 +18,11 @@ from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
 from .checkpoints import complete_saved_config, is_saved_for_a_push
-from .experts import EXPERT_KINDS
+from .checks import check_field, check_options
+from .experts import EXPERT_KINDS, Target, build_kind
+from .parts import PARTS
 from .routers import ADAPTER_ROUTERS
-from .systems import load_system
+from .systems import load_system, merge_fields
 
 
 ROUTER_INPUTS = ("decoder_layer", "model", "target")
@@ -28,7 +30,7 @@ ROUTER_INPUTS = ("decoder_layer", "model", "target")
 OVERRIDABLE = ("experts", "router", "router_input", "num_experts", "num_experts_per_tok", "r", "lora_alpha")
 
 
-def add_peft_type(name: str, peft_types: Any = PeftType) -> PeftType:
+def add_peft_type(name: str) -> PeftType:
     """Return the member `name` of PEFT's enum of methods, adding it where it is missing.
 
     `register_peft_method` refuses a name that is not in the enum, and an enum with members cannot be subclassed.
@@ -36,19 +38,19 @@ def add_peft_type(name: str, peft_types: Any = PeftType) -> PeftType:
     Raises:
         RuntimeError: if this version of PEFT or Python does not let a member be added.
     """
-    if name not in peft_types.__members__:
+    if name not in PeftType.__members__:
         try:
-            member = str.__new__(peft_types, name)
+            member: Any = str.__new__(PeftType, name)
             member._name_, member._value_ = name, name
-            setattr(peft_types, name, member)
-            peft_types._member_map_[name] = peft_types._value2member_map_[name] = member
-            peft_types._member_names_.append(name)
+            setattr(PeftType, name, member)
+            PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+            PeftType._member_names_.append(name)
         except (AttributeError, TypeError) as error:
             raise RuntimeError(
-                f"PEFT's list of methods, {peft_types.__name__}, takes no new member {name!r}: install a "
+                f"PEFT's list of methods, {PeftType.__name__}, takes no new member {name!r}: install a "
                 "version of peft that hf_moe's pyproject.toml allows, and report this."
             ) from error
-    return peft_types[name]
+    return PeftType[name]
 
 
 MOE_LORA = add_peft_type("MOE_LORA")
@@ -64,7 +66,7 @@ class TargetSettings:
     num_experts: int
     num_experts_per_tok: int
     r: int | list[int]
-    lora_alpha: int
+    lora_alpha: float
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -95,6 +97,8 @@ class MoeLoraConfig(PeftConfig):
         target_parameters: names of stacked expert weights (E, ., .) to adapt, such as `"mlp.experts.down_proj"`: every
             expert of the host gets a mixture of its own.
         exclude_modules: names or a regular expression of modules to leave out.
+        model_part: of a multimodal model, adapt the `"language_model"` alone, or the `"towers"` and connectors around
+            it; all of it when `None`. A model that is one part is adapted either way.
         experts: kind of the experts, or a dict of `name` and options.
         router: name of a router of this library, or a dict of `name` and options.
         router_input: `"decoder_layer"`: one router per decoder layer, shared by its targets, reads the hidden state
@@ -119,18 +123,23 @@ class MoeLoraConfig(PeftConfig):
         modules_to_save: further modules to train and save whole.
 
     Raises:
-        ValueError: if a number is out of range, or the experts, the router or an objective are unknown or refuse
-            their options.
+        ValueError: if a field is of another type or out of range, or the experts, the router or an objective are
+            unknown or refuse their options.
     """
 
     r: int | list[int] = field(default=8, metadata={"help": "Rank of every expert, or a list of all ranks."})
-    lora_alpha: int = field(default=8, metadata={"help": "Numerator of the scaling."})
+    lora_alpha: float = field(default=8, metadata={"help": "Numerator of the scaling."})
     num_experts: int = field(default=4, metadata={"help": "Number of experts."})
     num_experts_per_tok: int | None = field(default=2, metadata={"help": "Experts of a token; all when None."})
     shared_r: int = field(default=0, metadata={"help": "Rank of a plain LoRA beside the experts."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to adapt."})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Linear layers to adapt."}
+    )
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Stacked weights to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out."}
+    )
+    model_part: str | None = field(default=None, metadata={"help": "Part of a multimodal model to adapt."})
     experts: str | dict[str, Any] = field(default="lora", metadata={"help": "Experts: kind, or name and options."})
     router: str | dict[str, Any] = field(default="top_k", metadata={"help": "Router: its name, or name and options."})
     router_input: str = field(
@@ -138,7 +147,9 @@ class MoeLoraConfig(PeftConfig):
         metadata={"help": "What a router reads: the input of the decoder layer, of the model, or of the target."},
     )
     ffn_experts: bool = field(default=False, metadata={"help": "Mix whole feed-forward experts."})
-    objectives: dict[str, Any] = field(default_factory=dict, metadata={"help": "Auxiliary losses by name."})
+    objectives: dict[str, float | dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Auxiliary losses by name."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     init_lora_weights: bool = field(default=True, metadata={"help": "Start with B = 0."})
@@ -146,7 +157,7 @@ class MoeLoraConfig(PeftConfig):
     expert_names: list[str] | None = field(default=None, metadata={"help": "Names of the experts."})
     frozen_experts: list[int] | None = field(default=None, metadata={"help": "Experts that are not trained."})
     rank_pattern: dict[str, Any] = field(default_factory=dict, metadata={"help": "Module name to another r."})
-    alpha_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name to another alpha."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module name to another alpha."})
     target_overrides: dict[str, dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "Module name to other experts, router, numbers of experts, ..."}
     )
@@ -157,19 +168,19 @@ class MoeLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MOE_LORA
+        self._check_types()
         if self.ffn_experts and self.shared_r:
             raise ValueError("shared_r has no place beside whole feed-forward experts: set ffn_experts=False.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
-        if self.shared_r < 0:
-            raise ValueError(f"shared_r={self.shared_r} must be at least 0; 0 leaves the plain LoRA out.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must lie in [0, 1).")
+        if self.model_part is not None:
+            check_choice("model_part", self.model_part, PARTS)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern names the list that layers_to_transform counts in: set that as well.")
-        if self.expert_names is not None and len(set(self.expert_names)) != self.num_experts:
-            raise ValueError(f"expert_names={self.expert_names} must give each of {self.num_experts} experts a name.")
+        names = self.expert_names
+        if names is not None and not len(set(names)) == len(names) == self.num_experts:
+            raise ValueError(f"expert_names={names} must give each of {self.num_experts} experts a name of its own.")
         if not set(self.frozen_experts or ()) <= set(range(self.num_experts)):
             raise ValueError(f"frozen_experts={self.frozen_experts} must lie in [0, {self.num_experts}).")
         self.router = _named("router", self.router)
@@ -180,10 +191,26 @@ class MoeLoraConfig(PeftConfig):
             settings = self.settings(key)
             specs.append(self.spec(len(specs), 64, settings))
             self.build_router(specs[-1], settings)
+            build_kind(settings.experts, Target(key, 0, 0, settings.num_experts, settings.ranks, head_dim=1))
         if self.build_objectives(specs).reads_outputs:
             raise ValueError(
                 f"objectives={list(self.objectives)}: one reads the outputs of whole experts; leave it out."
             )
+
+    def _check_types(self) -> None:
+        """Refuse fields of another type or out of range, those for single targets included."""
+        cls = MoeLoraConfig
+        hints = {name: hint for name, hint in get_type_hints(cls).items() if name in cls.__annotations__}
+        for name, hint in hints.items():
+            check_field(name, getattr(self, name), hint, purpose=cls.__dataclass_fields__[name].metadata["help"])
+        for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            for key, value in getattr(self, pattern).items():
+                check_field(name, value, hints[name], f"{pattern}[{key!r}]")
+        for key, overrides in self.target_overrides.items():
+            for name, value in overrides.items():
+                if name not in OVERRIDABLE:
+                    raise ValueError(unknown_name_message("field of target_overrides", name, list(OVERRIDABLE)))
+                check_field(name, value, hints[name], f"target_overrides[{key!r}][{name!r}]")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config, with a warning where the base is a folder of this machine.
@@ -203,7 +230,7 @@ class MoeLoraConfig(PeftConfig):
                 stacklevel=2,
             )
 
-    def scaling(self, alpha: int, rank: int) -> float:
+    def scaling(self, alpha: float, rank: int) -> float:
         """Return the factor s of experts with this alpha and rank."""
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
@@ -215,16 +242,12 @@ class MoeLoraConfig(PeftConfig):
             num_host_experts: E of the MoE host whose routing the target follows.
 
         Raises:
-            ValueError: if a number is out of range or an override unknown.
+            ValueError: if a mechanism is unknown, or the ranks are not one for each expert.
         """
         fields: dict[str, Any] = {name: getattr(self, name) for name in OVERRIDABLE}
         for pattern, name in ((self.rank_pattern, "r"), (self.alpha_pattern, "lora_alpha")):
             fields[name] = pattern.get(get_pattern_key(pattern.keys(), key), fields[name])
-        overrides = self.target_overrides.get(get_pattern_key(self.target_overrides.keys(), key), {})
-        for name in overrides:
-            if name not in OVERRIDABLE:
-                raise ValueError(unknown_name_message("field of target_overrides", name, list(OVERRIDABLE)))
-        fields |= overrides
+        fields |= self.target_overrides.get(get_pattern_key(self.target_overrides.keys(), key), {})
         fields["router"], fields["experts"] = _named("router", fields["router"]), _named("experts", fields["experts"])
         check_choice("router_input", fields["router_input"], ROUTER_INPUTS)
         check_choice("experts", fields["experts"]["name"], tuple(EXPERT_KINDS))
@@ -232,12 +255,9 @@ class MoeLoraConfig(PeftConfig):
             fields["num_experts"] = num_host_experts
         if fields["num_experts_per_tok"] is None:
             fields["num_experts_per_tok"] = fields["num_experts"]
-        ranks = fields["r"] if isinstance(fields["r"], list) else [fields["r"]]
-        for name, value in (("num_experts", fields["num_experts"]), *((key or "r", rank) for rank in ranks)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        if isinstance(fields["r"], list) and len(ranks) != fields["num_experts"]:
-            raise ValueError(f"r={ranks} must name the rank of each of num_experts={fields['num_experts']} experts.")
+        ranks, experts = fields["r"], fields["num_experts"]
+        if isinstance(ranks, list) and len(ranks) != experts:
+            raise ValueError(f"r={ranks} must name the rank of each of num_experts={experts} experts.")
         return TargetSettings(**fields)
 
     def spec(self, number: int, hidden_size: int, settings: TargetSettings) -> MoELayerSpec:
@@ -252,6 +272,7 @@ class MoeLoraConfig(PeftConfig):
         if name not in ADAPTER_ROUTERS and name not in mechanism_names("router"):
             raise ValueError(unknown_name_message("router", name, [*ADAPTER_ROUTERS, *mechanism_names("router")]))
         cls = ADAPTER_ROUTERS[name] if name in ADAPTER_ROUTERS else get_mechanism("router", name)
+        check_options("router", name, cls, options)
         return build("router", cls, options, spec)
 
     @classmethod
@@ -259,17 +280,20 @@ class MoeLoraConfig(PeftConfig):
         """Return the configuration of a published system.
 
         Args:
-            key: the system, see [`list_systems`].
+            key: the system, see [`list_lora_systems`].
             variant: which of its forms; the first one when `None`.
-            fields: what differs from the preset, usually `target_modules`; for `x_lora`, whose configuration is
-                PEFT's, `adapters`, a list, and `hidden_size`.
+            fields: what differs from the preset, usually `target_modules`. Dicts (`router`, `experts`, `objectives`,
+                `target_overrides`, ...) are merged with the preset's key by key, down to the options; an empty dict, a
+                plain name or another `name` replaces what the preset has. `x_lora`, whose configuration is PEFT's,
+                takes `adapters`, a list, and `hidden_size`.
 
         Raises:
             ValueError: if the system or its variant is unknown, or a field that it needs is missing.
         """
         preset = load_system(key, variant)
         if preset["method"] != "xlora":
-            return cls(**{**preset["config"], **fields})
+            given = {name: merge_fields(preset["config"].get(name), value) for name, value in fields.items()}
+            return cls(**{**preset["config"], **given})
         if not fields.get("adapters") or "hidden_size" not in fields:
             raise ValueError("x_lora needs adapters=[folder or Hub name, ...] and the hidden_size of the base model.")
         # PEFT's X-LoRA loads its adapters under their numbers, and finds them under no other name.

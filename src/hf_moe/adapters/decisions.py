@@ -23,6 +23,8 @@ def decide(
         context = root.of(adapter_name)
     else:
         context = TokenlessContext(hidden_states)
+        if run is not None and isinstance(router, PooledRouter):
+            run.check_told(f"{type(router).__name__}, which pools the tokens of a sequence,")
         if isinstance(router, PooledRouter) and hidden_states.dim() < 3:
             raise ValueError(
                 f"{type(router).__name__} pools the tokens of a sequence, and a target got those of all sequences "
@@ -42,6 +44,21 @@ def as_slots(decision: Decision, device: torch.device | None = None) -> ExpertSl
     if isinstance(decision, SlotMixture):
         return MixedSlots(decision)
     return ExpertSlots(decision, device)  # type: ignore[arg-type]
+
+
+def check_gradient(decision: Decision, router: Router) -> None:
+    """Refuse a decision that was made without a gradient where its router learns.
+
+    Raises:
+        ValueError: if it was, as reentrant checkpointing makes the decision that other layers share.
+    """
+    weights = decision.combine if isinstance(decision, SlotMixture) else decision.expert_weight
+    learns = any(parameter.requires_grad for parameter in router.parameters())
+    if torch.is_grad_enabled() and learns and not weights.requires_grad:
+        raise ValueError(
+            "Reentrant gradient checkpointing cuts the gradient of a router that all layers share: pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, or set router_input='decoder_layer'."
+        )
 
 
 def check_decision(decision: Any, experts: ExpertKind) -> None:

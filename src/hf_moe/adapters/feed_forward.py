@@ -9,6 +9,7 @@ Source: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mix
 """
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -25,9 +26,15 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
     """Give every feed-forward whose projections hold an adapter's experts a class that mixes whole experts.
 
+    Layers that are adapted and have none, such as those with a MoE block, are warned of.
+
     Raises:
-        ValueError: if some of its projections are no targets, the experts are not LoRA, or it is not gated.
+        ValueError: if no targets lie in a gated feed-forward, some of its projections are no targets, the experts are
+            not LoRA, or it is not gated.
     """
+    adapted = [item for item in model.modules() if isinstance(item, MoeLoraLayer) and adapter_name in item.experts]
+    left = {item.layer_name[adapter_name] for item in adapted}
+    found = set()
     for name, module in model.named_modules():
         projections: list[Any] = [getattr(module, projection, None) for projection in PROJECTIONS]
         held = [isinstance(item, MoeLoraLayer) and adapter_name in item.experts for item in projections]
@@ -45,9 +52,22 @@ def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
                 f"ffn_experts=True: the projections of {name!r} must share one router, so router_input must not be "
                 "'target', and it must have an act_fn."
             )
+        found |= {item.layer_name[adapter_name] for item in projections}
         if not hasattr(module, "moe_lora_ffn_class"):
             _check_formula(module, name)
             module.__class__ = whole_ffn_class(type(module))  # type: ignore[arg-type]
+    if not found:
+        raise ValueError(
+            "ffn_experts=True mixes whole gated feed-forwards, and no target lies in one with the linear layers "
+            f"{', '.join(PROJECTIONS)}: name these in target_modules. For a MoE block, whose experts are stacked "
+            "weights, set ffn_experts=False and adapt these with target_parameters."
+        )
+    if left - found:
+        warnings.warn(
+            f"ffn_experts=True: {len(left - found)} of {len(left)} adapted layers have no gated feed-forward among "
+            f"the targets, and get no experts of one: {', '.join(sorted(map(str, left - found)))}.",
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()

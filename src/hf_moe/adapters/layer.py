@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..modeling.routing import Router
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import constant_gates
-from .decisions import as_slots, decide
+from .decisions import as_slots, check_gradient, decide
 from .experts import ExpertKind, Target, build_kind
 from .experts.base import low_rank_pair
 from .experts.lora import LoraExperts
@@ -55,7 +55,7 @@ class MoeLoraLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module):
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.shared_scaling: dict[str, float] = {}
         self.experts: dict[str, ExpertKind] = {}
@@ -84,6 +84,8 @@ class MoeLoraLayer(BaseTunerLayer):
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        # Of the attention around the target.
+        self.head_dim: int | None = None
         # adapter -> the gates (E,) it was merged with, which take it out again.
         self.merged_gates: dict[str, torch.Tensor] = {}
         self.in_features, self.out_features = self.widths()
@@ -101,6 +103,7 @@ class MoeLoraLayer(BaseTunerLayer):
         layer_name: str | None,
         router: Router | None,
         owner: "MoeLoraLayer | None",
+        head_dim: int | None = None,
     ) -> None:
         """Add the experts of an adapter.
 
@@ -112,7 +115,9 @@ class MoeLoraLayer(BaseTunerLayer):
             layer_name: the decoder layer around it.
             router: the router, if this target holds it.
             owner: the target that holds the shared router; this one if the router is shared and its own.
+            head_dim: width of a head of the attention around it, if that tells.
         """
+        self.head_dim = head_dim
         target = self.target(key.rpartition(".")[2], settings, config.init_lora_weights)
         kind = build_kind(settings.experts, target)
         self.key[adapter_name] = key
@@ -139,7 +144,8 @@ class MoeLoraLayer(BaseTunerLayer):
     def target(self, name: str, settings: TargetSettings, init_zero: bool) -> Target:
         """Return the facts of this target that its experts are built from."""
         ranks = settings.ranks
-        return Target(name, self.in_features, self.out_features, settings.num_experts, ranks, init_zero)
+        facts = (name, self.in_features, self.out_features, settings.num_experts, ranks, init_zero)
+        return Target(*facts, head_dim=self.head_dim)
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the experts, as they create it, in the shape that it is stored in."""
@@ -252,10 +258,13 @@ class MoeLoraLayer(BaseTunerLayer):
         self, owner: "MoeLoraLayer", adapter_name: str, router: Router, run: LayerRun, device: torch.device
     ) -> ExpertSlots | MixedSlots:
         """Return the decision of a shared router: its own layer makes it, other layers take it from the context."""
-        if run.context is None or self.layer_name[adapter_name] == owner.layer_name[adapter_name]:
+        if self.layer_name[adapter_name] == owner.layer_name[adapter_name]:
             return decide(router, run.hidden_states, run, adapter_name)
+        run.check_told(f"A {type(router).__name__} that all layers share")
+        decision = run.context.of(adapter_name).decisions[router.spec.layer_idx]  # type: ignore[union-attr]
+        check_gradient(decision, router)
         # Slots of their own: what a layer derives from the decision must come back in its recomputation.
-        return as_slots(run.context.of(adapter_name).decisions[router.spec.layer_idx], device)
+        return as_slots(decision, device)
 
     def deciding_router(self, adapter_name: str) -> Router:
         """Return the router of an adapter that decides for this target, its own or the shared one."""
@@ -319,14 +328,17 @@ class MoeLoraLayer(BaseTunerLayer):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.experts:
                 continue
-            weight = self.mergeable_weight()
             own = constant_gates(self.deciding_router(adapter_name)) if gates is None else gates[adapter_name]
-            merged = weight.data + self._as_stored(self.get_delta_weight(adapter_name, own)).data
+            merged = self.merged_weight(adapter_name, own)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"Merging adapter {adapter_name!r} gives weights that are not finite.")
-            weight.data = merged
+            self.mergeable_weight().data = merged
             self.merged_gates[adapter_name] = own
             self.merged_adapters.append(adapter_name)
+
+    def merged_weight(self, adapter_name: str, gates: torch.Tensor) -> torch.Tensor:
+        """Return what the base weight becomes with an adapter of these gates (E,) in it."""
+        return self.mergeable_weight().data + self._as_stored(self.get_delta_weight(adapter_name, gates)).data
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again."""

@@ -1,10 +1,13 @@
 """The tuner: puts LoRA experts on a model, and takes them off again."""
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +22,7 @@ from .frozen import FrozenExperts, numbered_layers
 from .hosts import enclosing_layer, is_bidirectional, is_layer, known_tokens, layer_width, reads_text
 from .layer import Linear, MoeLoraLayer
 from .objectives import install_hooks, tuner_layers
+from .parts import part_of
 from .routers import HostRouter, PooledRouter, SoftMoaRouter
 from .routing import OUTPUT_EXPERTS, TokenlessContext, adapted_layer_class
 from .targets import LayerOutput, ParamWrapper, WholeModule
@@ -53,6 +57,7 @@ class MoeLoraModel(BaseTuner):
         self._specs: list[MoELayerSpec] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        _warn_of_unmatched(model, adapter_name, config)
         if config.objectives:
             first = next(layer for layer in tuner_layers(model) if adapter_name in layer.experts)
             losses = config.build_objectives(self._specs)
@@ -70,6 +75,14 @@ class MoeLoraModel(BaseTuner):
             peft_config.target_modules = []  # not those that PEFT would guess
         return super()._prepare_adapter_config(peft_config, model_config)
 
+    def _check_target_module_exists(self, peft_config: MoeLoraConfig, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        return found and self._is_in_part(peft_config, key)
+
+    def _is_in_part(self, peft_config: MoeLoraConfig, key: str) -> bool:
+        """Whether `key` lies in the part of a multimodal model that is adapted."""
+        return peft_config.model_part is None or part_of(self.model, key) in (None, peft_config.model_part)
+
     def _create_and_replace(
         self,
         peft_config: MoeLoraConfig,
@@ -80,6 +93,8 @@ class MoeLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None and not self._is_in_part(peft_config, current_key):
+            return
         plain = not isinstance(target, (nn.Linear, Conv1D, MoeLoraLayer))
         if parameter_name is None and plain and is_layer(self.model, current_key):
             layer_name: str | None = current_key
@@ -108,6 +123,7 @@ class MoeLoraModel(BaseTuner):
             "layer_name": layer_name,
             "router": router,
             "owner": owner,
+            "head_dim": getattr(parent, "head_dim", None),
         }
         if isinstance(target, MoeLoraLayer) and parameter_name == getattr(target, "parameter_name", None):
             target.update_layer(adapter_name, **options)
@@ -213,8 +229,16 @@ class MoeLoraModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._release()
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._release()
         return model
 
@@ -230,23 +254,50 @@ class MoeLoraModel(BaseTuner):
             for handle in self._handles:
                 handle.remove()
 
-    def _check_merge_allowed(self) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Refuse a merge that would change the model, before any weight is touched."""
-        super()._check_merge_allowed()
         for layer in tuner_layers(self.model):
-            for adapter_name in layer.active_adapters:
+            for adapter_name in layer.active_adapters if adapter_names is None else adapter_names:
                 if adapter_name not in layer.experts or adapter_name in layer.merged_adapters:
                     continue
-                layer.mergeable_weight()
                 try:
-                    layer.get_delta_weight(adapter_name, constant_gates(layer.deciding_router(adapter_name)))
+                    merged = layer.merged_weight(adapter_name, constant_gates(layer.deciding_router(adapter_name)))
                 except RoutingVaries as error:
                     raise ValueError(f"Adapter {adapter_name!r} {MERGE_REFUSED.format(reason=error)}") from error
+                if safe_merge and not merged.isfinite().all():
+                    raise ValueError(f"Merging adapter {adapter_name!r} gives weights that are not finite.")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "LoRA experts take no adapter_names, one adapter per row: set_adapter() chooses for a call, and the "
+                "router 'condition' chooses experts by row."
+            )
+        yield
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # The name stands right behind the container, also where a router or an objective has parts of its own.
         return re.sub(rf"(\.{cls.prefix}[^.]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
+
+
+def _warn_of_unmatched(model: nn.Module, adapter_name: str, config: MoeLoraConfig) -> None:
+    """Warn of overrides for what the model does not have, as PEFT does of its patterns."""
+    names = [name for name, _ in model.named_modules()]
+    names += [layer.key[adapter_name] for layer in tuner_layers(model) if adapter_name in layer.key]  # stacked weights
+    patterns = config.target_overrides
+    unmatched = [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+    if unmatched:
+        warnings.warn(
+            f"The following target_overrides keys match no module of the model and were ignored: {unmatched}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

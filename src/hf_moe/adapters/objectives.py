@@ -18,7 +18,7 @@ from ..modeling.auxiliary import count_labels, is_learning, warn_without_labels
 from ..modeling.routing import ExpertAssignment, Router
 from .frozen import install_frozen_hooks
 from .layer import MoeLoraLayer
-from .routing import AdapterContext, pass_context, remember, root_inputs
+from .routing import AdapterContext, context_of_call, is_inside, pass_context, remember, root_inputs
 
 
 def tuner_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
@@ -27,16 +27,22 @@ def tuner_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
 
 
 def install_hooks(model: nn.Module) -> list[Any]:
-    """Hook the context and the objectives to the root's forward, once; return the handles of the new hooks."""
+    """Hook the context and the objectives to the root's forward, once; return the handles of the new hooks.
+
+    The backbone below a head has the same hooks, which act where it is called by itself.
+    """
     if any(hook is pass_context for hook in model._forward_pre_hooks.values()):
         return []
-    return [
-        model.register_forward_pre_hook(end_finished_step),
-        model.register_forward_pre_hook(pass_context, with_kwargs=True),
-        model.register_forward_hook(add_objectives, with_kwargs=True),
-        *install_frozen_hooks(model),
-        model.register_forward_hook(remember, with_kwargs=True, always_call=True),
-    ]
+    backbone = getattr(model, "base_model", model)
+    handles = install_frozen_hooks(model)
+    for module in [model] if backbone is model else [model, backbone]:
+        handles += [
+            module.register_forward_pre_hook(end_finished_step),
+            module.register_forward_pre_hook(pass_context, with_kwargs=True),
+            module.register_forward_hook(add_objectives, with_kwargs=True),
+            module.register_forward_hook(remember, with_kwargs=True, always_call=True),
+        ]
+    return handles
 
 
 def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -46,7 +52,7 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
         ValueError: if there is no loss to add them to, the model drops the context on the way to its layers, or
             reentrant checkpointing has cut the gradient.
     """
-    context: AdapterContext | None = kwargs.get("moe_lora_context")
+    context = context_of_call(model, kwargs)
     if context is None:
         return
     inputs = root_inputs(model, args, kwargs)
@@ -133,7 +139,7 @@ def _check_gradient(adapter_name: str, context: AdapterContext, routers: list[tu
 
 def end_finished_step(model: nn.Module, args: tuple) -> None:
     """Hook before the root's forward: close the statistics of the previous optimizer step, as our models do."""
-    if not is_learning(model):
+    if is_inside() or not is_learning(model):
         return
     layers = list(_active_layers(model))
     for adapter_name in {name for layer in layers for name in layer.active_adapters}:

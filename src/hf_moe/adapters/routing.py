@@ -1,6 +1,7 @@
 """How the routing context enters a model that knows nothing of it, and leaves it again.
 
-One hook on the root of the model builds the context and passes it down as a keyword argument. The class of every layer
+One hook on the root of the model builds the context and passes it down as a keyword argument; the same hook stands on
+the backbone below a head, for callers that need no head. The class of every layer
 with a target is swapped for a subclass of the same name that takes the argument and keeps it, with the hidden state
 that enters the layer, in a context variable while the host's own forward runs. As an argument of the layer the context
 survives every kind of recomputation; hooks on layers would not run again in one. Where a model drops the argument on
@@ -10,8 +11,6 @@ the way, the layer's call takes it from the root's own variable, before a recomp
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..modeling.routing import MODALITIES, Decision, Router, RoutingContext
+from ..modeling.routing import MODALITIES, Decision, RoutingContext
+from .conditions import take_conditions
 from .documents import packed_documents
 from .low_rank import ExpertSlots, MixedSlots
 from .memory import PooledState, cache_of, cached_tokens, keep_state, past_state
@@ -48,6 +48,8 @@ class AdapterContext:
 
     # The root's variable and what it held before, while its forward runs.
     token: Token | None = None
+    # What was called.
+    root: nn.Module | None = None
 
     def __init__(
         self,
@@ -161,14 +163,31 @@ class LayerRun:
         hidden_states (`torch.Tensor` of shape `(B, S, d)`): what enters the layer.
         context: what the root passed down, if it did.
         encoder_hidden_states: what its cross-attention reads, if it has one.
+        knows_tokens: whether the root's context would be about the tokens of this layer.
     """
 
-    def __init__(self, hidden_states: torch.Tensor, context: AdapterContext | None, encoder_hidden_states: Any = None):
+    def __init__(
+        self,
+        hidden_states: torch.Tensor,
+        context: AdapterContext | None,
+        encoder_hidden_states: Any = None,
+        knows_tokens: bool = False,
+    ):
         self.hidden_states = hidden_states
         self.context = context
         self.encoder_hidden_states = encoder_hidden_states
+        self.knows_tokens = knows_tokens
         # (adapter, number of the router) -> the decision that targets in this layer share.
         self.shared: dict[tuple[str, int], ExpertSlots | MixedSlots] = {}
+
+    def check_told(self, router: str) -> None:
+        """Refuse a router that needs what only the call of the model tells, where something inside was called."""
+        if self.knows_tokens and self.context is None:
+            raise RuntimeError(
+                f"{router} needs to know the tokens of the call, and the layer was called without them: call the "
+                "model or the backbone below its head, with input_ids, inputs_embeds or pixel_values and no mask of "
+                "the pixels, or choose a router that decides token by token in every layer."
+            )
 
     def tells_of(self, x: torch.Tensor) -> bool:
         """Whether `x` (..., in) are the tokens that enter the layer."""
@@ -205,7 +224,7 @@ def adapted_layer_class(host_class: Any, knows_tokens: bool) -> Any:
         if context is not None:
             context.enter(hidden_states)
         positional = args[place] if place is not None and place < len(args) else None
-        run = LayerRun(hidden_states, context, kwargs.get("encoder_hidden_states", positional))
+        run = LayerRun(hidden_states, context, kwargs.get("encoder_hidden_states", positional), knows_tokens)
         token = ACTIVE_LAYER.set(run)
         try:
             output = host_class.forward(self, *args, **kwargs)
@@ -291,45 +310,9 @@ def token_context(model: PreTrainedModel, inputs: dict[str, Any]) -> RoutingCont
     return RoutingContext(modality_ids[:, -shape[1] :].long(), token_mask, inputs.get("input_ids"))
 
 
-_CONDITIONS: ContextVar[dict[str, Any] | None] = ContextVar("hf_moe_routing_inputs", default=None)
-
-
-@contextmanager
-def routing_inputs(**conditions: Any) -> Iterator[None]:
-    """Give the routers of adapters the conditions of every row, where the call of a model has no place for them.
-
-    `generate` refuses keyword arguments that its model does not name:
-
-        with routing_inputs(task=torch.tensor([0, 1])):
-            model.generate(**inputs)
-
-    Args:
-        conditions: name -> ids (B,), or features (B, C), of the rows; beams of a row share them.
-    """
-    token = _CONDITIONS.set({**(_CONDITIONS.get() or {}), **conditions})
-    try:
-        yield
-    finally:
-        _CONDITIONS.reset(token)
-
-
-def take_conditions(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the conditions of the rows, and take those out of `kwargs` that the model itself knows nothing of."""
-    conditions = {**(_CONDITIONS.get() or {}), **(kwargs.get("condition_ids") or {})}
-    for module in model.modules():
-        name = getattr(module, "condition", None) if isinstance(module, Router) else None
-        if name is not None and f"{name}_ids" in kwargs:
-            conditions[name] = kwargs[f"{name}_ids"]
-    known = inspect.signature(model.forward).parameters
-    for name in ("condition_ids", *(f"{name}_ids" for name in conditions)):
-        if name not in known:
-            kwargs.pop(name, None)
-    return {name: torch.as_tensor(value) for name, value in conditions.items()}
-
-
 def pass_context(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Hook before the root's forward: pass the routing context on to the decoder layers."""
-    if not any(getattr(module, "moe_lora_knows_tokens", False) for module in model.modules()):
+    """Hook before the forward of the root, or of its backbone: pass the routing context on to the decoder layers."""
+    if is_inside() or not any(getattr(module, "moe_lora_knows_tokens", False) for module in model.modules()):
         return None
     kwargs = dict(kwargs)
     conditions = take_conditions(model, kwargs)
@@ -338,6 +321,7 @@ def pass_context(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
     passed = context(model, inputs, conditions)
     if passed is None:
         return args, kwargs
+    passed.root = model
     passed.token = _ROOT_CONTEXT.set(passed)
     return args, {**kwargs, "moe_lora_context": passed}
 
@@ -369,9 +353,20 @@ def image_context(
     return ImageContext(len(pixels), conditions)
 
 
+def context_of_call(model: nn.Module, kwargs: dict[str, Any]) -> AdapterContext | None:
+    """Return the context of a forward that has returned, if it is `model` that was called and not a model around it."""
+    context: AdapterContext | None = kwargs.get("moe_lora_context")
+    return context if context is not None and context.root is model else None
+
+
+def is_inside() -> bool:
+    """Whether the forward of a model around this one is running."""
+    return _ROOT_CONTEXT.get() is not None
+
+
 def remember(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Hook after the root's forward, or its failure: leave what the routers have pooled with the key-value cache."""
-    context: AdapterContext | None = kwargs.get("moe_lora_context")
+    context = context_of_call(model, kwargs)
     if context is None:
         return
     if context.token is not None:

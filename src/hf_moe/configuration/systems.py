@@ -19,6 +19,8 @@ def load_preset(key: str) -> dict[str, Any]:
     """
     keys = _keys()
     if key not in keys:
+        if (files("hf_moe") / "adapters" / "presets" / f"{key}.yaml").is_file():
+            raise ValueError(f"{key!r} is a system of adapters: hf_moe.MoeLoraConfig.from_system({key!r}) for PEFT.")
         raise ValueError(unknown_name_message("system", key, keys))
     return yaml.safe_load((PRESETS / f"{key}.yaml").read_text(encoding="utf-8"))
 

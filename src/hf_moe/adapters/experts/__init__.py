@@ -3,6 +3,7 @@
 from typing import Any
 
 from ...configuration.configuration_hf_moe import unknown_name_message
+from ..checks import check_options
 from .base import ExpertKind, Target
 from .bottleneck import BottleneckExperts
 from .ia3 import Ia3Experts
@@ -32,7 +33,5 @@ def build_kind(settings: dict[str, Any], target: Target) -> ExpertKind:
     name = options.pop("name")
     if name not in EXPERT_KINDS:
         raise ValueError(unknown_name_message("kind of experts", name, list(EXPERT_KINDS)))
-    try:
-        return EXPERT_KINDS[name](target, **options)
-    except TypeError as error:
-        raise ValueError(f"The experts {name!r} cannot be built: {error}") from error
+    check_options("experts", name, EXPERT_KINDS[name], options)
+    return EXPERT_KINDS[name](target, **options)

@@ -26,6 +26,7 @@ class Target:
         ranks: rank of every expert or part.
         init_zero: start with experts that change nothing.
         num_host_experts: H.
+        head_dim: width of a head, of a projection in an attention that tells.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Target:
     ranks: tuple[int, ...]
     init_zero: bool = True
     num_host_experts: int = 1
+    head_dim: int | None = None
 
     @property
     def rank(self) -> int:

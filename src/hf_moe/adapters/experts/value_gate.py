@@ -21,14 +21,21 @@ class ValueGateExperts(ExpertKind):
     """Per-head tanh gates on the output of a value projection.
 
     Args:
-        head_dim: width of a head.
+        head_dim: width of a head; that of the host's attention when `None`.
 
     Raises:
-        ValueError: if `head_dim` does not divide the width of the target's output.
+        ValueError: if `head_dim` does not divide the width of the target's output, or is not known.
     """
 
-    def __init__(self, target: Target, *, head_dim: int):
+    def __init__(self, target: Target, *, head_dim: int | None = None):
         super().__init__(target)
+        if head_dim is None:
+            head_dim = target.head_dim
+        if head_dim is None:
+            raise ValueError(
+                f"The attention around {target.name!r} does not tell the width of its heads: give the experts "
+                "'value_gate' a head_dim."
+            )
         if head_dim < 1 or target.out_features % head_dim:
             raise ValueError(
                 f"The experts 'value_gate' gate whole heads: head_dim={head_dim} must divide the "

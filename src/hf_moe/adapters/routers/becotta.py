@@ -31,7 +31,7 @@ class BecottaRouter(PooledRouter):
             has no sharper gate than a short one.
 
     Raises:
-        ValueError: if K does not lie in [1, E]; in `forward`, if a domain does not lie in [0, D).
+        ValueError: if K does not lie in [1, E], or D is less than 1; in `forward`, if a domain does not lie in [0, D).
     """
 
     mechanism_name = "becotta"
@@ -48,6 +48,8 @@ class BecottaRouter(PooledRouter):
     ):
         super().__init__(spec, modalities, end_token_id, pooling)
         check_slots(spec, spec.num_experts, "becotta")
+        if num_domains < 1:
+            raise ValueError(f"num_domains={num_domains} must be at least 1: every domain has a gate.")
         self.num_domains = num_domains
         self.condition = condition
         self.weight = nn.Parameter(torch.empty(num_domains, 2 * spec.num_experts, spec.hidden_size))
