@@ -111,6 +111,26 @@ def test_two_adapters_merge_together(llama, text, randomise):
     torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_named_adapters_are_checked_and_merged_whatever_is_active(llama, text, randomise):
+    constant = MoeLoraConfig(target_modules=TARGETS, router="constant")
+    override = {"router": "constant", "num_experts_per_tok": None}
+    mixed = MoeLoraConfig(target_modules=TARGETS, router_input="target", target_overrides={"q_proj": override})
+    model = adapt(llama())
+    model.add_adapter("constant", constant)
+    model.add_adapter("mixed", mixed)
+    randomise(model)
+    before = weights(model)
+    model.set_adapter("constant")
+    expected = logits(model, text)
+    for names in (["mixed"], ["constant", "mixed"], None):
+        model.set_adapter("default" if names is None else "constant")
+        with pytest.raises(ValueError, match="cannot be merged"):
+            model.merge_adapter(adapter_names=names)
+        assert all(torch.equal(*pair) for pair in zip(before, weights(model), strict=True))
+    model.merge_adapter(adapter_names=["constant"])
+    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_transposed_layers_merge_too(text, randomise):
     torch.manual_seed(0)
     host = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32))

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from ..modeling.auxiliary import count_labels, is_learning, warn_without_labels
 from ..modeling.routing import ExpertAssignment, Router
-from .frozen import install_frozen_hooks
+from .frozen import hold_frozen, install_frozen_hooks
 from .layer import MoeLoraLayer
 from .routing import AdapterContext, context_of_call, is_inside, pass_context, remember, root_inputs
 
@@ -37,6 +37,7 @@ def install_hooks(model: nn.Module) -> list[Any]:
     handles = install_frozen_hooks(model)
     for module in [model] if backbone is model else [model, backbone]:
         handles += [
+            module.register_forward_pre_hook(hold_frozen),
             module.register_forward_pre_hook(end_finished_step),
             module.register_forward_pre_hook(pass_context, with_kwargs=True),
             module.register_forward_hook(add_objectives, with_kwargs=True),

@@ -354,7 +354,7 @@ def image_context(
 
 
 def context_of_call(model: nn.Module, kwargs: dict[str, Any]) -> AdapterContext | None:
-    """Return the context of a forward that has returned, if it is `model` that was called and not a model around it."""
+    """Return the context of a forward that has returned, if `model` was called and no model around it."""
     context: AdapterContext | None = kwargs.get("moe_lora_context")
     return context if context is not None and context.root is model else None
 
