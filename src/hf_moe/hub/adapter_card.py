@@ -87,6 +87,7 @@ def write_adapter_card(
         folder=folder.resolve().name,
         base=bases[0],
         auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
+        processor_class="AutoProcessor" if multimodal else "AutoTokenizer",
         config=config,
         system=load_system(system) if system else None,
         targets=[targets] if isinstance(targets, str) else sorted(targets),

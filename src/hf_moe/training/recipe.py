@@ -80,8 +80,9 @@ class Recipe:
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain data."""
-        return asdict(self)
+        """Return the recipe as plain data, without what does not apply to it."""
+        foreign = ("adapter",) if self.adapter is None else ("trainable", "stages")
+        return {name: value for name, value in asdict(self).items() if name not in foreign}
 
 
 def recipe_names() -> list[str]:
