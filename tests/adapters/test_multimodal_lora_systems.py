@@ -25,8 +25,8 @@ from hf_moe.adapters import (
     select_data,
     update_similarities,
 )
+from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
-from hf_moe.adapters.objectives import tuner_layers
 from hf_moe.modeling.routing import ExpertAssignment
 
 
@@ -340,9 +340,9 @@ def test_kshot_picks_the_relevant_adapters_but_no_duplicates(llama, bank):
     chosen = select_adapters(accuracies, perplexities, similarities, num_selected=2, shortlist=3)
     assert chosen in ([0, 3], [0, 4])
 
-    config = MoeLoraConfig.from_system("kshot_lora_moe", target_modules=["q_proj"])
-    fields = {"router": config.router, "router_input": config.router_input, "num_experts_per_tok": None}
-    model = assemble_lora_experts(llama(), [folders[index] for index in chosen], freeze_experts=False, **fields)
+    model = assemble_lora_experts(llama(), [folders[index] for index in chosen], system="kshot_lora_moe")
+    bank_config = model.peft_config["default"]
+    assert (bank_config.num_experts, bank_config.num_experts_per_tok, bank_config.router_input) == (2, None, "target")
     assert train(model, {"input_ids": ids, "labels": shots[1]["labels"]}, steps=5) < math.inf
     assert any("moe_lora_A" in name for name in trainable(model))
 

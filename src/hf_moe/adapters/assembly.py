@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .config import MoeLoraConfig
 from .layer import MoeLoraLayer
+from .systems import load_system
 
 
 # What the experts of one bank must agree in.
@@ -35,7 +36,13 @@ PLAIN_FIELDS = {
 
 
 def assemble_lora_experts(
-    model: PreTrainedModel, adapters: list[str], adapter_name: str = "default", **options: Any
+    model: PreTrainedModel,
+    adapters: list[str],
+    adapter_name: str = "default",
+    *,
+    system: str | None = None,
+    variant: str | None = None,
+    **options: Any,
 ) -> PeftModel:
     """Return `model` with one expert per LoRA adapter, and a fresh router in front.
 
@@ -44,11 +51,15 @@ def assemble_lora_experts(
         adapters: folders or Hub names of LoRA adapters with the same targets; their ranks may differ. The last parts
             of the names become those of the experts, if they differ.
         adapter_name: name of the assembled adapter.
-        options: further fields of [`MoeLoraConfig`], such as `router` or `num_experts_per_tok`. The experts are frozen
-            unless `freeze_experts=False`.
+        system: a published system, such as `"kshot_lora_moe"`, whose fields to take as far as the adapters do not set
+            them.
+        variant: its form; the first one when `None`.
+        options: further fields of [`MoeLoraConfig`], such as `router` or `num_experts_per_tok`, before those of the
+            system. The experts are frozen unless `freeze_experts=False`.
 
     Raises:
-        ValueError: if an adapter is no plain LoRA, differs from the first one in targets, or does not fit the model.
+        ValueError: if the system or its variant is unknown, or if an adapter is no plain LoRA, differs from the first
+            one in targets, or does not fit the model.
     """
     configs = [PeftConfig.from_pretrained(adapter) for adapter in adapters]
     for adapter, config in zip(adapters, configs, strict=True):
@@ -63,9 +74,11 @@ def assemble_lora_experts(
     first = configs[0]
     fields = {name: getattr(first, name) for name in (*SHARED_FIELDS, "lora_alpha", "alpha_pattern", "use_rslora")}
     fields |= _ranks(weights)
+    preset = {} if system is None else load_system(system, variant)["config"]
+    preset = {name: value for name, value in preset.items() if name not in {*fields, "num_experts"}}
     names = [Path(adapter).name for adapter in adapters]
     expert_names = names if len(set(names)) == len(names) else None
-    options = {"freeze_experts": True, "expert_names": expert_names, **options}
+    options = {"freeze_experts": True, "expert_names": expert_names, **preset, **options}
     peft_model = get_peft_model(model, MoeLoraConfig(num_experts=len(adapters), **fields, **options), adapter_name)
     for expert, (adapter, config) in enumerate(zip(adapters, configs, strict=True)):
         _fill_expert(peft_model, adapter_name, expert, adapter, config, weights[expert])
