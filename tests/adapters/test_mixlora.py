@@ -1,4 +1,4 @@
-"""MixLoRA's claim: against one LoRA of equal total rank, experts of a whole feed-forward keep tasks apart."""
+"""MixLoRA: its three strategies and their losses by formula, and its claim, that experts keep tasks apart."""
 
 from functools import partial
 
@@ -11,6 +11,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_moe import MoeLoraConfig
+from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.modeling.routing import RoutingContext
 
 
 TASKS, WIDTH, INNER, RANK = 4, 16, 32, 1
@@ -94,3 +97,44 @@ def test_experts_keep_tasks_apart_that_one_lora_of_equal_rank_mixes_up(seed):
     single = LoraConfig(r=TASKS * RANK, lora_alpha=2 * TASKS * RANK, target_modules=TARGETS)
     best = [min(error(config, seed, rate) for rate in RATES) for config in (mixed, single)]
     assert best[0] < 0.95 * best[1], best
+
+
+@pytest.mark.parametrize(
+    "variant, expected",
+    [
+        ("top_k", [[0.55 / 0.75, 0.2 / 0.75, 0, 0], [0, 0, 0.05 / 0.95, 0.9 / 0.95]]),
+        ("top_p", [[0.55 / 0.88, 0.2 / 0.88, 0.13 / 0.88, 0], [0, 0, 0, 1]]),  # 0.55 + 0.2 is not enough, 0.9 is
+        ("switch", [[0.55, 0, 0, 0], [0, 0, 0, 0.9]]),
+    ],
+)
+def test_a_strategy_chooses_and_weighs_by_its_formula(variant, expected):
+    config = MoeLoraConfig.from_system("mixlora", variant=variant, num_experts=4)
+    settings = config.settings("gate_proj")
+    router = config.build_router(config.spec(0, 4, settings), settings).eval()
+    router.weight.data = torch.eye(4)
+    hidden = torch.tensor([[0.55, 0.2, 0.13, 0.12], [0.02, 0.03, 0.05, 0.9]]).log()
+    decision = router(hidden, RoutingContext.all_text(hidden[None]))
+    torch.testing.assert_close(ExpertSlots(decision).gates, torch.tensor(expected).float())
+
+
+@pytest.mark.parametrize("variant, slots, has_z", [("top_k", 2, False), ("switch", 1, True)])
+def test_the_balance_of_a_strategy_and_its_z_loss_are_in_the_loss(llama, text, randomise, variant, slots, has_z):
+    losses, logits = [], []
+    for fields in ({}, {"objectives": {}}):
+        model = get_peft_model(llama(), MoeLoraConfig.from_system("mixlora", variant=variant, num_experts=4, **fields))
+        randomise(model.eval())
+        for layer in tuner_layers(model):
+            for router in layer.moe_lora_router.values():
+                router.register_forward_hook(lambda module, args, decision: logits.append(decision.router_logits))
+        with torch.no_grad():
+            losses.append(model(**text).loss)
+    per_layer = [item.view(2, 9, 4) for item in logits if item is not None and item.shape[-1] == 4][:2]
+    share = (text["labels"][:, 1:] != -100).sum(1) / (text["labels"][:, 1:] != -100).sum()
+    expected = 0.0
+    for row, real in enumerate(text["attention_mask"].bool()):
+        for own in (layer[row, real] for layer in per_layer):
+            probs = own.softmax(-1)
+            chosen = F.one_hot(probs.topk(slots).indices, 4).sum((0, 1)) / (len(own) * slots)  # (E,)
+            value = 4 * (chosen * probs.mean(0)).sum() + has_z * own.logsumexp(-1).square().mean()
+            expected = expected + share[row] * 0.01 * value / len(per_layer)
+    torch.testing.assert_close(losses[0] - losses[1], expected, atol=1e-5, rtol=1e-4)
