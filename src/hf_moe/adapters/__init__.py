@@ -6,7 +6,7 @@ from .adaptation import TestTimeAdapter
 from .alignment import gromov_wasserstein_init
 from .assembly import assemble_lora_experts
 from .checkpoints import accept_saved_type
-from .conditions import routing_inputs
+from .conditions import ConditionCollator, routing_inputs
 from .config import MoeLoraConfig
 from .editing import add_expert, expert_names, freeze_experts, remove_expert, rename_expert
 from .layer import MoeLoraLayer
@@ -21,6 +21,7 @@ from .systems import list_lora_systems
 
 
 __all__ = [
+    "ConditionCollator",
     "LogRouting",
     "MoeLoraConfig",
     "MoeLoraLayer",

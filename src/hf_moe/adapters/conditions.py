@@ -1,15 +1,17 @@
 """The conditions of the rows (task, domain, language, ...), on their way from a call to the routers that read them."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.routing import Router
+from .routers.condition import check_condition_ids
 
 
 _CONDITIONS: ContextVar[dict[str, Any] | None] = ContextVar("hf_moe_routing_inputs", default=None)
@@ -34,15 +36,83 @@ def routing_inputs(**conditions: Any) -> Iterator[None]:
         _CONDITIONS.reset(token)
 
 
-def take_conditions(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the conditions of the rows, and take those out of `kwargs` that the model itself knows nothing of."""
-    conditions = {**(_CONDITIONS.get() or {}), **(kwargs.get("condition_ids") or {})}
+class ConditionCollator:
+    """Brings the conditions of the rows into the batches of a collator that knows nothing of them, such as TRL's.
+
+    The data keep them in columns `<name>_ids`, which `remove_unused_columns=False` leaves there:
+
+        SFTTrainer(..., data_collator=ConditionCollator(DataCollatorForLanguageModeling(pad_token_id), ["task"]))
+
+    Args:
+        collator: makes a batch of everything else.
+        names: of the conditions.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]], names: Sequence[str]):
+        self.collator = collator
+        self.columns = {name: f"{name}_ids" for name in names}
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = {name: torch.tensor([row[column] for row in rows]) for name, column in self.columns.items()}
+        others = [{name: row[name] for name in row.keys() - set(self.columns.values())} for row in rows]
+        return {**self.collator(others), "condition_ids": ids}
+
+
+def conditions_read(model: nn.Module) -> dict[str, int]:
+    """Return the conditions that routers in a model read, and how many values they tell apart; 0 for features."""
+    read: dict[str, int] = {}
     for module in model.modules():
         name = getattr(module, "condition", None) if isinstance(module, Router) else None
-        if name is not None and f"{name}_ids" in kwargs:
-            conditions[name] = kwargs[f"{name}_ids"]
+        if name is not None:
+            read[name] = max(read.get(name, 0), getattr(module, "num_conditions", 0))
+    return read
+
+
+def take_conditions(model: PreTrainedModel, kwargs: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the conditions of a call, and take those out of `kwargs` that the model itself knows nothing of.
+
+    Raises:
+        ValueError: if `condition_ids` does not say which one it is.
+    """
+    given = kwargs.get("condition_ids")
+    if given is not None and not isinstance(given, Mapping):
+        if len(names) != 1:
+            raise ValueError(
+                f"condition_ids must name the conditions, {{name: (B,)}}: the model's routers read {sorted(names)}."
+            )
+        given = kwargs["condition_ids"] = dict.fromkeys(names, given)
+    conditions = {**(given or {}), **{name: kwargs[f"{name}_ids"] for name in names if f"{name}_ids" in kwargs}}
     known = inspect.signature(model.forward).parameters
     for name in ("condition_ids", *(f"{name}_ids" for name in conditions)):
         if name not in known:
             kwargs.pop(name, None)
-    return {name: torch.as_tensor(value) for name, value in conditions.items()}
+    return conditions
+
+
+def conditions_of_rows(given: dict[str, Any], read: dict[str, int], rows: int) -> dict[str, torch.Tensor]:
+    """Return the conditions (rows,) or (rows, C) of every row: those of the call, and those of [`routing_inputs`].
+
+    Args:
+        given: with the call.
+        read: see [`conditions_read`].
+        rows: B, with the beams of generation.
+
+    Raises:
+        ValueError: if they are not one for each row, or no ids that a router knows; a negative one stands for none.
+    """
+    ambient = _CONDITIONS.get() or {}
+    found = {name: torch.as_tensor(value) for name, value in {**ambient, **given}.items()}
+    for name, value in found.items():
+        if name in given:
+            fits = value.dim() > 0 and len(value) == rows
+        else:  # `generate` repeats the rows, and not these
+            fits = value.dim() > 0 and len(value) > 0 and rows % len(value) == 0
+        if not fits or value.dim() > (1 if read.get(name) else 2):
+            raise ValueError(
+                f"The condition {name!r} needs one value for each of {rows} rows, and has the shape "
+                f"{tuple(value.shape)}."
+            )
+        if read.get(name):
+            check_condition_ids(name, value, read[name])
+        found[name] = value.repeat_interleave(rows // len(value), dim=0)
+    return found

@@ -37,6 +37,11 @@ def constant_gates(
     condition = getattr(router, "condition", None)
     if condition is not None and condition not in (condition_ids or {}):
         raise RoutingVaries(f"{name} decides by the condition {condition!r} of a row: say which one to merge for")
+    known = getattr(router, "num_conditions", 0)
+    if known and not 0 <= condition_ids[condition] < known:  # type: ignore[index]
+        raise ValueError(
+            f"condition_ids={condition_ids}: {condition!r} must lie in [0, {known}), of which {name} knows an expert."
+        )
     rows, length = PROBE_SHAPE
     generator = torch.Generator().manual_seed(0)
     device = next((tensor.device for tensor in (*router.parameters(), *router.buffers())), torch.device("cpu"))

@@ -11,7 +11,9 @@ the way, the layer's call takes it from the root's own variable, before a recomp
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar, Token
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modeling.routing import MODALITIES, Decision, RoutingContext
-from .conditions import take_conditions
+from .conditions import conditions_of_rows, conditions_read, take_conditions
 from .documents import packed_documents
 from .low_rank import ExpertSlots, MixedSlots
 from .memory import PooledState, cache_of, cached_tokens, keep_state, past_state
@@ -315,10 +317,11 @@ def pass_context(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
     if is_inside() or not any(getattr(module, "moe_lora_knows_tokens", False) for module in model.modules()):
         return None
     kwargs = dict(kwargs)
-    conditions = take_conditions(model, kwargs)
-    inputs = {**root_inputs(model, args, kwargs), "condition_ids": conditions or None}
+    read = conditions_read(model)
+    given = take_conditions(model, kwargs, read)
+    inputs = {**root_inputs(model, args, kwargs), "condition_ids": given or None}
     context = image_context if model.main_input_name == "pixel_values" else text_context
-    passed = context(model, inputs, conditions)
+    passed = context(model, inputs, partial(conditions_of_rows, given, read))
     if passed is None:
         return args, kwargs
     passed.root = model
@@ -327,16 +330,14 @@ def pass_context(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
 
 
 def text_context(
-    model: PreTrainedModel, inputs: dict[str, Any], conditions: dict[str, torch.Tensor]
+    model: PreTrainedModel, inputs: dict[str, Any], conditions: Callable[[int], dict[str, torch.Tensor]]
 ) -> AdapterContext | None:
     """Return what a model that reads token ids tells its layers; `None` where it got none."""
     tokens = token_context(model, inputs)
     if tokens is None:
         return None
     rows, length = tokens.token_mask.shape
-    tokens.condition_ids = {
-        name: value.repeat_interleave(max(rows // len(value), 1), dim=0) for name, value in conditions.items()
-    }
+    tokens.condition_ids = conditions(rows)
     hides_padding = inputs.get("attention_mask") is not None and real_tokens(model, inputs, length) is None
     cache = cache_of(inputs)
     documents = None if cached_tokens(cache) else packed_documents(inputs, tokens.token_mask.shape)
@@ -344,13 +345,13 @@ def text_context(
 
 
 def image_context(
-    model: PreTrainedModel, inputs: dict[str, Any], conditions: dict[str, torch.Tensor]
+    model: PreTrainedModel, inputs: dict[str, Any], conditions: Callable[[int], dict[str, torch.Tensor]]
 ) -> ImageContext | None:
     """Return what a vision encoder tells its layers; `None` where a mask says that some patches are padding."""
     pixels = inputs.get("pixel_values")
     if pixels is None or any(inputs.get(name) is not None for name in ("pixel_mask", "pixel_attention_mask")):
         return None
-    return ImageContext(len(pixels), conditions)
+    return ImageContext(len(pixels), conditions(len(pixels)))
 
 
 def context_of_call(model: nn.Module, kwargs: dict[str, Any]) -> AdapterContext | None:

@@ -50,7 +50,7 @@ class BecottaRouter(PooledRouter):
         check_slots(spec, spec.num_experts, "becotta")
         if num_domains < 1:
             raise ValueError(f"num_domains={num_domains} must be at least 1: every domain has a gate.")
-        self.num_domains = num_domains
+        self.num_domains = self.num_conditions = num_domains
         self.condition = condition
         self.weight = nn.Parameter(torch.empty(num_domains, 2 * spec.num_experts, spec.hidden_size))
 

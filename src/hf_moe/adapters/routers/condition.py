@@ -15,19 +15,35 @@ def condition_per_token(context: RoutingContext, name: str, device: torch.device
     if values is None:
         raise ValueError(
             f"A router reads the condition {name!r} of every row, and the call gave none: pass {name}_ids=(B,) or "
-            f"condition_ids={{{name!r}: (B,)}} to a model whose layers take keyword arguments, or wrap the call in "
-            f"hf_moe.adapters.routing_inputs({name}=...), as generation needs."
+            f"condition_ids={{{name!r}: (B,)}}, or wrap the call in hf_moe.adapters.routing_inputs({name}=...), as "
+            "generation needs. task_ids never arrives where PEFT's config has a task_type, nor does any column that a "
+            "collator drops: condition_ids and hf_moe.adapters.ConditionCollator bring them."
         )
     rows, positions = context.token_mask.shape
     return values.to(device).repeat_interleave(positions, dim=0)
+
+
+def check_condition_ids(name: str, ids: torch.Tensor, number: int) -> None:
+    """Refuse ids that no router knows.
+
+    Raises:
+        ValueError: if they are no integers, or one is `number` or more.
+    """
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"The ids of the condition {name!r} must be integers, not {ids.dtype}.")
+    if ids.numel() and int(ids.max()) >= number:
+        raise ValueError(
+            f"The ids of the condition {name!r} must be less than {number}, which a router knows, and one is "
+            f"{int(ids.max())}."
+        )
 
 
 class ConditionRouter(Router):
     """One expert per value of a condition; no parameters.
 
     Args:
-        spec: facts of the layer; a row whose id does not lie in [0, num_experts) gets no expert.
-        condition: its name; the model's call takes it as `<name>_ids` or in `condition_ids`.
+        spec: facts of the layer; a row whose id is negative gets no expert.
+        condition: its name; the model's call takes it as `<name>_ids` or in `condition_ids`, with ids less than E.
     """
 
     mechanism_name = "condition"
@@ -35,6 +51,7 @@ class ConditionRouter(Router):
     def __init__(self, spec: MoELayerSpec, *, condition: str = "task"):
         super().__init__(spec)
         self.condition = condition
+        self.num_conditions = spec.num_experts
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         experts = self.spec.num_experts
