@@ -7,7 +7,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import TestTimeAdapter
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 DOMAINS = 4

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.editing import add_expert, expert_names, freeze_experts, remove_expert, rename_expert
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import LogRouting
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 TASKS = torch.tensor([1, 0])

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from hf_moe import RoutingOverrides
 from hf_moe.adapters import assemble_lora_experts
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import find_centroids, intuition, list_lora_systems
+from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots, add_experts
-from hf_moe.adapters.objectives import tuner_layers
 from hf_moe.modeling.routing import ExpertAssignment, RoutingContext
 
 

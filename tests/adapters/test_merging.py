@@ -8,8 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_moe import MoeLoraConfig, Router, register_router
 from hf_moe.adapters.constant_routing import RoutingVaries, constant_gates
+from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.merging import merge_by_mean_routing, merge_for
-from hf_moe.adapters.objectives import tuner_layers
 from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec
 
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import routing_inputs
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 SIZES = {

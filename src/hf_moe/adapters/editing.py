@@ -19,9 +19,8 @@ from ..modeling.routing import Router
 from .config import MoeLoraConfig, TargetSettings
 from .experts import ExpertKind, build_kind
 from .frozen import FrozenExperts, expert_stacks, hold_frozen, numbered_layers, release
-from .layer import MoeLoraLayer
+from .layer import MoeLoraLayer, tuner_layers
 from .model import INIT_STD
-from .objectives import tuner_layers
 from .routers import ConditionRouter, HostRouter
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..modeling.dispatch import compute_dtype, grouped_linear
 from .experts.lora import LoraExperts
-from .layer import MoeLoraLayer
+from .layer import MoeLoraLayer, tuner_layers
 
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -32,7 +32,7 @@ def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
         ValueError: if no targets lie in a gated feed-forward, some of its projections are no targets, the experts are
             not LoRA, or it is not gated.
     """
-    adapted = [item for item in model.modules() if isinstance(item, MoeLoraLayer) and adapter_name in item.experts]
+    adapted = [item for item in tuner_layers(model) if adapter_name in item.experts]
     left = {item.layer_name[adapter_name] for item in adapted}
     found = set()
     for name, module in model.named_modules():
@@ -78,13 +78,14 @@ def _check_formula(module: nn.Module, name: str) -> None:
         return
     probe = torch.linspace(-1, 1, gate.in_features, device=gate.weight.device)[None]  # (1, d)
     probe = probe.to(gate.weight.dtype if gate.weight.is_floating_point() else torch.float32)
-    layers = [getattr(module, projection) for projection in PROJECTIONS]
-    active = [layer.active_adapters for layer in layers]
-    for layer in layers:
-        layer._active_adapter = []
-    found = module(probe)
-    for layer, adapters in zip(layers, active, strict=True):
-        layer._active_adapter = adapters
+    adapted = {projection: getattr(module, projection) for projection in PROJECTIONS}
+    for projection, layer in adapted.items():
+        setattr(module, projection, layer.get_base_layer())
+    try:
+        found = module(probe)
+    finally:
+        for projection, layer in adapted.items():
+            setattr(module, projection, layer)
     if not torch.allclose(found, down(module.act_fn(gate(probe)) * up(probe)), atol=1e-4, rtol=1e-3):
         raise ValueError(
             f"ffn_experts=True: {name!r}, a {type(module).__name__}, does not compute down(act(gate(x)) * up(x)). Set "
@@ -124,7 +125,7 @@ def _new_whole_ffn(host_class: Any) -> nn.Module:
 def mix_experts(module: nn.Module, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
     """Return the mixture of an adapter's feed-forward experts, (..., d)."""
     gate, up, down = (getattr(module, projection) for projection in PROJECTIONS)
-    slots = gate._slots(adapter_name, hidden_states, ())
+    slots = gate.slots(adapter_name, hidden_states, ())
     token, weight, offsets = slots.by_expert
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, d)
     base_gate, base_up = gate.base_layer(tokens), up.base_layer(tokens)  # (T, f)
@@ -133,11 +134,11 @@ def mix_experts(module: nn.Module, adapter_name: str, hidden_states: torch.Tenso
         lora_a, lora_b = layer.stacks(adapter_name)
         return grouped_linear(grouped_linear(rows, lora_a, offsets), lora_b, offsets)
 
-    rows = gate._prepare(adapter_name, tokens).index_select(0, token).to(compute_dtype(tokens))  # (M, d)
+    rows = gate.prepare(adapter_name, tokens).index_select(0, token).to(compute_dtype(tokens))  # (M, d)
     inner = module.act_fn(base_gate.index_select(0, token) + delta(gate, rows))
     inner = inner * (base_up.index_select(0, token) + delta(up, rows))  # (M, f)
     output = down.base_layer(inner)
-    output = output + delta(down, down._prepare(adapter_name, inner).to(rows.dtype))  # (M, d)
+    output = output + delta(down, down.prepare(adapter_name, inner).to(rows.dtype))  # (M, d)
     result = torch.zeros_like(tokens, dtype=output.dtype)
     result = result.index_add(0, token, output * weight[:, None].to(output.dtype))
     left = 1.0 - slots.weight.sum(-1)  # (T,)

@@ -1,6 +1,6 @@
 """The layer that takes the place of a targeted linear layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -206,15 +206,15 @@ class MoeLoraLayer(BaseTunerLayer):
             "vector": self.moe_lora_vector[adapter_name] if adapter_name in self.moe_lora_vector else None,
             "ranks": self.moe_lora_ranks[adapter_name] if adapter_name in self.moe_lora_ranks else None,
         }
-        prepare = partial(self._prepare, adapter_name)
-        slots: Any = self._slots(adapter_name, x, args)
+        prepare = partial(self.prepare, adapter_name)
+        slots: Any = self.slots(adapter_name, x, args)
         result = self.experts[adapter_name].forward(call, x, prepare, tensors, slots)
         if adapter_name in self.moe_lora_shared_A:
             inner = F.linear(prepare(x), self.moe_lora_shared_A[adapter_name] * self.shared_scaling[adapter_name])
             result = result + F.linear(inner, self.moe_lora_shared_B[adapter_name]).to(result.dtype)
         return result
 
-    def _prepare(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def prepare(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Return what the experts of an adapter read of `x`: in their dtype, after dropout."""
         own = next(stack[adapter_name] for stack in (self.moe_lora_A, self.moe_lora_vector) if adapter_name in stack)
         return self.moe_lora_dropout[adapter_name](self._cast_input_dtype(x, own.dtype))
@@ -226,7 +226,7 @@ class MoeLoraLayer(BaseTunerLayer):
             device, dtype = parameter.device, parameter.dtype
         return device, dtype
 
-    def _slots(self, adapter_name: str, x: torch.Tensor, args: tuple) -> ExpertSlots | MixedSlots:
+    def slots(self, adapter_name: str, x: torch.Tensor, args: tuple) -> ExpertSlots | MixedSlots:
         """Return the decision for the tokens of `x`, the shared one if a sibling has not made it yet."""
         run = ACTIVE_LAYER.get()
         owner = self.router_owner[adapter_name]
@@ -350,6 +350,11 @@ class MoeLoraLayer(BaseTunerLayer):
     def _as_stored(self, delta: torch.Tensor) -> torch.Tensor:
         """Return a delta (..., out, in) in the layout and dtype of the base weight."""
         return (delta.mT if isinstance(self.get_base_layer(), Conv1D) else delta).to(self.mergeable_weight())
+
+
+def tuner_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
+    """Yield the layers with LoRA experts, in the order of the model."""
+    return (module for module in model.modules() if isinstance(module, MoeLoraLayer))
 
 
 class Linear(nn.Module, MoeLoraLayer):

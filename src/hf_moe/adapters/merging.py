@@ -19,9 +19,8 @@ from ..configuration.configuration_hf_moe import MODALITIES
 from ..modeling.gating import check_choice
 from ..modeling.routing import ExpertAssignment, Router, RoutingContext
 from .constant_routing import RoutingVaries, constant_gates
-from .layer import MoeLoraLayer
+from .layer import MoeLoraLayer, tuner_layers
 from .low_rank import ExpertSlots
-from .objectives import tuner_layers
 
 
 @dataclass(frozen=True)

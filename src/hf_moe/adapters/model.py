@@ -20,8 +20,8 @@ from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards
 from .frozen import FrozenExperts, numbered_layers
 from .hosts import enclosing_layer, is_bidirectional, is_layer, known_tokens, layer_width, reads_text
-from .layer import Linear, MoeLoraLayer
-from .objectives import install_hooks, tuner_layers
+from .layer import Linear, MoeLoraLayer, tuner_layers
+from .objectives import install_hooks
 from .parts import part_of
 from .routers import HostRouter, PooledRouter, SoftMoaRouter
 from .routing import OUTPUT_EXPERTS, TokenlessContext, adapted_layer_class

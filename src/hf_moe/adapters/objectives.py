@@ -17,13 +17,8 @@ from transformers.utils import ModelOutput
 from ..modeling.auxiliary import count_labels, is_learning, warn_without_labels
 from ..modeling.routing import ExpertAssignment, Router
 from .frozen import hold_frozen, install_frozen_hooks
-from .layer import MoeLoraLayer
+from .layer import MoeLoraLayer, tuner_layers
 from .routing import AdapterContext, context_of_call, is_inside, pass_context, remember, root_inputs
-
-
-def tuner_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
-    """Yield the layers with LoRA experts, in the order of the model."""
-    return (module for module in model.modules() if isinstance(module, MoeLoraLayer))
 
 
 def install_hooks(model: nn.Module) -> list[Any]:

@@ -197,12 +197,12 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
         host_expert = experts.repeat_interleave(torch.diff(offsets, prepend=offsets.new_zeros(1)))  # (M,)
         for adapter in self.active_adapters:
             if adapter in self.experts:
-                slots: Any = self._slots(adapter, hidden_states, ())
+                slots: Any = self.slots(adapter, hidden_states, ())
                 index = slots.index.index_select(0, token) * self.num_host_experts + host_expert[:, None]  # (M, K)
                 lora_a, lora_b = self.stacks(adapter)  # (E * H, r, in), (E * H, out, r)
                 index = index.clamp(max=len(lora_a))
                 decision = ExpertAssignment(index, slots.weight.index_select(0, token), len(lora_a))
-                output = add_experts(output, self._prepare(adapter, rows), lora_a, lora_b, ExpertSlots(decision))
+                output = add_experts(output, self.prepare(adapter, rows), lora_a, lora_b, ExpertSlots(decision))
         return output
 
     def __repr__(self) -> str:
