@@ -7,12 +7,13 @@ from copy import deepcopy
 import pytest
 import torch
 from hub_checkpoints import tiny_config, tiny_model
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.checkpoints import is_saved_for_a_push
 from hf_moe.hub.adapter import check_base, set_base
+from hf_moe.hub.push import push_checkpoint
 from hf_moe.training.trainer import HfMoeTrainer
 
 
@@ -117,8 +118,8 @@ def test_a_checkpoint_that_stays_here_is_saved_with_a_warning(hub, tmp_path):
 
 def test_a_model_whose_base_is_named_is_pushed_with_its_commit_and_no_path(hub, tmp_path):
     model = adapted(tmp_path)
-    with pytest.raises(ValueError, match=r"'base'.*which nobody else can load"):
-        set_base(model, "base")
+    with pytest.raises(ValueError, match=r"'./base'.*which nobody else can load"):
+        set_base(model, "./base")
     set_base(model, "owner/base", revision="0123abcd")
     by_the_trainer(model, tmp_path)
     files = hub.files("owner/experts")
@@ -136,10 +137,33 @@ def test_a_path_is_recorded_with_a_warning_even_where_it_is_gone(tmp_path, base)
         check_base(base)
 
 
-@pytest.mark.parametrize("base", ["", None, "tiny-llama"])
-def test_what_names_no_repository_of_somebody_is_no_base_to_push(base):
+@pytest.mark.parametrize("base", ["", None])
+def test_an_adapter_without_a_base_is_not_pushed(base):
     with pytest.raises(ValueError, match=REFUSAL):
         check_base(base)
+
+
+def test_models_without_a_user_are_bases_too(hub, tmp_path):
+    model = adapted("gpt2")
+    by_the_model(model, tmp_path)
+    assert json.loads(hub.files("owner/experts")["adapter_config.json"])["base_model_name_or_path"] == "gpt2"
+
+
+@pytest.mark.parametrize("config", [MoeLoraConfig, LoraConfig])
+@pytest.mark.parametrize("base", ["models/base", "base"])
+def test_a_relative_folder_is_refused_from_another_folder_too(hub, tmp_path, monkeypatch, base, config):
+    (tmp_path / base).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(adapted(base).unload(), config(target_modules=["q_proj"]))
+    model.save_pretrained("adapter")
+    monkeypatch.chdir("/")
+    with pytest.raises(ValueError, match=rf"{base}'.*{REFUSAL}"):
+        push_checkpoint(tmp_path / "adapter", "owner/experts")
+    set_base(tmp_path / "adapter", "owner/named")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "base_model: owner/named\n" in card and "base_model:adapter:owner/named\n" in card
+    assert base not in card.replace("base_model", "").replace("basemodel", "") or base == "base"
+    assert push_checkpoint(tmp_path / "adapter", "owner/experts", dry_run=True).files
 
 
 def test_a_relative_folder_is_no_repository(tmp_path, monkeypatch):

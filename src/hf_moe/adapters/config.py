@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
 
@@ -11,13 +12,13 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from ..configuration.configuration_hf_moe import unknown_name_message
-from ..hub.adapter import check_base, is_path
+from ..hub.adapter import WEIGHTS_FILE, check_base, check_weights, is_path
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
-from .checkpoints import complete_saved_config, is_saved_for_a_push
+from .checkpoints import check_version, complete_saved_config, is_saved_for_a_push
 from .checks import check_field, check_options
 from .experts import EXPERT_KINDS, Target, build_kind
 from .parts import PARTS
@@ -121,6 +122,7 @@ class MoeLoraConfig(PeftConfig):
         layers_to_transform: indices of the layers to adapt; all when `None`.
         layers_pattern: name of the list that `layers_to_transform` counts in.
         modules_to_save: further modules to train and save whole.
+        hf_moe_version: the version of this package that saved the adapter; not to be set.
 
     Raises:
         ValueError: if a field is of another type or out of range, or the experts, the router or an objective are
@@ -164,10 +166,12 @@ class MoeLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+    hf_moe_version: str | None = field(default=None, metadata={"help": "Version that saved the adapter."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MOE_LORA
+        check_version(self.hf_moe_version)
         self._check_types()
         if self.ffn_experts and self.shared_r:
             raise ValueError("shared_r has no place beside whole feed-forward experts: set ffn_experts=False.")
@@ -211,6 +215,21 @@ class MoeLoraConfig(PeftConfig):
                 if name not in OVERRIDABLE:
                     raise ValueError(unknown_name_message("field of target_overrides", name, list(OVERRIDABLE)))
                 check_field(name, value, hints[name], f"target_overrides[{key!r}][{name!r}]")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "MoeLoraConfig":
+        """Return the config of a saved adapter.
+
+        Raises:
+            OSError: if the weights beside it are damaged.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        check_weights(folder)
+        config.weights_file = folder / WEIGHTS_FILE  # for messages
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the config, with a warning where the base is a folder of this machine.

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
+from .checkpoints import check_complete
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
 from .decisions import check_decision
@@ -57,6 +58,11 @@ class MoeLoraModel(BaseTuner):
         self._specs: list[MoELayerSpec] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        # PEFT records the class of the base only where there is no task type.
+        config.auto_mapping = config.auto_mapping or {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
         _warn_of_unmatched(model, adapter_name, config)
         if config.objectives:
             first = next(layer for layer in tuner_layers(model) if adapter_name in layer.experts)
@@ -279,6 +285,20 @@ class MoeLoraModel(BaseTuner):
                 "router 'condition' chooses experts by row."
             )
         yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: MoeLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if config.hf_moe_version is not None:  # a saved adapter; into a new one, parts of another may be loaded
+            own = re.compile(rf"\.{cls.prefix}(?!objectives)[^.]+\.{re.escape(adapter_name)}(\.|$)")
+            check_complete({key for key in model.state_dict() if own.search(key)}, set(remapped), config)
+        return remapped
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

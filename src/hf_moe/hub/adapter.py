@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 # How a process that lacks the package, or has not imported it, is told what to do; see `adapters/checkpoints.py`.
 LORA_EXPERTS = "MOE_LORA"
 
@@ -20,9 +22,18 @@ SNIPPET = """\
 {imports}from peft import PeftModel
 from transformers import {auto_class}
 
-base = {auto_class}.from_pretrained("{base}"{revision}, trust_remote_code=True)
+base = {auto_class}.from_pretrained("{base}"{revision}{trust})
 model = PeftModel.from_pretrained(base, "{repo_id}", revision="{commit}")
 """
+GENERATING = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+# Where the class of the base is unknown.
+BY_TASK = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -35,9 +46,11 @@ def needed_files(folder: Path) -> Iterator[str]:
 
     Raises:
         ValueError: if its base is no repository on the Hub.
+        OSError: if its weights are damaged.
     """
-    check_base(read_config(folder).get("base_model_name_or_path"))
-    yield "adapter_model.safetensors"
+    check_base(read_config(folder).get("base_model_name_or_path"), folder)
+    check_weights(folder)
+    yield WEIGHTS_FILE
     yield "README.md"
 
 
@@ -46,13 +59,40 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
-def is_path(base: str) -> bool:
-    """Whether the name of a base is a path, of this machine or of another one, and no id on the Hub."""
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights are cut short, by their header.
+
+    Raises:
+        OSError: naming the file.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return
+    try:
+        safe_open(path, "pt")
+    except SafetensorError as error:
+        raise OSError(f"{path} is damaged or cut short ({error}): copy, download or save it again.") from error
+
+
+def is_path(base: str, folder: Path | None = None) -> bool:
+    """Whether the name of a base is a path, of this machine or of another one, and no id on the Hub.
+
+    Args:
+        base: the name.
+        folder: of the adapter, whose base is often beside it.
+    """
     try:
         validate_repo_id(base)
     except HFValidationError:
         return True
-    return Path(base).is_dir()
+    return any((start / base).is_dir() for start in (Path(), *(folder.resolve().parents if folder else ())))
+
+
+def portable_name(base: str | None) -> str | None:
+    """Return the name of a base as configs record it: a relative folder as `./folder`, which no id on the Hub is."""
+    if base and not Path(base).is_absolute() and not base.startswith(".") and Path(base).is_dir():
+        return f"./{base}"
+    return base
 
 
 def cached_commit(base: str | None) -> str | None:
@@ -67,13 +107,17 @@ def cached_commit(base: str | None) -> str | None:
     return commits.pop() if len(commits) == 1 else None
 
 
-def check_base(base: str | None) -> None:
+def check_base(base: str | None, folder: Path | None = None) -> None:
     """Refuse an adapter whose base nobody else could find.
 
+    Args:
+        base: its name.
+        folder: of the adapter, as in [`is_path`].
+
     Raises:
-        ValueError: if the base is missing, or no `user/name`.
+        ValueError: if the base is missing, or a folder.
     """
-    if not base or "/" not in base or is_path(base):
+    if not base or is_path(base, folder):
         raise ValueError(
             f"The adapter's base model is {base!r}, which nobody else can load. Push the base first, then name it by "
             'its id on the Hub: `set_base(adapter, "user/name")` of hf_moe.hub.adapter, where adapter is the model or '
@@ -86,11 +130,11 @@ def set_base(adapter: Any, repo_id: str, revision: str | None = None) -> None:
 
     Args:
         adapter: the folder of a saved one, or a model with adapters.
-        repo_id: `user/name`.
+        repo_id: `user/name`, or `name` alone where a model has no user.
         revision: the commit of the base.
 
     Raises:
-        ValueError: if `repo_id` is no `user/name`.
+        ValueError: if `repo_id` is no id on the Hub.
     """
     check_base(repo_id)
     if not isinstance(adapter, str | Path):
@@ -111,20 +155,61 @@ def set_base(adapter: Any, repo_id: str, revision: str | None = None) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     card = folder / "README.md"
     if card.is_file() and previous:
-        text = card.read_text(encoding="utf-8")
-        card.write_text(text.replace(str(previous), repo_id), encoding="utf-8")
+        # In the metadata and in code, where a folder stands with or without its dot.
+        name = rf"(?<=[:\s\"'(/])(?:\./)?{re.escape(previous.removeprefix('./'))}(?=[\s\"')]|$)"
+        text = re.sub(name, repo_id, card.read_text(encoding="utf-8"))
+        card.write_text(text, encoding="utf-8")
 
 
 def adapter_snippet(folder: Path, repo_id: str, commit: str) -> str:
     """Return the code that loads exactly this commit of an adapter."""
     config = read_config(folder)
-    class_name = (config.get("auto_mapping") or {}).get("base_model_class", "")
-    multimodal = re.search(r"ForConditionalGeneration|ForImageTextToText", class_name)
+    class_name, own_code = _base_class(config)
     return SNIPPET.format(
         imports="import hf_moe.adapters\n" if config["peft_type"].startswith(LORA_EXPERTS) else "",
-        auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
+        auto_class=auto_class(class_name) or BY_TASK.get(config.get("task_type") or "", "AutoModelForCausalLM"),
         base=config["base_model_name_or_path"],
         revision=f', revision="{config["revision"]}"' if config.get("revision") else "",
+        trust=", trust_remote_code=True" if own_code else "",
         repo_id=repo_id,
         commit=commit,
     )
+
+
+def has_own_code(module: str) -> bool:
+    """Whether the class of a model that comes from this module travels in its checkpoint."""
+    return not module.startswith("transformers.")
+
+
+def auto_class(class_name: str) -> str | None:
+    """Return the Auto class that loads models of a class; `None` where the class is unknown."""
+    if not class_name:
+        return None
+    # `hf-moe push` reads this file, and does without torch.
+    from transformers.models.auto import modeling_auto
+
+    found = []
+    for name, auto in vars(modeling_auto).items():
+        if isinstance(auto, type) and getattr(auto, "_model_mapping", None) is not None:
+            classes = auto._model_mapping._model_mapping.values()  # names, or several of them
+            if any(class_name == item or (not isinstance(item, str) and class_name in item) for item in classes):
+                found.append(name)
+    for name in GENERATING:  # what loads these is in other lists besides
+        if name in found:
+            return name
+    found.sort(key=lambda name: (name == "AutoModelForPreTraining", name))
+    if not found and class_name.endswith("ForConditionalGeneration"):
+        return "AutoModelForImageTextToText"  # as ours
+    return found[0] if found else None
+
+
+def _base_class(config: dict[str, Any]) -> tuple[str, bool]:
+    """Return the class of an adapter's base, empty if it is unknown, and whether its code travels with it."""
+    recorded = config.get("auto_mapping")
+    if recorded:
+        return recorded["base_model_class"], has_own_code(recorded["parent_library"])
+    path = try_to_load_from_cache(config["base_model_name_or_path"], "config.json", revision=config.get("revision"))
+    if not isinstance(path, str):
+        return "", False
+    base = json.loads(Path(path).read_text(encoding="utf-8"))
+    return (base.get("architectures") or [""])[0], "auto_map" in base

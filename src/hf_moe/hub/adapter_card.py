@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from ..adapters.systems import load_system
-from .adapter import is_adapter
+from .adapter import auto_class, has_own_code, is_adapter
 from .card import REPOSITORY, eval_results
 from .evaluation import write_evaluation
 
@@ -86,7 +86,8 @@ def write_adapter_card(
         name=metadata.model_name,
         folder=folder.resolve().name,
         base=bases[0],
-        auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
+        auto_class=auto_class(type(model.get_base_model()).__name__) or "AutoModelForCausalLM",
+        trust=", trust_remote_code=True" if has_own_code(type(model.get_base_model()).__module__) else "",
         processor_class="AutoProcessor" if multimodal else "AutoTokenizer",
         config=config,
         system=load_system(system) if system else None,

@@ -1,7 +1,6 @@
 """The base of the model's classes: loading, initialisation and what Transformers may do with them."""
 
 import importlib
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -45,11 +44,27 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 "Copy or download it again."
             ) from error
 
-    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         # LoRA experts are a PEFT method of the package, which PEFT knows once it is imported; no model needs it.
-        with suppress(ImportError):
+        try:
             importlib.import_module("hf_moe.adapters")
-        return super().load_adapter(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            if error.name not in ("hf_moe", "hf_moe.adapters", "peft"):
+                raise
+        try:
+            loaded = super().load_adapter(peft_model_id, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights file (.safetensors) of the adapter {peft_model_id} is damaged or cut short: {error}. "
+                "Copy or download it again."
+            ) from error
+        missing = sorted(key for key in loaded.missing_keys if "_objectives." not in key)
+        if missing and peft_model_id is not None:
+            raise ValueError(
+                f"The weights file of the adapter {peft_model_id} lacks {len(missing)} of its tensors, among them "
+                f"{missing[:3]}: it is damaged, or belongs to another adapter_config.json or another base."
+            )
+        return loaded
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         for hook in PUSH_HOOKS:
