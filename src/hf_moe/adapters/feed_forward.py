@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..modeling.dispatch import compute_dtype, grouped_linear
+from .dispatched import swap_class
 from .experts.lora import LoraExperts
 from .layer import MoeLoraLayer, tuner_layers
 
@@ -55,7 +56,7 @@ def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
         found |= {item.layer_name[adapter_name] for item in projections}
         if not hasattr(module, "moe_lora_ffn_class"):
             _check_formula(module, name)
-            module.__class__ = whole_ffn_class(type(module))  # type: ignore[arg-type]
+            swap_class(module, whole_ffn_class(type(module)))  # type: ignore[arg-type]
     if not found:
         raise ValueError(
             "ffn_experts=True mixes whole gated feed-forwards, and no target lies in one with the linear layers "

@@ -15,6 +15,7 @@ from ..modeling.routing import Router
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import constant_gates
 from .decisions import as_slots, check_gradient, decide
+from .dispatched import Stacks
 from .experts import ExpertKind, Target, build_kind
 from .experts.base import low_rank_pair
 from .experts.lora import LoraExperts
@@ -60,12 +61,12 @@ class MoeLoraLayer(BaseTunerLayer):
         self.shared_scaling: dict[str, float] = {}
         self.experts: dict[str, ExpertKind] = {}
         # The kind of an adapter's experts says which of the three it has; LoRA has A and B.
-        self.moe_lora_A = nn.ParameterDict()  # (E, r, in), or (R, in) of experts of unequal rank
-        self.moe_lora_B = nn.ParameterDict()  # (E, out, r), or (out, R)
-        self.moe_lora_vector = nn.ParameterDict()  # (E, width)
+        self.moe_lora_A = Stacks()  # (E, r, in), or (R, in) of experts of unequal rank
+        self.moe_lora_B = Stacks()  # (E, out, r), or (out, R)
+        self.moe_lora_vector = Stacks()  # (E, width)
         self.moe_lora_ranks = nn.ModuleDict()  # of experts of unequal rank
-        self.moe_lora_shared_A = nn.ParameterDict()  # (shared_r, in)
-        self.moe_lora_shared_B = nn.ParameterDict()  # (out, shared_r)
+        self.moe_lora_shared_A = Stacks()  # (shared_r, in)
+        self.moe_lora_shared_B = Stacks()  # (out, shared_r)
         self.moe_lora_dropout = nn.ModuleDict()
         self.moe_lora_router = nn.ModuleDict()
         # The objectives of an adapter live in its first target, where PEFT saves them.
@@ -172,14 +173,14 @@ class MoeLoraLayer(BaseTunerLayer):
 
     def scaled_b(self, adapter_name: str) -> torch.Tensor:
         """Return the B of an adapter, as it is stored, times its scaling."""
-        lora_b, scaling = self.moe_lora_B[adapter_name], self.scaling[adapter_name]
+        lora_b, scaling = self.moe_lora_B(adapter_name), self.scaling[adapter_name]
         if adapter_name in self.moe_lora_ranks:
             scaling = (scaling * self.moe_lora_ranks[adapter_name].scaling).to(lora_b.dtype)
         return lora_b * scaling
 
     def stacks(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A (E, r, in) and the scaled B (E, out, r) of an adapter, zero beyond an expert's own rank."""
-        lora_a, lora_b = self.moe_lora_A[adapter_name], self.scaled_b(adapter_name)
+        lora_a, lora_b = self.moe_lora_A(adapter_name), self.scaled_b(adapter_name)
         if adapter_name in self.moe_lora_ranks:
             return self.moe_lora_ranks[adapter_name].pad(lora_a, lora_b)
         return lora_a.flatten(0, -3), lora_b.flatten(0, -3)
@@ -201,17 +202,17 @@ class MoeLoraLayer(BaseTunerLayer):
         self, adapter_name: str, call: Callable[[torch.Tensor], torch.Tensor], args: tuple, x: torch.Tensor
     ) -> torch.Tensor:
         tensors = {
-            "A": self.moe_lora_A[adapter_name] if adapter_name in self.moe_lora_A else None,
+            "A": self.moe_lora_A(adapter_name) if adapter_name in self.moe_lora_A else None,
             "B": self.scaled_b(adapter_name) if adapter_name in self.moe_lora_B else None,
-            "vector": self.moe_lora_vector[adapter_name] if adapter_name in self.moe_lora_vector else None,
+            "vector": self.moe_lora_vector(adapter_name) if adapter_name in self.moe_lora_vector else None,
             "ranks": self.moe_lora_ranks[adapter_name] if adapter_name in self.moe_lora_ranks else None,
         }
         prepare = partial(self.prepare, adapter_name)
         slots: Any = self.slots(adapter_name, x, args)
         result = self.experts[adapter_name].forward(call, x, prepare, tensors, slots)
         if adapter_name in self.moe_lora_shared_A:
-            inner = F.linear(prepare(x), self.moe_lora_shared_A[adapter_name] * self.shared_scaling[adapter_name])
-            result = result + F.linear(inner, self.moe_lora_shared_B[adapter_name]).to(result.dtype)
+            inner = F.linear(prepare(x), self.moe_lora_shared_A(adapter_name) * self.shared_scaling[adapter_name])
+            result = result + F.linear(inner, self.moe_lora_shared_B(adapter_name)).to(result.dtype)
         return result
 
     def prepare(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -285,10 +286,12 @@ class MoeLoraLayer(BaseTunerLayer):
             raise ValueError(
                 f"Only LoRA experts on single weights can be merged; those of adapter {adapter_name!r} are {found}."
             )
+        if adapter_name in self.frozen_experts:
+            self.frozen_experts[adapter_name].hold(self)  # an optimizer may have moved them since the last forward
         lora_a, lora_b = (self.stored(stack).float() for stack in self.stacks(adapter_name))
         delta = torch.einsum("e,e...or,e...ri->...oi", gates.float(), lora_b, lora_a)
         if adapter_name in self.moe_lora_shared_A:
-            shared_a, shared_b = self.moe_lora_shared_A[adapter_name], self.moe_lora_shared_B[adapter_name]
+            shared_a, shared_b = self.moe_lora_shared_A(adapter_name), self.moe_lora_shared_B(adapter_name)
             delta = delta + self.shared_scaling[adapter_name] * shared_b.float() @ shared_a.float()
         return delta
 

@@ -17,6 +17,7 @@ from .checkpoints import check_complete
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
 from .decisions import check_decision
+from .dispatched import swap_class
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards
 from .frozen import FrozenExperts, numbered_layers
@@ -59,10 +60,7 @@ class MoeLoraModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         # PEFT records the class of the base only where there is no task type.
-        config.auto_mapping = config.auto_mapping or {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-        }
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         _warn_of_unmatched(model, adapter_name, config)
         if config.objectives:
             first = next(layer for layer in tuner_layers(model) if adapter_name in layer.experts)
@@ -73,7 +71,7 @@ class MoeLoraModel(BaseTuner):
         if config.ffn_experts:
             adapt_feed_forwards(model, adapter_name)
         for layer in numbered_layers(model, adapter_name, config) if config.frozen_experts else ():
-            layer.frozen_experts[adapter_name] = FrozenExperts(config.frozen_experts)
+            layer.frozen_experts[adapter_name] = FrozenExperts(layer, adapter_name, config.frozen_experts)
         self._handles = install_hooks(model) or self._handles
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict) -> MoeLoraConfig:
@@ -151,7 +149,7 @@ class MoeLoraModel(BaseTuner):
             if settings.router_input != "target" and not isinstance(router, HostRouter):
                 target.router_owner[adapter_name] = target
         if layer is not None and not hasattr(layer, "moe_lora_host_class"):
-            layer.__class__ = adapted_layer_class(type(layer), tokens_known is not None)  # type: ignore[arg-type]
+            swap_class(layer, adapted_layer_class(type(layer), tokens_known is not None))  # type: ignore[arg-type]
 
     def _check_module(
         self, config: MoeLoraConfig, base: nn.Module, layer: nn.Module | None, key: str, parameter_name: str | None
@@ -252,10 +250,10 @@ class MoeLoraModel(BaseTuner):
         """Give every decoder layer without an adapter its own class back, and the root its own forward."""
         for module in self.model.modules():
             if hasattr(module, "moe_lora_host_class") and not any(item.experts for item in tuner_layers(module)):
-                module.__class__ = module.moe_lora_host_class
+                swap_class(module, module.moe_lora_host_class)
                 module._modules.pop(OUTPUT_EXPERTS, None)
             if hasattr(module, "moe_lora_ffn_class") and not any(item.experts for item in tuner_layers(module)):
-                module.__class__ = module.moe_lora_ffn_class
+                swap_class(module, module.moe_lora_ffn_class)
         if not any(item.experts for item in tuner_layers(self.model)):
             for handle in self._handles:
                 handle.remove()
