@@ -53,7 +53,14 @@ class TestTimeAdapter:
 
     def step(self, **inputs: Any) -> torch.Tensor:
         """Predict, learn from what the model is sure of, and return the predictions made before (N, classes)."""
+        training = self.model.training
         self.model.eval()
+        try:
+            return self._step(inputs)
+        finally:
+            self.model.train(training)
+
+    def _step(self, inputs: dict[str, Any]) -> torch.Tensor:
         logits = self._real(self.model(**inputs).logits.float(), inputs)
         with torch.no_grad():
             output = functional_call(self.model, self.source, (), inputs)

@@ -31,8 +31,6 @@ class SoftMoaRouter(Router):
     """
 
     mechanism_name = "soft_moa"
-    # A slot mixes later tokens into earlier ones.
-    needs_bidirectional = True
 
     def __init__(self, spec: MoELayerSpec, *, slots_per_expert: int = 1, normalize: bool = False):
         super().__init__(spec)
