@@ -19,12 +19,13 @@ def test_the_two_best_of_four_pairs_add_what_the_formula_says(llama):
     torch.manual_seed(0)
     w_u, w_d, v = torch.randn(2, 32), torch.randn(2, 32), torch.randn(2, 32)
     m_u, m_d, u = torch.randn(2, 16), 20.0 * torch.randn(2, 16), torch.randn(2, 32)
-    router.weight.data, router.prior.data = torch.cat([w_u, w_d]), torch.cat([m_u, m_d])
     layer.moe_lora_A["default"].data, layer.moe_lora_B["default"].data = v[:, None], u[..., None]
     g = torch.randn(1, 16).softmax(-1)
     seen = []
     layer.register_forward_hook(lambda module, args, output: seen.extend([args[0][0], output[0]]))
     with torch.no_grad():
+        router.weight.copy_(torch.cat([w_u, w_d]))
+        router.prior.copy_(torch.cat([m_u, m_d]))
         model(input_ids=torch.tensor([[5, 6, 7]]), intuition_ids=g)
         hidden, found = seen
         up, down = hidden @ w_u.T + g @ m_u.T, hidden @ w_d.T + g @ m_d.T  # (T, 2) both
@@ -47,9 +48,9 @@ def test_intuition_is_the_softmax_of_the_cosines_over_a_tenth():
 
 
 def test_centroids_are_the_directions_of_the_means_of_what_is_nearest_to_them():
-    angles = torch.tensor([0.0, 0.1, 0.2, 0.6, 2.0, 2.1, 2.5, 2.6])
-    points = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.linspace(1, 3, 8)[:, None]
-    centroids = find_centroids(points, 2)
-    direction = F.normalize(points, dim=-1)
-    means = F.normalize(torch.stack([direction[:4].sum(0), direction[4:].sum(0)]), dim=-1)
-    torch.testing.assert_close(centroids[centroids[:, 0].argsort(descending=True)], means)
+    points = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    centroids = find_centroids(points, 4)
+    directions = F.normalize(points, dim=-1)
+    nearest = (directions @ centroids.T).argmax(1)
+    means = torch.stack([directions[nearest == number].sum(0) for number in range(4)])
+    torch.testing.assert_close(centroids, F.normalize(means, dim=-1))
