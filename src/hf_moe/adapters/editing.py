@@ -62,13 +62,14 @@ def freeze_experts(model: PeftModel, experts: Iterable[Expert], adapter_name: st
     """
     names, layers = expert_names(model, adapter_name), _layers(model, adapter_name)
     numbers = sorted({_number(names, expert) for expert in experts})
+    hold_frozen(model)
     _config(model, adapter_name).frozen_experts = numbers or None
     for layer in layers:
         layer.frozen_experts.pop(adapter_name, None)
         for _, stack in expert_stacks(layer, adapter_name):
             release(stack)
         if numbers:
-            layer.frozen_experts[adapter_name] = FrozenExperts(numbers)
+            layer.frozen_experts[adapter_name] = FrozenExperts(layer, adapter_name, numbers)
     hold_frozen(model)
 
 
@@ -179,6 +180,7 @@ def _rebuild(model: PeftModel, adapter_name: str, sources: list[int | None], ran
         )
     layers = _layers(model, adapter_name)
     _check_editable(config, layers, adapter_name, sources)
+    hold_frozen(model)
     fields = _edited_fields(config, sources, rank)
     edited = replace(config, **fields, expert_names=None, frozen_experts=None)
     _check_others(model, adapter_name, config, edited, layers)
@@ -193,6 +195,7 @@ def _rebuild(model: PeftModel, adapter_name: str, sources: list[int | None], ran
     kinds = {layer: _edited_kind(layer, adapter_name, settings[layer], sources) for layer in layers}
     for layer, (kind, stacks) in kinds.items():
         trained = {container: stack.requires_grad for container, stack in expert_stacks(layer, adapter_name)}
+        layer.frozen_experts.pop(adapter_name, None)  # of the experts before; those of now are frozen below
         layer.set_experts(adapter_name, edited, kind, stacks)
         for container, stack in expert_stacks(layer, adapter_name):
             stack.requires_grad_(trained[container])

@@ -1,7 +1,10 @@
 """Single experts that stay as they are, to the bit, while the rest of their stacks trains.
 
 A slice of a parameter has no `requires_grad` of its own, and with a gradient of zero, weight decay and momentum still
-move it. So what is frozen is kept aside, and put back before the model computes and before it is saved.
+move it. So what is frozen is kept aside, and put back before the model computes, is merged or is saved.
+
+What is kept is taken when the experts are frozen and when weights are loaded: behind `load_state_dict`, or when a
+stack is another parameter than before, which is how Transformers loads. An optimizer changes parameters in place.
 """
 
 from collections.abc import Iterator
@@ -13,37 +16,59 @@ from torch import nn
 
 from .config import MoeLoraConfig
 from .experts.base import RANK_DIM
-from .layer import MoeLoraLayer
+from .layer import MoeLoraLayer, tuner_layers
 from .routers import HostRouter
 
 
 class FrozenExperts:
-    """The frozen experts of one adapter on one target.
+    """The frozen experts of one adapter on one target, as its stacks hold them now.
 
     Args:
+        layer: the target.
+        adapter_name: the adapter.
         numbers: of the experts.
     """
 
-    def __init__(self, numbers: list[int]):
+    def __init__(self, layer: MoeLoraLayer, adapter_name: str, numbers: list[int]):
+        self.adapter_name = adapter_name
         self.numbers = numbers
-        # container -> the slices; taken when they are first needed, so that an adapter can be loaded before.
-        self.kept: dict[str, torch.Tensor] = {}
+        # container -> the stack and its slices.
+        self.kept: dict[str, tuple[nn.Parameter, torch.Tensor]] = {}
+        self.take(layer)
+
+    def take(self, layer: MoeLoraLayer) -> None:
+        """Keep the slices of the target's stacks as they are."""
+        self.kept.clear()
+        for container, stack in expert_stacks(layer, self.adapter_name):
+            if not stack.is_meta:
+                self._take(layer, container, stack)
 
     @torch.no_grad()
-    def hold(self, layer: MoeLoraLayer, adapter_name: str) -> None:
-        """Put the slices of a target's stacks back, or take them if they are not known yet."""
-        for container, stack in expert_stacks(layer, adapter_name):
-            dim, index = 0, torch.tensor(self.numbers, device=stack.device)
-            if adapter_name in layer.moe_lora_ranks:
-                dim, index = RANK_DIM[container], layer.moe_lora_ranks[adapter_name].rows_of(index)
-            if container not in self.kept:
-                self.kept[container] = stack.index_select(dim, index)
-            kept = self.kept[container].to(stack)
+    def hold(self, layer: MoeLoraLayer) -> None:
+        """Put the slices of the target's stacks back."""
+        for container, stack in expert_stacks(layer, self.adapter_name):
+            if stack.is_meta:
+                continue
+            # What stands in for a parameter during a functional call is none, and is held too.
+            if container not in self.kept or isinstance(stack, nn.Parameter) and stack is not self.kept[container][0]:
+                self._take(layer, container, stack)
+            dim, index = self._place(layer, container, stack)
+            kept = self.kept[container][1].to(stack)
             if not torch.equal(stack.index_select(dim, index), kept):
                 stack.index_copy_(dim, index, kept)
             if stack.requires_grad and not hasattr(stack, "moe_lora_mask"):
                 # Not in the norm by which gradients are clipped either; a copy of the parameter loses hook and handle.
                 stack.moe_lora_mask = stack.register_hook(partial(_mask, dim, index))
+
+    def _take(self, layer: MoeLoraLayer, container: str, stack: nn.Parameter) -> None:
+        self.kept[container] = stack, stack.detach().index_select(*self._place(layer, container, stack))
+
+    def _place(self, layer: MoeLoraLayer, container: str, stack: nn.Parameter) -> tuple[int, torch.Tensor]:
+        """Return the dimension and the indices of the slices in a stack."""
+        index = torch.tensor(self.numbers, device=stack.device)
+        if self.adapter_name not in layer.moe_lora_ranks:
+            return 0, index
+        return RANK_DIM[container], layer.moe_lora_ranks[self.adapter_name].rows_of(index)
 
 
 def _mask(dim: int, index: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -72,8 +97,8 @@ def numbered_layers(model: nn.Module, adapter_name: str, config: MoeLoraConfig) 
     the experts of the feed-forwards, and those that follow a host's routing where the others do not.
     """
     layers = []
-    for layer in model.modules():
-        if isinstance(layer, MoeLoraLayer) and adapter_name in layer.experts:
+    for layer in tuner_layers(model):
+        if adapter_name in layer.experts:
             follows_host = isinstance(layer.deciding_router(adapter_name), HostRouter)
             number = layer.num_experts(adapter_name)
             if number == config.num_experts and follows_host == (config.router["name"] == "host"):  # type: ignore[index]
@@ -83,23 +108,23 @@ def numbered_layers(model: nn.Module, adapter_name: str, config: MoeLoraConfig) 
 
 def hold_frozen(model: nn.Module, *_: Any) -> None:
     """Hook before the root computes or is saved: put all frozen experts back."""
-    for layer in model.modules():
-        if isinstance(layer, MoeLoraLayer):
-            for adapter_name, frozen in layer.frozen_experts.items():
-                frozen.hold(layer, adapter_name)
+    for layer in tuner_layers(model):
+        for frozen in layer.frozen_experts.values():
+            frozen.hold(layer)
 
 
-def forget_frozen(model: nn.Module, *_: Any) -> None:
+def take_frozen(model: nn.Module, *_: Any) -> None:
     """Hook behind the loading of weights: what is frozen are the loaded ones."""
-    for layer in model.modules():
-        if isinstance(layer, MoeLoraLayer):
-            for frozen in layer.frozen_experts.values():
-                frozen.kept.clear()
+    for layer in tuner_layers(model):
+        for frozen in layer.frozen_experts.values():
+            frozen.take(layer)
 
 
 def install_frozen_hooks(model: nn.Module) -> list[Any]:
-    """Hook the frozen experts to the root's saving and loading; return the handles."""
+    """Hook the frozen experts to the root's forward, saving and loading; return the handles."""
     return [
+        model.register_forward_pre_hook(hold_frozen),
         model.register_state_dict_pre_hook(hold_frozen),
-        model.register_load_state_dict_post_hook(forget_frozen),
+        model.register_load_state_dict_pre_hook(hold_frozen),  # for what is not among the loaded weights
+        model.register_load_state_dict_post_hook(take_frozen),
     ]

@@ -1,0 +1,139 @@
+"""Frozen experts are those that were frozen or loaded, however they are loaded and whatever is done with them next."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from hf_moe import MoeLoraConfig
+from hf_moe.adapters.editing import add_expert, freeze_experts
+from hf_moe.adapters.layer import tuner_layers
+
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def adapt(model, **fields):
+    return get_peft_model(model, MoeLoraConfig(**{"target_modules": TARGETS, **fields})).eval()
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return found[inputs["attention_mask"].bool()]
+
+
+def expert(model, number):
+    """Copies of one expert on all targets."""
+    return [
+        layer.experts["default"]
+        .target.split(side, getattr(layer, f"moe_lora_{side}")["default"])[number]
+        .detach()
+        .clone()
+        for layer in tuner_layers(model)
+        for side in "AB"
+    ]
+
+
+def same(found, expected):
+    return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def drift(model, inputs):
+    """Take one step of an optimizer with momentum and decay, and no forward behind it."""
+    model.train()(**inputs).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.optim.AdamW(trained, lr=0.1, weight_decay=0.5).step()
+    model.zero_grad()
+    model.eval()
+
+
+def from_auto(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def from_peft(folder):
+    return PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(folder.parent / "base"), folder, is_trainable=True
+    )
+
+
+def from_peft_on_meta(folder):
+    base = LlamaForCausalLM.from_pretrained(folder.parent / "base")
+    return PeftModel.from_pretrained(base, folder, is_trainable=True, low_cpu_mem_usage=True)
+
+
+def from_load_adapter(folder):
+    model = LlamaForCausalLM.from_pretrained(folder.parent / "base")
+    model.load_adapter(folder, is_trainable=True)
+    return model
+
+
+@pytest.mark.parametrize("ranks", [4, [2, 4, 4, 8]])
+@pytest.mark.parametrize("load", [from_auto, from_peft, from_peft_on_meta, from_load_adapter])
+def test_the_loaded_expert_is_the_frozen_one_however_it_is_loaded(llama, text, randomise, tmp_path, load, ranks):
+    llama().save_pretrained(tmp_path / "base")
+    model = adapt(LlamaForCausalLM.from_pretrained(tmp_path / "base"), r=ranks)
+    randomise(model)
+    freeze_experts(model, [1])
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load(tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-6, rtol=0)
+    assert same(expert(loaded, 1), expert(model, 1))
+    for parameter_name, parameter in loaded.named_parameters():
+        parameter.requires_grad_("moe_lora_" in parameter_name)
+    drift(loaded, text)
+    loaded.save_pretrained(tmp_path / "trained")
+    again = from_peft(tmp_path / "trained")
+    assert same(expert(again, 1), expert(model, 1)) and not same(expert(again, 0), expert(model, 0))
+
+
+@pytest.mark.parametrize("ranks", [4, [2, 4]])
+def test_a_merge_right_behind_a_step_holds_what_is_frozen(llama, text, randomise, ranks):
+    model = adapt(llama(), router="constant", num_experts=2, r=ranks)
+    randomise(model)
+    freeze_experts(model, [1])
+    frozen = expert(model, 1)
+    drift(model, text)
+    assert not same(expert(model, 1), frozen)
+    model.merge_adapter()
+    assert same(expert(model, 1), frozen)
+    model.unmerge_adapter()
+    expected = logits(model, text)
+    torch.testing.assert_close(logits(model.merge_and_unload(), text), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("edit", [lambda model: freeze_experts(model, [0, 1]), add_expert])
+def test_an_edit_right_behind_a_step_holds_what_is_frozen(llama, text, randomise, edit):
+    model = adapt(llama())
+    randomise(model)
+    freeze_experts(model, [1])
+    frozen = expert(model, 1)
+    drift(model, text)
+    edit(model)
+    assert same(expert(model, 1), frozen)
+
+
+def test_loading_something_else_right_behind_a_step_holds_what_is_frozen(llama, text, randomise):
+    model = adapt(llama(), frozen_experts=[1])
+    frozen = expert(model, 1)
+    drift(model, text)
+    model.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "router" in name}, strict=False
+    )
+    assert same(expert(model, 1), frozen)
+
+
+def test_weights_of_a_functional_call_do_not_become_the_frozen_ones(llama, text, randomise):
+    model = adapt(llama())
+    randomise(model)
+    freeze_experts(model, [1])
+    frozen = expert(model, 1)
+    others = {name: torch.ones_like(value) for name, value in model.named_parameters() if "moe_lora_B" in name}
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        functional_call(model, others, (), inputs)
+    drift(model, text)
+    logits(model, text)
+    assert same(expert(model, 1), frozen)
