@@ -7,7 +7,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
-from hf_moe import MoeLoraConfig
+from hf_moe import MoeLoraConfig, __version__
 from hf_moe.adapters.config import add_peft_type
 from hf_moe.adapters.model import MoeLoraModel
 
@@ -101,4 +101,4 @@ def test_a_configuration_comes_back_from_disk_as_it_was(tmp_path):
         rank_pattern={"down_proj": 2},
     )
     config.save_pretrained(tmp_path)
-    assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "hf_moe_version": __version__}

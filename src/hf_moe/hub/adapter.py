@@ -190,8 +190,9 @@ def auto_class(class_name: str) -> str | None:
 
     found = []
     for name, auto in vars(modeling_auto).items():
-        if isinstance(auto, type) and getattr(auto, "_model_mapping", None) is not None:
-            classes = auto._model_mapping._model_mapping.values()  # names, or several of them
+        mapping = getattr(auto, "_model_mapping", None)
+        if isinstance(auto, type) and mapping is not None:
+            classes = mapping._model_mapping.values()  # names, or several of them
             if any(class_name == item or (not isinstance(item, str) and class_name in item) for item in classes):
                 found.append(name)
     for name in GENERATING:  # what loads these is in other lists besides
