@@ -141,4 +141,4 @@ def test_aligned_rows_of_new_tokens_learn_faster_than_drawn_ones():
             optimizer.step()
             optimizer.zero_grad()
         losses[aligned] = loss.item()
-    assert losses[True] < losses[False]
+    assert losses[True] < 0.1 * losses[False]
