@@ -87,7 +87,10 @@ def get_lora_model(
     parts = list(parts)
     given = FROM_PARTS & set(options)
     if given:
-        raise ValueError(f"{sorted(given)} follow from parts={parts}: name the parts, or use PEFT's get_peft_model.")
+        raise ValueError(
+            f"{sorted(given)} follow from parts={parts}: name the parts, or choose among the names that "
+            "lora_targets(model, parts) returns for a LoraConfig of your own."
+        )
     config = LoraConfig(**lora_targets(model, parts), **options)
     check_lora_config(config)
     wanted = [name for part in parts for name in _parameters_of(model, part)]
