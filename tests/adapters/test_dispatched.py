@@ -60,6 +60,13 @@ def test_experts_are_brought_in_with_the_rest_of_an_offloaded_model(llama, text,
         torch.testing.assert_close(model(**text).logits, expected, atol=0, rtol=0)
 
 
+def test_weights_that_are_offloaded_already_are_refused(llama):
+    base = llama()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"layers\.\*\.mlp\.down_proj: .* offload afterwards"):
+        adapt(base)
+
+
 def test_a_layer_with_another_forward_than_its_class_is_refused(llama):
     model = llama()
     layer = model.model.layers[0]

@@ -150,7 +150,7 @@ def test_mixlora_equals_the_naive_path_through_every_expert(llama, text, randomi
     gates = torch.rand(5, 4).masked_fill(torch.rand(5, 4) < 0.4, 0.0)
     gates[0] = 0.0
     index = torch.where(gates > 0, torch.arange(4), 4)
-    mlp.gate_proj._slots = lambda *args: ExpertSlots(ExpertAssignment(index, gates, 4))
+    mlp.gate_proj.slots = lambda *args: ExpertSlots(ExpertAssignment(index, gates, 4))
     x = torch.randn(5, 32)
 
     def linear(name, expert, inputs):
@@ -284,7 +284,7 @@ def test_intuition_decides_between_pairs_and_sharpens_specialisation(llama, text
     layer = next(tuner_layers(model))
     with torch.no_grad():
         x = torch.randn(18, 32)
-        layer._slots = lambda *args: ExpertSlots(made[0])
+        layer.slots = lambda *args: ExpertSlots(made[0])
         change = layer(x) - layer.base_layer(x)
     up = layer.moe_lora_B["default"][made[0].expert_index[:, 0].clamp(max=8) // 3, :, 0]
     real = made[0].expert_index[:, 0] < 9

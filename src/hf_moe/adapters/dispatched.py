@@ -1,4 +1,4 @@
-"""Models that Accelerate has dispatched over devices or offloaded: its hooks replace `forward` on each module itself."""
+"""Models that Accelerate has dispatched or offloads: its hooks replace `forward` on each module itself."""
 
 from types import MethodType
 from typing import Any

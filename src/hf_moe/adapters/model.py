@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ MERGE_REFUSED = (
 )
 
 
+class TargetRefused(ValueError):
+    """A target that cannot be adapted as configured, where others can."""
+
+
+def refusal(refused: dict[str, list[str]]) -> str:
+    """Return the message about all targets that cannot be adapted, with `*` for the numbers of layers."""
+    lines = []
+    for reason, keys in refused.items():
+        names = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", key) for key in keys)
+        lines.append(f"{', '.join(names)}: {reason}")
+    return "\n".join([*lines, "Or leave these targets out, by target_modules or exclude_modules."])
+
+
 class MoeLoraModel(BaseTuner):
     """Puts a mixture of LoRA experts on the targeted linear layers of a model.
 
@@ -57,7 +71,14 @@ class MoeLoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Not in `_post_injection_hook`, which a second adapter does not reach.
         self._specs: list[MoELayerSpec] = []
+        # Why targets cannot be adapted, and which.
+        self._refused: dict[str, list[str]] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self._refused:
+            self.delete_adapter(adapter_name)
+            if not self.peft_config:
+                self.unload()
+            raise ValueError(refusal(self._refused))
         config = self.peft_config[adapter_name]
         # PEFT records the class of the base only where there is no task type.
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
@@ -99,6 +120,21 @@ class MoeLoraModel(BaseTuner):
     ) -> None:
         if parameter_name is not None and not self._is_in_part(peft_config, current_key):
             return
+        try:
+            self._adapt_target(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+        except TargetRefused as error:
+            self._refused.setdefault(str(error), []).append(current_key)
+
+    def _adapt_target(
+        self,
+        peft_config: MoeLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None,
+    ) -> None:
         plain = not isinstance(target, (nn.Linear, Conv1D, MoeLoraLayer))
         if parameter_name is None and plain and is_layer(self.model, current_key):
             layer_name: str | None = current_key
@@ -109,17 +145,21 @@ class MoeLoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, MoeLoraLayer) else target
         layer = None if layer_name is None else self.model.get_submodule(layer_name)
         linear = isinstance(base, (nn.Linear, Conv1D))
+        if hasattr(base, "_hf_hook") and any(parameter.is_meta for parameter in base.parameters()):
+            raise TargetRefused("Experts are put where the weights are, and these are offloaded: offload afterwards.")
         if not linear:
             self._check_module(peft_config, base, layer, current_key, parameter_name)
         settings = peft_config.settings(current_key, getattr(base, "num_experts", None))
+        if layer is None:  # there is nothing to share, nor a hidden state that enters
+            settings = replace(settings, router_input="target")
         tokens_known = known_tokens(self.model, layer_name)
-        owner = self._owner(settings, adapter_name, layer_name, current_key)
+        owner = self._owner(settings, adapter_name, layer_name)
         router = None
         if owner is None:
             width = base.weight.shape[0] if isinstance(base, Conv1D) else getattr(base, "in_features", None)
             if settings.router_input != "target" or not linear:
                 width = layer_width(self.model, layer_name)  # type: ignore[arg-type]
-            router = self._new_router(peft_config, settings, width, layer, tokens_known, current_key)  # type: ignore[arg-type]
+            router = self._new_router(peft_config, settings, width, layer, tokens_known)  # type: ignore[arg-type]
         options: dict[str, Any] = {
             "config": peft_config,
             "settings": settings,
@@ -145,7 +185,10 @@ class MoeLoraModel(BaseTuner):
             self._replace_module(parent, target_name, new_module, target)
             target = new_module
         if router is not None:
-            check_decision_of(router, target.experts[adapter_name], tokens_known)
+            try:
+                check_decision_of(router, target.experts[adapter_name], tokens_known)
+            except ValueError as error:
+                raise TargetRefused(str(error)) from error
             if settings.router_input != "target" and not isinstance(router, HostRouter):
                 target.router_owner[adapter_name] = target
         if layer is not None and not hasattr(layer, "moe_lora_host_class"):
@@ -156,10 +199,9 @@ class MoeLoraModel(BaseTuner):
     ) -> None:
         """Refuse a target that is no linear layer and no module between hidden states either."""
         if layer is None:
-            raise ValueError(
+            raise TargetRefused(
                 "LoRA experts go on linear layers, on modules inside of a decoder layer or encoder block and on these "
-                f"as a whole, and {key!r} is a {type(base).__name__}: narrow target_modules, or name it in "
-                "exclude_modules."
+                f"as a whole, and this is a {type(base).__name__}."
             )
         if parameter_name is not None:
             return
@@ -167,23 +209,17 @@ class MoeLoraModel(BaseTuner):
             if name and self._check_target_module_exists(config, f"{key}.{name}"):
                 raise ValueError(f"{key!r} and {name!r} inside of it are both targets: leave one of them out.")
 
-    def _owner(
-        self, settings: TargetSettings, adapter_name: str, layer_name: str | None, key: str
-    ) -> MoeLoraLayer | None:
+    def _owner(self, settings: TargetSettings, adapter_name: str, layer_name: str | None) -> MoeLoraLayer | None:
         """Return the target that holds the router this one shares already, if there is one."""
         if settings.router_input == "target" or settings.router["name"] == HostRouter.mechanism_name:
             return None
-        if layer_name is None:
-            raise ValueError(
-                f"{key!r} lies in no decoder layer, whose input its router could read: name it in exclude_modules, or "
-                "set router_input='target', where every target has its own router."
-            )
-        scope = self.model if settings.router_input == "model" else self.model.get_submodule(layer_name)
-        if scope is self.model and known_tokens(self.model, layer_name) is None:
-            raise ValueError(
-                f"{key!r} cannot share one router with all layers: this model passes nothing from layer to layer. Set "
+        shared = settings.router_input == "model"
+        if shared and known_tokens(self.model, layer_name) is None:
+            raise TargetRefused(
+                "One router cannot be shared with all layers where the model passes nothing from layer to layer: set "
                 "router_input='decoder_layer'."
             )
+        scope = self.model if shared else self.model.get_submodule(layer_name)  # type: ignore[arg-type]
         sharing = (target for target in tuner_layers(scope) if adapter_name in target.moe_lora_router)
         return next((item for item in sharing if item.router_group[adapter_name] == settings.router_group), None)
 
@@ -194,13 +230,12 @@ class MoeLoraModel(BaseTuner):
         width: int,
         layer: nn.Module | None,
         tokens_known: str | None,
-        key: str,
     ) -> Router:
         """Return an initialised router that is known to work where it stands."""
         if config.objectives and tokens_known is None:
-            raise ValueError(
-                f"objectives={list(config.objectives)} cannot reach {key!r}: padding must not count, and this model "
-                "tells its layers nothing of its tokens. Leave the objectives out, or name it in exclude_modules."
+            raise TargetRefused(
+                f"objectives={list(config.objectives)} cannot reach where the model tells nothing of its tokens, for "
+                "padding must not count: leave the objectives out."
             )
         spec = config.spec(len(self._specs), width, settings)
         self._specs.append(spec)
@@ -211,15 +246,15 @@ class MoeLoraModel(BaseTuner):
             if isinstance(router, PooledRouter):
                 router.causal = not bidirectional
             elif not bidirectional:
-                raise ValueError(
-                    f"The router {settings.router['name']!r} mixes all tokens of a sequence, and {key!r} lies in a "
-                    "layer whose attention hides later tokens from earlier ones: adapt a vision tower or an encoder."
+                raise TargetRefused(
+                    f"The router {settings.router['name']!r} mixes all tokens of a sequence, which is not for layers "
+                    "whose attention hides later tokens from earlier ones: adapt a vision tower or an encoder."
                 )
             unknown = reads_text(self.model, layer) or (layer is not None and not bidirectional)
             if tokens_known is None and unknown:
-                raise ValueError(
-                    f"The router {settings.router['name']!r} pools the tokens of a sequence, and this model does not "
-                    f"tell {key!r} which of them are padding, or cached. Choose a router that decides token by token."
+                raise TargetRefused(
+                    f"The router {settings.router['name']!r} pools the tokens of a sequence, and the model does not "
+                    "tell which of them are padding, or cached: choose a router that decides token by token."
                 )
         return router
 
