@@ -13,9 +13,10 @@ from hf_moe.training.run import run_recipe
 
 
 SHORT = [
-    "training.max_steps=2",
+    "training.max_steps=30",
+    "training.warmup_steps=3",
     "training.per_device_train_batch_size=8",
-    "training.logging_steps=1",
+    "training.logging_steps=10",
     "data.train.limit=32",
     "data.eval.limit=16",
     "model.image_size=64",
@@ -39,7 +40,7 @@ def test_the_report_holds_what_it_promises(run):
     assert report["parameters_active"]["text"] < report["parameters_total"]
     assert report["peak_memory_gib"] > 0.1 and report["seed"] == 0
     assert {"torch", "transformers", "hf_moe", "python"} <= set(report["versions"])
-    assert report["config"]["training"]["max_steps"] == 2
+    assert report["config"]["training"]["max_steps"] == 30
 
 
 def test_the_checkpoint_is_complete(run):
