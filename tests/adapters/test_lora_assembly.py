@@ -88,23 +88,101 @@ def test_only_the_router_is_trained(llama, trained, text):
 @pytest.mark.parametrize(
     "second, message",
     [
-        ({"target_modules": ["q_proj"]}, "the same target_modules"),
+        ({"target_modules": ["q_proj"]}, "lora-1' lacks 2 more, such as 'model.layers.0.mlp.down_proj'"),
+        ({"layers_to_transform": [1]}, "lora-1' lacks 2 more, such as 'model.layers.0.mlp.down_proj'"),
+        ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, "lora-1' has 2 more, such as .*v_proj"),
+        ({"target_modules": ["v_proj"]}, "no targets in common"),
         ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, r"alora_invocation_tokens=\[1, 2\]"),
+        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices=\[1, 2\]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base weights"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
     ],
 )
-def test_adapters_that_do_not_fit_together_are_refused(llama, trained, second, message):
+def test_adapters_that_do_not_fit_together_are_refused_before_the_model_changes(llama, trained, second, message):
     folders = trained({}, second)
+    host = llama()
     with pytest.raises(ValueError, match=message):
-        assemble_lora_experts(llama(), folders)
+        assemble_lora_experts(host, folders)
+    assert not list(tuner_layers(host)) and {name for name, _ in host.named_parameters()} == {
+        name for name, _ in llama().named_parameters()
+    }
 
 
-def test_an_adapter_with_weights_that_the_model_has_no_place_for_is_refused(llama, trained):
+def narrower(host):
+    host.model.layers[1].mlp.down_proj = torch.nn.Linear(40, 32, bias=False)
+
+
+def shorter(host):
+    host.model.layers = host.model.layers[:1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            narrower,
+            r"'model.layers.1.mlp.down_proj', A \(4, 48\) and B \(32, 4\), lead from 48 to 32 .* from 40 to 32",
+        ),
+        (shorter, "has 2 more, such as 'model.layers.1"),
+    ],
+)
+def test_adapters_of_another_model_are_refused_before_it_changes(llama, trained, change, message):
     folders = trained({}, {})
     host = llama()
-    host.model.layers = host.model.layers[:1]
-    with pytest.raises(ValueError, match="nothing takes its '.*layers.1"):
+    change(host)
+    with pytest.raises(ValueError, match=message):
         assemble_lora_experts(host, folders)
+    assert not list(tuner_layers(host))
+
+
+def test_an_adapter_that_was_converted_to_plain_lora_is_an_expert(llama, text, tmp_path):
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model.save_pretrained(tmp_path / "start")
+    model(**text).loss.backward()
+    torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05).step()
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    bank = assemble_lora_experts(llama(), [str(tmp_path / "plain")], router="constant", num_experts_per_tok=1).eval()
+    inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        found, expected = bank(**inputs).logits, model.eval()(**inputs).logits
+    real = text["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("own", ["org/C", ""])
+def test_adapters_of_other_bases_are_warned_of(llama, trained, own, recwarn):
+    folders = trained({}, {})
+    host = llama()
+    assemble_lora_experts(host, folders)
+    assert not any("other bases" in str(warning.message) for warning in recwarn)
+    for folder, base in zip(folders, ("org/A", "org/B"), strict=True):
+        config = LoraConfig.from_pretrained(folder)
+        config.base_model_name_or_path = base
+        config.save_pretrained(folder)
+    host = llama()
+    host.name_or_path = own
+    with pytest.warns(UserWarning, match=f"than the model '{own}': .*lora-0': 'org/A', .*lora-1': 'org/B'"):
+        assemble_lora_experts(host, folders)
+
+
+@pytest.mark.parametrize(
+    "adapters, options, message",
+    [
+        ([], {}, "a list of one or more folders"),
+        ("lora-0", {}, "a list of one or more folders"),
+        (["lora-0"], {"num_experts": 2}, "num_experts follows from the adapters of a bank: leave num_experts=2 out"),
+        (["lora-0"], {"target_modules": ["q_proj"]}, "target_modules follows from the adapters"),
+        (["lora-0"], {"r": 2}, "r follows from the adapters"),
+        (["lora-0"], {"target_overrides": {"q_proj": {"r": 2}}}, "'q_proj'.*r follow from the adapters"),
+        (["lora-0"], {"routr": "top_k"}, "Unknown option of assemble_lora_experts 'routr'. Did you mean 'router'"),
+    ],
+)
+def test_what_follows_from_the_adapters_is_no_option(llama, adapters, options, message):
+    with pytest.raises(ValueError, match=message):
+        assemble_lora_experts(llama(), adapters, **options)
 
 
 def test_something_else_than_lora_is_no_expert(llama, trained, tmp_path):
