@@ -303,3 +303,15 @@ def test_a_classifier_is_measured_by_its_rows(vit, randomise):
     randomise(model)
     report = merge_by_mean_routing(model, [{"pixel_values": torch.randn(5, 3, 16, 16)}])
     assert report.tokens == 5 and report.kl > 0 and report.kl_without_adapter > 0
+
+
+def test_a_merge_by_mean_routing_leaves_every_part_in_the_mode_it_was_in(llama, text, randomise):
+    model = adapt(llama(), router_input="target").train()
+    randomise(model)
+    model.get_base_model().model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match="saw no token"):
+        merge_by_mean_routing(model, [{**text, "attention_mask": torch.zeros_like(text["attention_mask"])}])
+    assert [module.training for module in model.modules()] == modes
+    merge_by_mean_routing(model, [text])
+    assert [module.training for module in model.modules()] == modes

@@ -96,15 +96,18 @@ def merge_by_mean_routing(
     compared = batches if measure_on is None else list(measure_on)
     if not batches or not compared:
         raise ValueError("merge_by_mean_routing needs at least one batch to read, and one to compare the models on.")
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
-    gates = _mean_gates(model, batches)
-    routed = _predictions(model, compared)  # (N, classes)
-    with model.disable_adapter():
-        base = _predictions(model, compared)
-    _merge(model, gates)
-    merged = _predictions(model, compared)
-    model.train(training)
+    try:
+        gates = _mean_gates(model, batches)
+        routed = _predictions(model, compared)  # (N, classes)
+        with model.disable_adapter():
+            base = _predictions(model, compared)
+        _merge(model, gates)
+        merged = _predictions(model, compared)
+    finally:
+        for module in training:  # some may be frozen parts in evaluation mode
+            module.training = True
     mean_gates: dict[str, dict[int, list[float]]] = {}
     for (adapter_name, router), mean in gates.items():
         mean_gates.setdefault(adapter_name, {})[router.spec.layer_idx] = mean.tolist()
