@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 def bert():

@@ -5,8 +5,8 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from hf_moe import MoeLoraConfig
+from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
-from hf_moe.adapters.objectives import tuner_layers
 from hf_moe.modeling.routing import RoutingContext
 
 

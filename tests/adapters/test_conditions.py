@@ -10,7 +10,7 @@ from trl_runs import arguments, tokenizer
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import ConditionCollator, merge_for, routing_inputs
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 BY_TASK = {"target_modules": ["q_proj"], "router": "condition", "num_experts": 3}

@@ -1,5 +1,7 @@
 """Frozen experts are those that were frozen or loaded, however they are loaded and whatever is done with them next."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -16,6 +18,19 @@ TARGETS = ["q_proj", "down_proj"]
 
 def adapt(model, **fields):
     return get_peft_model(model, MoeLoraConfig(**{"target_modules": TARGETS, **fields})).eval()
+
+
+def stacks(model):
+    return [getattr(layer, name)["default"] for layer in tuner_layers(model) for name in ("moe_lora_A", "moe_lora_B")]
+
+
+def step(model, inputs, optimizer):
+    model.train()(**inputs).loss.backward()
+    gradients = [stack.grad.clone() for stack in stacks(model)]
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+    return gradients
 
 
 def logits(model, inputs):
@@ -137,3 +152,42 @@ def test_weights_of_a_functional_call_do_not_become_the_frozen_ones(llama, text,
     drift(model, text)
     logits(model, text)
     assert same(expert(model, 1), frozen)
+
+
+def test_a_frozen_expert_stays_to_the_bit_under_decay_and_momentum(llama, text, randomise):
+    model = adapt(llama(), num_experts_per_tok=4)
+    randomise(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    step(model, text, optimizer)  # momentum for all
+    freeze_experts(model, [1, 3])
+    frozen = [stack[[1, 3]].detach().clone() for stack in stacks(model)]
+    others = [stack[[0, 2]].detach().clone() for stack in stacks(model)]
+    for _ in range(2):
+        for gradient in step(model, text, optimizer):
+            assert not gradient[[1, 3]].any() and gradient[[0, 2]].any()
+    saved = model.state_dict()
+    names = [
+        name for name, _ in model.named_parameters() if name.endswith(("moe_lora_A.default", "moe_lora_B.default"))
+    ]
+    for name, was in zip(names, frozen, strict=True):
+        assert torch.equal(saved[name][[1, 3]], was)
+    twin = copy.deepcopy(model)
+    step(twin, text, torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1))
+    logits(twin, text)
+    for stack, was in zip(stacks(twin), frozen, strict=True):
+        assert torch.equal(stack[[1, 3]], was)
+    assert not any(torch.equal(stack[[0, 2]], was) for stack, was in zip(stacks(model), others, strict=True))
+    freeze_experts(model, [])
+    assert all(gradient[[1, 3]].any() for gradient in step(model, text, optimizer))
+    assert model.peft_config["default"].frozen_experts is None
+
+
+def test_weights_that_are_loaded_replace_the_frozen_ones(llama, text, randomise):
+    model = adapt(llama())
+    randomise(model)
+    freeze_experts(model, [0])
+    logits(model, text)
+    other = {name: value + 1.0 for name, value in model.state_dict().items() if "moe_lora_B" in name}
+    model.load_state_dict(other, strict=False)
+    logits(model, text)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in other.items())

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import find_centroids, intuition
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 def test_the_two_best_of_four_pairs_add_what_the_formula_says(llama):

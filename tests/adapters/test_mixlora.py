@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_moe import MoeLoraConfig
+from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
-from hf_moe.adapters.objectives import tuner_layers
 from hf_moe.modeling.routing import RoutingContext
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 WIDTH, TASKS = 16, 4

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 def test_tokens_of_the_new_modality_alone_get_the_scaled_update(randomise):

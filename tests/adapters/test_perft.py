@@ -6,7 +6,7 @@ from peft import get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 @pytest.mark.parametrize("variant, adapters", [("R", 8), ("D", 8), ("S", 1)])

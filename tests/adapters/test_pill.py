@@ -5,7 +5,7 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 
 
 def adapt(model, **fields):

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.objectives import tuner_layers
+from hf_moe.adapters.layer import tuner_layers
 from hf_moe.modeling.routing import RoutingContext
 
 
