@@ -219,7 +219,7 @@ class MoeLoraModel(BaseTuner):
                 "One router cannot be shared with all layers where the model passes nothing from layer to layer: set "
                 "router_input='decoder_layer'."
             )
-        scope = self.model if shared else self.model.get_submodule(layer_name)  # type: ignore[arg-type]
+        scope = self.model if shared else self.model.get_submodule(layer_name)
         sharing = (target for target in tuner_layers(scope) if adapter_name in target.moe_lora_router)
         return next((item for item in sharing if item.router_group[adapter_name] == settings.router_group), None)
 
