@@ -37,12 +37,11 @@ def rename_expert(model: PeftModel, expert: Expert, name: str, adapter_name: str
     """Give an expert, known by number or name, another name.
 
     Raises:
-        ValueError: if there is no such expert, or the name is taken.
+        ValueError: if there is no such expert, or the name is taken or no text.
     """
     names = expert_names(model, adapter_name)
     number = _number(names, expert)
-    if name in names[:number] + names[number + 1 :]:
-        raise ValueError(f"Adapter {adapter_name!r} has an expert {name!r} already; its experts are {names}.")
+    _check_name(name, names[:number] + names[number + 1 :], adapter_name)
     names[number] = name
     _config(model, adapter_name).expert_names = names
 
@@ -61,6 +60,8 @@ def freeze_experts(model: PeftModel, experts: Iterable[Expert], adapter_name: st
         ValueError: if there is no such expert, or the experts have no parameters of their own.
     """
     names, layers = expert_names(model, adapter_name), _layers(model, adapter_name)
+    if isinstance(experts, str):
+        raise ValueError(f"experts={experts!r} must be a list of experts, such as {[experts]}.")
     numbers = sorted({_number(names, expert) for expert in experts})
     hold_frozen(model)
     _config(model, adapter_name).frozen_experts = numbers or None
@@ -89,7 +90,7 @@ def add_expert(
 
     Args:
         model: the model with the adapter.
-        name: the expert's name, its number when absent.
+        name: the expert's name; when absent its number, or the next one that is no other expert's name.
         copy_of: number or name of the expert to copy, with its rank.
         rank: of a new expert, on every target; that of the others when absent, where they have one rank.
         adapter_name: the adapter.
@@ -99,14 +100,15 @@ def add_expert(
     """
     config, names = _config(model, adapter_name), expert_names(model, adapter_name)
     number = config.num_experts
-    if name is not None and name in names:
-        raise ValueError(f"Adapter {adapter_name!r} has an expert {name!r} already; its experts are {names}.")
+    if name is not None:
+        _check_name(name, names, adapter_name)
     source = None if copy_of is None else _number(names, copy_of)
     if rank is not None and source is not None:
         raise ValueError(f"A copy has the rank of the expert that it copies: leave rank={rank} out, or copy_of.")
     named = config.expert_names is not None or name is not None
     _rebuild(model, adapter_name, [*range(number), source], rank)
-    config.expert_names = [*names, str(number) if name is None else name] if named else None
+    free = (str(other) for other in range(number, 2 * number + 1) if str(other) not in names)
+    config.expert_names = [*names, next(free) if name is None else name] if named else None
     return number
 
 
@@ -161,10 +163,17 @@ def _all_layers(model: PeftModel, adapter_name: str) -> list[MoeLoraLayer]:
     return [layer for layer in tuner_layers(model) if adapter_name in layer.experts]
 
 
+def _check_name(name: str, others: list[str], adapter_name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"The name of an expert is a text that is not empty, and not {name!r}.")
+    if name in others:
+        raise ValueError(f"Adapter {adapter_name!r} has an expert {name!r} already; the others are {others}.")
+
+
 def _number(names: list[str], expert: Expert) -> int:
     if isinstance(expert, str) and expert in names:
         return names.index(expert)
-    if isinstance(expert, int) and 0 <= expert < len(names):
+    if isinstance(expert, int) and not isinstance(expert, bool) and 0 <= expert < len(names):
         return expert
     raise ValueError(f"There is no expert {expert!r}; the experts are {names}.")
 
