@@ -37,3 +37,40 @@ def test_the_output_is_the_equation_of_the_paper(vit, randomise):
         outputs = torch.einsum("ehr,bepr->beph", b, torch.einsum("erh,beph->bepr", a, slots).relu())
         expected = layer.get_base_layer()(x) + combine @ outputs.reshape(2, 6, 32)
     torch.testing.assert_close(seen["y"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_slots_reach_experts_of_their_own_rank(vit, randomise):
+    model = get_peft_model(
+        vit(),
+        MoeLoraConfig(
+            target_modules=r".*\.mlp",
+            experts={"name": "bottleneck", "activation": "relu"},
+            router={"name": "soft_moa", "slots_per_expert": 2},
+            num_experts=3,
+            num_experts_per_tok=None,
+            r=[1, 4, 2],
+            lora_alpha=4,
+        ),
+    )
+    randomise(model)
+    layer = next(module for module in model.modules() if isinstance(module, MoeLoraLayer))
+    seen = {}
+    layer.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output))
+    layer.moe_lora_router["default"].register_forward_hook(lambda module, args, output: seen.update(mixture=output))
+    model(pixel_values=torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    target, mixture = layer.experts["default"].target, seen["mixture"]
+    slots = (mixture.dispatch.transpose(1, 2) @ seen["x"]).view(2, 3, 2, 32)  # (B, E, p, H)
+    experts = zip(
+        slots.unbind(1),
+        target.split("A", layer.moe_lora_A["default"]),
+        target.split("B", layer.moe_lora_B["default"]),
+        (1, 4, 2),
+        strict=True,
+    )
+    outputs = [4 / rank * (inputs @ a.T).relu() @ b.T for inputs, a, b, rank in experts]  # E of (B, p, H)
+    expected = layer.get_base_layer()(seen["x"]) + mixture.combine @ torch.cat(outputs, 1)
+    torch.testing.assert_close(seen["y"], expected, atol=1e-4, rtol=1e-4)
+    stacks = [layer.moe_lora_A["default"], layer.moe_lora_B["default"]]
+    found = torch.autograd.grad(seen["y"].square().sum(), stacks, retain_graph=True)
+    wanted = torch.autograd.grad(expected.square().sum(), stacks)
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
