@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny_hosts import HOSTS, pixels
-from transformers import Trainer, TrainingArguments
+from transformers import MPNetConfig, MPNetModel, Trainer, TrainingArguments
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import LogRouting
@@ -117,3 +117,14 @@ def test_padded_images_whose_patches_are_not_told_are_refused():
     mask = torch.ones(2, 16, 16)
     with pytest.raises(ValueError, match="not the rows of the call"):
         logits(model, {"pixel_values": pixels()}, task_ids=TASKS, pixel_mask=mask)
+
+
+def test_attention_that_returns_a_tuple_of_one_still_does_with_experts_around_it():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    host = MPNetModel(MPNetConfig(**sizes, vocab_size=64)).eval()
+    inputs = {"input_ids": torch.randint(1, 60, (2, 5))}
+    with torch.no_grad():
+        expected = host(**inputs).last_hidden_state
+        model = get_peft_model(host, MoeLoraConfig(target_modules=["attention"])).eval()
+        torch.testing.assert_close(model(**inputs).last_hidden_state, expected, atol=1e-6, rtol=0)

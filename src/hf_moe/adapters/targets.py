@@ -40,7 +40,7 @@ class WholeModule(nn.Module, MoeLoraLayer):
             return self.base_layer(*args, **kwargs)
         given = bool(args)
         hidden_states = args[0] if given else kwargs["hidden_states"]
-        others: tuple = ()
+        others: tuple | None = None
 
         def call(inputs: torch.Tensor) -> torch.Tensor:
             nonlocal others
@@ -53,7 +53,7 @@ class WholeModule(nn.Module, MoeLoraLayer):
             return output
 
         output = self.adapted(call, hidden_states, args[1:])
-        return (output, *others) if others else output
+        return output if others is None else (output, *others)
 
     def __repr__(self) -> str:
         return "moe_lora." + super().__repr__()
