@@ -83,3 +83,16 @@ def test_the_mean_is_saved_with_the_adapter(llama, text, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in means.items())
+
+
+def test_a_centred_gate_generates_in_training_mode_and_takes_no_note_of_it(llama, text):
+    """As trainers generate that learn from rewards."""
+    config = MoeLoraConfig(num_experts=2, router={"name": "sequence", "centred": True}, target_modules=["q_proj"])
+    model = get_peft_model(llama(), config)
+    prompt = {name: text[name] for name in ("input_ids", "attention_mask")}
+    expected = model.eval().generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.train().generate(**prompt, max_new_tokens=4, do_sample=False), expected)
+    routers = [module for module in model.modules() if isinstance(module, SequenceRouter)]
+    assert not any(router.accumulated.any() for router in routers)
+    model(**text).loss.backward()
+    assert all(router.accumulated[-1] == len(text["input_ids"]) for router in routers)

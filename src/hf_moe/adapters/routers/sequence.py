@@ -74,7 +74,8 @@ class SequenceRouter(PooledRouter):
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         directions = F.rms_norm(hidden_states.float(), hidden_states.shape[-1:])  # (T, d)
-        if self.centred and self.training:
+        # Not where a sample goes on behind what is cached, as in the generation of a model in training mode.
+        if self.centred and self.training and not context.carry.get("cached_tokens"):
             self._leave_pooled(directions.detach(), context)
         logits, known = self.pool(gate_logits(directions, self.weight), context)  # (T, E)
         if self.centred:
@@ -93,8 +94,8 @@ class SequenceRouter(PooledRouter):
         context.carry.setdefault("pooled_samples", {})[self.spec.layer_idx] = summed
 
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
-        if self.centred:
-            summed = context.carry["pooled_samples"][self.spec.layer_idx]
+        summed = context.carry.get("pooled_samples", {}).get(self.spec.layer_idx)
+        if summed is not None:
             self.accumulated += sum_over_ranks(summed).to(self.accumulated)
 
     def end_step(self) -> None:
