@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import LogRouting
+from ..adapters.conditions import conditions_read
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..construction.pretrained import PACKAGED, load_language_model
 from ..construction.tokenizer import default_chat_template
@@ -24,7 +25,6 @@ from ..evaluation.vqa import evaluate_vqa
 from ..hub.adapter_card import write_adapter_card
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
-from ..modeling.routing import Router
 from .parts import check_moved, fingerprints
 from .recipe import Recipe, adapter_config
 from .stages import image_features, training_arguments
@@ -46,7 +46,7 @@ def run_adapter_recipe(recipe: Recipe, rows: dict[str, Any], folder: Path, resum
     started = time.perf_counter()
     base, processor = load_base(recipe.model)
     model = get_peft_model(base, adapter_config(recipe.adapter or {}))
-    conditions = row_conditions(model)
+    conditions = sorted(conditions_read(model))
     for part, part_rows in rows.items():
         for name in conditions:
             if f"{name}_ids" not in (part_rows.column_names or ()):
@@ -111,12 +111,6 @@ def load_base(options: dict[str, Any]) -> tuple[Any, AnyProcessor]:
 def tokenizer_or_processor(processor: AnyProcessor) -> Any:
     """Return what Transformers would give as the model's processor."""
     return processor.tokenizer if isinstance(processor, TextProcessor) else processor
-
-
-def row_conditions(model: PeftModel) -> list[str]:
-    """Return the names of the conditions that the routers of an adapter read of every row."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    return sorted({router.condition for router in routers if getattr(router, "condition", None) is not None})
 
 
 def trainable_parameters(model: PeftModel) -> dict[str, int]:
