@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from observed import logits
 from peft import get_peft_model
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -25,11 +26,6 @@ def adapt(llama, randomise):
         return model
 
     return build
-
-
-def logits(model, inputs, **extra):
-    with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra).logits
 
 
 def test_ids_arrive_also_where_peft_has_a_name_of_its_own_for_them(adapt, text):

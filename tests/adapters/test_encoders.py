@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from observed import decisions, logits
 from peft import get_peft_model
 from tiny_hosts import HOSTS, pixels
 from transformers import MPNetConfig, MPNetModel, Trainer, TrainingArguments
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import LogRouting
-from hf_moe.adapters.layer import tuner_layers
 
 
 TASKS = torch.tensor([1, 0])
@@ -19,20 +19,6 @@ def adapt(name, **fields):
     torch.manual_seed(0)
     host = HOSTS[name].build().eval()
     return get_peft_model(host, MoeLoraConfig(**{"target_modules": HOSTS[name].targets, **fields})).eval()
-
-
-def logits(model, inputs, **extra):
-    with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra).logits
-
-
-def decisions(model):
-    """Collect what every router decides."""
-    made = []
-    for layer in tuner_layers(model):
-        for router in layer.moe_lora_router.values():
-            router.register_forward_hook(lambda module, args, output: made.append(output))
-    return made
 
 
 @pytest.mark.parametrize("router_input", ["decoder_layer", "model", "target"])

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from observed import logits
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -45,11 +46,6 @@ STACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 def adapt(model, **fields):
     return get_peft_model(model, MoeLoraConfig(**fields)).eval()
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
 
 
 def moe_host(name):

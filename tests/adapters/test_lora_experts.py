@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from observed import logits
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import (
@@ -28,11 +29,6 @@ TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
 def adapt(model, adapter="default", **fields):
     fields.setdefault("target_modules", TARGETS)
     return get_peft_model(model, MoeLoraConfig(**fields), adapter_name=adapter).eval()
-
-
-def logits(model, inputs, **extra):
-    with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra).logits
 
 
 ROUTERS = [

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from observed import logits
 from peft import PeftModel, get_peft_model
 from transformers import (
     Gemma3ForCausalLM,
@@ -24,11 +25,6 @@ END = 61
 
 def adapt(model, **fields):
     return get_peft_model(model, MoeLoraConfig(**{"target_modules": TARGETS, **fields})).eval()
-
-
-def logits(model, inputs, **extra):
-    with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra).logits
 
 
 def routers(model):

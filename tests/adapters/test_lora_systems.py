@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from observed import decisions, logits
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -19,20 +20,6 @@ END = 61
 
 def adapt(model, key, **fields):
     return get_peft_model(model, MoeLoraConfig.from_system(key, **fields)).eval()
-
-
-def logits(model, inputs, **extra):
-    with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra).logits
-
-
-def decisions(model):
-    """Collect what every router decides."""
-    made = []
-    for layer in tuner_layers(model):
-        for router in layer.moe_lora_router.values():
-            router.register_forward_hook(lambda module, args, output: made.append(output))
-    return made
 
 
 class Toy(nn.Module):

@@ -84,7 +84,7 @@ def error(config, seed, learning_rate):
         return (F.mse_loss(model(x), y) / base).item()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_experts_keep_tasks_apart_that_one_lora_of_equal_rank_mixes_up(seed):
     """Both with the best of three learning rates; seeds 3 and 4 agree.
 

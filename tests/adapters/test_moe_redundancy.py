@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from observed import logits
 from peft import get_peft_model
 from tiny_hosts import HOSTS
 from torch import nn
@@ -15,11 +16,6 @@ from hf_moe.analysis.experts import expert_redundancy
 
 def adapt(model, **fields):
     return get_peft_model(model, MoeLoraConfig.from_system("moe_redundancy_plora", **fields)).eval()
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
 
 
 def train(model, inputs, steps, learning_rate=0.05):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from observed import logits
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
@@ -57,11 +58,6 @@ def moe_host(name):
 
 def adapt(model, key, **fields):
     return get_peft_model(model, MoeLoraConfig.from_system(key, **fields)).eval()
-
-
-def logits(model, inputs, **extra):
-    with torch.no_grad():
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra).logits
 
 
 def train(model, inputs, steps=1, learning_rate=0.05):
