@@ -1,6 +1,7 @@
 """Frozen experts are those that were frozen or loaded, however they are loaded and whatever is done with them next."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -180,6 +181,15 @@ def test_a_frozen_expert_stays_to_the_bit_under_decay_and_momentum(llama, text, 
     freeze_experts(model, [])
     assert all(gradient[[1, 3]].any() for gradient in step(model, text, optimizer))
     assert model.peft_config["default"].frozen_experts is None
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_gives_frozen_experts_no_gradient_either(llama, text, again):
+    model = adapt(llama(), num_experts_per_tok=4, frozen_experts=[1], init_lora_weights=False)
+    logits(model, text)
+    twin = again(model)
+    for gradient in step(twin, text, torch.optim.SGD(twin.parameters(), lr=0.0)):
+        assert not gradient[1].any() and gradient[0].any()
 
 
 def test_weights_that_are_loaded_replace_the_frozen_ones(llama, text, randomise):

@@ -56,8 +56,8 @@ class FrozenExperts:
             kept = self.kept[container][1].to(stack)
             if not torch.equal(stack.index_select(dim, index), kept):
                 stack.index_copy_(dim, index, kept)
-            if stack.requires_grad and not hasattr(stack, "moe_lora_mask"):
-                # Not in the norm by which gradients are clipped either; a copy of the parameter loses hook and handle.
+            if stack.requires_grad and not _is_masked(stack):
+                # Not in the norm by which gradients are clipped either.
                 stack.moe_lora_mask = stack.register_hook(partial(_mask, dim, index))
 
     def _take(self, layer: MoeLoraLayer, container: str, stack: nn.Parameter) -> None:
@@ -73,6 +73,11 @@ class FrozenExperts:
 
 def _mask(dim: int, index: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return gradient.index_fill(dim, index.to(gradient.device), 0.0)
+
+
+def _is_masked(stack: nn.Parameter) -> bool:
+    """Whether the hook is there: a copy of the parameter has neither handle nor hook, an unpickled one no hook."""
+    return hasattr(stack, "moe_lora_mask") and stack.moe_lora_mask.id in (stack._backward_hooks or {})
 
 
 def release(stack: nn.Parameter) -> None:
