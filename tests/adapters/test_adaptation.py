@@ -25,13 +25,15 @@ def changed(adapter):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_step_leaves_the_mode_of_the_model(adapted, images, training):
+def test_a_step_leaves_the_mode_of_every_part(adapted, images, training):
     adapted.train(training)
+    adapted.get_base_model().vit.layers[0].eval()  # as a frozen part
+    modes = [module.training for module in adapted.modules()]
     TestTimeAdapter(adapted, confidence=0.0).step(pixel_values=images)
-    assert adapted.training == training
+    assert [module.training for module in adapted.modules()] == modes
     with pytest.raises(ValueError):
         TestTimeAdapter(adapted).step(pixel_values=images[..., :8])
-    assert adapted.training == training
+    assert [module.training for module in adapted.modules()] == modes
 
 
 def test_it_learns_only_from_predictions_above_the_confidence(adapted, images):

@@ -13,6 +13,8 @@ from peft import PeftModel
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from ..evaluation.mode import evaluation_mode
+
 
 class TestTimeAdapter:
     """Adapts the trainable weights of a model, its adapter's, to a stream of inputs without labels.
@@ -53,12 +55,8 @@ class TestTimeAdapter:
 
     def step(self, **inputs: Any) -> torch.Tensor:
         """Predict, learn from what the model is sure of, and return the predictions made before (N, classes)."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             return self._step(inputs)
-        finally:
-            self.model.train(training)
 
     def _step(self, inputs: dict[str, Any]) -> torch.Tensor:
         logits = self._real(self.model(**inputs).logits.float(), inputs)

@@ -3,6 +3,7 @@
 import torch
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from ..evaluation.mode import evaluation_mode
 from ..modeling.routing import NUM_MODALITIES, ExpertAssignment, Router, RoutingContext
 from .low_rank import ExpertSlots
 from .routers import HostRouter
@@ -58,16 +59,11 @@ def constant_gates(
         torch.arange(rows * length, device=device).view(rows, length),
         {key: torch.full((rows,), value, device=device) for key, value in (condition_ids or {}).items()},
     )
-    training = router.training
-    router.eval()  # without the noise that some routers draw in training
-    try:
-        with torch.enable_grad():
-            decision = router(hidden_states, context)
-            if not isinstance(decision, ExpertAssignment):
-                raise RoutingVaries(f"{name} mixes the tokens of a sequence")
-            gates = ExpertSlots(decision).gates  # (T, E)
-    finally:
-        router.train(training)
+    with evaluation_mode(router), torch.enable_grad():  # without the noise that some routers draw in training
+        decision = router(hidden_states, context)
+        if not isinstance(decision, ExpertAssignment):
+            raise RoutingVaries(f"{name} mixes the tokens of a sequence")
+        gates = ExpertSlots(decision).gates  # (T, E)
     if _depends(gates, hidden_states) or _chooses_by(decision, hidden_states):
         raise RoutingVaries(f"{name} decides by the hidden state of a token, and one matrix cannot hold that")
     spread = (gates - gates[0]).abs().amax(-1)  # (T,)

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from ..evaluation.mode import evaluation_mode
 from ..modeling.gating import check_choice
 from ..modeling.routing import ExpertAssignment, Router, RoutingContext
 from .constant_routing import RoutingVaries, constant_gates
@@ -96,18 +97,13 @@ def merge_by_mean_routing(
     compared = batches if measure_on is None else list(measure_on)
     if not batches or not compared:
         raise ValueError("merge_by_mean_routing needs at least one batch to read, and one to compare the models on.")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         gates = _mean_gates(model, batches)
         routed = _predictions(model, compared)  # (N, classes)
         with model.disable_adapter():
             base = _predictions(model, compared)
         _merge(model, gates)
         merged = _predictions(model, compared)
-    finally:
-        for module in training:  # some may be frozen parts in evaluation mode
-            module.training = True
     mean_gates: dict[str, dict[int, list[float]]] = {}
     for (adapter_name, router), mean in gates.items():
         mean_gates.setdefault(adapter_name, {})[router.spec.layer_idx] = mean.tolist()

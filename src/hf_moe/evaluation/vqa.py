@@ -17,6 +17,7 @@ from ..data.rows import row_images, text_part, undecoded
 from ..data.tokenisation import IGNORE_INDEX, AnyProcessor, ConversationTokenizer
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.vision import tower_features
+from .mode import evaluation_mode
 from .scoring import mean_scores, vqa_score
 
 
@@ -62,10 +63,8 @@ def predict_answers(
         raise ValueError(
             "Routing statistics come from the prefill; these answers are generated, being several tokens."
         )
-    was_training = model.training
-    model.eval()
     answers: list[str] = []
-    with tqdm(total=_length(rows), desc="Answering", unit="question") as progress:
+    with evaluation_mode(model), tqdm(total=_length(rows), desc="Answering", unit="question") as progress:
         for batch_rows in _batches(rows, batch_size):
             batch = {name: value.to(model.device) for name, value in collator(batch_rows).items()}
             if zero_images:
@@ -77,7 +76,6 @@ def predict_answers(
                     tokens = _prefill(model, batch, statistics)
             answers += [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             progress.update(len(batch_rows))
-    model.train(was_training)
     return answers
 
 
