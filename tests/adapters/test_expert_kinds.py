@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.layer import tuner_layers
+from hf_moe.adapters.layer import MoeLoraLayer, tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
 from hf_moe.modeling.routing import ExpertAssignment
 
@@ -377,3 +377,10 @@ def test_what_cannot_work_is_refused(llama, text, fields, message):
 def test_a_linear_layer_is_no_stacked_weight(llama):
     with pytest.raises(ValueError, match="no stacked weight"):
         adapt(llama(), target_parameters=["q_proj.weight"])
+
+
+def test_targets_are_found_in_the_order_of_the_model_also_around_each_other():
+    stacked = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = adapt(moe_host("mixtral"), target_modules=r".*(layers\.\d+|q_proj)", target_parameters=stacked)
+    expected = [module for module in model.modules() if isinstance(module, MoeLoraLayer)]
+    assert list(tuner_layers(model)) == expected and len(expected) == 8

@@ -126,9 +126,8 @@ def take_frozen(model: nn.Module, *_: Any) -> None:
 
 
 def install_frozen_hooks(model: nn.Module) -> list[Any]:
-    """Hook the frozen experts to the root's forward, saving and loading; return the handles."""
+    """Hook the frozen experts to the root's saving and loading; return the handles."""
     return [
-        model.register_forward_pre_hook(hold_frozen),
         model.register_state_dict_pre_hook(hold_frozen),
         model.register_load_state_dict_pre_hook(hold_frozen),  # for what is not among the loaded weights
         model.register_load_state_dict_post_hook(take_frozen),

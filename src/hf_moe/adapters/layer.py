@@ -357,7 +357,18 @@ class MoeLoraLayer(BaseTunerLayer):
 
 def tuner_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
     """Yield the layers with LoRA experts, in the order of the model."""
-    return (module for module in model.modules() if isinstance(module, MoeLoraLayer))
+    # Every forward looks for them: not inside of them, where most modules of an adapted model are.
+    seen, left = set(), [model]
+    while left:
+        module = left.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, MoeLoraLayer):
+            yield module
+            left.append(module.base_layer)
+        else:
+            left.extend(reversed(module._modules.values()))
 
 
 class Linear(nn.Module, MoeLoraLayer):
