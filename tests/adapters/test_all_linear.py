@@ -64,3 +64,20 @@ def test_a_refused_second_adapter_leaves_the_first_one(own_model, image_rows, ra
     with pytest.raises(ValueError, match="reads the modality"):
         model.add_adapter("second", wrong)
     torch.testing.assert_close(model(**image_rows).logits, before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "ffn_experts": True},  # known behind the last target
+        {"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]},
+    ],
+)
+def test_what_is_refused_behind_the_first_target_leaves_the_model_as_it_was(llama, text, fields):
+    base = llama()
+    expected = base(**text).logits
+    types = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match="ffn_experts=True|nn.Parameter"):
+        adapt(base, **fields)
+    assert [type(module) for module in base.modules()] == types and not base._forward_pre_hooks
+    torch.testing.assert_close(base(**text).logits, expected, atol=0, rtol=0)

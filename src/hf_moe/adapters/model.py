@@ -73,13 +73,19 @@ class MoeLoraModel(BaseTuner):
         self._specs: list[MoELayerSpec] = []
         # Why targets cannot be adapted, and which.
         self._refused: dict[str, list[str]] = {}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if self._refused:
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if self._refused:
+                raise ValueError(refusal(self._refused))
+            self._complete(model, adapter_name, self.peft_config[adapter_name])
+        except ValueError:  # no target is left adapted
             self.delete_adapter(adapter_name)
             if not self.peft_config:
                 self.unload()
-            raise ValueError(refusal(self._refused))
-        config = self.peft_config[adapter_name]
+            raise
+
+    def _complete(self, model: nn.Module, adapter_name: str, config: MoeLoraConfig) -> None:
+        """Add what an adapter has besides its targets."""
         # PEFT records the class of the base only where there is no task type.
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         _warn_of_unmatched(model, adapter_name, config)
@@ -91,8 +97,9 @@ class MoeLoraModel(BaseTuner):
             first.moe_lora_objectives[adapter_name] = losses
         if config.ffn_experts:
             adapt_feed_forwards(model, adapter_name)
-        for layer in numbered_layers(model, adapter_name, config) if config.frozen_experts else ():
-            layer.frozen_experts[adapter_name] = FrozenExperts(layer, adapter_name, config.frozen_experts)
+        if config.frozen_experts:
+            for layer in numbered_layers(model, adapter_name, config):
+                layer.frozen_experts[adapter_name] = FrozenExperts(layer, adapter_name, config.frozen_experts)
         self._handles = install_hooks(model) or self._handles
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict) -> MoeLoraConfig:
