@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hf_moe.adapters import select_adapters, update_similarities
+from hf_moe.adapters import score_adapters, select_adapters, update_similarities
 
 
 ALIKE = torch.eye(4)  # equally different from each other
@@ -59,3 +59,16 @@ def test_similarities_are_those_of_the_whole_updates(saved):
     found = update_similarities([folder for folder, _ in adapters])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert found[0, 1] < 0.7 and found[0, 2] < 0.7 and found[0, 3] > 0.999
+
+
+def test_scoring_leaves_the_model_bare_and_every_part_in_its_mode(llama, saved):
+    folder, _ = saved("a", 0, 0)
+    host = llama().train()
+    host.model.layers[0].eval()
+    modes = {name: module.training for name, module in host.named_modules()}
+    shot = {"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([[3, 4, 5]])}
+    accuracies, perplexities = score_adapters(host, [folder], [shot])
+    assert accuracies[0] in (0.0, 1.0) and perplexities[0] > 1
+    with pytest.raises(KeyError, match="labels"):
+        score_adapters(host, [folder], [shot, {"input_ids": shot["input_ids"]}])
+    assert {name: module.training for name, module in host.named_modules()} == modes

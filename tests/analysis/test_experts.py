@@ -48,6 +48,14 @@ def test_copies_are_equal_and_random_experts_are_not(batch):
         torch.testing.assert_close(matrix, torch.ones(4, 4))
 
 
+def test_what_is_measured_leaves_the_mode_of_the_model(batch):
+    model = model_of().train()
+    expert_similarity(model, batch)
+    expert_redundancy(model, batch, batch["attention_mask"].bool())
+    shuffle_test(model, [batch])
+    assert model.training
+
+
 def test_one_expert_turned_round_is_found(batch):
     model = model_of()
     replicate(model)

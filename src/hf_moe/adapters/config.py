@@ -94,7 +94,7 @@ class MoeLoraConfig(PeftConfig):
         num_experts_per_tok: K, the experts of a token; `None` for all of them, which is soft mixing.
         shared_r: rank of a plain LoRA beside the routed experts; 0 for none.
         target_modules: names or a regular expression of the linear layers to adapt, or `"all-linear"`; also of whole
-            modules that take and return hidden states, such as `"mlp"`.
+            modules that take and return hidden states, such as `"mlp"`, or of whole layers.
         target_parameters: names of stacked expert weights (E, ., .) to adapt, such as `"mlp.experts.down_proj"`: every
             expert of the host gets a mixture of its own.
         exclude_modules: names or a regular expression of modules to leave out.

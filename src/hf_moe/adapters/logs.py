@@ -35,6 +35,8 @@ class LogRouting(TrainerCallback):
     ) -> None:
         # The root whose hooks pass the context: PEFT's wrappers stand around it.
         root = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self._handle is not None:  # of a run that failed
+            self._handle.remove()
         self._handle = root.register_forward_hook(self._watch, with_kwargs=True)
 
     def on_train_end(

@@ -305,8 +305,8 @@ def mixed_slots(
 ) -> torch.Tensor:
     """Add the experts' output on their mixed slots: inputs `dispatch^T x`, outputs `combine y`."""
     dtype = compute_dtype(inputs)
-    dispatch, combine = slots.mixture.dispatch.to(dtype), slots.mixture.combine.to(dtype)  # (B, S, N) both
-    tokens = inputs.reshape(*dispatch.shape[:2], -1).to(dtype)
+    dispatch, combine = (part.to(inputs.device, dtype) for part in (slots.mixture.dispatch, slots.mixture.combine))
+    tokens = inputs.reshape(*dispatch.shape[:2], -1).to(dtype)  # (B, S, in); the two above are (B, S, N)
     mixed = torch.einsum("bsn,bsd->nbd", dispatch, tokens)
     experts = mixed.reshape(len(lora_a), -1, mixed.shape[-1])  # (E, p * B, in)
     inner = torch.bmm(experts, lora_a.to(dtype).transpose(1, 2))

@@ -99,7 +99,7 @@ def get_lora_model(
     for _, layer in _adapted_parameters(peft_model, adapter_name):
         lora_b = layer.lora_B[adapter_name].weight.detach()
         if lora_b.any():
-            layer.lora_b_at_start = {adapter_name: lora_b.clone()}
+            layer.lora_b_at_start = {**getattr(layer, "lora_b_at_start", {}), adapter_name: lora_b.clone()}
     return peft_model
 
 

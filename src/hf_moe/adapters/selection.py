@@ -19,6 +19,8 @@ from peft.utils import load_peft_weights
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..evaluation.mode import evaluation_mode
+
 
 def select_adapters(
     accuracies: Sequence[float],
@@ -78,20 +80,26 @@ def score_adapters(
     """
     accuracies, perplexities = [], []
     for adapter in adapters:
-        adapted = PeftModel.from_pretrained(model, adapter).eval()
-        right, losses = [], []
-        for shot in shots:
-            with torch.no_grad():
-                logits = adapted(**{name: value for name, value in shot.items() if name != "labels"}).logits
-            labels = shot["labels"][:, 1:]
-            wanted = labels != -100
-            predicted = logits[:, :-1].float()
-            losses.append(F.cross_entropy(predicted[wanted], labels[wanted]))
-            right.append((predicted.argmax(-1) == labels)[wanted].all().float())
+        with evaluation_mode(model):
+            adapted = PeftModel.from_pretrained(model, adapter).eval()
+            try:
+                right, losses = zip(*(_answer(adapted, shot) for shot in shots), strict=True)
+            finally:
+                adapted.unload()
         accuracies.append(torch.stack(right).mean().item())
         perplexities.append(torch.stack(losses).mean().exp().item())
-        adapted.unload()
     return accuracies, perplexities
+
+
+@torch.no_grad()
+def _answer(model: PeftModel, shot: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whether all labelled tokens of an example are the most probable ones, 0.0 or 1.0, and its loss."""
+    logits = model(**{name: value for name, value in shot.items() if name != "labels"}).logits
+    labels = shot["labels"][:, 1:]
+    wanted = labels != -100
+    predicted = logits[:, :-1].float()
+    right = (predicted.argmax(-1) == labels)[wanted].all().float()
+    return right, F.cross_entropy(predicted[wanted], labels[wanted])
 
 
 def update_similarities(adapters: Sequence[str]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..evaluation.mode import evaluation_mode
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.moe_layer import MoELayer
 from ..modeling.routing import ExpertAssignment, RoutingContext
@@ -60,7 +61,8 @@ def expert_similarity(model: Any, batch: dict[str, torch.Tensor]) -> dict[int, d
 
     handles = [layer.register_forward_pre_hook(keep) for layer in model.moe_layers().values()]
     try:
-        routing = model.eval()(**batch, output_routing=True).routing
+        with evaluation_mode(model):
+            routing = model(**batch, output_routing=True).routing
     finally:
         for handle in handles:
             handle.remove()
@@ -103,7 +105,8 @@ def expert_redundancy(model: Any, batch: dict[str, torch.Tensor], tokens: torch.
         experts.register_forward_hook(measure(number, count)) for number, (experts, count) in _banks(model).items()
     ]
     try:
-        model.eval()(**batch)
+        with evaluation_mode(model):
+            model(**batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -199,7 +202,8 @@ def _exchange(target: torch.Tensor) -> Any:
 def _mean_loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     total, labels = 0.0, 0
     for batch in batches:
-        outputs = model.eval()(**batch)
+        with evaluation_mode(model):
+            outputs = model(**batch)
         count = int((batch["labels"][:, 1:] != -100).sum())
         total += (outputs.loss - outputs.aux_loss).item() * count
         labels += count
