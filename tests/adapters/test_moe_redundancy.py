@@ -71,8 +71,11 @@ def test_redundant_experts_come_apart_for_new_tokens_alone_in_a_moe_host(name):
     make_redundant(stacks)
     image = rows["attention_mask"].bool() & (torch.arange(9) >= 5)
     images = {**rows, "mm_token_type_ids": image.long()}  # codes of images among the words
-    before_text = logits(host, rows)
+    unadapted = logits(host, rows)
     model = adapt(host, target_modules=["q_proj", "v_proj"])
+    before_text = logits(model, rows)
+    # To the bit with one thread; several add up the host's experts in another order.
+    torch.testing.assert_close(before_text, unadapted, atol=1e-6, rtol=0)
     real = rows["attention_mask"].bool()
 
     def redundancy():
