@@ -18,3 +18,23 @@ def decisions(model):
         for router in layer.moe_lora_router.values():
             router.register_forward_hook(lambda module, args, output: made.append(output))
     return made
+
+
+def real_logits(model, inputs):
+    """Return the logits of all tokens but padding."""
+    return logits(model, inputs)[inputs["attention_mask"].bool()]
+
+
+def stacks(model, adapter="default"):
+    """Return the stacks A and B of every target."""
+    return [getattr(layer, name)[adapter] for layer in tuner_layers(model) for name in ("moe_lora_A", "moe_lora_B")]
+
+
+def step(model, inputs, optimizer):
+    """Take a step in training mode, and return the gradients of the stacks."""
+    model.train()(**inputs).loss.backward()
+    gradients = [stack.grad.clone() for stack in stacks(model)]
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+    return gradients

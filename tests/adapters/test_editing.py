@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from observed import real_logits, stacks, step
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_moe import MoeLoraConfig
@@ -12,21 +13,10 @@ from hf_moe.adapters.layer import tuner_layers
 
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-STACKS = ("moe_lora_A", "moe_lora_B")
 
 
 def adapt(model, **fields):
     return get_peft_model(model, MoeLoraConfig(**{"target_modules": TARGETS, **fields})).eval()
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    return found[inputs["attention_mask"].bool()]
-
-
-def stacks(model, adapter="default"):
-    return [getattr(layer, name)[adapter] for layer in tuner_layers(model) for name in STACKS]
 
 
 def parts(model, adapter="default"):
@@ -54,15 +44,6 @@ def routers(model):
     return [layer.moe_lora_router["default"] for layer in tuner_layers(model) if layer.moe_lora_router]
 
 
-def step(model, inputs, optimizer):
-    model.train()(**inputs).loss.backward()
-    gradients = [stack.grad.clone() for stack in stacks(model)]
-    optimizer.step()
-    optimizer.zero_grad()
-    model.eval()
-    return gradients
-
-
 @pytest.mark.parametrize("router", ["top_k", {"name": "adamoe", "num_null_experts": 3}, "switch_transformer"])
 def test_an_expert_that_no_token_may_choose_leaves_without_a_trace(llama, text, randomise, router):
     model = adapt(llama(), router=router, num_experts=5, num_experts_per_tok=1)
@@ -76,7 +57,7 @@ def test_an_expert_that_no_token_may_choose_leaves_without_a_trace(llama, text, 
         item.register_forward_pre_hook(lambda module, args: (args[0].abs(), args[1]))
         with torch.no_grad():
             item.weight[2] = -1e3
-    expected = logits(model, text)
+    expected = real_logits(model, text)
     remove_expert(model, 2)
     torch.testing.assert_close(
         logits_with(model, text, lambda args: (args[0].abs(), args[1])), expected, atol=1e-5, rtol=1e-5
@@ -88,7 +69,7 @@ def test_an_expert_that_no_token_may_choose_leaves_without_a_trace(llama, text, 
 
 def logits_with(model, inputs, hook):
     handles = [item.register_forward_pre_hook(lambda module, args: hook(args)) for item in routers(model)]
-    found = logits(model, inputs)
+    found = real_logits(model, inputs)
     for handle in handles:
         handle.remove()
     return found
@@ -97,16 +78,16 @@ def logits_with(model, inputs, hook):
 def test_a_new_expert_computes_nothing_yet_and_then_trains(llama, text, randomise):
     model = adapt(llama(), router="constant", num_experts=3, objectives={})
     randomise(model)
-    expected = logits(model, text)
+    expected = real_logits(model, text)
     before = [stack.detach().clone() for stack in stacks(model)]
     assert add_expert(model, "new") == 3
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(real_logits(model, text), expected, atol=1e-6, rtol=0)
     assert all(torch.equal(stack[:3], was) for stack, was in zip(stacks(model), before, strict=True))
     assert expert_names(model) == ["0", "1", "2", "new"]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     step(model, text, optimizer)
     assert all(layer.moe_lora_B["default"][3].abs().sum() > 0 for layer in tuner_layers(model))
-    assert (logits(model, text) - expected).abs().max() > 1e-3
+    assert (real_logits(model, text) - expected).abs().max() > 1e-3
 
 
 def test_an_expert_without_a_name_is_not_called_as_another(llama, tmp_path):
@@ -126,7 +107,9 @@ def test_a_target_with_its_own_number_of_experts_per_token_keeps_it(llama, text,
     add_expert(model, copy_of=0)
     remove_expert(model, 1)
     assert [router.spec.num_experts_per_tok for router in routers(model)] == before
-    torch.testing.assert_close(logits(reloaded(model, llama, tmp_path), text), logits(model, text), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        real_logits(reloaded(model, llama, tmp_path), text), real_logits(model, text), atol=1e-6, rtol=0
+    )
 
 
 def test_a_copy_has_the_weights_and_the_rows_of_what_it_copies(llama, text, randomise):
@@ -153,7 +136,7 @@ def test_an_edited_adapter_is_saved_and_loaded_as_it_is(llama, text, randomise, 
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
     assert expert_names(loaded) == ["first", "2", "fourth"]
-    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-6, rtol=0)
+    torch.testing.assert_close(real_logits(loaded, text), real_logits(model, text), atol=1e-6, rtol=0)
     kept = [stack[2].detach().clone() for stack in stacks(loaded)]
     optimizer = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     step(loaded, text, optimizer)
@@ -178,15 +161,15 @@ def test_one_adapter_of_several_is_edited_and_the_others_stay(llama, text, rando
     model = adapt(llama(), num_experts=3)
     model.add_adapter("other", MoeLoraConfig(target_modules=["v_proj"], num_experts=5))
     randomise(model)
-    base = logits(llama(), text)
-    first = logits(model, text)
+    base = real_logits(llama(), text)
+    first = real_logits(model, text)
     remove_expert(model, 4, adapter_name="other")
-    torch.testing.assert_close(logits(model, text), first, atol=0, rtol=0)
+    torch.testing.assert_close(real_logits(model, text), first, atol=0, rtol=0)
     model.set_adapter("other")
-    assert (logits(model, text) - base).abs().max() > 0.01
+    assert (real_logits(model, text) - base).abs().max() > 0.01
     with model.disable_adapter():
-        torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
-    torch.testing.assert_close(logits(model.unload(), text), base, atol=1e-6, rtol=0)
+        torch.testing.assert_close(real_logits(model, text), base, atol=1e-6, rtol=0)
+    torch.testing.assert_close(real_logits(model.unload(), text), base, atol=1e-6, rtol=0)
 
 
 def test_the_always_on_lora_is_no_expert(llama, text, randomise):
@@ -195,10 +178,10 @@ def test_the_always_on_lora_is_no_expert(llama, text, randomise):
     with torch.no_grad():
         for layer in tuner_layers(model):
             layer.moe_lora_B["default"].zero_()
-    expected = logits(model, text)
-    assert (expected - logits(llama(), text)).abs().max() > 0.1
+    expected = real_logits(model, text)
+    assert (expected - real_logits(llama(), text)).abs().max() > 0.1
     remove_expert(model, 0)
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(real_logits(model, text), expected, atol=1e-6, rtol=0)
 
 
 GATED = {"name": "bottleneck", "gated": True}
@@ -218,9 +201,9 @@ def test_experts_of_their_own_rank_come_and_go_and_the_others_stay(llama, text, 
     # With every expert at weight 1, one that computes nothing yet leaves no trace.
     model = adapt(llama(), num_experts=number, router="constant", num_experts_per_tok=None, **fields)
     randomise(model)
-    before, expected = parts(model), logits(model, text)
+    before, expected = parts(model), real_logits(model, text)
     assert add_expert(model, "new", rank=5) == number
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(real_logits(model, text), expected, atol=1e-5, rtol=1e-5)
     for found, was in zip(parts(model), before, strict=True):
         assert same(found[:number], was) and 5 in found[number].shape
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -234,7 +217,7 @@ def test_experts_of_their_own_rank_come_and_go_and_the_others_stay(llama, text, 
     left = [was[:1] + was[2:] + was[-1:] for was in before]
     assert all(same(found, was) for found, was in zip(parts(model), left, strict=True))
     loaded = reloaded(model, llama, tmp_path)
-    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-6, rtol=0)
+    torch.testing.assert_close(real_logits(loaded, text), real_logits(model, text), atol=1e-6, rtol=0)
     assert loaded.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
     assert sum(part.numel() for found in left for part in found) == model.get_nb_trainable_parameters()[0]
 
@@ -254,7 +237,9 @@ def test_ranks_become_equal_and_unequal_with_the_experts(llama, text, randomise,
     with torch.no_grad():
         layer.moe_lora_B["default"].fill_(1.0)
     torch.testing.assert_close(layer.scaled_b("default")[0], torch.tensor([1.5] * 12 + [3.0] * 2))
-    torch.testing.assert_close(logits(reloaded(model, llama, tmp_path), text), logits(model, text), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        real_logits(reloaded(model, llama, tmp_path), text), real_logits(model, text), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("fields", RANKED, ids=lambda fields: "-".join(map(str, fields.values()))[:40])
@@ -269,7 +254,7 @@ def test_frozen_experts_of_their_own_rank_stay_to_the_bit(llama, text, randomise
     step(model, text, optimizer)
     loaded = reloaded(model, llama, tmp_path)
     step(loaded, text, torch.optim.AdamW(loaded.parameters(), lr=1e-2, weight_decay=0.1))
-    logits(loaded, text)
+    real_logits(loaded, text)
     for item in (model, loaded):
         for found, was in zip(parts(item), before, strict=True):
             assert same([found[0], found[2]], [was[0], was[2]]) and not torch.equal(found[1], was[1])
@@ -313,9 +298,9 @@ def test_targets_with_another_number_of_experts_keep_theirs(llama, text, randomi
     for place, (found, was) in enumerate(zip(parts(model), before, strict=True)):
         assert same(found[:-1], was[1:]) if edited[place // 2] else same(found, was)
     loaded = reloaded(model, llama, tmp_path)
-    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-6, rtol=0)
+    torch.testing.assert_close(real_logits(loaded, text), real_logits(model, text), atol=1e-6, rtol=0)
     step(loaded, text, torch.optim.AdamW(loaded.parameters(), lr=1e-2, weight_decay=0.1))
-    logits(loaded, text)
+    real_logits(loaded, text)
     for place, (found, was) in enumerate(zip(parts(loaded), parts(model), strict=True)):
         stayed = [torch.equal(*pair) for pair in zip(found, was, strict=True)][: number - 1]
         assert stayed == [edited[place // 2] and expert == number - 2 for expert in range(len(stayed))]

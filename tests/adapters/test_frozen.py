@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from observed import real_logits, stacks, step
 from peft import PeftModel, get_peft_model
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -19,25 +20,6 @@ TARGETS = ["q_proj", "down_proj"]
 
 def adapt(model, **fields):
     return get_peft_model(model, MoeLoraConfig(**{"target_modules": TARGETS, **fields})).eval()
-
-
-def stacks(model):
-    return [getattr(layer, name)["default"] for layer in tuner_layers(model) for name in ("moe_lora_A", "moe_lora_B")]
-
-
-def step(model, inputs, optimizer):
-    model.train()(**inputs).loss.backward()
-    gradients = [stack.grad.clone() for stack in stacks(model)]
-    optimizer.step()
-    optimizer.zero_grad()
-    model.eval()
-    return gradients
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    return found[inputs["attention_mask"].bool()]
 
 
 def expert(model, number):
@@ -95,7 +77,7 @@ def test_the_loaded_expert_is_the_frozen_one_however_it_is_loaded(llama, text, r
     freeze_experts(model, [1])
     model.save_pretrained(tmp_path / "adapter")
     loaded = load(tmp_path / "adapter").eval()
-    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-6, rtol=0)
+    torch.testing.assert_close(real_logits(loaded, text), real_logits(model, text), atol=1e-6, rtol=0)
     assert same(expert(loaded, 1), expert(model, 1))
     for parameter_name, parameter in loaded.named_parameters():
         parameter.requires_grad_("moe_lora_" in parameter_name)
@@ -116,8 +98,8 @@ def test_a_merge_right_behind_a_step_holds_what_is_frozen(llama, text, randomise
     model.merge_adapter()
     assert same(expert(model, 1), frozen)
     model.unmerge_adapter()
-    expected = logits(model, text)
-    torch.testing.assert_close(logits(model.merge_and_unload(), text), expected, atol=1e-5, rtol=1e-5)
+    expected = real_logits(model, text)
+    torch.testing.assert_close(real_logits(model.merge_and_unload(), text), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("edit", [lambda model: freeze_experts(model, [0, 1]), add_expert])
@@ -151,7 +133,7 @@ def test_weights_of_a_functional_call_do_not_become_the_frozen_ones(llama, text,
     with torch.no_grad():
         functional_call(model, others, (), inputs)
     drift(model, text)
-    logits(model, text)
+    real_logits(model, text)
     assert same(expert(model, 1), frozen)
 
 
@@ -174,7 +156,7 @@ def test_a_frozen_expert_stays_to_the_bit_under_decay_and_momentum(llama, text, 
         assert torch.equal(saved[name][[1, 3]], was)
     twin = copy.deepcopy(model)
     step(twin, text, torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1))
-    logits(twin, text)
+    real_logits(twin, text)
     for stack, was in zip(stacks(twin), frozen, strict=True):
         assert torch.equal(stack[[1, 3]], was)
     assert not any(torch.equal(stack[[0, 2]], was) for stack, was in zip(stacks(model), others, strict=True))
@@ -186,7 +168,7 @@ def test_a_frozen_expert_stays_to_the_bit_under_decay_and_momentum(llama, text, 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_model_gives_frozen_experts_no_gradient_either(llama, text, again):
     model = adapt(llama(), num_experts_per_tok=4, frozen_experts=[1], init_lora_weights=False)
-    logits(model, text)
+    real_logits(model, text)
     twin = again(model)
     for gradient in step(twin, text, torch.optim.SGD(twin.parameters(), lr=0.0)):
         assert not gradient[1].any() and gradient[0].any()
@@ -196,8 +178,8 @@ def test_weights_that_are_loaded_replace_the_frozen_ones(llama, text, randomise)
     model = adapt(llama())
     randomise(model)
     freeze_experts(model, [0])
-    logits(model, text)
+    real_logits(model, text)
     other = {name: value + 1.0 for name, value in model.state_dict().items() if "moe_lora_B" in name}
     model.load_state_dict(other, strict=False)
-    logits(model, text)
+    real_logits(model, text)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in other.items())

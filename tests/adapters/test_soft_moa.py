@@ -7,19 +7,21 @@ from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import MoeLoraLayer
 
 
+def adapt(model, **fields):
+    config = MoeLoraConfig(
+        target_modules=r".*\.mlp",
+        experts={"name": "bottleneck", "activation": "relu"},
+        router={"name": "soft_moa", "slots_per_expert": 2},
+        num_experts=3,
+        num_experts_per_tok=None,
+        lora_alpha=4,
+        **fields,
+    )
+    return get_peft_model(model, config)
+
+
 def test_the_output_is_the_equation_of_the_paper(vit, randomise):
-    model = get_peft_model(
-        vit(),
-        MoeLoraConfig(
-            target_modules=r".*\.mlp",
-            experts={"name": "bottleneck", "activation": "relu"},
-            router={"name": "soft_moa", "slots_per_expert": 2},
-            num_experts=3,
-            num_experts_per_tok=None,
-            r=4,
-            lora_alpha=4,
-        ),
-    ).eval()
+    model = adapt(vit(), r=4).eval()
     randomise(model)
     layer = next(module for module in model.modules() if isinstance(module, MoeLoraLayer))
     seen = {}
@@ -40,18 +42,7 @@ def test_the_output_is_the_equation_of_the_paper(vit, randomise):
 
 
 def test_slots_reach_experts_of_their_own_rank(vit, randomise):
-    model = get_peft_model(
-        vit(),
-        MoeLoraConfig(
-            target_modules=r".*\.mlp",
-            experts={"name": "bottleneck", "activation": "relu"},
-            router={"name": "soft_moa", "slots_per_expert": 2},
-            num_experts=3,
-            num_experts_per_tok=None,
-            r=[1, 4, 2],
-            lora_alpha=4,
-        ),
-    )
+    model = adapt(vit(), r=[1, 4, 2])
     randomise(model)
     layer = next(module for module in model.modules() if isinstance(module, MoeLoraLayer))
     seen = {}

@@ -1,6 +1,5 @@
 """Writes the model card of an adapter folder: what it adapts, what was measured, how it was trained."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,8 @@ from huggingface_hub import ModelCardData
 
 from ..adapters.systems import load_system
 from .adapter import auto_class, has_own_code, is_adapter
-from .card import REPOSITORY, eval_results
+from .card import card_template, eval_results, write_readme
 from .evaluation import write_evaluation
-
-
-TEMPLATES = (
-    Path(__file__).with_name("adapter_card.md.jinja"),
-    REPOSITORY / "model_cards" / "adapter_card.md.jinja",
-)
 
 
 def write_adapter_card(
@@ -56,11 +49,7 @@ def write_adapter_card(
     folder = Path(folder)
     if not is_adapter(folder):
         raise FileNotFoundError(f"{folder} holds no adapter_config.json: save the adapter there first.")
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise ImportError("Model cards need jinja2: pip install 'hf-moe[train]'") from error
-
+    template = card_template("adapter_card.md.jinja")
     report = write_evaluation(folder, report, datasets)
     config = model.active_peft_config
     bases = list(base_models) or [config.base_model_name_or_path]
@@ -79,9 +68,7 @@ def write_adapter_card(
     )
     targets = config.target_modules or config.target_parameters or []
     system = (recipe or {}).get("adapter", {}).get("system")
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = next(path for path in TEMPLATES if path.is_file())
-    text = environment.from_string(template.read_text(encoding="utf-8")).render(
+    text = template.render(
         metadata=metadata.to_yaml(),
         name=metadata.model_name,
         folder=folder.resolve().name,
@@ -96,6 +83,4 @@ def write_adapter_card(
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
         datasets=datasets,
     )
-    path = folder / "README.md"
-    path.write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
-    return path
+    return write_readme(folder, text)

@@ -19,7 +19,6 @@ from .evaluation import metric_name, scores, write_evaluation
 
 # Beside this file in an installed package, in its own folder in the repository.
 REPOSITORY = Path(__file__).parents[3]
-TEMPLATES = (Path(__file__).with_name("card.md.jinja"), REPOSITORY / "model_cards" / "card.md.jinja")
 LICENSES = (Path(__file__).with_name("LICENSE"), REPOSITORY / "LICENSE")
 
 
@@ -67,11 +66,7 @@ def write_card(
     missing = [name for name in pictures if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: write the pictures into the checkpoint first.")
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise ImportError("Model cards need jinja2: pip install 'hf-moe[train]'") from error
-
+    template = card_template("card.md.jinja")
     report = write_evaluation(folder, report, datasets)
     config = model.config
     multimodal = config.vision_config is not None
@@ -89,9 +84,7 @@ def write_card(
         co2_eq_emissions=report.get("co2_eq_emissions"),
         eval_results=eval_results(report, datasets),
     )
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = next(path for path in TEMPLATES if path.is_file())
-    text = environment.from_string(template.read_text(encoding="utf-8")).render(
+    text = template.render(
         metadata=metadata.to_yaml(),
         name=metadata.model_name,
         folder=folder.resolve().name,
@@ -112,6 +105,26 @@ def write_card(
         code=_digest_rows(folder),
         code_license=_write_license(folder, license),
     )
+    return write_readme(folder, text)
+
+
+def card_template(name: str) -> Any:
+    """Return a template of jinja2 for a card.
+
+    Raises:
+        ImportError: if jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ImportError("Model cards need jinja2: pip install 'hf-moe[train]'") from error
+    places = (Path(__file__).with_name(name), REPOSITORY / "model_cards" / name)
+    text = next(path for path in places if path.is_file()).read_text(encoding="utf-8")
+    return Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined).from_string(text)
+
+
+def write_readme(folder: Path, text: str) -> Path:
+    """Write a rendered card into a folder, without runs of empty lines, and return its path."""
     path = folder / "README.md"
     path.write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
     return path
