@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 # torch names its own CUDA packages exactly, and other builds of it have others.
 FROM_TORCH = re.compile(r"(nvidia|cuda|triton)\b")
 HEADER = """\
-# The newest versions of everything on which all tests have passed. Written by `make upgrade`; used by every other target.
+# The newest versions of everything on which all tests have passed. Written by `make upgrade`, used by the rest.
 """
 
 
