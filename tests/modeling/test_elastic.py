@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from caches import cache_of
 
 from hf_moe import HfMoeForConditionalGeneration, RoutingOverrides
 
@@ -101,7 +102,7 @@ def test_decoding_from_a_cache_equals_the_full_forward(model, make_batch):
             outputs = model(
                 input_ids=ids[:, position : position + 1],
                 attention_mask=batch["attention_mask"][:, : position + 1],
-                past_key_values=outputs.past_key_values,
+                cache=cache_of(outputs),
                 use_cache=True,
             )
             logits.append(outputs.logits)

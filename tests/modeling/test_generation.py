@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from caches import cache_of
 
 
 GREEDY = {"do_sample": False}
@@ -77,11 +78,11 @@ def test_decoding_routes_new_tokens_as_text_and_by_the_same_experts_as_a_full_fo
     full = model(**batch, output_routing=True).routing
     prefix = {**batch, "input_ids": batch["input_ids"][:, :-1], "attention_mask": batch["attention_mask"][:, :-1]}
     with torch.no_grad():
-        cache = model(**prefix, use_cache=True).past_key_values
+        cache = cache_of(model(**prefix, use_cache=True))
         step = model(
             input_ids=batch["input_ids"][:, -1:],
             attention_mask=batch["attention_mask"],
-            past_key_values=cache,
+            cache=cache,
             output_routing=True,
         ).routing
     assert step.modality_ids.tolist() == [[0]]

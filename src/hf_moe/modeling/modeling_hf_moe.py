@@ -6,19 +6,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from .auxiliary import AuxiliaryLosses, count_labels, is_learning, warn_without_labels
 from .base import HfMoePreTrainedModel
+from .caches import cache_argument, name_cache
 from .context import build_context
 from .elastic import ElasticBudget
 from .host import install_moe_layers, scale_logits
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
-from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast, router_logits
+from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast, extend_output, router_logits
 from .registry import build
 from .routed_forward import RoutedForward, install_hooks
 from .routing import RoutingContext, RoutingOverrides
@@ -61,6 +61,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             if config.image_seq_length is None:
                 config.image_seq_length = num_tokens
         self.language_model = AutoModel.from_config(config.text_config)
+        self.cache_argument = cache_argument(type(self.language_model))
         install_moe_layers(self.language_model, config)
         # Routers, but for their counts, stay float32 in a bf16 model; those that a host keeps are its own affair.
         moe_layers = [name for name, module in self.language_model.named_modules() if isinstance(module, MoELayer)]
@@ -148,7 +149,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        *args: Any,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
@@ -173,7 +174,9 @@ class HfMoeModel(HfMoePreTrainedModel):
             condition_ids (`dict[str, torch.Tensor]`, *optional*): task, domain or language ids of shape `(B,)`.
             routing_overrides (`RoutingOverrides`, *optional*): test-time control of the routing.
             routing_context (`RoutingContext`, *optional*): a context built before; its `decisions` are filled.
+            args, kwargs: the decoder's further inputs. Its cache may have any name, or the place after `position_ids`.
         """
+        kwargs = name_cache(self.cache_argument, args, kwargs)
         if routing_context is None:
             routing_context = self.routing_context(
                 input_ids, inputs_embeds, attention_mask, mm_token_type_ids, condition_ids, routing_overrides
@@ -190,13 +193,12 @@ class HfMoeModel(HfMoePreTrainedModel):
         if images is not None:
             mask = self._placeholders(input_ids, inputs_embeds)
             inputs_embeds = insert_images(inputs_embeds, mask, images.pooler_output, self.config.image_seq_length)
-        elif self.training and self.connector is not None and past_key_values is None:
+        elif self.training and self.connector is not None and kwargs.get(self.cache_argument) is None:
             inputs_embeds = touch_vision(self.vision_tower, self.connector, self.config, inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             routing_context=routing_context,
             return_dict=True,
@@ -206,11 +208,9 @@ class HfMoeModel(HfMoePreTrainedModel):
             # Tools set it on the decoder's config.
             text_config = self.config.text_config
             output_router_logits = self.config.output_router_logits or text_config.output_router_logits
-        result = HfMoeModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        result = extend_output(
+            HfMoeModelOutputWithPast,
+            outputs,
             router_logits=router_logits(routing_context) if output_router_logits else None,
             image_hidden_states=images.pooler_output if images is not None else None,
         )
@@ -278,7 +278,7 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        *args: Any,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
@@ -308,6 +308,7 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
 
             The rest as in [`HfMoeModel`].
         """
+        kwargs = name_cache(self.model.cache_argument, args, kwargs)
         if routing_context is None:
             routing_context = self.open_context(
                 input_ids=input_ids,
@@ -322,7 +323,6 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_features=image_features,
@@ -354,14 +354,11 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
             warn_without_labels(list(self.objectives.by_name))
         self.accumulate(routing_context)
 
-        result = HfMoeCausalLMOutputWithPast(
+        result = extend_output(
+            HfMoeCausalLMOutputWithPast,
+            outputs,
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            image_hidden_states=outputs.image_hidden_states,
             aux_loss=aux_loss,
             objective_values=values or None,
             routing=routing_context if output_routing else None,

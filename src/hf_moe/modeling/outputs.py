@@ -1,61 +1,59 @@
 """What the model's forward passes return."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from .routing import ExpertAssignment, RoutingContext
 
 
+Output = TypeVar("Output", bound=ModelOutput)
+
+
 @dataclass
-class HfMoeModelOutputWithPast(ModelOutput):
+class HfMoeModelOutputWithPast(MoeModelOutputWithPast):
     """
-    Output of [`HfMoeModel`].
+    Output of [`HfMoeModel`]: what the decoder returns, and the images that were put into its text.
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(B, S, d)`): the decoder's last hidden state.
-        past_key_values (`Cache`, *optional*): the decoder's cache.
-        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): as the decoder returns them.
-        router_logits (`tuple[torch.Tensor]` of shape `(T, C)`, *optional*): one per MoE layer, float32.
         image_hidden_states (`list[torch.Tensor]`, *optional*): the connected features of every image, (P', d) each.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: list[torch.Tensor] | None = None
 
 
 @dataclass
-class HfMoeCausalLMOutputWithPast(ModelOutput):
+class HfMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """
-    Output of [`HfMoeForConditionalGeneration`].
+    Output of [`HfMoeForConditionalGeneration`]. `loss` is the language loss plus `aux_loss`, when labels are given.
 
     Args:
-        loss (`torch.Tensor`, scalar, *optional*): language loss plus auxiliary loss, when labels are given.
-        logits (`torch.Tensor` of shape `(B, S, vocab_size)`): prediction scores.
-        past_key_values, hidden_states, attentions, router_logits, image_hidden_states: see
-            [`HfMoeModelOutputWithPast`].
-        aux_loss (`torch.Tensor`, scalar, *optional*): the auxiliary part of the loss.
+        image_hidden_states (`list[torch.Tensor]`, *optional*): the connected features of every image, (P', d) each.
         objective_values (`dict[str, torch.Tensor]`, *optional*): every objective's value before its coefficient.
         routing (`RoutingContext`, *optional*): modality ids, token mask and the decision of every MoE layer, with
             `output_routing=True`.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: list[torch.Tensor] | None = None
-    aux_loss: torch.Tensor | None = None
     objective_values: dict[str, torch.Tensor] | None = None
     routing: RoutingContext | None = None
+
+
+# The compiler reads no dataclass: names are read here, once.
+FIELDS = {
+    output_class: {field.name for field in fields(output_class)}
+    for output_class in (HfMoeModelOutputWithPast, HfMoeCausalLMOutputWithPast)
+}
+
+
+def extend_output(output_class: type[Output], outputs: ModelOutput, **ours: object) -> Output:
+    """Return `outputs` as an `output_class`: the fields they share, under the names that Transformers gives them, and
+    `ours`."""
+    shared = {name: value for name, value in outputs.items() if name in FIELDS[output_class]}
+    return output_class(**{**shared, **ours})
 
 
 def router_logits(context: RoutingContext) -> tuple[torch.Tensor, ...] | None:
