@@ -1,8 +1,19 @@
 """What tests look at of an adapted model."""
 
+import inspect
+
 import torch
 
 from hf_moe.adapters.layer import tuner_layers
+from hf_moe.adapters.memory import cache_of
+
+
+def with_cache(model, output):
+    """Return the keyword argument that gives the cache of an output to the next call, by this version's name."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = ("cache", "past_key_values", "cache_params")
+    known = inspect.signature(base.forward).parameters
+    return {next(name for name in names if name in known): cache_of(output)}
 
 
 def logits(model, inputs, **extra):

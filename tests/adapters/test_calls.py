@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from observed import with_cache
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig
@@ -32,8 +33,9 @@ def test_the_backbone_called_by_itself_routes_as_the_model_does(llama, text, ran
         whole = model(**text).logits
         found = base.lm_head(base.model(**text).last_hidden_state)
         torch.testing.assert_close(found[real], whole[real], atol=1e-6, rtol=0)
-        cache = base.model(**{name: value[:, :5] for name, value in text.items()}, use_cache=True).past_key_values
-        last = model(text["input_ids"][:, 5:], attention_mask=text["attention_mask"], past_key_values=cache).logits
+        first = base.model(**{name: value[:, :5] for name, value in text.items()}, use_cache=True)
+        cache = with_cache(model, first)
+        last = model(text["input_ids"][:, 5:], attention_mask=text["attention_mask"], **cache).logits
     torch.testing.assert_close(last, whole[:, 5:], atol=1e-5, rtol=1e-5)
 
 

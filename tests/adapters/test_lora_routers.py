@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from observed import logits
+from observed import logits, with_cache
 from peft import PeftModel, get_peft_model
 from transformers import (
     Gemma3ForCausalLM,
@@ -73,15 +73,15 @@ def test_a_pooled_gate_is_the_same_with_a_cache(llama, text, randomise, fields):
     text["input_ids"][:, 5] = END
     whole = logits(model, text)
     with torch.no_grad():
-        cache, steps = None, []
+        cache, steps = {}, []
         for start, stop in ((0, 4), (4, 7), (7, 8), (8, 9)):
             output = model(
                 input_ids=text["input_ids"][:, start:stop],
                 attention_mask=text["attention_mask"][:, :stop],
-                past_key_values=cache,
+                **cache,
                 use_cache=True,
             )
-            cache = output.past_key_values
+            cache = with_cache(model, output)
             steps.append(output.logits)
     real = text["attention_mask"].bool()
     torch.testing.assert_close(torch.cat(steps, 1)[real], whole[real], atol=1e-5, rtol=1e-5)
@@ -144,11 +144,11 @@ def test_a_pooled_gate_reads_images_in_our_own_models_with_a_cache(own_model, im
     whole = logits(model, image_rows)
     with torch.no_grad():
         first = {name: image_rows[name][:, :8] for name in ("input_ids", "attention_mask")}
-        cache = model(**first, pixel_values=image_rows["pixel_values"], use_cache=True).past_key_values
+        cache = with_cache(model, model(**first, pixel_values=image_rows["pixel_values"], use_cache=True))
         last = model(
             input_ids=image_rows["input_ids"][:, 8:],
             attention_mask=image_rows["attention_mask"],
-            past_key_values=cache,
+            **cache,
         ).logits
     torch.testing.assert_close(last, whole[:, 8:], atol=1e-5, rtol=1e-5)
 
@@ -156,9 +156,9 @@ def test_a_pooled_gate_reads_images_in_our_own_models_with_a_cache(own_model, im
 def test_a_cache_without_the_memory_of_a_pooled_router_is_refused(llama, text):
     model = adapt(llama(), router="sequence")
     with torch.no_grad(), model.disable_adapter():
-        cache = model(input_ids=text["input_ids"], use_cache=True).past_key_values
+        cache = with_cache(model, model(input_ids=text["input_ids"], use_cache=True))
     with pytest.raises(ValueError, match="start from an empty cache"):
-        model(input_ids=text["input_ids"][:, :1], past_key_values=cache)
+        model(input_ids=text["input_ids"][:, :1], **cache)
 
 
 def test_a_pooled_gate_refuses_a_cache_that_went_on_without_it(llama, text):
@@ -166,13 +166,13 @@ def test_a_pooled_gate_refuses_a_cache_that_went_on_without_it(llama, text):
     model.add_adapter("other", MoeLoraConfig(target_modules=TARGETS))
     step = {"input_ids": text["input_ids"][:, :2]}
     with torch.no_grad():
-        cache = model(**step, use_cache=True).past_key_values
-        assert type(cache).__name__ == "DynamicCache"
+        cache = with_cache(model, model(**step, use_cache=True))
+        assert [type(item).__name__ for item in cache.values()] == ["DynamicCache"]
         model.set_adapter("other")
-        model(**step, past_key_values=cache)
+        model(**step, **cache)
         model.set_adapter("default")
         with pytest.raises(ValueError, match="holds 4, of which 2 were computed without"):
-            model(**step, past_key_values=cache)
+            model(**step, **cache)
 
 
 @pytest.mark.parametrize("fields", POOLED, ids=lambda fields: "-".join(map(str, fields.values())))

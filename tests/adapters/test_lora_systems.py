@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from observed import decisions, logits
+from observed import decisions, logits, with_cache
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -90,9 +90,9 @@ def test_octavius_gates_by_the_instruction_alone_and_merges_for_one_request(llam
     request[0, 4] = END
     made = decisions(model)
     with torch.no_grad():
-        cache = model(input_ids=request[:, :5], use_cache=True).past_key_values
-        routed = model(input_ids=request[:, 5:], past_key_values=cache, attention_mask=torch.ones(1, 9)).logits
-        prefilled = model(input_ids=request[:, :5], use_cache=True).past_key_values
+        cache = with_cache(model, model(input_ids=request[:, :5], use_cache=True))
+        routed = model(input_ids=request[:, 5:], **cache, attention_mask=torch.ones(1, 9)).logits
+        prefilled = with_cache(model, model(input_ids=request[:, :5], use_cache=True))
     gates = ExpertSlots(made[1]).gates
     assert torch.equal(gates, gates[:1].expand_as(gates)) and (gates[0] > 0).sum() == 2
     torch.testing.assert_close(gates.sum(-1), torch.ones(4))
@@ -102,7 +102,7 @@ def test_octavius_gates_by_the_instruction_alone_and_merges_for_one_request(llam
     for layer, own in zip(layers, linear, strict=True):
         own.weight.data += layer.get_delta_weight("default", gates[0]).detach()
     with torch.no_grad():
-        found = merged(input_ids=request[:, 5:], past_key_values=prefilled, attention_mask=torch.ones(1, 9)).logits
+        found = merged(input_ids=request[:, 5:], **prefilled, attention_mask=torch.ones(1, 9)).logits
     torch.testing.assert_close(found, routed, atol=1e-4, rtol=1e-4)
 
 

@@ -51,23 +51,61 @@ class PooledMemory:
 PooledState = dict[str, dict[int, PooledMemory]]
 
 
-def cache_of(values: Mapping[str, Any]) -> Cache | None:
-    """Return the cache among the inputs or outputs of a model; that of recurrent states has a name of its own."""
-    caches = (values.get(name) for name in ("past_key_values", "cache_params"))
-    return next((cache for cache in caches if isinstance(cache, Cache)), None)
+def cache_of(values: Mapping[str, Any] | tuple) -> Cache | None:
+    """Return the cache among the inputs or outputs of a model, which hosts and versions give different names."""
+    items = values.values() if isinstance(values, Mapping) else values
+    return next((value for value in items if isinstance(value, Cache)), None)
+
+
+def foreign_state(values: Mapping[str, Any]) -> Any:
+    """Return what a model that uses no `Cache` keeps of earlier tokens, as xLSTM and RWKV do; `None` if there is none."""
+    for name, value in values.items():
+        own_class = type(value).__name__.endswith("Cache") and not isinstance(value, Cache)
+        if own_class or (name == "state" and value is not None):
+            return value
+    return None
+
+
+def counts_tokens(cache: Cache) -> bool:
+    """Whether a cache knows how many tokens it holds; one of recurrent states alone does not."""
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 def cached_tokens(cache: Cache | None) -> int:
     """Return how many tokens a cache holds; recurrent states do not count theirs, but the routers' memory does."""
     if cache is None:
         return 0
-    try:
+    if counts_tokens(cache):
         return int(cache.get_seq_length())
-    except ValueError:
-        lengths = [
-            len(memory) for routers in getattr(cache, "moe_lora_state", {}).values() for memory in routers.values()
-        ]
-        return max(lengths, default=1) if cache.has_previous_state() else 0
+    lengths = [len(memory) for routers in getattr(cache, "moe_lora_state", {}).values() for memory in routers.values()]
+    return max(lengths, default=1) if cache.has_previous_state() else 0
+
+
+def first_column(inputs: Mapping[str, Any], columns: int, length: int) -> int:
+    """Return where in a mask of all tokens so far those of the call begin.
+
+    Args:
+        inputs: of the root, by name.
+        columns: of the mask; behind the tokens there may be free places of a cache of fixed size.
+        length: S.
+
+    Raises:
+        ValueError: if the mask is shorter than the tokens, or longer where nothing is cached.
+    """
+    cache, others = cache_of(inputs), columns - length
+    if others < 0 or (others > 0 and cache is None and foreign_state(inputs) is None):
+        raise ValueError(
+            f"The attention_mask has {columns} columns and the call {length} tokens, "
+            + ("one column for each is needed." if others < 0 else "but no cache of earlier ones that was found.")
+            + " Pass the mask of these tokens, or the cache that holds the others."
+        )
+    if cache is None or not counts_tokens(cache):
+        return others
+    return min(cached_tokens(cache), others)
 
 
 def past_state(cache: Cache | None) -> PooledState:

@@ -25,7 +25,7 @@ from ..modeling.routing import MODALITIES, Decision, RoutingContext
 from .conditions import conditions_of_rows, conditions_read, take_conditions
 from .documents import packed_documents
 from .low_rank import ExpertSlots, MixedSlots
-from .memory import PooledState, cache_of, cached_tokens, keep_state, past_state
+from .memory import PooledState, cache_of, cached_tokens, first_column, foreign_state, keep_state, past_state
 
 
 def are_tokens(x: torch.Tensor, shape: torch.Size) -> bool:
@@ -45,6 +45,7 @@ class AdapterContext:
         tokens: what the routers may know of the tokens.
         cache: the key-value cache of the call, with what routers remember of its tokens.
         hides_padding: the attention mask does not tell which tokens are padding.
+        foreign_state: what the model keeps of earlier tokens in place of a cache, if it does.
         documents (`torch.Tensor` of shape `(B, S)`, *optional*): which of several in its row a token belongs to.
     """
 
@@ -59,12 +60,14 @@ class AdapterContext:
         cache: Cache | None = None,
         hides_padding: bool = False,
         documents: torch.Tensor | None = None,
+        foreign_state: Any = None,
     ):
         self.tokens = tokens
         self.past = past_state(cache)
         self.cached_tokens = cached_tokens(cache)
         self.hides_padding = hides_padding
         self.documents = documents
+        self.foreign_state = foreign_state
         self._of: dict[str, RoutingContext] = {}
 
     def enter(self, hidden_states: torch.Tensor) -> None:
@@ -85,6 +88,7 @@ class AdapterContext:
                 "cached_tokens": self.cached_tokens,
                 "hides_padding": self.hides_padding,
                 "documents": self.documents,
+                "foreign_state": self.foreign_state,
                 "pooled": {},
             }
         return self._of[adapter_name]
@@ -271,9 +275,8 @@ def root_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
 def real_tokens(model: PreTrainedModel, inputs: dict[str, Any], length: int) -> torch.Tensor | None:
     """Return which of the last `length` tokens are no padding, (B, length) bool; `None` if the mask does not tell."""
     mask, cache = inputs.get("attention_mask"), cache_of(inputs)
-    cached = cached_tokens(cache)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:  # of the past as well, and of free places behind
-        start = min(cached, mask.shape[1] - length)
+        start = first_column(inputs, mask.shape[1], length)
         return mask[:, start : start + length].bool()
     if cache is None or not cache.is_compileable:
         return None
@@ -283,7 +286,7 @@ def real_tokens(model: PreTrainedModel, inputs: dict[str, Any], length: int) -> 
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return None
     # All tokens but padding attend to themselves.
-    own = mask[:, 0].diagonal(cached - int(cache.get_mask_sizes(length, 0)[1]), dim1=-2, dim2=-1)  # (B, S)
+    own = mask[:, 0].diagonal(cached_tokens(cache) - int(cache.get_mask_sizes(length, 0)[1]), dim1=-2, dim2=-1)  # (B, S)
     return own if own.dtype is torch.bool else own == 0
 
 
@@ -341,7 +344,7 @@ def text_context(
     hides_padding = inputs.get("attention_mask") is not None and real_tokens(model, inputs, length) is None
     cache = cache_of(inputs)
     documents = None if cached_tokens(cache) else packed_documents(inputs, tokens.token_mask.shape)
-    return AdapterContext(tokens, cache, hides_padding, documents)
+    return AdapterContext(tokens, cache, hides_padding, documents, foreign_state(inputs))
 
 
 def image_context(
@@ -373,5 +376,6 @@ def remember(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output
     if context.token is not None:
         _ROOT_CONTEXT.reset(context.token)
         context.token = None
-    if isinstance(output, dict):
-        keep_state(cache_of(output), context.pooled)
+    cache = cache_of(output) if isinstance(output, dict | tuple) else None
+    # A host fills a cache that it was given, whether or not it returns it.
+    keep_state(cache_of(root_inputs(model, args, kwargs)) if cache is None else cache, context.pooled)

@@ -73,6 +73,11 @@ class PooledRouter(Router):
                 f"{type(self).__name__} pools all tokens so far, and the cache of this call holds {cached}, of which "
                 f"{cached - remembered} were computed without this adapter: start from an empty cache."
             )
+        if context.carry.get("foreign_state") is not None:
+            raise ValueError(
+                f"{type(self).__name__} pools all tokens so far, and the model keeps earlier ones in a "
+                f"{type(context.carry['foreign_state']).__name__} that tells nothing of them: pass use_cache=False."
+            )
         if context.carry.get("hides_padding", False):
             raise ValueError(
                 f"{type(self).__name__} must know what is padding, and this attention mask does not tell: give a 2-D "
