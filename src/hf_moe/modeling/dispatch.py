@@ -145,33 +145,72 @@ def grouped_linear(
     return output
 
 
+class SortedSlots:
+    """The filled slots of a layer, sorted by expert.
+
+    Attributes:
+        order (`torch.Tensor` of shape `(M,)`): the filled slots among all T * K, by expert.
+        token (`torch.Tensor` of shape `(M,)`): the token of each.
+        offsets (`torch.Tensor` of shape `(E,)`, int32): end of every expert's slots; the last one is M.
+    """
+
+    def __init__(self, order: torch.Tensor, token: torch.Tensor, offsets: torch.Tensor):
+        self.order = order
+        self.token = token
+        self.offsets = offsets
+
+    @classmethod
+    @torch.compiler.disable
+    def of(cls, top_k_index: torch.Tensor, num_experts: int) -> "SortedSlots":
+        """Sort the slots `top_k_index` (T, K), of which those with the index `num_experts` are empty."""
+        sorted_index, order = top_k_index.reshape(-1).sort(stable=True)  # (T * K,) both; empty slots come last
+        experts = torch.arange(num_experts, device=order.device)
+        offsets = torch.searchsorted(sorted_index, experts, right=True).int()  # (E,)
+        order = order[: int(offsets[-1])]  # (M,)
+        return cls(order, order // top_k_index.shape[-1], offsets)
+
+    @torch.compiler.disable
+    def split(self, sizes: list[int]) -> list["SortedSlots"]:
+        """Return the slots of successive banks of `sizes` experts each."""
+        # Read once: one copy from the device instead of one per bank.
+        ends = self.offsets[torch.tensor(sizes, device=self.offsets.device).cumsum(0) - 1].tolist()
+        parts = zip(pairwise([0, *ends]), self.offsets.split(sizes), strict=True)
+        return [SortedSlots(self.order[a:b], self.token[a:b], offsets - a) for (a, b), offsets in parts]
+
+
 # The sizes of the groups are data: traced, every grouped product would break the graph; so it breaks once, around all.
+@torch.compiler.disable
+def run_sorted(
+    experts: Any, hidden_states: torch.Tensor, slots: SortedSlots, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Run one grouped product per projection on the sorted slots, scale by `top_k_weights` (T, K) and add back."""
+    dtype = compute_dtype(hidden_states)
+
+    def project(rows: torch.Tensor, name: str) -> torch.Tensor:
+        weight = getattr(experts, name)
+        weight = weight.transpose(1, 2) if experts.is_transposed else weight  # (E, out, in)
+        bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+        return grouped_linear(rows, weight, slots.offsets, bias)
+
+    rows = hidden_states.to(dtype).index_select(0, slots.token)  # (M, d)
+    if experts.has_gate:
+        inner = experts._apply_gate(project(rows, "gate_up_proj"))
+    else:
+        inner = experts.act_fn(project(rows, "up_proj"))
+    output = project(inner, "down_proj")  # (M, d)
+    if experts.has_post_expert_norm:
+        output = experts.post_expert_norm(output)
+    output = output * top_k_weights.reshape(-1).index_select(0, slots.order).to(dtype)[:, None]
+    result = torch.zeros_like(hidden_states, dtype=dtype)
+    return result.index_add(0, slots.token, output).to(hidden_states.dtype)
+
+
 @torch.compiler.disable
 def ragged_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Sort the filled slots by expert, run one grouped product per projection, scale and add back."""
-    dtype = compute_dtype(hidden_states)
-    slots = top_k_index.shape[-1]
-    sorted_index, order = top_k_index.reshape(-1).sort(stable=True)  # (T * K,) both; empty slots come last
-    experts = torch.arange(self.num_experts, device=order.device)
-    offsets = torch.searchsorted(sorted_index, experts, right=True).int()  # (E,)
-    order = order[: int(offsets[-1])]  # (M,) filled slots
-    token = order // slots  # (M,)
-
-    def project(rows: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(self, name)
-        weight = weight.transpose(1, 2) if self.is_transposed else weight  # (E, out, in)
-        return grouped_linear(rows, weight, offsets, getattr(self, f"{name}_bias") if self.has_bias else None)
-
-    rows = hidden_states.to(dtype).index_select(0, token)  # (M, d)
-    inner = self._apply_gate(project(rows, "gate_up_proj")) if self.has_gate else self.act_fn(project(rows, "up_proj"))
-    output = project(inner, "down_proj")  # (M, d)
-    if self.has_post_expert_norm:
-        output = self.post_expert_norm(output)
-    output = output * top_k_weights.reshape(-1).index_select(0, order).to(dtype)[:, None]
-    result = torch.zeros_like(hidden_states, dtype=dtype)
-    return result.index_add(0, token, output).to(hidden_states.dtype)
+    """Run the experts on their own slots alone."""
+    return run_sorted(self, hidden_states, SortedSlots.of(top_k_index, self.num_experts), top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(RAGGED, ragged_experts_forward)

@@ -5,6 +5,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration.configuration_hf_moe import at_layer
+from .dispatch import SortedSlots
 from .mechanisms import get_mechanism
 from .registry import build
 from .routing import ACTIVE_CONTEXT, Decision, ExpertAssignment, Experts, MoELayerSpec, Router, RoutingContext
@@ -34,8 +35,16 @@ class ExpertBanks(Experts):
                 f"Isolated banks need a router that assigns experts; {type(decision).__name__} mixes experts of one "
                 "width. Leave moe_config.expert_banks out."
             )
-        output, start = torch.zeros_like(hidden_states), 0
-        for name, size in zip(self.names, self.sizes, strict=True):
+        banks = [getattr(self, name) for name in self.names]
+        output = torch.zeros_like(hidden_states)
+        if all(isinstance(bank, Experts) and bank.runs_sorted_slots for bank in banks):
+            # Sorted once for all banks; a wrapper of PEFT's takes the other way.
+            slots = SortedSlots.of(decision.expert_index, sum(self.sizes)).split(self.sizes)
+            for bank, part in zip(banks, slots, strict=True):
+                output = output + bank(hidden_states, decision, slots=part)
+            return output
+        start = 0
+        for bank, size in zip(banks, self.sizes, strict=True):
             local = decision.expert_index - start  # (T, K)
             inside = (local >= 0) & (local < size)
             assignment = ExpertAssignment(
@@ -43,7 +52,7 @@ class ExpertBanks(Experts):
                 expert_weight=decision.expert_weight.masked_fill(~inside, 0.0),
                 num_experts=size,
             )
-            output = output + getattr(self, name)(hidden_states, assignment)
+            output = output + bank(hidden_states, assignment)
             start += size
         return output
 

@@ -5,6 +5,7 @@ hidden states; objectives turn decisions into one value per row. Shapes, through
 positions, T = B * S tokens (padding included), d hidden width, E routed experts, K slots per token, f expert width.
 """
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -253,6 +254,9 @@ class Router(nn.Module):
     Options are the keyword arguments of the constructor after `spec`, typed, with the paper's defaults.
     """
 
+    # The gate that serves each modality, for routers with several.
+    gate_of_modality: Sequence[int] = (0,) * NUM_MODALITIES
+
     def __init__(self, spec: MoELayerSpec):
         super().__init__()
         self.spec = spec
@@ -262,6 +266,41 @@ class Router(nn.Module):
 
     def initialize(self, std: float) -> None:
         """Initialise the router's own parameters and buffers; `std` is the model's `initializer_range`."""
+
+    def gate_rows(self) -> torch.Tensor | None:
+        """Return the rows of the linear gate that scores the experts for each modality, (NUM_MODALITIES, E, d).
+
+        The base takes the parameter `weight`, (E, d) or one such gate for each of `gate_of_modality`. `None` where the
+        scores are no linear map of the hidden states.
+        """
+        weight = getattr(self, "weight", None)
+        shape = (max(self.gate_of_modality) + 1, self.spec.num_experts, self.spec.hidden_size)
+        if weight is None or weight.shape not in (shape, shape[1:]):
+            return None
+        return weight.view(shape)[list(self.gate_of_modality)]
+
+    @torch.no_grad()
+    def start_from(self, old: "Router") -> None:
+        """Start as another router of the same layer, whose gate is trained; what has no counterpart there stays fresh.
+
+        A router of the same class hands over all that fits. From another class come the gate's rows: every gate takes
+        those of the first modality that it serves. Override it where more can be taken over.
+        """
+        if isinstance(old, type(self)):
+            own, theirs = self.state_dict(keep_vars=True), old.state_dict()
+            for name in own.keys() & theirs.keys():
+                if own[name].shape == theirs[name].shape:
+                    own[name].copy_(theirs[name])
+            return
+        own_rows, rows = self.gate_rows(), old.gate_rows()
+        if own_rows is not None and rows is not None:
+            self._write_gates(self.weight, rows)
+
+    def _write_gates(self, target: torch.Tensor, values: torch.Tensor) -> None:
+        """Write `values` (NUM_MODALITIES, ...) of each modality into the stacked gates of `target`."""
+        gates = target.view(-1, *values.shape[1:])
+        for gate in range(len(gates)):
+            gates[gate] = values[self.gate_of_modality.index(gate)]
 
     def most_experts_per_tok(self) -> int:
         """Return how many experts a token uses at most."""
@@ -280,6 +319,11 @@ class Router(nn.Module):
 
 class Experts(nn.Module):
     """Base of the expert kinds: `forward(hidden (T, d), decision) -> (T, d)`."""
+
+    @property
+    def runs_sorted_slots(self) -> bool:
+        """Whether `forward` takes `slots`, those of its experts sorted by the caller (`dispatch.SortedSlots`)."""
+        return False
 
     def forward(self, hidden_states: torch.Tensor, decision: Decision) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(hidden_states, decision).")

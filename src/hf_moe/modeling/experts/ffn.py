@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..dispatch import compute_dtype
+from ..dispatch import RAGGED, SortedSlots, compute_dtype, run_sorted
 from ..registry import register_experts
 from ..routing import Decision, ExpertAssignment, Experts, MoELayerSpec, ParameterMixture, SlotMixture
 
@@ -63,11 +63,20 @@ class FfnExperts(Experts):
             init.zeros_(getattr(self, f"{self.input_name}_bias"))
             init.zeros_(self.down_proj_bias)
 
+    @property
+    def runs_sorted_slots(self) -> bool:
+        return self.config._experts_implementation == RAGGED
+
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)  # (M, f) each
         return self.act_fn(gate) * up
 
-    def forward(self, hidden_states: torch.Tensor, decision: Decision) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, decision: Decision, slots: SortedSlots | None = None
+    ) -> torch.Tensor:
+        if slots is not None:
+            weight = decision.expert_weight.to(hidden_states.dtype)
+            return run_sorted(self, hidden_states, slots, weight)
         if isinstance(decision, ExpertAssignment):
             backend = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, FfnExperts.eager)
             weight = decision.expert_weight.to(hidden_states.dtype)
@@ -117,10 +126,11 @@ class FfnExperts(Experts):
     def merge_experts(self, hidden_states: torch.Tensor, decision: ParameterMixture) -> torch.Tensor:
         """Merge the experts by `expert_weight` into one per group and run every token through its group's."""
         dtype = compute_dtype(hidden_states)
-        weight = decision.expert_weight.to(dtype)  # (G, E)
-        merged = [torch.einsum("ge,e...->g...", weight, stack.to(dtype)).unbind(0) for stack in self._stacks()]
+        stacks = [stack.to(dtype) for stack in self._stacks()]
         output = torch.zeros_like(hidden_states, dtype=dtype)
-        for group, matrices in enumerate(zip(*merged, strict=True)):
+        # One merged expert at a time: all of them at once would take G experts of memory.
+        for group, weight in enumerate(decision.expert_weight.to(dtype)):
+            matrices = [torch.einsum("e,e...->...", weight, stack) for stack in stacks]
             token = torch.where(decision.group_index == group)[0]
             output = output.index_add(0, token, self._expert(hidden_states[token].to(dtype), *matrices))
         return output.to(hidden_states.dtype)
