@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..modeling.host import decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from .upcycling import copy_host
+from .upcycling import check_block, copy_host
 
 
 ADOPTED = {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
@@ -33,7 +33,8 @@ def adopt(dense: PreTrainedModel) -> tuple[dict[str, Any], Callable[[HfMoeForCon
         dense: the MoE decoder's own `ForCausalLM`.
 
     Raises:
-        ValueError: if the decoder has no MoE layer, or one that is more than a softmax top-k gate and gated experts.
+        ValueError: if the decoder has no MoE layer, or one that is more than a softmax top-k gate and gated experts,
+            which its tensors tell, or its output once the model is filled.
     """
     name = type(dense).__name__
     blocks: dict[int, nn.Module] = {}
@@ -44,7 +45,7 @@ def adopt(dense: PreTrainedModel) -> tuple[dict[str, Any], Callable[[HfMoeForCon
     if not blocks:
         raise ValueError(f"{name} has no MoE layer to adopt: upcycle it.")
     for layer_idx, block in blocks.items():
-        held = {parameter for parameter, _ in block.named_parameters()}
+        held = {name for name, _ in (*block.named_parameters(), *block.named_buffers())}
         if held != ADOPTED:
             raise ValueError(
                 f"{name} cannot be adopted: the MoE block of layer {layer_idx} holds {sorted(held)}, where a top-k "
@@ -71,5 +72,7 @@ def adopt(dense: PreTrainedModel) -> tuple[dict[str, Any], Callable[[HfMoeForCon
         with torch.no_grad():
             for layer_idx, moe_layer in model.moe_layers().items():
                 moe_layer.load_state_dict(blocks[layer_idx].state_dict())
+                if moe_layer.spec.num_experts_per_tok == gate.top_k:
+                    check_block(moe_layer, blocks[layer_idx])
 
     return moe_config, copy

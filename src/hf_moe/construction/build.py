@@ -6,7 +6,7 @@ and let go before the next layer's experts exist, so the dense decoder and the M
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from transformers import initialization as init
 from ..configuration import HfMoeConfig
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import decoder_layers, ffn_name, read_ffn, routed_layer_class
+from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.moe_layer import MoELayer
 from ..modeling.processing_hf_moe import HfMoeProcessor
-from ..modeling.routing import Connector, ExpertAssignment, Experts, Objective, Router
+from ..modeling.registry import build
+from ..modeling.routing import Connector, Decision, ExpertAssignment, Experts, Objective, Router
 from .adoption import adopt
 from .pretrained import load_language_model, load_vision_tower
 from .tokenizer import IMAGE_TOKEN, add_image_token, default_chat_template, end_of_turn
-from .upcycling import expert_difference, ffn_state, fill_layer
+from .upcycling import check_block, check_expert, ffn_state, fill_layer
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class StepZero:
 
     Attributes:
         logit_difference: the largest absolute difference of a logit.
-        exact: whether the two are equal by design: experts are whole copies without noise, and the weights of every
-            token sum to 1.
+        exact: whether the two are equal by design. An upcycled decoder is where experts are whole copies without noise
+            and every decision hands the tokens to them unscaled, with weights that sum to 1; an adopted one where it
+            keeps its routers.
     """
 
     logit_difference: float
@@ -105,6 +108,7 @@ def build_model(
             for name, parameter in model.model.vision_tower.named_parameters():
                 tower.get_parameter(name).requires_grad_(parameter.requires_grad)
             model.model.vision_tower = tower.to(dtype)  # its buffers too
+    _check_materialised(model)
     for layer in model.moe_layers().values():
         layer.gate.float()
     model.generation_config = _generation_config(dense, tokenizer, image_token_id)
@@ -179,19 +183,18 @@ def _from_decoder(
         reference = dense(input_ids=ids).logits.float()
     layers = decoder_layers(dense.base_model)
     adopted = any(read_ffn(getattr(layer, ffn_name(layer))).layout is None for layer in layers)
-    own_routers = adopted and system is None and "router" not in (moe_config or {})
-    if adopted:
-        moe_config = {**_adopted_config(dense, system), **(moe_config or {})}
+    host_routing, moe_config = _adopted_config(dense, system, moe_config or {}) if adopted else ({}, moe_config)
     config = _config(text_config, system if adopted else system or "top_k", moe_config, fields)
     with torch.device("meta"):
         model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
     moe_layers = model.moe_layers()
+    own_routers = adopted and all(getattr(config.moe_config, name) == value for name, value in host_routing.items())
     model.model.language_model = dense.base_model
     model.lm_head.weight = dense.get_output_embeddings().weight
     for layer in layers:
         host_class: Any = type(layer)
         layer.__class__ = routed_layer_class(host_class)
-    _check_host(model, moe_layers, ids, reference)
+    _check_host(model, ids, reference)
 
     std = config.initializer_range
     for module in (model.model.connector, model.objectives):
@@ -205,25 +208,62 @@ def _from_decoder(
         ffn = getattr(layer, name)
         host = read_ffn(ffn)
         if host.layout is None:
-            _take_experts(moe_layer, ffn, own_routers, std)
-            exact = exact and own_routers
+            _take_experts(moe_layer, ffn, host_routing, std)
+            if own_routers:
+                check_block(moe_layer, ffn)
         else:
+            check_expert(model, moe_layer, ffn)
             _materialise(moe_layer, std)
             fill_layer(moe_layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise_std)
         exact = exact and all(width % host.intermediate_size == 0 for width in _widths(moe_layer))
         setattr(layer, name, moe_layer)
+    check = _step_zero(model, ids, reference, exact and own_routers == adopted, adopted)
+    if check.exact and check.logit_difference > _tolerance(model) * max(1.0, reference.abs().max().item()):
+        raise ValueError(
+            f"{type(dense).__name__} cannot become this model: the logits differ by {check.logit_difference:.1e}, "
+            "where both should compute the same. Please report it with the names of the decoder and of the system."
+        )
     if on_check is not None:
-        on_check(_step_zero(model, ids, reference, exact, own_routers))
+        on_check(check)
     return model
 
 
-def _adopted_config(dense: PreTrainedModel, system: str | None) -> dict[str, Any]:
-    """Return the `moe_config` of a decoder that is a MoE; a system may bring router, slots and objectives."""
+def _adopted_config(
+    dense: PreTrainedModel, system: str | None, moe_config: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the routing of a decoder that is a MoE, and the `moe_config` of the model that takes over its experts.
+
+    A system may bring router, slots and objectives, `moe_config` too; the experts are the decoder's.
+
+    Raises:
+        ValueError: if `moe_config` asks for other experts than the decoder has.
+    """
     adopted, _ = adopt(dense)
-    if system is None:
-        return adopted
     kept = {name: adopted[name] for name in ("layers", "num_experts", "experts")}
-    return {**kept, "num_shared_experts": 0, "granularity": 1, "expert_intermediate_size": None, "expert_banks": None}
+    fixed = {"num_experts": adopted["num_experts"], "granularity": 1, "expert_banks": None}
+    for name, value in fixed.items():
+        if moe_config.get(name, value) != value:
+            raise ValueError(
+                f"moe_config.{name}={moe_config[name]!r} contradicts {type(dense).__name__}, whose "
+                f"{adopted['num_experts']} experts of one width are taken over: leave it out."
+            )
+    routing = {name: adopted[name] for name in ("router", "num_experts_per_tok")}
+    if system is None:
+        return routing, {**adopted, **moe_config}
+    own_sizes = {"num_shared_experts": 0, "granularity": 1, "expert_intermediate_size": None, "expert_banks": None}
+    return routing, {**kept, **own_sizes, **moe_config}
+
+
+def _check_materialised(model: nn.Module) -> None:
+    """Refuse a model of which a part has no memory yet.
+
+    Raises:
+        ValueError: with the names.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, tensor in tensors if tensor.is_meta]
+    if empty:
+        raise ValueError(f"{len(empty)} tensors of the model were never filled, among them {empty[:3]}.")
 
 
 @torch.no_grad()
@@ -238,41 +278,24 @@ def _fit_vocabulary(dense: PreTrainedModel, size: int) -> None:
 
 
 @torch.no_grad()
-def _check_host(
-    model: HfMoeForConditionalGeneration,
-    moe_layers: dict[int, MoELayer],
-    ids: torch.Tensor,
-    reference: torch.Tensor,
-) -> None:
+def _check_host(model: HfMoeForConditionalGeneration, ids: torch.Tensor, reference: torch.Tensor) -> None:
     """Refuse a host that this library would change, whatever the router does; its feed-forwards are still in place.
 
     Raises:
-        ValueError: if the host's logits change under this library's head, or an expert that holds a feed-forward does
-            not compute what it does.
+        ValueError: if the host's logits change under this library's head.
     """
-    layers = decoder_layers(model.model.language_model)
-    name = type(layers[0]).__name__
-    # Float32 rounding stays well below; a lower precision rounds experts differently.
-    tolerance = 1e-4 if model.lm_head.weight.dtype == torch.float32 else 1e-1
+    name = type(decoder_layers(model.model.language_model)[0]).__name__
     difference = _logit_difference(model.eval()(input_ids=ids).logits, reference)
-    if difference > tolerance:
+    if difference > _tolerance(model):
         raise ValueError(
             f"A decoder of {name}s cannot host MoE layers: its own logits differ by {difference:.1e} from those of "
             "its layers under this library's head."
         )
-    if not moe_layers:
-        return
-    layer_idx, moe_layer = next(iter(moe_layers.items()))
-    ffn = getattr(layers[layer_idx], ffn_name(layers[layer_idx]))
-    layout = read_ffn(ffn).layout
-    if layout is None:
-        return
-    difference = expert_difference(model, moe_layer, ffn, layout)
-    if difference > tolerance:
-        raise ValueError(
-            f"{name} cannot host MoE layers: an expert that holds its feed-forward differs from it by "
-            f"{difference:.1e}; the feed-forward does more than its projections and activation."
-        )
+
+
+def _tolerance(model: HfMoeForConditionalGeneration) -> float:
+    """Float32 rounding stays well below; a lower precision rounds experts differently."""
+    return 1e-4 if model.lm_head.weight.dtype == torch.float32 else 1e-1
 
 
 def _widths(moe_layer: MoELayer) -> list[int]:
@@ -291,17 +314,27 @@ def _step_zero(
     model: HfMoeForConditionalGeneration,
     ids: torch.Tensor,
     reference: torch.Tensor,
-    whole_copies: bool,
-    own_routers: bool,
+    equal_experts: bool,
+    adopted: bool,
 ) -> StepZero:
-    output = model(input_ids=ids, output_routing=True)
-    sums = [
-        decision.expert_weight.float().sum(-1)
-        for decision in output.routing.decisions.values()
-        if isinstance(decision, ExpertAssignment)
-    ]
-    sum_to_one = len(sums) == len(output.routing.decisions) and all((total - 1).abs().max() < 1e-3 for total in sums)
-    return StepZero(_logit_difference(output.logits, reference), whole_copies and (own_routers or sum_to_one))
+    """Compare the finished model with its decoder, as both are used: noise and capacities belong to training."""
+    output = model.eval()(input_ids=ids, output_routing=True)
+    whole = adopted or all(
+        _hands_over_whole_tokens(output.routing.decisions[layer_idx])
+        and (layer.shared_expert is None or layer.shared_expert.shared_expert_gate is None)
+        for layer_idx, layer in model.moe_layers().items()
+    )
+    return StepZero(_logit_difference(output.logits, reference), equal_experts and whole)
+
+
+def _hands_over_whole_tokens(decision: Decision) -> bool:
+    """Whether equal experts give what one of them does: every token arrives unscaled, with weights that sum to 1."""
+    if not isinstance(decision, ExpertAssignment):
+        return False
+    unscaled = decision.input_scale is None or bool((decision.input_scale == 1).all())
+    no_identity = decision.identity_weight is None or not decision.identity_weight.any()
+    sums = decision.expert_weight.float().sum(-1)  # (T,)
+    return unscaled and no_identity and bool((sums - 1).abs().max() < 1e-3)
 
 
 @torch.no_grad()
@@ -311,18 +344,29 @@ def _materialise(module: nn.Module, std: float) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             init.normal_(part.weight, mean=0.0, std=std)
+            if part.bias is not None:
+                init.zeros_(part.bias)
     for part in module.modules():
         if isinstance(part, Router | Experts | Objective | Connector):
             part.initialize(std)
 
 
 @torch.no_grad()
-def _take_experts(moe_layer: MoELayer, block: nn.Module, with_gate: bool, std: float) -> None:
-    """Hand the expert stacks of a host's MoE block to a layer on the meta device; no copy is made."""
+def _take_experts(moe_layer: MoELayer, block: Any, routing: dict[str, Any], std: float) -> None:
+    """Hand the expert stacks of a host's MoE block to a layer on the meta device, and its gate to the router.
+
+    No copy of the stacks is made. A shared branch, which the host does not have, starts without effect.
+    """
     moe_layer.experts.load_state_dict(block.experts.state_dict(), assign=True)
     _materialise(moe_layer.gate, std)
-    if with_gate:
-        moe_layer.gate.load_state_dict(block.gate.state_dict())
+    spec = replace(moe_layer.spec, num_experts_per_tok=routing["num_experts_per_tok"])
+    options = {name: value for name, value in routing["router"].items() if name != "name"}
+    host_router = build("router", get_mechanism("router", routing["router"]["name"]), options, spec)
+    host_router.load_state_dict(block.gate.state_dict())
+    moe_layer.gate.start_from(host_router)
+    if moe_layer.shared_expert is not None:
+        _materialise(moe_layer.shared_expert, std)
+        init.zeros_(moe_layer.shared_expert.down_proj.weight)
 
 
 def _generation_config(

@@ -16,22 +16,17 @@ from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.registry import build
-from ..modeling.routers.anyexperts import AnyExpertsRouter
 from ..modeling.routers.top_k import TopKRouter
 from ..modeling.routing import MoELayerSpec, Router
-
-
-# The logit by which a converted model's virtual experts stay below the last slot.
-VIRTUAL_BIAS = -5.0
 
 
 @torch.no_grad()
 def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int = 0, **options: Any) -> None:
     """Give every MoE layer of a model another router, in place.
 
-    What the two routers have in common, by name and shape, is taken over; the rest is fresh. To `"anyexperts"` from
-    softmax `"top_k"` the model's outputs stay as they are, and `normalise`, `fusion_alpha` and, where absent, the slot
-    bounds are chosen for that: K_target = K, K_min 2 (1 where K = 2), K_max 1.5 K.
+    The new router starts from the gate of the old one, see [`Router.start_from`]; what it has more is fresh. To
+    `"anyexperts"` from softmax `"top_k"` the model's outputs stay as they are, and `normalise`, `fusion_alpha` and,
+    where absent, the slot bounds are chosen for that: K_target = K, K_min 2 (1 where K = 2), K_max 1.5 K.
 
     Args:
         model: of any routers; its `config` is changed with it.
@@ -52,10 +47,7 @@ def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int
         for index, router in routers.items():
             old = model.moe_layers()[index].router
             router.initialize(model.config.initializer_range)
-            common = {key: value for key, value in old.state_dict().items() if _fits(router, key, value)}
-            router.load_state_dict(common, strict=False)
-            if isinstance(router, AnyExpertsRouter):
-                _start_as_top_k(router)
+            router.start_from(old)
             weight = next(old.parameters())
             model.moe_layers()[index].gate = router.to(weight.device).float().train(old.training)
     first = next(iter(chosen.values()), {"name": name, **options})
@@ -111,15 +103,3 @@ def _anyexperts_options(router: Router, spec: MoELayerSpec) -> dict[str, Any]:
         # A lone slot weighs 1 whatever the importance; the probe gives it a gradient.
         "probe_slot": low == 1 and router.norm_topk_prob,
     }
-
-
-def _start_as_top_k(router: AnyExpertsRouter) -> None:
-    router.importance_out.zero_()
-    router.alpha.zero_()
-    if router.num_virtual > 0:
-        router.virtual_bias.fill_(VIRTUAL_BIAS)
-
-
-def _fits(router: Router, key: str, value: torch.Tensor) -> bool:
-    own = router.state_dict()
-    return key in own and own[key].shape == value.shape

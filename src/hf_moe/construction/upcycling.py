@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..evaluation.mode import evaluation_mode
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import FfnLayout, decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
@@ -204,13 +205,8 @@ def check_host_logits(model: HfMoeForConditionalGeneration, dense: PreTrainedMod
     moe_layers = model.moe_layers()
     ffns = {layer_idx: getattr(theirs[layer_idx], ffn_name(theirs[layer_idx])) for layer_idx in moe_layers}
     for layer_idx, ffn in ffns.items():
-        layout = read_ffn(ffn).layout
-        difference = 0.0 if layout is None else expert_difference(model, moe_layers[layer_idx], ffn, layout)
-        if difference > atol:
-            raise ValueError(
-                f"{name} cannot host MoE layers: an expert that holds the feed-forward of layer {layer_idx} differs "
-                f"from it by {difference:.1e}; it does more than its projections and activation."
-            )
+        if read_ffn(ffn).layout is not None:
+            check_expert(model, moe_layers[layer_idx], ffn)
     try:
         for layer_idx, ffn in ffns.items():
             setattr(ours[layer_idx], ffn_name(ours[layer_idx]), ffn)
@@ -226,22 +222,70 @@ def check_host_logits(model: HfMoeForConditionalGeneration, dense: PreTrainedMod
 
 
 @torch.no_grad()
-def expert_difference(
-    model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.Module, layout: FfnLayout
-) -> float:
-    """Return the largest difference between a feed-forward and an expert of its weights, on random hidden states.
+def check_expert(model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.Module) -> None:
+    """Refuse a dense feed-forward that is more than its projections and activation: no expert computes what it does.
 
-    It is relative to the largest output where that is above one: two kernels round in proportion to what they sum.
+    Raises:
+        ValueError: with the difference, on random hidden states.
     """
-    width = read_ffn(ffn).intermediate_size
-    spec = replace(layer.spec, num_experts=1, expert_intermediate_size=width, banks=())
+    host = read_ffn(ffn)
+    spec = replace(layer.spec, num_experts=1, expert_intermediate_size=host.intermediate_size, banks=())
     weight = next(ffn.parameters())
     with torch.device(weight.device):
         expert = FfnExperts(model.config, spec).to(weight.dtype)
-    for name, tensor in ffn_state(dict(ffn.named_parameters()), layout).items():
+    for name, tensor in ffn_state(dict(ffn.named_parameters()), host.layout).items():
         getattr(expert, name)[0].copy_(tensor)
-    hidden = torch.randn(8, spec.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
-    index = torch.zeros(8, 1, dtype=torch.long, device=weight.device)
-    assignment = ExpertAssignment(index, torch.ones_like(index, dtype=weight.dtype), num_experts=1)
-    expected = ffn(hidden).float()
-    return ((expert(hidden, assignment).float() - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    difference = _output_difference(ffn, _Alone(expert), spec.hidden_size, weight)
+    if difference > _tolerance(weight):
+        raise ValueError(
+            f"{type(ffn).__name__} cannot become a MoE layer: an expert that holds the feed-forward of layer "
+            f"{spec.layer_idx} differs from it by {difference:.1e}; it does more than its projections and activation."
+        )
+
+
+@torch.no_grad()
+def check_block(layer: MoELayer, block: nn.Module) -> None:
+    """Refuse a host's MoE block that computes something else than the layer which has taken over its weights.
+
+    Raises:
+        ValueError: with the difference, on random hidden states.
+    """
+    weight = next(block.parameters())
+    difference = _output_difference(block, layer, layer.spec.hidden_size, weight)
+    if difference > _tolerance(weight):
+        raise ValueError(
+            f"{type(block).__name__} cannot be adopted: the MoE layer that holds the weights of layer "
+            f"{layer.layer_idx} differs from it by {difference:.1e}; it does more than a top-k gate and gated experts "
+            "do. Choose another decoder."
+        )
+
+
+class _Alone(nn.Module):
+    """An expert as a feed-forward: every token goes to it, with weight 1."""
+
+    def __init__(self, experts: FfnExperts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.flatten(0, -2)  # (T, d)
+        index = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        assignment = ExpertAssignment(index, torch.ones_like(index, dtype=rows.dtype), num_experts=1)
+        return self.experts(rows, assignment).view_as(hidden_states)
+
+
+def _tolerance(weight: torch.Tensor) -> float:
+    return 1e-4 if weight.dtype == torch.float32 else 1e-1
+
+
+def _output_difference(theirs: nn.Module, ours: nn.Module, width: int, weight: torch.Tensor) -> float:
+    """Return the largest difference of two modules' outputs on random hidden states (1, 8, d).
+
+    It is relative to the largest output where that is above one: two kernels round in proportion to what they sum.
+    """
+    hidden = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    with evaluation_mode(theirs), evaluation_mode(ours):
+        outputs = [module(hidden) for module in (theirs, ours)]
+    # A block may return its logits too.
+    expected, found = ((output[0] if isinstance(output, tuple) else output).float() for output in outputs)
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()

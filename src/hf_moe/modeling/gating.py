@@ -194,6 +194,8 @@ class BiasBalancedRouter(Router):
 
     e_score_correction_bias: torch.Tensor
     load: torch.Tensor
+    # What the bias is added to: scores of one kind are no measure for a bias on another.
+    score_function = "softmax"
 
     def __init__(self, spec: MoELayerSpec, bias_shape: tuple[int, ...], bias_update_rate: float):
         super().__init__(spec)
@@ -208,6 +210,14 @@ class BiasBalancedRouter(Router):
     def initialize(self, std: float) -> None:
         init.zeros_(self.e_score_correction_bias)
         init.zeros_(self.load)
+
+    @torch.no_grad()
+    def start_from(self, old: Router) -> None:
+        super().start_from(old)
+        related = isinstance(old, BiasBalancedRouter) and old.score_function == self.score_function
+        if related and not isinstance(old, type(self)):
+            biases = old.e_score_correction_bias.view(-1, self.spec.num_experts)[list(old.gate_of_modality)]
+            self._write_gates(self.e_score_correction_bias, biases)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BiasBalancedRouter":
         bias = self.e_score_correction_bias

@@ -56,10 +56,20 @@ class AdaMoERouter(Router):
     def initialize(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)
         if self.null_router_init == "copy":
-            rows = torch.arange(len(self.null_weight), device=self.weight.device) % self.spec.num_experts
-            init.copy_(self.null_weight, self.weight[rows])
+            init.copy_(self.null_weight, self._copied_rows())
         else:
             init.normal_(self.null_weight, mean=0.0, std=std)
+
+    def _copied_rows(self) -> torch.Tensor:
+        """Return the rows of the real experts in turn, one for every null expert, (M, d)."""
+        rows = torch.arange(len(self.null_weight), device=self.weight.device) % self.spec.num_experts
+        return self.weight[rows]
+
+    @torch.no_grad()
+    def start_from(self, old: Router) -> None:
+        super().start_from(old)
+        if self.null_router_init == "copy" and not isinstance(old, AdaMoERouter):
+            self.null_weight.copy_(self._copied_rows())
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         logits = gate_logits(hidden_states, torch.cat([self.weight, self.null_weight]))  # (T, E + M)

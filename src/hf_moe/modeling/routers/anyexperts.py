@@ -39,9 +39,11 @@ from transformers import initialization as init
 
 from ..gating import BiasBalancedRouter, apply_overrides, check_choice, gate_logits
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
 
 
+# The logit by which the virtual experts of a converted model stay below its last slot.
+CONVERTED_VIRTUAL_BIAS = -5.0
 # softplus(SOFTPLUS_ONE) == 1.
 SOFTPLUS_ONE = math.log(math.e - 1.0)
 
@@ -73,6 +75,8 @@ class AnyExpertsRouter(BiasBalancedRouter):
     Raises:
         ValueError: if the slot bounds do not fit E or each other, or an option is out of its range.
     """
+
+    score_function = "logits"
 
     def __init__(
         self,
@@ -171,6 +175,17 @@ class AnyExpertsRouter(BiasBalancedRouter):
             init.zeros_(self.virtual_weight)
             init.constant_(self.virtual_bias, -0.5)
             init.constant_(self.gamma, 5.0)
+
+    @torch.no_grad()
+    def start_from(self, old: Router) -> None:
+        super().start_from(old)
+        if isinstance(old, AnyExpertsRouter):
+            return
+        # Every token is of mean importance and gets the target's slots; nothing is fused and no slot is virtual.
+        self.importance_out.zero_()
+        self.alpha.zero_()
+        if self.num_virtual > 0:
+            self.virtual_bias.fill_(CONVERTED_VIRTUAL_BIAS)
 
     def most_experts_per_tok(self) -> int:
         return self.max_slots

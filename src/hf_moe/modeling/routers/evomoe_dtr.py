@@ -89,6 +89,17 @@ class EvoMoEDtrRouter(Router):
             init.normal_(self.shared_weight, mean=0.0, std=std)
             init.ones_(self.shared_scale)
 
+    def gate_rows(self) -> None:
+        # Phi scores adapted tokens, not hidden states.
+        return None
+
+    @torch.no_grad()
+    def start_from(self, old: Router) -> None:
+        super().start_from(old)
+        rows = old.gate_rows()
+        if rows is not None and self.shared_router:
+            self.shared_weight.copy_(rows[0])
+
     def idle_parameters(self) -> int:
         nets = len(self.token_weight)
         stacks = (self.token_weight, self.token_bias, self.down_weight, self.down_bias, self.up_weight, self.up_bias)

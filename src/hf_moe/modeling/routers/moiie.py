@@ -47,6 +47,8 @@ class MoIIERouter(Router):
             `boundary_rule` is unknown.
     """
 
+    gate_of_modality = (0, 1, 1, 0)
+
     def __init__(
         self,
         spec: MoELayerSpec,

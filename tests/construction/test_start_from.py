@@ -1,0 +1,125 @@
+"""A router that takes the place of a trained one starts from its gate."""
+
+import pytest
+import torch
+
+from hf_moe.construction.build import build_model
+from hf_moe.construction.conversion import convert_router
+from hf_moe.construction.upcycling import logit_difference
+from hf_moe.modeling import registry
+from hf_moe.modeling.mechanisms import get_mechanism
+from hf_moe.modeling.registry import build
+from hf_moe.modeling.routing import NUM_MODALITIES, MoELayerSpec
+
+
+SPEC = MoELayerSpec(layer_idx=0, hidden_size=16, num_experts=8, num_experts_per_tok=2, expert_intermediate_size=8)
+OPTIONS = {"ming_multi_router": {"modalities": ["text", "image", "audio"], "gate": "sigmoid_bias"}}
+# The gate of EvoMoE scores what a hypernetwork makes of a token: no row of another gate has a meaning there.
+WITHOUT_GATE = {"evomoe_dtr"}
+
+
+def router_of(name, **options):
+    slots = {"num_experts_per_tok": 1} if name == "switch_transformer" else {}
+    spec = MoELayerSpec(**{**vars(SPEC), **slots})
+    router = build("router", get_mechanism("router", name), {**OPTIONS.get(name, {}), **options}, spec)
+    torch.manual_seed(sum(map(ord, name)))
+    router.initialize(0.5)
+    return router
+
+
+def own_routers():
+    for name in ("top_k", *OPTIONS):
+        get_mechanism("router", name)
+    names = "adamoe anyexperts deepseek_v3 deepseekmoe dynamic_moe_top_p ernie45_vl evomoe_dtr ming_multi_router moiie"
+    return [*names.split(), "switch_transformer", "top_k"]
+
+
+def test_every_router_of_the_package_is_tried():
+    known = {name for name, cls in registry.registered("router").items() if cls.__module__.startswith("hf_moe.")}
+    assert known <= set(own_routers())
+
+
+@pytest.mark.parametrize("name", own_routers())
+def test_a_router_starts_from_the_gate_of_a_plain_one(name):
+    old, new = router_of("top_k"), router_of(name)
+    new.start_from(old)
+    rows = new.gate_rows()
+    if name in WITHOUT_GATE:
+        assert rows is None
+    else:
+        assert torch.equal(rows, old.weight.expand(NUM_MODALITIES, -1, -1))
+
+
+@pytest.mark.parametrize("name", [name for name in own_routers() if name not in WITHOUT_GATE])
+def test_a_plain_router_starts_from_the_text_gate_of_any(name):
+    old, new = router_of(name), router_of("top_k")
+    new.start_from(old)
+    assert torch.equal(new.weight, old.gate_rows()[0])
+
+
+def test_gates_of_modalities_find_each_other():
+    moiie = router_of("moiie")
+    ming = router_of("ming_multi_router", modalities=["text", "image", "video", "audio"])
+    ming.start_from(moiie)
+    assert torch.equal(ming.weight, moiie.weight[[0, 1, 1, 0]])
+    back = router_of("moiie")
+    back.start_from(ming)
+    assert torch.equal(back.weight, moiie.weight)
+
+
+def test_null_experts_are_copies_of_the_trained_rows():
+    old, new = router_of("top_k"), router_of("adamoe", num_null_experts=10)
+    new.start_from(old)
+    assert torch.equal(new.null_weight, torch.cat([old.weight, old.weight[:2]]))
+    drawn = router_of("adamoe", null_router_init="normal")
+    before = drawn.null_weight.clone()
+    drawn.start_from(old)
+    assert torch.equal(drawn.null_weight, before)
+
+
+def test_a_router_of_the_same_class_hands_over_everything():
+    old, new = router_of("adamoe"), router_of("adamoe")
+    torch.nn.init.normal_(old.null_weight)
+    new.start_from(old)
+    assert torch.equal(new.null_weight, old.null_weight) and torch.equal(new.weight, old.weight)
+
+
+def test_the_common_term_of_evomoe_starts_as_the_old_gate():
+    old, new = router_of("top_k"), router_of("evomoe_dtr", shared_router=True)
+    scorer = new.weight.clone()
+    new.start_from(old)
+    assert torch.equal(new.shared_weight, old.weight) and torch.equal(new.weight, scorer)
+
+
+@pytest.mark.parametrize(
+    ("score_function", "taken"), [("sigmoid", True), ("softmax", False)], ids=["same scores", "other scores"]
+)
+def test_a_balancing_bias_goes_along_with_its_kind_of_scores(score_function, taken):
+    old, new = router_of("deepseek_v3", score_function=score_function), router_of("ming_multi_router")
+    torch.nn.init.normal_(old.e_score_correction_bias)
+    new.start_from(old)
+    expected = old.e_score_correction_bias.expand(3, -1) if taken else torch.zeros(3, 8)
+    assert torch.equal(new.e_score_correction_bias, expected)
+
+
+@pytest.fixture
+def mixtral(save_decoder):
+    return save_decoder("mixtral", num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("system", ["moiie", "ming_multi_router", "adamoe"])
+def test_a_system_on_a_moe_decoder_starts_from_its_gates(mixtral, system):
+    model, _ = build_model(mixtral, None, moe_config={"num_experts_per_tok": 2})
+    built, _ = build_model(mixtral, None, system, moe_config={"num_experts_per_tok": 2})
+    converted, _ = build_model(mixtral, None)
+    convert_router(converted, system)
+    for index, layer in model.moe_layers().items():
+        for other in (built, converted):
+            rows = other.moe_layers()[index].router.gate_rows()
+            assert torch.equal(rows, layer.router.weight.expand(NUM_MODALITIES, -1, -1))
+
+
+def test_gates_per_modality_leave_a_moe_decoder_as_it_was(mixtral):
+    model, _ = build_model(mixtral, None)
+    built, _ = build_model(mixtral, None, "ming_multi_router", moe_config={"num_experts_per_tok": 2})
+    assert logit_difference(built, model) < 1e-5
