@@ -1,4 +1,4 @@
-"""What the package uses of other libraries without their promise is listed, used, and there in the installed versions."""
+"""What the package uses of other libraries without their promise is listed, used and there."""
 
 import importlib.util
 import sys
@@ -93,7 +93,9 @@ def test_names_that_are_gone_or_unused_are_reported(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("where, name", [("torch.nn.Module", "_supports_sdpa"), ("transformers.utils", "no_such_name")])
+@pytest.mark.parametrize(
+    "where, name", [("torch.nn.Module", "_supports_sdpa"), ("transformers.utils", "no_such_name")]
+)
 def test_a_name_that_is_not_there_does_not_exist(where, name):
     assert not private_names.exists(private_names.Entry(name, where, "", ""))
 

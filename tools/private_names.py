@@ -137,13 +137,11 @@ def mentions(source: Path = SOURCE) -> set[str]:
 
 
 def uses(source: Path = SOURCE) -> dict[str, list[str]]:
-    """Return the names that belong to other libraries: by name, or by path where imported, the places of their uses."""
+    """Return the names of other libraries that are used, by path where imported, with the places of their uses."""
     found: dict[str, list[str]] = defaultdict(list)
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(source.rglob("*.py"))}
     defined = {name for tree in trees.values() for _, name, _ in definitions(tree)}
-    functions = {
-        node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-    }
+    functions = {node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     read = Counter(name for tree in trees.values() for name, _, is_read in attributes(tree) if is_read)
     for path, tree in trees.items():
         place = path.relative_to(source)
@@ -170,9 +168,8 @@ def exists(entry: Entry) -> bool:
         tree = ast.parse(inspect.getsource(inspect.getmodule(holder) or holder))
     except (OSError, TypeError):
         return False
-    return any(
-        entry.name == getattr(node, field, None) for node in ast.walk(tree) for field in ("attr", "value", "arg", "name")
-    )
+    fields = ("attr", "value", "arg", "name")
+    return any(entry.name == getattr(node, field, None) for node in ast.walk(tree) for field in fields)
 
 
 def _resolve(path: str) -> Any:
