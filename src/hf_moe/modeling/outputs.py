@@ -1,7 +1,7 @@
 """What the model's forward passes return."""
 
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import modeling_outputs
@@ -13,10 +13,10 @@ from .routing import ExpertAssignment, RoutingContext
 Output = TypeVar("Output", bound=ModelOutput)
 
 # Since 5.24 there are multimodal ones, with `image_outputs`: what `get_image_features` returned.
-MoeModelOutput = getattr(
+MoeModelOutput: Any = getattr(
     modeling_outputs, "MultimodalMoeBaseModelOutputWithPast", modeling_outputs.MoeModelOutputWithPast
 )
-MoeCausalLMOutput = getattr(
+MoeCausalLMOutput: Any = getattr(
     modeling_outputs, "MultimodalMoeCausalLMOutputWithPast", modeling_outputs.MoeCausalLMOutputWithPast
 )
 
