@@ -6,8 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 from caches import cache_of
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, modeling_outputs
 
 from hf_moe.modeling.outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast
 
@@ -64,10 +63,26 @@ def test_towers_are_not_touched_while_decoding(tiny_model, text_batch, way):
 
 @pytest.mark.parametrize(
     "ours, theirs",
-    [(HfMoeModelOutputWithPast, MoeModelOutputWithPast), (HfMoeCausalLMOutputWithPast, MoeCausalLMOutputWithPast)],
+    [
+        (HfMoeModelOutputWithPast, modeling_outputs.MoeModelOutputWithPast),
+        (HfMoeCausalLMOutputWithPast, modeling_outputs.MoeCausalLMOutputWithPast),
+    ],
 )
 def test_outputs_hold_the_fields_of_transformers(ours, theirs):
     assert [field.name for field in fields(ours)][: len(fields(theirs))] == [field.name for field in fields(theirs)]
+
+
+@pytest.mark.parametrize("headless", [False, True], ids=["with head", "headless"])
+def test_outputs_hold_the_images_as_transformers_has_it(tiny_model, batch, headless):
+    model = tiny_model()
+    model = model.model if headless else model
+    output = model(**batch, return_dict=True)
+    images = model.get_image_features(batch["pixel_values"], return_dict=True)
+    assert all(map(torch.equal, output.image_hidden_states, images.pooler_output))
+    if hasattr(modeling_outputs, "MultimodalMoeCausalLMOutputWithPast"):
+        assert torch.equal(output.image_outputs.last_hidden_state, images.last_hidden_state)
+        assert all(map(torch.equal, output.image_outputs.pooler_output, images.pooler_output))
+    assert len(model(**batch, return_dict=False)) == len(output)
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])

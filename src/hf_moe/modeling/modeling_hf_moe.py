@@ -1,6 +1,5 @@
 """The multimodal MoE model: vision tower -> connector -> decoder whose feed-forwards are MoE layers."""
 
-import re
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from .host import install_moe_layers, scale_logits
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
 from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast, extend_output, router_logits
+from .plans import float32_patterns
 from .registry import build
 from .routed_forward import RoutedForward, install_hooks
 from .routing import RoutingContext, RoutingOverrides
@@ -63,9 +63,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.cache_argument = cache_argument(type(self.language_model))
         install_moe_layers(self.language_model, config)
-        # Routers, but for their counts, stay float32 in a bf16 model; those that a host keeps are its own affair.
-        moe_layers = [name for name, module in self.language_model.named_modules() if isinstance(module, MoELayer)]
-        self._keep_in_fp32_modules_strict = [rf"{re.escape(name)}\.gate\b(?!\.load$)" for name in moe_layers]
+        self._keep_in_fp32_modules_strict = float32_patterns(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -212,6 +210,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             HfMoeModelOutputWithPast,
             outputs,
             router_logits=router_logits(routing_context) if output_router_logits else None,
+            image_outputs=images,
             image_hidden_states=images.pooler_output if images is not None else None,
         )
         return result if self._wants_dict(return_dict) else result.to_tuple()
@@ -237,6 +236,7 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)

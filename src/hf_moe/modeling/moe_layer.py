@@ -101,6 +101,9 @@ class MoELayer(nn.Module):
         moe = config.moe_config
         router, options = _name_and_options(moe.router, spec.layer_idx)
         self.gate = build("router", get_mechanism("router", router), options, spec)
+        if torch.finfo(torch.get_default_dtype()).bits < 32:
+            # A model of low precision has float32 routers when it is loaded, so it has when it is built.
+            self.gate.float()
         self.experts = _build_experts(config, spec)
         num_shared = at_layer(moe.num_shared_experts, spec.layer_idx)
         # In the singular: conversion rules of MoE hosts would take `shared_experts.down_proj` for a stack of theirs.

@@ -1,10 +1,10 @@
 """What the model's forward passes return."""
 
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers import modeling_outputs
 from transformers.utils import ModelOutput
 
 from .routing import ExpertAssignment, RoutingContext
@@ -12,9 +12,17 @@ from .routing import ExpertAssignment, RoutingContext
 
 Output = TypeVar("Output", bound=ModelOutput)
 
+# Since 5.24 there are multimodal ones, with `image_outputs`: what `get_image_features` returned.
+MoeModelOutput: Any = getattr(
+    modeling_outputs, "MultimodalMoeBaseModelOutputWithPast", modeling_outputs.MoeModelOutputWithPast
+)
+MoeCausalLMOutput: Any = getattr(
+    modeling_outputs, "MultimodalMoeCausalLMOutputWithPast", modeling_outputs.MoeCausalLMOutputWithPast
+)
+
 
 @dataclass
-class HfMoeModelOutputWithPast(MoeModelOutputWithPast):
+class HfMoeModelOutputWithPast(MoeModelOutput):
     """
     Output of [`HfMoeModel`]: what the decoder returns, and the images that were put into its text.
 
@@ -26,7 +34,7 @@ class HfMoeModelOutputWithPast(MoeModelOutputWithPast):
 
 
 @dataclass
-class HfMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+class HfMoeCausalLMOutputWithPast(MoeCausalLMOutput):
     """
     Output of [`HfMoeForConditionalGeneration`]. `loss` is the language loss plus `aux_loss`, when labels are given.
 
@@ -50,10 +58,9 @@ FIELDS = {
 
 
 def extend_output(output_class: type[Output], outputs: ModelOutput, **ours: object) -> Output:
-    """Return `outputs` as an `output_class`: the fields they share, under the names that Transformers gives them, and
-    `ours`."""
-    shared = {name: value for name, value in outputs.items() if name in FIELDS[output_class]}
-    return output_class(**{**shared, **ours})
+    """Return `outputs` as an `output_class`, with `ours`: the fields that the class of this release has."""
+    given = {**outputs, **ours}
+    return output_class(**{name: value for name, value in given.items() if name in FIELDS[output_class]})
 
 
 def router_logits(context: RoutingContext) -> tuple[torch.Tensor, ...] | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..configuration.configuration_hf_moe import MODALITIES
 
@@ -112,18 +111,18 @@ class _ActiveContext:
     def get(self) -> RoutingContext | None:
         # A compiled part of a layer (one MoE block, say) finds nothing traced and reads the variable, which breaks the
         # graph but is right.
-        if is_torchdynamo_compiling() and self.traced is not None:
+        if torch.compiler.is_compiling() and self.traced is not None:
             return self.traced
         return self.variable.get()
 
     def set(self, context: RoutingContext | None) -> Any:
-        if is_torchdynamo_compiling():
+        if torch.compiler.is_compiling():
             previous, self.traced = self.traced, context
             return previous
         return self.variable.set(context)
 
     def reset(self, token: Any) -> None:
-        if is_torchdynamo_compiling():
+        if torch.compiler.is_compiling():
             self.traced = token
         else:
             self.variable.reset(token)

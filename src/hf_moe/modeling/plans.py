@@ -1,0 +1,23 @@
+"""What stays float32, and how a model is split over devices: patterns of names that Transformers reads."""
+
+import re
+
+from torch import nn
+
+from .moe_layer import MoELayer
+
+
+def float32_patterns(language_model: nn.Module) -> list[str]:
+    """Return the patterns of the routers' tensors, which stay float32 in a model of lower precision.
+
+    All but their counts, which are integers. The routers that a host keeps are its own affair. FSDP2 asks for names
+    with a star for the number of the layer.
+    """
+    patterns = set()
+    for name, module in language_model.named_modules():
+        if isinstance(module, MoELayer):
+            before, _, after = name.rpartition(f".{module.layer_idx}.")
+            patterns.add(
+                rf"{re.escape(before)}\.(?:{module.layer_idx}|[^\d.]+)\.{re.escape(after)}\.gate\b(?!\.load$)"
+            )
+    return sorted(patterns)
