@@ -4,7 +4,7 @@
 
 with n_r the labels of row r and N those of the optimizer step, exactly as in our own models (`modeling/auxiliary.py`),
 and as there through the gradient of the log-probabilities where a trainer makes its loss of those. Labels that are not
-one per token, as in classification, count one a row.
+one per token, as in classification, count one a row. With gradients off the loss stays the base model's.
 """
 
 from collections.abc import Iterator

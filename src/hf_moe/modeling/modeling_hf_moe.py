@@ -349,7 +349,7 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
             )
             auxiliary = self.objectives(routing_context, count_labels(labels), num_items_in_batch)
             aux_loss, values = auxiliary.total(), auxiliary.totals()
-            loss = loss + aux_loss.to(loss.device)
+            loss = auxiliary.added_to(loss)
         elif is_learning(self) and self.objectives.by_name:
             warn_without_labels(list(self.objectives.by_name))
 
