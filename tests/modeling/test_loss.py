@@ -145,7 +145,7 @@ def test_a_batch_without_labels_has_no_auxiliary_loss_and_a_finite_one(tiny_mode
 
 def test_image_tokens_take_part_in_the_balance(tiny_model, training_batch):
     model = tiny_model(moe_config={"objectives": OBJECTIVES}).train()
-    model(**training_batch)
+    model(**training_batch).loss.backward()
     counted = model.objectives.by_name["load_balance"].get_buffer("accumulated_1").sum()
     assert (training_batch["input_ids"] == IMAGE).sum() > 0
     assert counted == 2 * training_batch["attention_mask"].sum()

@@ -1,26 +1,40 @@
 """The trainer logs what the model does; the losses themselves are tested without it."""
 
+import copy
 import math
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, Trainer, TrainingArguments
+from peft import get_peft_model
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
-from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor, MoeLoraConfig
+from hf_moe.construction.tokenizer import train_word_tokenizer
 from hf_moe.training.trainer import HfMoeTrainer
 
 
 IMAGE = 39
 
 
-def make_model() -> HfMoeForConditionalGeneration:
+TEXT = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, vocab_size=40)
+
+
+def make_model(objectives=None, **fields) -> HfMoeForConditionalGeneration:
     torch.manual_seed(0)
-    text = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, vocab_size=40)
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
-    moe = {"num_experts": 4, "router": {"name": "moiie"}, "objectives": {"load_balance": 0.01, "router_z": 0.001}}
-    config = HfMoeConfig(text_config=text, vision_config=vision, moe_config=moe, image_token_id=IMAGE)
+    objectives = {"load_balance": 0.01, "router_z": 0.001} if objectives is None else objectives
+    moe = {"num_experts": 4, "router": {"name": "moiie"}, "objectives": objectives}
+    text = copy.deepcopy(TEXT)
+    config = HfMoeConfig(text_config=text, vision_config=vision, moe_config=moe, image_token_id=IMAGE, **fields)
     return HfMoeForConditionalGeneration(config)
 
 
@@ -82,7 +96,74 @@ def test_progress_reaches_the_model_and_ends_below_one(trainer):
     assert trainer.model.model.training_progress == 3 / 4
 
 
-def test_evaluation_returns_logits_without_the_routing(trainer):
-    result = trainer.predict(make_rows(4))
-    logits = result.predictions[0] if isinstance(result.predictions, tuple) else result.predictions
-    assert logits.shape == (4, 12, 40)
+def evaluation(model, folder, rows=None, trainer_class=Trainer, **options) -> Trainer:
+    arguments = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "report_to": "none"}
+    options = {"data_collator": collate, **options}
+    arguments = TrainingArguments(str(folder), use_cpu=True, disable_tqdm=True, **arguments)
+    return trainer_class(model, arguments, eval_dataset=rows or make_rows(5), **options)
+
+
+@pytest.mark.parametrize("fields", [{}, {"output_router_logits": True}, {"output_hidden_states": True}], ids=str)
+@pytest.mark.parametrize("trainer_class", [Trainer, HfMoeTrainer])
+def test_metrics_get_the_logits_alone(tmp_path, trainer_class, fields):
+    seen = {}
+
+    def keep(logits, labels):
+        seen["preprocessed"] = logits.shape
+        return logits.argmax(-1)
+
+    def metrics(prediction):
+        seen["predictions"] = prediction.predictions.shape
+        return {}
+
+    for preprocess in (None, keep):
+        model = make_model(**fields)
+        trainer = evaluation(
+            model,
+            tmp_path,
+            trainer_class=trainer_class,
+            compute_metrics=metrics,
+            preprocess_logits_for_metrics=preprocess,
+        )
+        trainer.evaluate()
+        assert seen["predictions"] == ((5, 12, 40) if preprocess is None else (5, 12))
+        assert trainer.predict(make_rows(3)).predictions.shape[:2] == (3, 12)
+    assert seen["preprocessed"][1:] == (12, 40)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, HfMoeTrainer])
+def test_the_evaluation_loss_is_the_language_loss(tmp_path, trainer_class):
+    expected = evaluation(make_model(objectives={}), tmp_path).evaluate()["eval_loss"]
+    model = make_model(objectives={"load_balance": 3.0, "router_z": 2.0})
+    trainer = evaluation(model, tmp_path, trainer_class=trainer_class)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected)
+    rows = collate(make_rows(5))
+    assert model(**rows).loss > expected + 3, "with gradients it is the loss that trains"
+    if trainer_class is HfMoeTrainer:
+        values = model(**rows).objective_values
+        for name, value in values.items():
+            assert metrics[f"eval_objective/{name}"] == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_the_evaluation_loss_of_lora_experts_is_the_base_models(tmp_path):
+    losses = {}
+    for coefficient in (0.0, 5.0):
+        torch.manual_seed(0)
+        config = MoeLoraConfig(target_modules=["q_proj"], objectives={"router_z": coefficient})
+        model = get_peft_model(LlamaForCausalLM(TEXT), config)
+        trainer = evaluation(model, tmp_path, data_collator=None)
+        losses[coefficient] = trainer.evaluate()["eval_loss"]
+        assert trainer.predict(make_rows(3)).predictions.shape == (3, 12, 40)
+    assert losses[5.0] == pytest.approx(losses[0.0])
+
+
+def test_rows_are_grouped_by_the_length_of_their_ids(tmp_path):
+    tokenizer = train_word_tokenizer(["a b c"])
+    processor = HfMoeProcessor(CLIPImageProcessor(), tokenizer, image_seq_length=4)
+    assert processor.model_input_names[0] == "input_ids"
+    assert {"mm_token_type_ids", "pixel_values"} <= set(processor.model_input_names)
+    rows = [{"pixel_values": torch.ones(3, 16, 16), "input_ids": [1] * length} for length in (3, 9, 4, 8)]
+    arguments = TrainingArguments(str(tmp_path), train_sampling_strategy="group_by_length", use_cpu=True)
+    trainer = Trainer(make_model(), arguments, train_dataset=rows, processing_class=processor)
+    assert trainer._get_train_sampler(rows).lengths == [3, 9, 4, 8]

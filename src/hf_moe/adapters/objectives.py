@@ -4,7 +4,7 @@
 
 with n_r the labels of row r and N those of the optimizer step, exactly as in our own models (`modeling/auxiliary.py`),
 and as there through the gradient of the log-probabilities where a trainer makes its loss of those. Labels that are not
-one per token, as in classification, count one a row.
+one per token, as in classification, count one a row. With gradients off the loss stays the base model's.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..modeling.auxiliary import count_labels, is_learning, warn_without_labels
+from ..modeling.optimizer_steps import Statistics, count_in_backward, end_cleared_step, follow_steps
 from ..modeling.routing import ExpertAssignment, Router
 from .frozen import hold_frozen, install_frozen_hooks
 from .layer import MoeLoraLayer, tuner_layers
@@ -31,6 +32,7 @@ def install_hooks(model: nn.Module) -> list[Any]:
     backbone = getattr(model, "base_model", model)
     handles = install_frozen_hooks(model)
     for module in [model] if backbone is model else [model, backbone]:
+        follow_steps(module)
         handles += [
             module.register_forward_pre_hook(hold_frozen),
             module.register_forward_pre_hook(end_finished_step),
@@ -70,12 +72,15 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
         return
     if row_labels is None and objectives:
         warn_without_labels([name for losses in objectives.values() for name in losses.by_name])
-    for adapter_name, losses in objectives.items():
-        if adapter_name in context.decisions:
-            losses.accumulate(context.of(adapter_name))
+    statistics: Statistics = [
+        (losses, (context.of(adapter_name),))
+        for adapter_name, losses in objectives.items()
+        if adapter_name in context.decisions
+    ]
     for adapter_name, router in routers:
         routing = context.of(adapter_name)
-        router.accumulate(routing.decisions[router.spec.layer_idx], routing)
+        statistics.append((router, (routing.decisions[router.spec.layer_idx], routing)))
+    count_in_backward(model, output, statistics)
 
 
 def _active_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
@@ -134,17 +139,6 @@ def _check_gradient(adapter_name: str, context: AdapterContext, routers: list[tu
 
 
 def end_finished_step(model: nn.Module, args: tuple) -> None:
-    """Hook before the root's forward: close the statistics of the previous optimizer step, as our models do."""
-    if is_inside() or not is_learning(model):
-        return
-    layers = list(_active_layers(model))
-    for adapter_name in {name for layer in layers for name in layer.active_adapters}:
-        routers = [layer.moe_lora_router[adapter_name] for layer in layers if adapter_name in layer.moe_lora_router]
-        watched = next((p for router in routers for p in router.parameters() if p.requires_grad), None)
-        if watched is None or watched.grad is not None:
-            continue
-        for router in routers:
-            router.end_step()
-        for layer in layers:
-            if adapter_name in layer.moe_lora_objectives:
-                layer.moe_lora_objectives[adapter_name].end_step()
+    """Hook before the root's forward: close the last step where no optimizer tells of its end, as in our models."""
+    if not is_inside() and is_learning(model):
+        end_cleared_step(model)

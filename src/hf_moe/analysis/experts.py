@@ -205,7 +205,7 @@ def _mean_loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
         with evaluation_mode(model):
             outputs = model(**batch)
         count = int((batch["labels"][:, 1:] != -100).sum())
-        total += (outputs.loss - outputs.aux_loss).item() * count
+        total += outputs.loss.item() * count
         labels += count
     return total / max(labels, 1)
 

@@ -7,7 +7,7 @@ their options are checked when the model is built, where the classes that unders
 import difflib
 import importlib
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
 import transformers
@@ -324,6 +324,14 @@ class HfMoeConfig(PreTrainedConfig):
         for name, value in fields.items():
             if isinstance(value, int | float) and not hasattr(self.text_config, name):
                 setattr(self.text_config, name, value)
+
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """What `Trainer` leaves out of predictions: `compute_metrics` gets the logits alone."""
+        # Transformers names the fields, its cache under a name that depends on the version.
+        outputs = importlib.import_module("transformers.modeling_outputs")
+        theirs = {item.name for item in fields(outputs.MoeCausalLMOutputWithPast)}
+        return sorted(theirs - {"loss", "logits"} | {"image_hidden_states", "objective_values", "routing"})
 
     @classmethod
     def from_system(cls, key: str, **kwargs: Any) -> "HfMoeConfig":

@@ -6,6 +6,9 @@ with n_r the labels of row r after the shift and N the labels of the optimizer s
 own labels where absent). This form gives equal router gradients however rows are split over accumulation steps and
 processes, with plain `Trainer` as well. A row without labels carries no auxiliary loss.
 
+A loss that is only measured, with gradients off as in `Trainer.evaluate`, is the language loss alone: `eval_loss` then
+compares between models of any objectives, and `aux_loss` is returned beside it.
+
 Trainers such as TRL's compute their loss outside of the model, from the log-probability of every label. There the
 objectives enter through the gradient of the log-probabilities, whose values stay as they are:
 
@@ -65,7 +68,11 @@ class AuxiliaryLoss:
         if log_probs is not None:
             rows = self.rows.to(log_probs.device)
             output.log_probs = _WeighRowsLikeLabels.apply(log_probs, output.label_mask, rows)
-        output.loss = output.loss + self.total().to(output.loss.device)
+        output.loss = self.added_to(output.loss)
+
+    def added_to(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return a loss with the objectives, or as it is where it is only measured."""
+        return loss + self.total().to(loss.device) if torch.is_grad_enabled() else loss
 
 
 class _WeighRowsLikeLabels(torch.autograd.Function):

@@ -204,7 +204,7 @@ class BiasBalancedRouter(Router):
         self.bias_update_rate = bias_update_rate
         self.register_buffer("e_score_correction_bias", torch.zeros(bias_shape, dtype=torch.float32))
         load = torch.zeros(bias_shape, dtype=torch.long).view(-1, spec.num_experts)  # (G, E)
-        # Saved too: a checkpoint is written before the next step's first forward closes this one.
+        # Saved too: a checkpoint may be written between two micro-batches of a step.
         self.register_buffer("load", load)
 
     def initialize(self, std: float) -> None:

@@ -230,8 +230,8 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
     """The model with its language head, loss and generation.
 
     The language loss is the host's; objectives are added as `auxiliary.py` says. Population statistics (loads, biases)
-    move on when an optimizer step has ended, which the first forward with cleared gradients tells: plain `Trainer`,
-    and any loop that calls `zero_grad()`, is right without a callback.
+    move on when a torch optimizer that holds parameters of the model has stepped, see `optimizer_steps.py`: plain
+    `Trainer` and any other loop are right without a callback.
     """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -349,10 +349,9 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
             )
             auxiliary = self.objectives(routing_context, count_labels(labels), num_items_in_batch)
             aux_loss, values = auxiliary.total(), auxiliary.totals()
-            loss = loss + aux_loss.to(loss.device)
+            loss = auxiliary.added_to(loss)
         elif is_learning(self) and self.objectives.by_name:
             warn_without_labels(list(self.objectives.by_name))
-        self.accumulate(routing_context)
 
         result = extend_output(
             HfMoeCausalLMOutputWithPast,
@@ -363,6 +362,7 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
             objective_values=values or None,
             routing=routing_context if output_routing else None,
         )
+        self.count(routing_context, result)
         return result if self.model._wants_dict(return_dict) else result.to_tuple()
 
     @torch.no_grad()

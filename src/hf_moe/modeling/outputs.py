@@ -36,7 +36,8 @@ class HfMoeModelOutputWithPast(MoeModelOutput):
 @dataclass
 class HfMoeCausalLMOutputWithPast(MoeCausalLMOutput):
     """
-    Output of [`HfMoeForConditionalGeneration`]. `loss` is the language loss plus `aux_loss`, when labels are given.
+    Output of [`HfMoeForConditionalGeneration`]. `loss` is the language loss plus `aux_loss`, when labels are given;
+    the language loss alone where gradients are off.
 
     Args:
         image_hidden_states (`list[torch.Tensor]`, *optional*): the connected features of every image, (P', d) each.

@@ -64,6 +64,12 @@ class HfMoeProcessor(ProcessorMixin):
                     )
         super().validate_inputs(images=images, text=text, **kwargs)
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """The names of the model's inputs, the token ids first: by them `Trainer` groups rows by length."""
+        names = ["input_ids", *super().model_input_names, "mm_token_type_ids"]
+        return list(dict.fromkeys(names))
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         mask = image_inputs.get("pixel_attention_mask")
         return self.image_token * (self.image_seq_length if mask is None else int(mask[image_idx].sum()))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .auxiliary import AuxiliaryLosses, is_learning
+from .optimizer_steps import Statistics, count_in_backward, end_cleared_step, end_step, follow_steps
 from .routing import RoutingContext
 
 
@@ -31,32 +32,36 @@ class RoutedForward:
     moe_layers: Any
 
     def open_context(self, **inputs: Any) -> RoutingContext:
-        """Return the context of a forward pass with these inputs; the first one of an optimizer step ends the last."""
+        """Return the context of a forward pass with these inputs."""
         if is_learning(self):
-            self._end_finished_step()
+            end_cleared_step(self)
         context = self.model.routing_context(**{name: inputs.get(name) for name in CONTEXT_INPUTS})
         labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
         context.keep_outputs = labelled and self.objectives.reads_outputs
         return context
 
-    def accumulate(self, context: RoutingContext) -> None:
-        """Add a forward pass to the statistics of routers and objectives, if it is one that trains."""
-        if is_learning(self):
-            self.objectives.accumulate(context)
-            for layer_idx, layer in self.moe_layers().items():
-                layer.router.accumulate(context.decisions[layer_idx], context)
+    def count(self, context: RoutingContext, output: Any) -> None:
+        """Let a forward pass enter the statistics of routers and objectives once its backward runs, if it trains.
 
-    def _end_finished_step(self) -> None:
-        """Close the statistics of the previous optimizer step if its gradients have been cleared.
-
-        `Trainer` and `optimizer.zero_grad()` set gradients to `None`, so the first micro-batch of a step finds none.
+        Under PEFT a router that is not trained keeps its bias: no adapter would save what it has become, and the model
+        with the adapter disabled has to stay the one that it was.
         """
-        gates = (parameter for layer in self.moe_layers().values() for parameter in layer.gate.parameters())
-        watched = next((parameter for parameter in gates if parameter.requires_grad), None)
-        if watched is not None and watched.grad is None:
-            self.objectives.end_step()
-            for layer in self.moe_layers().values():
-                layer.router.end_step()
+        if not is_learning(self):
+            return
+        adapted = hasattr(self, "peft_config")
+        statistics: Statistics = [(self.objectives, (context,))]
+        for layer_idx, layer in self.moe_layers().items():
+            if not adapted or any(parameter.requires_grad for parameter in layer.router.parameters()):
+                statistics.append((layer.router, (context.decisions[layer_idx], context)))
+        count_in_backward(self, output, statistics)
+
+    def end_step(self) -> None:
+        """Close the statistics of an optimizer step; only for loops without a torch optimizer, which tells itself."""
+        end_step(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        follow_steps(self)
 
 
 def pass_context(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -75,10 +80,11 @@ def add_objectives(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
         return
     if model.objectives.by_name:
         model.objectives(context, output.label_mask.sum(-1), kwargs.get("num_items_in_batch")).add_to(output)
-    model.accumulate(context)
+    model.count(context, output)
 
 
 def install_hooks(model: nn.Module) -> None:
-    """Surround every forward that may be put in place of the model's own."""
+    """Surround every forward that may be put in place of the model's own, and follow the optimizer's steps."""
+    follow_steps(model)
     model.register_forward_pre_hook(pass_context, with_kwargs=True)
     model.register_forward_hook(add_objectives, with_kwargs=True)

@@ -310,10 +310,10 @@ class Router(nn.Module):
         return 0
 
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
-        """Add a micro-batch to the router's statistics; called once per training forward, never in a recomputation."""
+        """Add a micro-batch to the router's statistics; called once per training forward, when its backward runs."""
 
     def end_step(self) -> None:
-        """Turn the statistics of the finished optimizer step into an update (bias balancing)."""
+        """Turn the statistics into an update (bias balancing), after an optimizer step in which some were counted."""
 
 
 class Experts(nn.Module):
@@ -385,10 +385,10 @@ class Objective(nn.Module):
         return torch.stack([value.to(values[0].device) for value in values]).mean(0)
 
     def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
-        """Add a micro-batch to the statistics of the current optimizer step."""
+        """Add a micro-batch to the statistics of the current optimizer step, when its backward runs."""
 
     def end_step(self) -> None:
-        """Make the accumulated statistics the population of the next optimizer step."""
+        """Make the accumulated statistics the population of the next optimizer step, if any were accumulated."""
 
 
 class Connector(nn.Module):

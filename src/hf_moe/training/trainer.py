@@ -23,8 +23,9 @@ class HfMoeTrainer(Trainer):
     """Logs, beside the loss, `objective/<name>` and `routing/<modality>/<early|middle|late>/<figure>`.
 
     An objective's value is its label-weighted mean over the steps since the last log. The routing figures come from
-    the last step before a log, so the other steps pay nothing for them. Also moves the model's `training_progress`,
-    which schedules in routers read.
+    the last step before a log, so the other steps pay nothing for them. An evaluation logs `eval_objective/<name>`, a
+    mean over its rows, beside `eval_loss`, the language loss alone. Also moves the model's `training_progress`, which
+    schedules in routers read.
 
     Args:
         learning_rate_scales: factors on the learning rate of parts of the model, named as in [`train_only`].
@@ -35,6 +36,8 @@ class HfMoeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._objective_sums: dict[str, torch.Tensor] = {}
         self._objective_steps = 0
+        # Of an evaluation: every objective's sum over the rows, and how many they are.
+        self._evaluated: dict[str, torch.Tensor] = {}
         self._routing = RoutingStatistics()
         self._progress_holder = next(m for m in self.model.modules() if hasattr(m, "training_progress"))
 
@@ -59,7 +62,9 @@ class HfMoeTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            self._evaluate_objectives(outputs)
+            return (loss, outputs) if return_outputs else loss
         next_step = self.state.global_step + 1
         watch = next_step == 1 or next_step % max(int(self.state.logging_steps), 1) == 0
         loss, outputs = super().compute_loss(model, {**inputs, "output_routing": watch}, return_outputs=True, **kwargs)
@@ -68,6 +73,20 @@ class HfMoeTrainer(Trainer):
         if watch:
             self._routing.update(outputs.routing)
         return (loss, outputs) if return_outputs else loss
+
+    def _evaluate_objectives(self, outputs: Any) -> None:
+        rows = len(outputs.logits)
+        for name, value in (outputs.objective_values or {}).items():
+            sums = torch.stack([rows * value, torch.full_like(value, rows)])
+            self._evaluated[name] = self._evaluated.get(name, 0.0) + sums
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._evaluated = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, sums in self._evaluated.items():
+            total, rows = self.accelerator.gather(sums[None]).sum(0).tolist()
+            output.metrics[f"{metric_key_prefix}_objective/{name}"] = round(total / rows, 6)
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
