@@ -19,7 +19,7 @@ from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..construction.pretrained import PACKAGED, load_language_model
 from ..construction.tokenizer import default_chat_template
 from ..data import FeatureCache, TextProcessor, VisionLanguageCollator, tokenize_rows
-from ..data.tokenisation import AnyProcessor
+from ..data.chat_template import AnyProcessor
 from ..evaluation.report import write_report
 from ..evaluation.vqa import evaluate_vqa
 from ..hub.adapter_card import write_adapter_card
