@@ -73,8 +73,8 @@ class ChatTemplate:
             if self.processor.tokenizer(text, add_special_tokens=added)["input_ids"] == asked:
                 return added
         raise ValueError(
-            f"The processor gives the prompt {text!r} other ids than its tokenizer: {asked}. What is trained would not "
-            "be what generation is asked for."
+            f"The processor gives the prompt {text!r} other ids than its tokenizer: {asked}. What is trained would "
+            "not be what generation is asked for."
         )
 
     def encode(self, text: str) -> Any:
@@ -144,6 +144,9 @@ class ChatTemplate:
                 spans = [(max(first, begin), min(last, limit)) for first, last in marked if begin < last]
                 spans = [(first, last) for first, last in spans if first < last]
                 if spans:
+                    first, last = spans[0]
+                    if not text[begin:first].strip():  # white space before the answer is asked for too
+                        spans[0] = (begin, last)
                     first, last = spans[-1]
                     spans[-1] = (first, self._close(text, first, last))
             if spans:

@@ -94,7 +94,7 @@ class VisionLanguageCollator:
             raise ValueError(f"{describe_row(row, index, 'batch')} {error}") from error
 
     def _read(self, row: dict[str, Any]) -> tuple[list[Any], Tokens]:
-        """Return the images of a row and its tokens, one placeholder per image, or all where the row has its tokens."""
+        """Return the images of a row and its tokens, which a tokenised row has with all placeholders."""
         images = row_images(row)
         read = {*self._condition_columns, *([self.feature_cache.key] if self.feature_cache is not None else [])}
         new = [name for name in unread_columns(row, read) if name not in self._unread]

@@ -86,7 +86,7 @@ def _check_types(name: str, values: list[Any], numbers: tuple[int, ...], place: 
                 pa.array([first, value])
             except (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError) as error:
                 raise ValueError(
-                    f"Row {number} of {place} has {name}={value!r:.60}, where rows before it have {name}={first!r:.60}: "
+                    f"Row {number} of {place} has {name}={value!r:.60}, and a row before it {name}={first!r:.60}: "
                     "a column is of one type in all rows."
                 ) from error
         raise ValueError(f"The column {name!r} of {place} is not of one type in all rows.") from None

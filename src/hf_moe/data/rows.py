@@ -106,8 +106,8 @@ def unread_columns(row: Mapping[str, Any], others: Collection[str] = ()) -> list
             continue
         if ASKING_WORDS & set(str(name).lower().split("_")):
             raise ValueError(
-                f"has {name}={value!r:.100}, which training would ignore: put it into the messages, or drop the column "
-                "(`ignore` of a source, `remove_columns` of a dataset)."
+                f"has {name}={value!r:.100}, which training would ignore: put it into the messages, or drop the "
+                "column (`ignore` of a source, `remove_columns` of a dataset)."
             )
         unread.append(name)
     return unread

@@ -32,10 +32,11 @@ def load_rows(source: dict[str, Any] | str | Path, split: str = "train") -> Data
     A source is one of:
 
     - `{"name": "easy_vqa"}`: a dataset this package knows, or `opposite_tasks`.
-    - `{"path": "rows.jsonl"}`: a file of rows (JSON lines, JSON, CSV, Parquet, Arrow), image paths relative to the file;
-      or a folder of such files, named after their splits. `{split}` in the path is filled in.
-    - `{"image_folder": "folder", "question": "What is this?"}`: as `datasets`' `imagefolder` finds them. The question of
-      a row is its `question`, else the source's; the answer is its `answer`, its `text`, or its class folder's name.
+    - `{"path": "rows.jsonl"}`: a file of rows (JSON lines, JSON, CSV, Parquet, Arrow), image paths relative to the
+      file; or a folder of such files, named after their splits. `{split}` in the path is filled in.
+    - `{"image_folder": "folder", "question": "What is this?"}`: as `datasets`' `imagefolder` finds them. The question
+      of a row is its `question`, else the source's; the answer is its `answer`, its `text`, or its class folder's
+      name.
     - `{"hub": "user/name", "name": "config", "streaming": true}`: rows that hold conversations already.
 
     A row holds `messages`, `conversations`, or a `question` and an `answer`; answers are the text as it is written.
@@ -173,9 +174,8 @@ def _load_hub(
         try:
             return load_dataset(hub, name, split=split, streaming=streaming, **options)
         except (OSError, ConnectionError) as error:
-            raise FileNotFoundError(
-                f"There is no file or folder {hub}, nor such a dataset in reach: {error}. {_forms()}"
-            )
+            message = f"There is no file or folder {hub}, nor such a dataset in reach: {error}. {_forms()}"
+            raise FileNotFoundError(message) from error
 
     rows = load()
     columns = rows.column_names
@@ -186,8 +186,8 @@ def _load_hub(
         rows = load(features=Features({column: Value("string") for column in columns}), keep_default_na=False)
     if not ({"messages", "conversations"} & set(columns) or {"question", "answer"} <= set(columns)):
         raise ValueError(
-            f"{hub} has the columns {', '.join(columns)} and no messages: map its rows to messages (and images) first, "
-            "or to conversations, or to question and answer."
+            f"{hub} has the columns {', '.join(columns)} and no messages: map its rows to messages (and images) "
+            "first, or to conversations, or to question and answer."
         )
     return rows
 

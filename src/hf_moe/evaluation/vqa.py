@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 
 from ..adapters import routing_inputs
 from ..analysis.routing_statistics import RoutingStatistics
+from ..data.chat_template import AnyProcessor
 from ..data.collator import VisionLanguageCollator
 from ..data.features import FeatureCache
-from ..data.chat_template import AnyProcessor
 from ..data.messages import text_of
 from ..data.rows import row_images, row_messages, template_options, text_part, undecoded
 from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer

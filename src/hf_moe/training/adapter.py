@@ -104,7 +104,7 @@ def load_base(options: dict[str, Any]) -> tuple[Any, AnyProcessor]:
     # What the adapter's config records: a packaged model has no folder that another machine would know.
     base.name_or_path = source
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = default_chat_template(tokenizer)
+        tokenizer.chat_template = default_chat_template(tokenizer, image_token=None)
     return base, TextProcessor(tokenizer)
 
 
