@@ -95,8 +95,8 @@ class ConversationTokenizer:
             if asked[: len(input_ids)] != input_ids:
                 raise ValueError(
                     f"has {len(answers)} answers, and the tokens of answer {number - 1} change once more turns "
-                    "follow: the chat template's generation prompt must not end in white space or within a word, and no turn "
-                    "may be rendered differently later. Mend the template, or make a row of each answer."
+                    "follow: the chat template's generation prompt must not end in white space or within a word, and no "
+                    "turn may be rendered differently later. Mend the template, or make a row of each answer."
                 )
             learnt, marks = self._learn(asked, text, answer, is_last=answer.index == len(messages) - 1)
             labels += [IGNORE_INDEX] * (len(asked) - len(labels)) + marks
