@@ -286,7 +286,9 @@ def real_tokens(model: PreTrainedModel, inputs: dict[str, Any], length: int) -> 
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return None
     # All tokens but padding attend to themselves.
-    own = mask[:, 0].diagonal(cached_tokens(cache) - int(cache.get_mask_sizes(length, 0)[1]), dim1=-2, dim2=-1)  # (B, S)
+    own = mask[:, 0].diagonal(
+        cached_tokens(cache) - int(cache.get_mask_sizes(length, 0)[1]), dim1=-2, dim2=-1
+    )  # (B, S)
     return own if own.dtype is torch.bool else own == 0
 
 

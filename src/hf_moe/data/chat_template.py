@@ -130,14 +130,14 @@ class ChatTemplate:
         indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         prompts = [self.render(messages[:index], options, add_generation_prompt=True) for index in indices]
         answers = []
-        for index, prompt, following in zip(indices, prompts, [*prompts[1:], None], strict=True):
+        for number, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
             if not text.startswith(prompt):
                 raise ValueError(
                     f"has an answer (message {index}) before which the chat template writes something else than the "
                     f"generation prompt, which ends in {prompt[-40:]!r}: the model would be asked otherwise than "
                     "trained."
                 )
-            begin, limit = len(prompt), len(text) if following is None else len(following)
+            begin, limit = len(prompt), len(prompts[number + 1]) if number + 1 < len(prompts) else len(text)
             if marked is None:
                 spans = [(begin, self._end_of_turn(messages[: index + 1], options, text, begin))]
             else:

@@ -82,7 +82,7 @@ class VisionLanguageCollator:
         batch = []
         for index, (row, (items, tokens)) in enumerate(zip(rows, read, strict=True)):
             own, counts = counts[: len(items)], counts[len(items) :]
-            batch.append(self._row(index, row, self._fit, tokens, own, "input_ids" in row))
+            batch.append(self._row(index, row, self._fit, tokens, own, row.get("input_ids") is not None))
         conditions = {name: torch.tensor([row[name] for row in rows]) for name in self._condition_columns}
         return self._pad(batch) | pixels | conditions
 
@@ -95,7 +95,6 @@ class VisionLanguageCollator:
 
     def _read(self, row: dict[str, Any]) -> tuple[list[Any], Tokens]:
         """Return the images of a row and its tokens, which a tokenised row has with all placeholders."""
-        images = row_images(row)
         read = {*self._condition_columns, *([self.feature_cache.key] if self.feature_cache is not None else [])}
         new = [name for name in unread_columns(row, read) if name not in self._unread]
         if new:
@@ -103,12 +102,13 @@ class VisionLanguageCollator:
             logger.warning("Training does not read the columns %s of the rows.", ", ".join(map(str, new)))
         missing = next((name for name in self._condition_columns if row.get(name) is None), None)
         if missing is not None:
-            raise ValueError(f"lacks {missing!r}, which a router reads; it has {', '.join(row)}. {REMOVED_COLUMNS}")
-        if "input_ids" in row:
-            return images, token_columns(row, self.train)
+            raise ValueError(f"lacks {missing!r}, which a router reads; it has {', '.join(row)}. {REMOVED_COLUMNS}.")
         if not row:
-            raise ValueError(f"is empty. {REMOVED_COLUMNS}")
-        return images, self.conversations(row_messages(row), len(images), template_options(row))
+            raise ValueError(f"is empty. {REMOVED_COLUMNS}.")
+        if row.get("input_ids") is not None:
+            return row_images(row), token_columns(row, self.train)
+        messages, images = row_messages(row), row_images(row)
+        return images, self.conversations(messages, len(images), template_options(row))
 
     def _fit(self, tokens: Tokens, counts: list[int], tokenised: bool) -> Tokens:
         """Return the tokens with all placeholders, none beyond `max_length`."""

@@ -117,18 +117,24 @@ def _row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name in ("images", "messages", "conversations"):
         if str(row.get(name)).startswith("["):  # a list in a cell
             row[name] = from_json(row[name], name)
-    sources = row_images(row)
-    messages = plain(row_messages(row))
+    messages, sources = plain(row_messages(row)), row_images(row)
     others = {name: plain(value) for name, value in row.items() if name not in READ_COLUMNS}
-    texts = {name: text_of(row[name], name) for name in TEXT_COLUMNS if name in row}
-    if "answers" in row:
-        answers = from_json(row["answers"], "answers")
-        if not isinstance(answers, list):
-            raise ValueError(f"has answers={answers!r:.60}: they are a list of texts.")
-        texts["answers"] = [text_of(answer, "answer") for answer in answers]
+    texts: dict[str, Any] = {name: text_of(row[name], name) for name in TEXT_COLUMNS if name in row}
+    for name in ("answers", "image_id"):
+        if name in row:
+            values = from_json(row[name], name) if str(row[name]).startswith("[") else row[name]
+            several = isinstance(values, list)
+            texts[name] = [text_of(value, name) for value in values] if several else text_of(values, name)
+    if isinstance(texts.get("answers"), str):
+        texts["answers"] = [texts["answers"]]
     images = [_image(source, folder) for source in sources]
-    names = [_name(source) for source in sources]
-    return {"image_id": names, **others, **texts, "messages": messages, "images": images}
+    return {
+        "image_id": [_name(source) for source in sources],
+        **others,
+        **texts,
+        "messages": messages,
+        "images": images,
+    }
 
 
 def _name(source: Any) -> str:
@@ -141,11 +147,11 @@ def _name(source: Any) -> str:
 
 def _image(source: Any, folder: Path) -> Any:
     """Return an image as `datasets` keeps it: a path, or bytes."""
-    if isinstance(source, dict) and source.get("bytes") is None:
-        source = source.get("path")
+    if isinstance(source, dict) and source.get("bytes") is None and source.get("path") is not None:
+        source = source["path"]
     if isinstance(source, bytes):
         return {"bytes": source, "path": None}
-    if isinstance(source, dict):
+    if isinstance(source, dict) and source.get("bytes") is not None:
         return {"bytes": source["bytes"], "path": source.get("path")}
     if not isinstance(source, str):
         raise ValueError(f"has the image {source!r:.60} of type {type(source).__name__}: write its path.")

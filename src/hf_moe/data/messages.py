@@ -132,6 +132,8 @@ def _read_message(message: Any, index: int) -> Message:
         close = difflib.get_close_matches(str(role).lower(), allowed, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"has message {index} of the role {role!r}; roles are {', '.join(allowed)}.{hint}")
+    if isinstance(content, list | tuple) and not content and not fields.get("tool_calls"):
+        raise ValueError(f"has message {index} without a content part: an empty content is the text ''.")
     parts = [] if content is None else content
     if not isinstance(parts, list | tuple | np.ndarray):
         parts = [{"type": "text", "text": text_of(parts, f"content of message {index}")}]

@@ -55,9 +55,8 @@ def row_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             "'messages' (of role and content), a list 'conversations' (of from and value), or a 'question' and an "
             "'answer'."
         )
-    return read_messages(
-        question_messages(*(text_of(row[name], name) for name in ("question", "answer")), 0), num_images
-    )
+    question, answer = text_of(row["question"], "question"), text_of(row["answer"], "answer")
+    return read_messages(question_messages(question, answer, 0), num_images)
 
 
 def row_images(row: Mapping[str, Any]) -> list[Any]:
@@ -101,7 +100,11 @@ def unread_columns(row: Mapping[str, Any], others: Collection[str] = ()) -> list
         ValueError: if one of them asks something of training.
     """
     unread = []
+    _check_mapping(row)
+    tokenised = row.get("input_ids") is not None
     for name, value in row.items():
+        if value is not None and name in TOKENISED_COLUMNS and not tokenised:
+            raise ValueError(f"has {name} and no input_ids: a row has both, or messages.")
         if value is None or name in KNOWN_COLUMNS or name in others or str(name).endswith("_ids"):
             continue
         if ASKING_WORDS & set(str(name).lower().split("_")):
@@ -113,9 +116,13 @@ def unread_columns(row: Mapping[str, Any], others: Collection[str] = ()) -> list
     return unread
 
 
-def _conversation(row: Any) -> Any:
+def _check_mapping(row: Any) -> None:
     if not isinstance(row, Mapping):
         raise ValueError(f"is {row!r:.100}: a row is an object with 'messages'.")
+
+
+def _conversation(row: Any) -> Any:
+    _check_mapping(row)
     forms = [row[name] for name in ("messages", "conversations") if row.get(name) is not None]
     if len(forms) > 1:
         raise ValueError("has both 'messages' and 'conversations': keep one of them.")

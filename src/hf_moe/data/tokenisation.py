@@ -86,17 +86,19 @@ class ConversationTokenizer:
             if messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
             prompt = self.template.render(messages, options, add_generation_prompt=True)
-            input_ids = self.template.encode(prompt)["input_ids"]
-            return input_ids, [IGNORE_INDEX] * len(input_ids)
+            asked = self.template.encode(prompt)["input_ids"]
+            return asked, [IGNORE_INDEX] * len(asked)
         text, answers = self.template.answers(messages, options)
-        input_ids, labels, end = [], [], 0
+        input_ids: list[int] = []
+        labels: list[int] = []
+        end = 0
         for number, answer in enumerate(answers):
             asked = self.template.encode(answer.prompt)["input_ids"]
             if asked[: len(input_ids)] != input_ids:
                 raise ValueError(
                     f"has {len(answers)} answers, and the tokens of answer {number - 1} change once more turns "
-                    "follow: the chat template's generation prompt must not end in white space or within a word, and no "
-                    "turn may be rendered differently later. Mend the template, or make a row of each answer."
+                    "follow: the chat template's generation prompt must not end in white space or within a word, "
+                    "and no turn may be rendered differently later. Mend the template, or make a row of each answer."
                 )
             learnt, marks = self._learn(asked, text, answer, is_last=answer.index == len(messages) - 1)
             labels += [IGNORE_INDEX] * (len(asked) - len(labels)) + marks
@@ -171,7 +173,7 @@ def token_columns(row: Mapping[str, Any], train: bool) -> Tokens:
     """
     columns = []
     for name in ("input_ids", "labels") if train else ("input_ids",):
-        value = row.get(name)
+        value: Any = row.get(name)
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, list | tuple) or not value or not all(isinstance(token, int) for token in value):
             raise ValueError(

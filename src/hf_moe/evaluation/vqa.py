@@ -110,7 +110,8 @@ def reference_answers(row: dict[str, Any]) -> list[str]:
         ValueError: if it has none.
     """
     if row.get("answers"):
-        return [text_of(answer, "answer") for answer in row["answers"]]
+        answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"]
+        return [text_of(answer, "answer") for answer in answers]
     if row.get("answer") is not None:
         return [text_of(row["answer"], "answer")]
     last = row_messages(row)[-1]
