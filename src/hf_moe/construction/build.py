@@ -111,9 +111,9 @@ def build_model(
     _check_materialised(model)
     for layer in model.moe_layers().values():
         layer.gate.float()
-    model.generation_config = _generation_config(dense, tokenizer, image_token_id)
-    template = chat_template or default_chat_template(tokenizer, image_token)
+    template = chat_template or default_chat_template(tokenizer, image_token if tower is not None else None)
     tokenizer.chat_template = template
+    model.generation_config = _generation_config(dense, tokenizer, image_token_id)
     if tower is None:
         return model.eval(), tokenizer
     image_seq_length = model.config.image_seq_length

@@ -1,21 +1,28 @@
 """Rows to batches: padded tokens, labels on the assistant's turns, images or their cached features."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from .chat_template import AnyProcessor
 from .features import FeatureCache
-from .rows import describe_row, row_images
+from .rows import describe_row, row_images, row_messages, template_options, unread_columns
 from .tokenisation import (
     IGNORE_INDEX,
-    AnyProcessor,
     ConversationTokenizer,
     Tokens,
     expand_placeholders,
     placeholder_counts,
     process_images,
+    token_columns,
 )
+
+
+logger = logging.getLogger(__name__)
+
+REMOVED_COLUMNS = "Trainer drops the columns that it does not know: set remove_unused_columns=False"
 
 
 class VisionLanguageCollator:
@@ -49,6 +56,8 @@ class VisionLanguageCollator:
         self.train = train
         self.conditions = conditions
         self.conversations = ConversationTokenizer(processor, train)
+        self._condition_columns = [f"{name}_ids" for name in conditions]
+        self._unread: set[str] = set()
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch.
@@ -57,45 +66,60 @@ class VisionLanguageCollator:
             ValueError: naming the first row whose placeholders do not match its images, whose image would be cut, or
                 which has nothing to learn from.
         """
-        images = [row_images(row) for row in rows]
+        read = [self._row(index, row, self._read, row) for index, row in enumerate(rows)]
+        images = [items for items, _ in read]
         if self.feature_cache is None:
             pixels = process_images([image for items in images for image in items], self.processor)
         else:
-            pixels = self._cached_features(rows, self.feature_cache)
+            keys = [
+                key
+                for index, row in enumerate(rows)
+                for key in self._row(index, row, self.feature_cache.row_keys, row)
+            ]
+            pixels = {"image_features": self.feature_cache.lookup(keys)} if keys else {}
         counts = placeholder_counts(sum(map(len, images)), self.processor, pixels)
 
         batch = []
-        for index, (row, items) in enumerate(zip(rows, images, strict=True)):
+        for index, (row, (items, tokens)) in enumerate(zip(rows, read, strict=True)):
             own, counts = counts[: len(items)], counts[len(items) :]
-            try:
-                batch.append(self._row_tokens(row, own))
-            except ValueError as error:
-                raise ValueError(f"{describe_row(row, index, 'batch')} {error}") from error
-        columns = [f"{name}_ids" for name in self.conditions]
-        return self._pad(batch) | pixels | {name: torch.tensor([row[name] for row in rows]) for name in columns}
+            batch.append(self._row(index, row, self._fit, tokens, own, row.get("input_ids") is not None))
+        conditions = {name: torch.tensor([row[name] for row in rows]) for name in self._condition_columns}
+        return self._pad(batch) | pixels | conditions
 
-    def _cached_features(self, rows: list[dict[str, Any]], cache: FeatureCache) -> dict[str, torch.Tensor]:
-        keys = []
-        for index, row in enumerate(rows):
-            try:
-                keys += cache.row_keys(row)
-            except ValueError as error:
-                raise ValueError(f"{describe_row(row, index, 'batch')} {error}") from error
-        return {"image_features": cache.lookup(keys)} if keys else {}
+    def _row(self, index: int, row: Any, step: Callable, *arguments: Any) -> Any:
+        """Take a step of one row, whose name goes before what is wrong with it."""
+        try:
+            return step(*arguments)
+        except ValueError as error:
+            raise ValueError(f"{describe_row(row, index, 'batch')} {error}") from error
 
-    def _row_tokens(self, row: dict[str, Any], counts: list[int]) -> Tokens:
+    def _read(self, row: dict[str, Any]) -> tuple[list[Any], Tokens]:
+        """Return the images of a row and its tokens, which a tokenised row has with all placeholders."""
+        read = {*self._condition_columns, *([self.feature_cache.key] if self.feature_cache is not None else [])}
+        new = [name for name in unread_columns(row, read) if name not in self._unread]
+        if new:
+            self._unread.update(new)
+            logger.warning("Training does not read the columns %s of the rows.", ", ".join(map(str, new)))
+        missing = next((name for name in self._condition_columns if row.get(name) is None), None)
+        if missing is not None:
+            raise ValueError(f"lacks {missing!r}, which a router reads; it has {', '.join(row)}. {REMOVED_COLUMNS}.")
+        if not row:
+            raise ValueError(f"is empty. {REMOVED_COLUMNS}.")
+        if row.get("input_ids") is not None:
+            return row_images(row), token_columns(row, self.train)
+        messages, images = row_messages(row), row_images(row)
+        return images, self.conversations(messages, len(images), template_options(row))
+
+    def _fit(self, tokens: Tokens, counts: list[int], tokenised: bool) -> Tokens:
+        """Return the tokens with all placeholders, none beyond `max_length`."""
         placeholder = self.processor.image_token_id
-        if "input_ids" in row:
-            input_ids, labels = row["input_ids"], row["labels"]
-            found = input_ids.count(placeholder)
-            if found != sum(counts):
-                raise ValueError(
-                    f"has {found} placeholder tokens and {len(counts)} images of {sum(counts)} tokens: tokenise it "
-                    "again with the processor of this collator."
-                )
-        else:
-            tokens = self.conversations(row["messages"], len(counts))
-            input_ids, labels = expand_placeholders(tokens, placeholder, counts)
+        input_ids, labels = tokens if tokenised else expand_placeholders(tokens, placeholder, counts)
+        found = input_ids.count(placeholder)
+        if found != sum(counts):
+            remedy = "tokenise it again with the processor of this collator" if counts else REMOVED_COLUMNS
+            raise ValueError(
+                f"has {found} placeholder tokens and {len(counts)} images of {sum(counts)} tokens: {remedy}."
+            )
         if self.max_length is not None and len(input_ids) > self.max_length:
             if placeholder in input_ids[self.max_length :]:
                 raise ValueError(

@@ -1,36 +1,50 @@
-"""Where rows come from: easy-VQA, two opposite tasks, a JSONL file, a folder of images, the Hub."""
+"""Where rows come from: easy-VQA, two opposite tasks, files, folders, the Hub."""
 
 import difflib
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Image, IterableDataset, List, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 
 from .easy_vqa import load_easy_vqa
+from .file_rows import rows_of_file
+from .files import FORMATS, READERS
+from .image_folders import rows_of_images
 from .opposite_tasks import load_opposite_tasks
-from .rows import MESSAGES, normalise_messages, question_messages, row_images
 
 
 DATASETS = {"easy_vqa": load_easy_vqa, "opposite_tasks": load_opposite_tasks}
-COMMON_OPTIONS = {"where", "limit", "shuffle", "seed"}
+COMMON_OPTIONS = {"where", "limit", "shuffle", "seed", "ignore"}
+TYPES: dict[str, Any] = {
+    "name": str, "path": str | Path, "image_folder": str | Path, "hub": str | Path, "question": str, "streaming": bool,
+    "where": dict, "limit": int, "shuffle": bool, "seed": int, "ignore": list | tuple,
+}  # fmt: skip
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+FORMS = f"a file ({FORMATS}), a folder of images or of such files, a dataset of the Hub ('user/name'), or one of {{}}"
 
 
-def load_rows(source: dict[str, Any] | str, split: str = "train") -> Dataset | IterableDataset:
+def load_rows(source: dict[str, Any] | str | Path, split: str = "train") -> Dataset | IterableDataset:
     """Load rows of `messages` (lists of role and content parts) and, if there are any, `images` (decoded when read).
 
     A source is one of:
 
     - `{"name": "easy_vqa"}`: a dataset this package knows, or `opposite_tasks`.
-    - `{"path": "rows.jsonl"}`: one row a line, image paths relative to the file. `{split}` in the path is filled in.
-    - `{"image_folder": "folder", "question": "What is this?"}`: as `datasets`' `imagefolder` reads it. The question of
-      a row is its `question`, else the source's; the answer is its `answer`, its `text`, or its class folder's name.
-    - `{"hub": "user/name", "name": "config", "streaming": true}`: rows that have `messages` already.
+    - `{"path": "rows.jsonl"}`: a file of rows (JSON lines, JSON, CSV, Parquet, Arrow), image paths relative to the
+      file; or a folder of such files, named after their splits. `{split}` in the path is filled in.
+    - `{"image_folder": "folder", "question": "What is this?"}`: as `datasets`' `imagefolder` finds them. The question
+      of a row is its `question`, else the source's; the answer is its `answer`, its `text`, or its class folder's
+      name.
+    - `{"hub": "user/name", "name": "config", "streaming": true}`: rows that hold conversations already.
 
-    Each takes `where` (column to value: only rows that have it), `limit` (at most so many rows), `shuffle` (bool) and
-    `seed`; limiting comes after shuffling. A string is a dataset's name, a path ending in `.jsonl`, a folder, or a Hub
-    id.
+    A row holds `messages`, `conversations`, or a `question` and an `answer`; answers are the text as it is written.
+    Messages with fields beyond role and content, and `tools`, come as JSON text.
+
+    Each takes `where` (column to value: only rows that have it), `ignore` (columns to drop), `limit` (at most so many
+    rows), `shuffle` (bool) and `seed`; limiting comes after shuffling. A string is a dataset's name, a file, a folder,
+    or a Hub id.
 
     Raises:
         ValueError: if the source is unknown, has an unknown option, or rows are not of this form (naming the row), or
@@ -41,16 +55,21 @@ def load_rows(source: dict[str, Any] | str, split: str = "train") -> Dataset | I
     loaders: dict[str, Callable] = {
         "image_folder": _load_image_folder,
         "hub": _load_hub,
-        "path": _load_jsonl,
+        "path": _load_path,
         "name": _load_named,
     }
     kind = next((kind for kind in loaders if kind in source), None)
     if kind is None:
         raise ValueError(f"A source of rows has one of the keys {', '.join(loaders)}; got {source!r}.")
     options = {name: value for name, value in source.items() if name not in COMMON_OPTIONS}
-    rows = loaders[kind](split, **_checked(kind, options))
+    options = _checked(kind, options)
+    _check_types(source)
+    rows = loaders[kind](split, **options)
     if source.get("where"):
         rows = _where(rows, source["where"])
+    if source.get("ignore"):
+        _check_columns(rows, source["ignore"], "ignore")
+        rows = rows.remove_columns(list(source["ignore"]))
     if source.get("shuffle"):
         rows = rows.shuffle(seed=source.get("seed", 0))
     if source.get("limit") is not None:
@@ -59,10 +78,14 @@ def load_rows(source: dict[str, Any] | str, split: str = "train") -> Dataset | I
     return rows
 
 
-def _where(rows: Dataset | IterableDataset, wanted: dict[str, Any]) -> Dataset | IterableDataset:
-    for name in wanted:
+def _check_columns(rows: Dataset | IterableDataset, names: Any, option: str) -> None:
+    for name in names:
         if rows.column_names is not None and name not in rows.column_names:
-            raise ValueError(f"where: there is no column {name!r}; the rows have {', '.join(rows.column_names)}.")
+            raise ValueError(f"{option}: there is no column {name!r}; the rows have {', '.join(rows.column_names)}.")
+
+
+def _where(rows: Dataset | IterableDataset, wanted: dict[str, Any]) -> Dataset | IterableDataset:
+    _check_columns(rows, wanted, "where")
     columns = list(wanted)
     rows = rows.filter(lambda *values: list(values) == list(wanted.values()), input_columns=columns)
     if isinstance(rows, Dataset) and not len(rows):
@@ -70,14 +93,20 @@ def _where(rows: Dataset | IterableDataset, wanted: dict[str, Any]) -> Dataset |
     return rows
 
 
-def _as_dict(source: dict[str, Any] | str) -> dict[str, Any]:
+def _as_dict(source: Any) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
+    if not isinstance(source, str | Path):
+        raise ValueError(f"A source of rows is a text or an object of options, got {source!r:.100}.")
     if source in DATASETS:
         return {"name": source}
-    if source.endswith(".jsonl"):
-        return {"path": source}
-    return {"image_folder": source} if Path(source).is_dir() else {"hub": source}
+    path = Path(source).expanduser()
+    if path.is_dir():
+        is_images = any(file.suffix.lower() in IMAGES for file in path.rglob("*"))
+        return {"image_folder" if is_images else "path": str(path)}
+    if path.suffix.lower() in READERS or path.is_file():
+        return {"path": str(path)}
+    return {"hub": str(source)}
 
 
 def _checked(kind: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -85,10 +114,23 @@ def _checked(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     unknown = next((name for name in options if name not in allowed), None)
     if unknown is not None:
         names = sorted(allowed | COMMON_OPTIONS)
-        close = difflib.get_close_matches(unknown, names, n=1)
+        close = difflib.get_close_matches(str(unknown), names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"The source {kind!r} has no option {unknown!r}; it takes {', '.join(names)}.{hint}")
     return options
+
+
+def _check_types(source: dict[str, Any]) -> None:
+    for name, value in source.items():
+        if value is None and name not in ("path", "image_folder", "hub"):
+            continue
+        if not isinstance(value, TYPES[name]) or (isinstance(value, bool) and TYPES[name] is int):
+            kind = getattr(TYPES[name], "__name__", str(TYPES[name]))
+            raise ValueError(
+                f"{name}={value!r:.100} of a source of rows is of type {type(value).__name__}, not {kind}."
+            )
+    if source.get("limit") is not None and source["limit"] < 1:
+        raise ValueError(f"limit={source['limit']} of a source of rows leaves none: it is at least 1.")
 
 
 def _load_named(split: str, name: str) -> Dataset:
@@ -97,83 +139,58 @@ def _load_named(split: str, name: str) -> Dataset:
     return DATASETS[name](split)
 
 
-def _load_jsonl(split: str, path: str) -> Dataset:
-    file = Path(path.replace("{split}", split))
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {file}.")
-    rows = []
-    with file.open(encoding="utf-8") as lines:
-        for index, line in enumerate(lines):
-            if line.strip():
-                try:
-                    rows.append(_jsonl_row(json.loads(line), file.parent))
-                except FileNotFoundError as error:
-                    raise FileNotFoundError(f"Row {index} of {file}: {error}") from error
-                except ValueError as error:
-                    raise ValueError(f"Row {index} of {file}: {error}") from error
-    if not rows:
-        raise ValueError(f"{file} holds no rows.")
-    rows_dataset = Dataset.from_list(rows)
-    return rows_dataset.cast_column("messages", MESSAGES).cast_column("images", List(Image()))
+def _load_path(split: str, path: str | Path) -> Dataset:
+    file = Path(str(path).replace("{split}", split)).expanduser()
+    return _load_folder(file, split) if file.is_dir() else rows_of_file(file)
 
 
-def _jsonl_row(row: Any, folder: Path) -> dict[str, Any]:
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise ValueError(f"expected an object with a list 'messages', got {str(row)[:100]}.")
-    paths = row_images(row)
-    images = [str(folder / path) for path in paths]
-    missing = next((path for path in images if not Path(path).is_file()), None)
-    if missing is not None:
-        raise FileNotFoundError(f"there is no image {missing}.")
-    messages = normalise_messages(row["messages"], len(images))
-    filled = [{**message, "content": [{"text": None, **part} for part in message["content"]]} for message in messages]
-    extra = {name: value for name, value in row.items() if name not in ("messages", "images", "image")}
-    return {"image_id": [str(path) for path in paths], **extra, "messages": filled, "images": images}
+def _load_folder(folder: Path, split: str) -> Dataset:
+    """Load a split of a folder: what `save_to_disk` has left, or the file that is named after the split."""
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        rows = load_from_disk(str(folder))
+        if isinstance(rows, DatasetDict) and split not in rows:
+            raise ValueError(f"{folder} has the splits {', '.join(rows)}, got {split!r}.")
+        return rows[split] if isinstance(rows, DatasetDict) else rows
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in READERS)
+    named = [file for file in files if file.stem == split]
+    if len(named) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise FileNotFoundError(f"{folder} has not one file of rows named {split!r}; it has {names}. {FORMATS}.")
+    return rows_of_file(named[0])
 
 
-def _load_image_folder(split: str, image_folder: str, question: str | None = None) -> Dataset:
-    folder = Path(image_folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
-    rows = load_dataset("imagefolder", data_dir=str(folder), split=split)
-    answer = next((name for name in ("answer", "text", "label") if name in rows.column_names), None)
-    if answer is None:
-        raise ValueError(
-            f"The images of {folder} have no answers: add a metadata.csv or metadata.jsonl with the columns file_name "
-            f"and answer (or text), or put the images in a folder per class. Found: {', '.join(rows.column_names)}."
-        )
-    if question is None and "question" not in rows.column_names:
-        raise ValueError(f"The images of {folder} have no questions: add a column, or set the source's question.")
-    label = rows.features[answer]
-    names = label.names if isinstance(label, ClassLabel) else None
-    rows = rows.cast_column("image", Image(decode=False))
-
-    def to_row(row: dict[str, Any]) -> dict[str, Any]:
-        asked = row.get("question") or question
-        text = names[row[answer]] if names is not None else row[answer]
-        if not asked or not text:
-            raise ValueError(f"The image {row['image']['path']} has no question or no answer.")
-        path = Path(row["image"]["path"])
-        name = path.relative_to(folder.resolve()) if path.is_relative_to(folder.resolve()) else path
-        return {
-            "messages": question_messages(asked, text),
-            "images": [row["image"]],
-            "image_id": str(name),
-            "answer": text,
-        }
-
-    rows = rows.map(to_row, remove_columns=["image"])
-    return rows.cast_column("messages", MESSAGES).cast_column("images", List(Image()))
+def _load_image_folder(split: str, image_folder: str | Path, question: str | None = None) -> Dataset:
+    return rows_of_images(Path(image_folder).expanduser(), split, question)
 
 
-def _load_hub(split: str, hub: str, name: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
-    rows = load_dataset(hub, name, split=split, streaming=streaming)
+def _load_hub(
+    split: str, hub: str | Path, name: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    hub = str(hub)
+    if not Path(hub).is_dir() and (Path(hub).suffix.lower() in READERS or not HUB_ID.fullmatch(hub)):
+        raise FileNotFoundError(f"There is no folder {hub}, and a dataset of the Hub is not called so: {_forms()}.")
+
+    def load(**options: Any) -> Dataset | IterableDataset:
+        try:
+            return load_dataset(hub, name, split=split, streaming=streaming, **options)
+        except (OSError, ConnectionError) as error:
+            message = f"There is no file or folder {hub}, nor such a dataset in reach: {error}. {_forms()}"
+            raise FileNotFoundError(message) from error
+
+    rows = load()
     columns = rows.column_names
     if columns is None:
         rows = rows._resolve_features()
         columns = rows.column_names
-    if "messages" not in columns:
+    if rows.info.builder_name == "csv":  # else 007 is read as 7
+        rows = load(features=Features({column: Value("string") for column in columns}), keep_default_na=False)
+    if not ({"messages", "conversations"} & set(columns) or {"question", "answer"} <= set(columns)):
         raise ValueError(
-            f"{hub} has the columns {', '.join(columns)} and no messages: map its rows to messages (and images) first."
+            f"{hub} has the columns {', '.join(columns)} and no messages: map its rows to messages (and images) "
+            "first, or to conversations, or to question and answer."
         )
     return rows
+
+
+def _forms() -> str:
+    return f"a source is {FORMS.format(', '.join(DATASETS))}"

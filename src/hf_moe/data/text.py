@@ -24,9 +24,9 @@ class TextProcessor:
     def chat_template(self) -> Any:
         return self.tokenizer.chat_template
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Return the rendered conversation."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    def apply_chat_template(self, messages: list[dict[str, Any]], tokenize: bool = False, **options: Any) -> Any:
+        """Return the rendered conversation, or what its tokenizer makes of it."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
 
 
 def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -37,4 +37,9 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     if any(part["type"] != "text" for message in messages for part in message["content"]):
         raise ValueError("has an image, and this model reads text alone: take rows without images, or another base.")
+    extra = next(
+        (name for message in messages for part in message["content"] for name in part.keys() - {"type", "text"}), None
+    )
+    if extra is not None:
+        raise ValueError(f"has {extra} in a content part, which a model of text alone does not read: take it out.")
     return [{**message, "content": "".join(part["text"] for part in message["content"])} for message in messages]

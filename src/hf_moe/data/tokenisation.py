@@ -1,31 +1,29 @@
 """Conversations to tokens and labels, for any chat template."""
 
 import json
-import re
-from collections.abc import Sequence
-from os.path import commonprefix
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..modeling.processing_hf_moe import HfMoeProcessor
-from .rows import describe_row, normalise_messages, open_image, row_images, undecoded
-from .text import TextProcessor, plain_messages
+from .chat_template import Answer, AnyProcessor, ChatTemplate
+from .messages import read_messages
+from .rows import CONVERSATION_COLUMNS, describe_row, open_image, row_images, row_messages, template_options, undecoded
+from .text import plain_messages
 
 
 IGNORE_INDEX = -100
 MAX_KNOWN = 65536
-AnyProcessor = HfMoeProcessor | TextProcessor
 Tokens = tuple[list[int], list[int]]
 
 
 class ConversationTokenizer:
     """Tokenises conversations, with one placeholder per image and labels on the assistant's turns alone.
 
-    The labels of a turn begin where the generation prompt ends and hold the token that closes the turn. They come from
-    the template's own `{% generation %}` block where it has one; otherwise the conversation is rendered up to before
-    and after every assistant turn, and the difference is the turn. Equal conversations are tokenised once.
+    An answer is learnt as it will be asked for: its ids come right after those of the prompt, as `apply_chat_template`
+    gives them with `add_generation_prompt=True`, and end in one mark, the special token that closes the turn. The text
+    of an answer is what the template's `{% generation %}` block holds, where it has one; else what the template writes
+    after the generation prompt. Equal conversations are tokenised once.
 
     Args:
         processor: the processor; its tokenizer must be a fast one.
@@ -33,7 +31,8 @@ class ConversationTokenizer:
             labelled.
 
     Raises:
-        ValueError: if the processor has no chat template, or its tokenizer knows no offsets.
+        ValueError: if the processor has no chat template, its tokenizer knows no offsets, or the ids of a prompt are
+            not those of its text.
     """
 
     def __init__(self, processor: AnyProcessor, train: bool = True):
@@ -43,26 +42,35 @@ class ConversationTokenizer:
             raise ValueError(
                 f"{type(processor.tokenizer).__name__} knows no character offsets, which labels need: use a fast one."
             )
+        self.template = ChatTemplate(processor)
         self.processor = processor
         self.train = train
-        specials = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-        self._closing = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
         self._known: dict[str, Tokens] = {}
 
-    def __call__(self, messages: list[dict[str, Any]], num_images: int) -> Tokens:
+    def __call__(
+        self, messages: list[dict[str, Any]], num_images: int, options: dict[str, Any] | None = None
+    ) -> Tokens:
         """Return ids and labels of a conversation; each image is one placeholder.
 
+        Args:
+            messages: in any of the forms of [`read_messages`].
+            options: what the chat template gets beside them, such as `tools`.
+
         Raises:
-            ValueError: if the placeholders are not as many as the images, or the template changes earlier turns.
+            ValueError: if the placeholders are not as many as the images, the template ignores a field, or an answer
+                cannot be learnt as it is asked for.
         """
-        messages = normalise_messages(messages, num_images)
+        messages, options = read_messages(messages, num_images), options or {}
         if self.processor.image_token is None:
             messages = plain_messages(messages)
-        conversation = json.dumps(messages)
+        try:
+            conversation = json.dumps([messages, options])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"has a field that JSON does not know ({error}): write it as text.") from error
         if conversation not in self._known:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
-            self._known[conversation] = self._tokenize(messages)
+            self._known[conversation] = self._tokenize(messages, options)
         input_ids, labels = self._known[conversation]
         found = input_ids.count(self.processor.image_token_id)
         if found != num_images:
@@ -72,73 +80,77 @@ class ConversationTokenizer:
             )
         return input_ids, labels
 
-    def _tokenize(self, messages: list[dict[str, Any]]) -> Tokens:
+    def _tokenize(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Tokens:
+        self.template.check_fields(messages, options)
         if not self.train:
-            if messages and messages[-1]["role"] == "assistant":
+            if messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
-            input_ids = self._encode(self._render(messages, add_generation_prompt=True))["input_ids"]
-            return input_ids, [IGNORE_INDEX] * len(input_ids)
-        text, spans = self._spans(messages)
-        encoded = self._encode(text)
-        input_ids = encoded["input_ids"]
-        labels = [IGNORE_INDEX] * len(input_ids)
-        for position, (start, end) in enumerate(encoded["offset_mapping"]):
-            if any(start < last and end > first for first, last in spans):
-                labels[position] = input_ids[position]
-        tokenizer = self.processor.tokenizer
-        ends_open = messages[-1]["role"] == "assistant" and labels[-1] not in tokenizer.added_tokens_decoder
-        if ends_open and tokenizer.eos_token_id is not None:
-            # A template that closes no turn would teach the model never to stop.
-            input_ids, labels = input_ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
+            prompt = self.template.render(messages, options, add_generation_prompt=True)
+            asked = self.template.encode(prompt)["input_ids"]
+            return asked, [IGNORE_INDEX] * len(asked)
+        text, answers = self.template.answers(messages, options)
+        input_ids: list[int] = []
+        labels: list[int] = []
+        end = 0
+        for number, answer in enumerate(answers):
+            asked = self.template.encode(answer.prompt)["input_ids"]
+            if asked[: len(input_ids)] != input_ids:
+                raise ValueError(
+                    f"has {len(answers)} answers, and the tokens of answer {number - 1} change once more turns "
+                    "follow: the chat template's generation prompt must not end in white space or within a word, "
+                    "and no turn may be rendered differently later. Mend the template, or make a row of each answer."
+                )
+            learnt, marks = self._learn(asked, text, answer, is_last=answer.index == len(messages) - 1)
+            labels += [IGNORE_INDEX] * (len(asked) - len(labels)) + marks
+            input_ids, end = asked + learnt, answer.end
+        if messages[-1]["role"] != "assistant":
+            rest = self.template.encode(text)["input_ids"]
+            if rest[: len(input_ids)] != input_ids:
+                rest = input_ids + self.template.encode(text[end:])["input_ids"]
+            input_ids, labels = rest, labels + [IGNORE_INDEX] * (len(rest) - len(labels))
         return input_ids, labels
 
-    def _encode(self, text: str) -> dict[str, Any]:
+    def _learn(self, asked: list[int], text: str, answer: Answer, is_last: bool) -> Tokens:
+        """Return the ids that follow a prompt, and their labels."""
+        start, encoded = 0, self.template.encode(text[: answer.end])
+        input_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        if input_ids[: len(asked)] == asked:
+            input_ids, offsets = input_ids[len(asked) :], offsets[len(asked) :]
+        else:  # the prompt's last token would merge with the answer, which generation cannot undo
+            start = len(answer.prompt)
+            encoded = self.template.encode(text[start : answer.end])
+            input_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        labels = [IGNORE_INDEX] * len(input_ids)
+        for position, (first, last) in enumerate(offsets):
+            if any(first + start < stop and last + start > begin for begin, stop in answer.spans):
+                labels[position] = input_ids[position]
+        self._check_end(answer, input_ids, labels, is_last)
+        return input_ids, labels
+
+    def _check_end(self, answer: Answer, input_ids: list[int], labels: list[int], is_last: bool) -> None:
+        """Give an answer the end that its template leaves out, and refuse one that has another number of ends."""
         tokenizer = self.processor.tokenizer
-        # The rule of ProcessorMixin.apply_chat_template: what generation sees is what was trained.
-        begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        return tokenizer(text, add_special_tokens=not begins, return_offsets_mapping=True)
-
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
-
-    def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the rendered conversation and the characters of its assistant turns."""
-        template = self.processor.chat_template
-        template = template if isinstance(template, str) else template["default"]
-        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            rendered: Any = render_jinja_template(
-                conversations=[messages],
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **self.processor.tokenizer.special_tokens_map,
-            )
-            text, marked = rendered[0][0], rendered[1][0]
-            return text, [(start, self._close(text, end)) for start, end in marked]
-        text = self._render(messages)
-        spans: list[tuple[int, int]] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:index], add_generation_prompt=True) if index else ""
-            turn = self._render(messages[: index + 1])
-            start = len(commonprefix([prompt, turn]))
-            if not text.startswith(turn.rstrip()) or (spans and start < spans[-1][1]):
+        place = f"has an answer (message {answer.index})"
+        if self.processor.image_token_id in labels:
+            raise ValueError(f"{place} that writes {self.processor.image_token}, which stands for an image.")
+        if not input_ids or labels[-1] not in self.template.special_ids:
+            if tokenizer.eos_token_id is None:
                 raise ValueError(
-                    f"has an assistant turn (message {index}) that the chat template renders differently once more "
-                    "turns follow: mark it in the template with {% generation %} ... {% endgeneration %}."
+                    f"{place} that the chat template ends with no special token, and the tokenizer has no end of the "
+                    "sequence: the model would never stop. Set tokenizer.eos_token."
                 )
-            spans.append((start, self._trim(turn)))
-        return text, spans
-
-    def _close(self, text: str, end: int) -> int:
-        """Return the end of a turn, with the special token that follows it."""
-        closing = self._closing.match(text, end)
-        return closing.end() if closing else end
-
-    def _trim(self, turn: str) -> int:
-        """Return the end of a turn without the white space that follows the special token closing it."""
-        closings = [match.end() for match in self._closing.finditer(turn)]
-        return closings[-1] if closings and not turn[closings[-1] :].strip() else len(turn)
+            if not is_last:
+                raise ValueError(
+                    f"{place} that the chat template ends with no special token although more turns follow: write one "
+                    "after each answer, or make a row of each answer."
+                )
+            # A template that closes no turn would teach the model never to stop.
+            input_ids.append(tokenizer.eos_token_id)
+            labels.append(tokenizer.eos_token_id)
+        ends = {labels[-1], tokenizer.eos_token_id}
+        if sum(label in ends for label in labels) != 1:
+            written = tokenizer.convert_ids_to_tokens(sorted(ends - {None}))
+            raise ValueError(f"{place} with an end mark ({', '.join(written)}) within its text: take it out.")
 
 
 def expand_placeholders(tokens: Tokens, placeholder: int, counts: Sequence[int]) -> Tokens:
@@ -151,6 +163,26 @@ def expand_placeholders(tokens: Tokens, placeholder: int, counts: Sequence[int])
         input_ids += [token] * times
         labels += [label] * times
     return input_ids, labels
+
+
+def token_columns(row: Mapping[str, Any], train: bool) -> Tokens:
+    """Return the ids and labels of a row that has been tokenised.
+
+    Raises:
+        ValueError: if they are not two lists of equally many integers.
+    """
+    columns = []
+    for name in ("input_ids", "labels") if train else ("input_ids",):
+        value: Any = row.get(name)
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(value, list | tuple) or not value or not all(isinstance(token, int) for token in value):
+            raise ValueError(
+                f"has {name}={value!r:.100}: a tokenised row has lists of ids, as `tokenize_rows` gives them."
+            )
+        columns.append(list(value))
+    if len(columns[0]) != len(columns[-1]):
+        raise ValueError(f"has {len(columns[0])} input_ids and {len(columns[-1])} labels.")
+    return columns[0], columns[-1]
 
 
 def takes_packed_patches(processor: AnyProcessor) -> bool:
@@ -195,9 +227,9 @@ def tokenize_rows(
     packed = takes_packed_patches(processor)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        images = row_images(row)
         try:
-            tokens = tokenizer(row["messages"], len(images))
+            images = row_images(row)
+            tokens = tokenizer(row_messages(row), len(images), template_options(row))
         except ValueError as error:
             raise ValueError(f"{describe_row(row, index, 'dataset')} {error}") from error
         pixels = process_images(images, processor) if packed else {}
@@ -206,4 +238,5 @@ def tokenize_rows(
         return {"input_ids": input_ids, "labels": labels}
 
     options = {} if isinstance(rows, IterableDataset) else {"desc": "Tokenising"}
-    return rows.map(tokenize, with_indices=True, remove_columns=["messages"], **options)
+    read = [name for name in CONVERSATION_COLUMNS if name in (rows.column_names or ())]
+    return rows.map(tokenize, with_indices=True, remove_columns=read, **options)

@@ -11,10 +11,12 @@ from tqdm.auto import tqdm
 
 from ..adapters import routing_inputs
 from ..analysis.routing_statistics import RoutingStatistics
+from ..data.chat_template import AnyProcessor
 from ..data.collator import VisionLanguageCollator
 from ..data.features import FeatureCache
-from ..data.rows import row_images, text_part, undecoded
-from ..data.tokenisation import IGNORE_INDEX, AnyProcessor, ConversationTokenizer
+from ..data.messages import text_of
+from ..data.rows import row_images, row_messages, template_options, text_part, undecoded
+from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.vision import tower_features
 from .mode import evaluation_mode
@@ -108,14 +110,14 @@ def reference_answers(row: dict[str, Any]) -> list[str]:
         ValueError: if it has none.
     """
     if row.get("answers"):
-        return list(row["answers"])
+        answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"]
+        return [text_of(answer, "answer") for answer in answers]
     if row.get("answer") is not None:
-        return [row["answer"]]
-    last = row["messages"][-1]
+        return [text_of(row["answer"], "answer")]
+    last = row_messages(row)[-1]
     if last["role"] != "assistant":
         raise ValueError("A row to be scored needs a column answer or answers, or an assistant turn at its end.")
-    content = last["content"]
-    return [content if isinstance(content, str) else "".join(part["text"] or "" for part in content)]
+    return ["".join(part["text"] for part in last["content"])]
 
 
 def _length(rows: Rows) -> int | None:
@@ -132,13 +134,14 @@ def _are_single_tokens(candidates: Sequence[str], row: dict[str, Any], processor
     """Tell whether each candidate, as the answer to `row`, is one token right after the prompt."""
     tokenizer = processor.tokenizer
     num_images = len(row_images(row))
-    prompt, _ = ConversationTokenizer(processor, train=False)(row["messages"], num_images)
-    messages = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    messages, template = row_messages(row), template_options(row)
+    prompt, _ = ConversationTokenizer(processor, train=False)(messages, num_images, template)
+    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     trained = ConversationTokenizer(processor)
     special = set(tokenizer.all_special_ids)
     for candidate in candidates:
         turn = {"role": "assistant", "content": [text_part(candidate)]}
-        input_ids, labels = trained([*messages, turn], num_images)
+        input_ids, labels = trained([*messages, turn], num_images, template)
         answer = [label for label in labels[len(prompt) :] if label != IGNORE_INDEX and label not in special]
         if input_ids[: len(prompt)] != prompt or len(answer) != 1:
             return False

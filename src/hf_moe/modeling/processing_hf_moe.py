@@ -48,6 +48,12 @@ class HfMoeProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        # As with a tokenizer, the template writes the special tokens: an end that the tokenizer adds would close the
+        # prompt before it is answered.
+        options = {"add_special_tokens": False, **(kwargs.pop("processor_kwargs", None) or {})}
+        return super().apply_chat_template(conversation, *args, processor_kwargs=options, **kwargs)
+
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Check that every row has as many images as placeholders.
 

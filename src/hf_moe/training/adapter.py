@@ -19,7 +19,7 @@ from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..construction.pretrained import PACKAGED, load_language_model
 from ..construction.tokenizer import default_chat_template
 from ..data import FeatureCache, TextProcessor, VisionLanguageCollator, tokenize_rows
-from ..data.tokenisation import AnyProcessor
+from ..data.chat_template import AnyProcessor
 from ..evaluation.report import write_report
 from ..evaluation.vqa import evaluate_vqa
 from ..hub.adapter_card import write_adapter_card
@@ -104,7 +104,7 @@ def load_base(options: dict[str, Any]) -> tuple[Any, AnyProcessor]:
     # What the adapter's config records: a packaged model has no folder that another machine would know.
     base.name_or_path = source
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = default_chat_template(tokenizer)
+        tokenizer.chat_template = default_chat_template(tokenizer, image_token=None)
     return base, TextProcessor(tokenizer)
 
 

@@ -15,6 +15,7 @@ from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..construction.build import build_model
 from ..construction.tokenizer import train_word_tokenizer
 from ..data import FeatureCache, VisionLanguageCollator, load_rows
+from ..data.rows import row_messages, undecoded
 from ..evaluation.report import write_report
 from ..evaluation.vqa import evaluate_vqa, predict_answers
 from ..hub.card import write_card
@@ -70,7 +71,8 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
 def _build(recipe: Recipe, rows: Any) -> tuple[Any, Any]:
     options = dict(recipe.model)
     if options.get("tokenizer") == "words":
-        texts = (part["text"] for row in rows["messages"] for turn in row for part in turn["content"] if part["text"])
+        turns = (turn for row in undecoded(rows) for turn in row_messages(row))
+        texts = (part["text"] for turn in turns for part in turn["content"] if "text" in part)
         options["tokenizer"] = train_word_tokenizer(texts)
     return build_model(**options, seed=recipe.seed)
 
