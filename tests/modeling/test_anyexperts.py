@@ -345,3 +345,50 @@ def test_the_learnt_allocation_beats_fixed_top_4(seed):
 )
 def test_a_stub_of_the_mechanism_fails_the_allocation(stub):
     assert not allocates(train_toy(AnyExpertsRouter, steps=150, **stub))
+
+
+def steps_of(router: AnyExpertsRouter, shift: float, steps: int) -> None:
+    """Let a router see optimizer steps of two micro-batches each, of tokens whose importance lies around `shift`."""
+    with torch.no_grad():
+        router.importance_out_bias.fill_(shift)
+    for step in range(2 * steps):
+        hidden = torch.randn(32, 24, generator=torch.Generator().manual_seed(step))
+        context = RoutingContext.all_text(hidden[None])
+        context.token_mask[0, :8] = False
+        router.accumulate(router(hidden, context), context)
+        if step % 2:
+            router.end_step()
+
+
+@pytest.mark.parametrize("importance_norm", ["running_center", "running_norm"])
+def test_running_statistics_bring_the_importance_back_to_its_mean(importance_norm):
+    plain, normed = (make_router(importance_norm=name).train() for name in ("none", importance_norm))
+    for router in (plain, normed):
+        steps_of(router, shift=4.0, steps=120)
+    hidden = torch.randn(256, 24, generator=torch.Generator().manual_seed(999))
+    slots = {name: route(router, hidden).signals["slots"].mean() for name, router in (("plain", plain), ("n", normed))}
+    assert slots["plain"] > 8.5 and abs(slots["n"] - 4) < 1
+    mean, variance = normed.importance_statistics
+    a = normed.importance(hidden).double()
+    torch.testing.assert_close(mean, a.mean(), atol=0.1, rtol=0)
+    torch.testing.assert_close(variance, a.var(), atol=0.05, rtol=0.2)
+    spread = normed.normed(a).std()
+    assert abs(spread - 1) < 0.15 if importance_norm == "running_norm" else torch.equal(spread, (a - mean).std())
+
+
+def test_running_statistics_count_real_tokens_of_whole_steps():
+    router = make_router(importance_norm="running_norm").train()
+    hidden = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    context = RoutingContext.all_text(hidden[None])
+    context.token_mask[0, 0] = False
+    decision = router(hidden, context)
+    before = router.importance_statistics.clone()
+    router.accumulate(decision, context)
+    assert torch.equal(router.importance_statistics, before)
+    a = router.importance(hidden)[1:].double()
+    router.end_step()
+    expected = 0.95 * before + 0.05 * torch.stack([a.mean(), a.var(correction=0)])
+    torch.testing.assert_close(router.importance_statistics, expected, atol=1e-6, rtol=1e-5)
+    assert router.importance_sums.abs().sum() == 0
+    router.end_step()  # a step without tokens leaves them
+    torch.testing.assert_close(router.importance_statistics, expected, atol=1e-6, rtol=1e-5)

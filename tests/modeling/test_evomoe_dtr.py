@@ -48,6 +48,40 @@ def test_the_factored_form_equals_the_materialised_one(act, modality):
     torch.testing.assert_close(decision.expert_weight, chosen)
 
 
+def test_every_named_modality_has_a_hypernetwork_of_its_own():
+    torch.manual_seed(0)
+    router = EvoMoEDtrRouter(MoELayerSpec(0, 24, 4, 1, 16), modalities=["text", "image", "video", "audio"])
+    router.initialize(0.3)
+    tokens = torch.randn(1, 24).expand(4, -1)
+    logits = router(tokens, make_context(torch.arange(4))).router_logits
+    torch.testing.assert_close(logits, materialised_scores(router, tokens, torch.arange(4)), atol=1e-5, rtol=1e-5)
+    assert torch.cdist(logits, logits).fill_diagonal_(1).min() > 1e-3
+    fewer = EvoMoEDtrRouter(MoELayerSpec(0, 24, 4, 1, 16), modalities=["text", "audio"])
+    fewer.initialize(0.3)
+    logits = fewer(tokens, make_context(torch.arange(4))).router_logits
+    # Without a network of their own, images and video are read as text.
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2]) and not logits[0].equal(logits[3])
+
+
+@pytest.mark.parametrize("per_modality", [True, False])
+def test_linear_gates_are_those_of_the_multi_router(per_modality):
+    torch.manual_seed(0)
+    spec = MoELayerSpec(0, 24, 4, 1, 16)
+    linear = EvoMoEDtrRouter(spec, generator="linear", per_modality=per_modality)
+    linear.initialize(0.3)
+    multi = MingMultiRouter(spec, modalities=["text", "image"])
+    multi.initialize(0.3)
+    with torch.no_grad():
+        multi.weight.copy_(linear.weight.expand(2, -1, -1))
+    tokens, context = torch.randn(6, 24), make_context(torch.tensor([0, 1, 1, 0, 2, 3]))
+    ours, theirs = linear(tokens, context), multi(tokens, context)
+    assert torch.equal(ours.router_logits, theirs.router_logits)
+    # The weight is the probability, which trains the gate of a lone slot.
+    torch.testing.assert_close(ours.expert_weight, ours.router_probs.gather(1, ours.expert_index))
+    assert {name for name, _ in linear.named_parameters()} == {"weight"}
+    assert linear.idle_parameters() == (linear.weight.numel() // 2 if per_modality else 0)
+
+
 def test_a_modality_without_tokens_leaves_gradients_of_zeros():
     router = EvoMoEDtrRouter(MoELayerSpec(0, 24, 4, 1, 16))
     router.initialize(0.3)

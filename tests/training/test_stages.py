@@ -98,6 +98,26 @@ def test_a_finished_stage_of_another_recipe_is_refused(evomoe):
         run_recipe(changed, folder, resume=True)
 
 
+def test_moe_llava_tunes_in_three_stages(tmp_path):
+    steps = [f"stages.{number}.training.max_steps={count}" for number, count in enumerate((12, 30, 12))]
+    limits = ["training.save_steps=100", "training.logging_steps=4", "stages.2.training.learning_rate=0.002"]
+    recipe = load_recipe("moe_llava_easyvqa", [*SHORT, *steps, *limits])
+    report = run_recipe(recipe, tmp_path)
+    connector, dense, experts = (stage(tmp_path, name) for name in ("1_connector", "2_dense", "3_experts"))
+    assert not any("vision_tower" in name for name in moved(connector, dense))
+    assert moved(dense, experts) == set()  # the experts are new, everything else is frozen
+    assert [set(record["trainable_parameters"]) for record in report["stages"]] == [
+        {"connector", "embeddings"},
+        {"connector", "embeddings", "backbone"},
+        {"experts", "routers"},
+    ]
+    for record in report["stages"]:
+        losses = [entry["loss"] for entry in record["log_history"] if "loss" in entry]
+        assert losses[-1] < losses[0], record["name"]
+    model = HfMoeForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
+    assert model.config.moe_layers() == [0, 2] and model.config.system == "moe_llava"
+
+
 def test_anyexperts_trains_the_allocation_first_and_then_everything(tmp_path):
     recipe = load_recipe("anyexperts_easyvqa", [*SHORT, "model.moe_config.expert_intermediate_size=16"])
     report = run_recipe(recipe, tmp_path)

@@ -95,7 +95,8 @@ class MoeConfig(PreTrainedConfig):
     Args:
         layers (`str` or `list[int]`, defaults to `"all"`):
             Decoder layers whose feed-forward becomes a MoE: `"all"`, `"every_N"` (the last of each N layers: `every_2`
-            gives 1, 3, 5, ...), `"from_N"` (all from layer N on: the first N stay dense) or a list of layer indices.
+            gives 1, 3, 5, ...), `"sparse"` (0, 2, 4, ..., as MoE-LLaVA counts), `"first_half"`, `"second_half"`,
+            `"from_N"` (all from layer N on: the first N stay dense) or a list of layer indices.
         num_experts (`int`, *optional*):
             Routed experts E of a layer. Derived when absent: the sum over `expert_banks`, else the host's own number
             if the host is a MoE, else 8.
@@ -120,6 +121,12 @@ class MoeConfig(PreTrainedConfig):
             The kind of expert and its options.
         objectives (`dict[str, float | dict]`, defaults to `{}`):
             Auxiliary losses: a coefficient, or `{"coef": 0.01, ...options}`.
+        residual_mix (`bool`, defaults to `False`):
+            Weigh the routed experts and the shared branch by a learned softmax of two, as residual MoE does
+            (arXiv:2201.05596); needs `num_shared_experts`.
+        token_balanced_loss (`bool`, defaults to `False`):
+            Divide the language loss of a sample by all of its tokens, those of images included, as ERNIE 4.5 VL does.
+            Only the model's own loss: trainers that compute theirs outside of the model have no use for it.
     """
 
     model_type = "hf_moe_layers"
@@ -137,6 +144,8 @@ class MoeConfig(PreTrainedConfig):
     router: dict | str = field(default_factory=lambda: {"name": "top_k"})
     experts: dict | str = field(default_factory=lambda: {"name": "ffn"})
     objectives: dict = field(default_factory=dict)
+    residual_mix: bool | dict = False
+    token_balanced_loss: bool = False
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
@@ -169,15 +178,22 @@ class MoeConfig(PreTrainedConfig):
         """
         if isinstance(self.layers, str):
             form, _, number = self.layers.partition("_")
-            if self.layers == "all":
-                return list(range(num_hidden_layers))
+            modes = {
+                "all": slice(None),
+                "first_half": slice(num_hidden_layers // 2),
+                "second_half": slice(num_hidden_layers // 2, None),
+                "sparse": slice(None, None, 2),
+            }
+            if self.layers in modes:
+                return list(range(num_hidden_layers)[modes[self.layers]])
             if form in ("every", "from") and number.isdigit() and int(number) > 0:
                 step = int(number)
                 return list(
                     range(step - 1, num_hidden_layers, step) if form == "every" else range(step, num_hidden_layers)
                 )
             raise ValueError(
-                f"moe_config.layers={self.layers!r}: allowed are 'all', 'every_N', 'from_N' or a list of indices."
+                f"moe_config.layers={self.layers!r}: allowed are 'all', 'every_N', 'sparse', 'first_half', "
+                "'second_half', 'from_N' or a list of indices."
             )
         outside = [index for index in self.layers if not 0 <= index < num_hidden_layers]
         if outside:

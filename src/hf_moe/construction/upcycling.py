@@ -77,8 +77,8 @@ def fill_layer(layer: MoELayer, state: dict[str, torch.Tensor], generator: torch
     Raises:
         ValueError: if the experts are no feed-forwards.
     """
-    # A shared branch gives half of the output, the routed experts the other half.
-    branch = 1.0 if layer.shared_expert is None else 0.5
+    # A shared branch gives half of the output, the routed experts the other half; a residual mix weighs whole ones.
+    branch = 1.0 if layer.shared_expert is None or layer.residual_mix is not None else 0.5
     banks = [module for module in layer.experts.modules() if isinstance(module, FfnExperts)]
     if not banks:
         raise ValueError(

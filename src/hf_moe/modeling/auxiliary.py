@@ -114,6 +114,11 @@ class AuxiliaryLosses(nn.Module):
         """Whether an objective reads what the experts put out."""
         return any(objective.reads_outputs for objective in self.by_name.values())
 
+    @property
+    def reads_gate_overlap(self) -> bool:
+        """Whether an objective reads how much the rows of the gates overlap."""
+        return any(objective.reads_gate_overlap for objective in self.by_name.values())
+
     def forward(
         self,
         context: RoutingContext,

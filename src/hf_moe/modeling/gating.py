@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from ..configuration.configuration_hf_moe import MODALITIES
 from .routing import Decision, ExpertAssignment, MoELayerSpec, Router, RoutingContext, sum_over_ranks
 
 
@@ -28,6 +29,14 @@ def per_gate_logits(hidden_states: torch.Tensor, weight: torch.Tensor, gate_inde
     logits = gate_logits(hidden_states, weight.reshape(num_gates * candidates, width))  # (T, G * C)
     index = gate_index[:, None, None].expand(-1, 1, candidates)
     return logits.view(-1, num_gates, candidates).gather(1, index).squeeze(1)  # (T, C)
+
+
+def gate_overlap(weight: torch.Tensor) -> torch.Tensor:
+    """Return the mean of cos(W_i, W_j)^2 over the pairs i != j of a gate's rows (E, d), a float32 scalar."""
+    rows = F.normalize(weight.float(), dim=-1)  # (E, d)
+    cosines = (rows @ rows.T).square()  # (E, E)
+    pairs = len(rows) * (len(rows) - 1)
+    return (cosines.sum() - cosines.diagonal().sum()) / max(pairs, 1)
 
 
 def apply_overrides(logits: torch.Tensor, spec: MoELayerSpec, context: RoutingContext) -> torch.Tensor:
@@ -96,6 +105,23 @@ def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """
     if value not in allowed:
         raise ValueError(f"{option}={value!r}: allowed are {', '.join(repr(item) for item in allowed)}.")
+
+
+def gates_of(modalities: list[str] | tuple[str, ...]) -> list[int]:
+    """Return the gate of every modality, where each of `modalities` has one of its own.
+
+    Video shares the image gate unless it is named; any other modality without a gate shares the text gate.
+
+    Raises:
+        ValueError: unless `modalities` begins with text and names each once.
+    """
+    for name in modalities:
+        check_choice("modalities", name, MODALITIES)
+    if not modalities or modalities[0] != "text" or len(set(modalities)) != len(modalities):
+        raise ValueError(f"modalities={modalities!r} must begin with 'text' and name each modality once.")
+    gates = {name: index for index, name in enumerate(modalities)}
+    gates.setdefault("video", gates.get("image", 0))
+    return [gates.get(name, 0) for name in MODALITIES]
 
 
 def check_groups(spec: MoELayerSpec, n_group: int, topk_group: int, name: str) -> None:

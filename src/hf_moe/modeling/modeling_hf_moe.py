@@ -15,6 +15,7 @@ from .caches import cache_argument, name_cache
 from .context import build_context
 from .elastic import ElasticBudget
 from .host import install_moe_layers, scale_logits
+from .language_loss import token_balanced_loss
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
 from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast, extend_output, router_logits
@@ -340,13 +341,17 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
 
         loss, aux_loss, values = None, None, None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
+            # What is only measured is the usual loss, which compares between models.
+            if self.config.moe_config.token_balanced_loss and torch.is_grad_enabled():
+                loss = token_balanced_loss(logits, labels, routing_context.token_mask, num_items_in_batch)
+            else:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.text_config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    **kwargs,
+                )
             auxiliary = self.objectives(routing_context, count_labels(labels), num_items_in_batch)
             aux_loss, values = auxiliary.total(), auxiliary.totals()
             loss = auxiliary.added_to(loss)

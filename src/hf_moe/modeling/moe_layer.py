@@ -89,9 +89,15 @@ class MoELayer(nn.Module):
     variable that the decoder layer sets for the duration of its forward (see `host.py`). The modules are named `gate`,
     `experts` and `shared_expert`, the names other tools look for.
 
+    With a residual mix the output is `c_0 routed(x) + c_1 shared(x)`, c = softmax(W x + b) in float32 (DeepSpeed-MoE,
+    arXiv:2201.05596), else `routed(x) + shared(x)`.
+
     Args:
         config: the outer `HfMoeConfig`.
         spec: facts of this layer.
+
+    Raises:
+        ValueError: for a residual mix without a shared branch.
     """
 
     def __init__(self, config, spec: MoELayerSpec):
@@ -113,6 +119,14 @@ class MoELayer(nn.Module):
                 at_layer(moe.shared_intermediate_size, spec.layer_idx) or num_shared * spec.expert_intermediate_size
             )
             self.shared_expert = SharedExperts(spec, width, at_layer(moe.shared_expert_gate, spec.layer_idx))
+        self.residual_mix = None
+        if at_layer(moe.residual_mix, spec.layer_idx):
+            if self.shared_expert is None:
+                raise ValueError(
+                    f"Layer {spec.layer_idx}: moe_config.residual_mix weighs the routed experts against the shared "
+                    "branch, and there is none: set num_shared_experts."
+                )
+            self.residual_mix = nn.Linear(spec.hidden_size, 2)
 
     @property
     def router(self) -> Router:
@@ -132,9 +146,13 @@ class MoELayer(nn.Module):
         output = self._run_experts(tokens, decision).view_as(hidden_states)
         if context.keep_outputs:
             context.outputs[self.layer_idx] = output
-        if self.shared_expert is not None:
-            output = output + self.shared_expert(hidden_states)
-        return output
+        if self.shared_expert is None:
+            return output
+        shared = self.shared_expert(hidden_states)
+        if self.residual_mix is None:
+            return output + shared
+        mix = self.residual_mix(hidden_states).float().softmax(-1).to(output.dtype)  # (B, S, 2)
+        return output * mix[..., :1] + shared * mix[..., 1:]
 
     def _run_experts(self, tokens: torch.Tensor, decision: Decision) -> torch.Tensor:
         if not isinstance(decision, ExpertAssignment):

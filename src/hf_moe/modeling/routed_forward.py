@@ -38,6 +38,7 @@ class RoutedForward:
         context = self.model.routing_context(**{name: inputs.get(name) for name in CONTEXT_INPUTS})
         labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
         context.keep_outputs = labelled and self.objectives.reads_outputs
+        context.keep_gate_overlap = labelled and self.objectives.reads_gate_overlap
         return context
 
     def count(self, context: RoutingContext, output: Any) -> None:

@@ -76,6 +76,8 @@ class RoutingContext:
         self.decisions: dict[int, Decision] = {}
         # The routed experts' output (B, S, d) of every layer, kept for objectives that read it.
         self.keep_outputs = False
+        # Whether an objective reads how much the rows of the gates overlap, which only a router can tell.
+        self.keep_gate_overlap = False
         self.outputs: dict[int, torch.Tensor] = {}
 
     @classmethod
@@ -346,6 +348,8 @@ class Objective(nn.Module):
 
     # Whether the loss reads `context.outputs`, which is kept for it.
     reads_outputs = False
+    # Whether the loss reads the signal `gate_overlap`, which routers then give.
+    reads_gate_overlap = False
 
     def __init__(self, specs: list[MoELayerSpec], coef: float):
         super().__init__()

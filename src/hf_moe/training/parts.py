@@ -14,14 +14,14 @@ PARTS = ("vision_tower", "connector", "routers", "experts", "embeddings", "backb
 def part_of(name: str) -> str:
     """Return the part that a parameter of a `HfMoeForConditionalGeneration` belongs to.
 
-    `routers` are the gates, `experts` the routed and the shared ones, `embeddings` the token embeddings and the head,
-    `backbone` everything else of the decoder.
+    `routers` are the gates and the residual mixes, `experts` the routed and the shared ones, `embeddings` the token
+    embeddings and the head, `backbone` everything else of the decoder.
     """
     if "vision_tower." in name:
         return "vision_tower"
     if "connector." in name:
         return "connector"
-    if ".gate." in name:
+    if ".gate." in name or ".residual_mix." in name:
         return "routers"
     if ".experts." in name or ".shared_expert." in name:
         return "experts"

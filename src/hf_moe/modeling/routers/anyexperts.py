@@ -39,11 +39,13 @@ from transformers import initialization as init
 
 from ..gating import BiasBalancedRouter, apply_overrides, check_choice, gate_logits
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ..routing import Decision, ExpertAssignment, MoELayerSpec, Router, RoutingContext, sum_over_ranks
 
 
 # The logit by which the virtual experts of a converted model stay below its last slot.
 CONVERTED_VIRTUAL_BIAS = -5.0
+# Share of the newest step in the running statistics of the importance.
+NEWEST_SHARE = 0.05
 # softplus(SOFTPLUS_ONE) == 1.
 SOFTPLUS_ONE = math.log(math.e - 1.0)
 
@@ -68,6 +70,9 @@ class AnyExpertsRouter(BiasBalancedRouter):
         ste_tau: tau, > 0.
         normalise: `"filled"` as above, or `"none"`: weights are the plain probabilities over the real experts, as in
             hosts with `norm_topk_prob=False`.
+        importance_norm: `"running_center"` subtracts from a its running mean before step 3, `"running_norm"` also
+            divides by its running standard deviation: averages over the real tokens of the optimizer steps, with the
+            weight 0.05 for the newest. Fusion and signals see a itself.
         probe_slot: in training, also evaluate the first unused slot at weight 0, so that a token can learn that it
             wants one more. It costs one expert row per token; without it tokens stay at K_min on our toy.
         bias_update_rate: > 0 balances the real experts by a bias on the choice in place of a loss.
@@ -92,6 +97,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
         importance_hidden: int | None = None,
         ste_tau: float = 0.5,
         normalise: str = "filled",
+        importance_norm: str = "none",
         probe_slot: bool = True,
         bias_update_rate: float = 0.0,
     ):
@@ -99,6 +105,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
         check_choice("virtual_output", virtual_output, ("zero", "identity"))
         check_choice("virtual_gate", virtual_gate, ("included", "excluded"))
         check_choice("normalise", normalise, ("filled", "none"))
+        check_choice("importance_norm", importance_norm, ("none", "running_center", "running_norm"))
         if virtual_gate == "excluded" and virtual_output == "identity":
             raise ValueError(
                 "virtual_gate='excluded' leaves virtual slots no weight to return their input with: set "
@@ -120,6 +127,11 @@ class AnyExpertsRouter(BiasBalancedRouter):
         self.ste_tau = ste_tau
         self.normalise = normalise
         self.probe_slot = probe_slot
+        self.importance_norm = importance_norm
+        if importance_norm != "none":
+            # Running mean and variance of a; of the current step: count, sum and sum of squares.
+            self.register_buffer("importance_statistics", torch.tensor([0.0, 1.0], dtype=torch.float64))
+            self.register_buffer("importance_sums", torch.zeros(3, dtype=torch.float64))
         # In plain numbers: models are loaded on the meta device.
         self.num_virtual = int(max_virtual_share * self.max_slots + 1e-6)
         hidden = max(16, spec.hidden_size // 16) if importance_hidden is None else importance_hidden
@@ -171,6 +183,9 @@ class AnyExpertsRouter(BiasBalancedRouter):
         init.zeros_(self.importance_out_bias)
         init.constant_(self.alpha, self.fusion_alpha)
         init.constant_(self.slope, SOFTPLUS_ONE)
+        if self.importance_norm != "none":
+            init.copy_(self.importance_statistics, torch.tensor([0.0, 1.0], dtype=torch.float64))
+            init.zeros_(self.importance_sums)
         if self.num_virtual > 0:
             init.zeros_(self.virtual_weight)
             init.constant_(self.virtual_bias, -0.5)
@@ -198,6 +213,32 @@ class AnyExpertsRouter(BiasBalancedRouter):
         """Return the importance logit a, (T,) float32."""
         inner = F.gelu(gate_logits(hidden_states, self.importance_in, self.importance_in_bias))
         return gate_logits(inner, self.importance_out, self.importance_out_bias).squeeze(-1)
+
+    def normed(self, importance: torch.Tensor) -> torch.Tensor:
+        """Return a (T,) relative to its running statistics, as `importance_norm` says."""
+        if self.importance_norm == "none":
+            return importance
+        mean, variance = self.importance_statistics.to(importance)
+        centred = importance - mean
+        return centred if self.importance_norm == "running_center" else centred / (variance + 1e-6).sqrt()
+
+    def accumulate(self, decision: Decision, context: RoutingContext) -> None:
+        super().accumulate(decision, context)
+        if self.importance_norm == "none":
+            return
+        a = torch.logit(decision.signals["importance"].detach().double(), eps=1e-12)  # (T,)
+        a = a[context.tokens("token_mask", a.device)]
+        sums = torch.stack([torch.full_like(a.sum(), len(a)), a.sum(), a.square().sum()])
+        self.importance_sums += sum_over_ranks(sums).to(self.importance_sums)
+
+    def end_step(self) -> None:
+        super().end_step()
+        if self.importance_norm == "none" or self.importance_sums[0] == 0:
+            return
+        mean, square = self.importance_sums[1:] / self.importance_sums[0]
+        fresh = torch.stack([mean, (square - mean.square()).clamp(min=0.0)])
+        self.importance_statistics.lerp_(fresh, NEWEST_SHARE)
+        self.importance_sums.zero_()
 
     def soft_slots(self, importance: torch.Tensor, target: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K_soft and u - b of every token, (T,) each, for a slot target.
@@ -230,7 +271,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
                 f"Layer {self.spec.layer_idx}: target_slots={self.target_slots} at an end of [{self.min_slots}, "
                 f"{self.max_slots}] leaves the importance without a gradient: train strictly between them."
             )
-        k_soft, excess = self.soft_slots(a, self.target_slots if budget is None else budget)  # (T,) both
+        k_soft, excess = self.soft_slots(self.normed(a), self.target_slots if budget is None else budget)  # (T,) both
         k_total = k_soft.detach().round().long().clamp(self.min_slots, self.max_slots)  # (T,)
 
         choice = logits.detach() + self.e_score_correction_bias  # (T, E)

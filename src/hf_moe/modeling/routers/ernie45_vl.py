@@ -18,6 +18,7 @@ from ..gating import (
     BiasBalancedRouter,
     apply_overrides,
     gate_logits,
+    gate_overlap,
     is_vision,
     renormalise,
     router_scores,
@@ -94,6 +95,10 @@ class Ernie45VLRouter(BiasBalancedRouter):
         logits = apply_overrides(logits, self.spec, context)
         scores, probs = router_scores(logits, "softmax")
         index, weight = select_experts(scores, logits, self.spec, self.e_score_correction_bias)  # (T, K) both
+        signals = {}
+        if context.keep_gate_overlap:
+            overlaps = [gate_overlap(rows) for rows in self.weight.split(self.bank_sizes)]
+            signals["gate_overlap"] = torch.stack(overlaps).mean().expand(len(index))  # (T,)
         return ExpertAssignment(
             index,
             renormalise(weight, self.norm_min),
@@ -101,4 +106,5 @@ class Ernie45VLRouter(BiasBalancedRouter):
             router_logits=logits,
             router_probs=probs,
             gate_index=gate_index,
+            signals=signals,
         )

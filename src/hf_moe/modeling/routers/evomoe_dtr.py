@@ -12,8 +12,9 @@ never materialised: with A = W1 z + b1 (h,) both products are linear in the h * 
 2 C h r multiply-adds per token, and h r = C by default: in small models the router can cost more than an expert, so
 time it, and let `hyper_hidden` follow the expert's width.
 
-Image and video tokens use the vision hypernetwork, all others that of text. W2's bias b2 is a random adapter at the
-start, so that the router begins as an ordinary two-layer one with a small token-dependent part.
+Image and video tokens use the vision hypernetwork, all others that of text, unless `modalities` names more. W2's bias
+b2 is a random adapter at the start, so that the router begins as an ordinary two-layer one with a small
+token-dependent part.
 
 The tokens are sorted by modality and every hypernetwork runs on its own, which breaks a compiled graph.
 Source: EvoMoE: Expert Evolution in Mixture of Experts for Multimodal Large Language Models, arXiv:2505.23830 (its
@@ -26,26 +27,39 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..dispatch import grouped_linear
-from ..gating import apply_overrides, check_choice, check_slots, gate_logits, is_vision, router_scores, select_experts
+from ..gating import (
+    apply_overrides,
+    check_choice,
+    check_slots,
+    gate_logits,
+    gates_of,
+    per_gate_logits,
+    router_scores,
+    select_experts,
+)
 from ..registry import register_router
 from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
 
 
 @register_router("evomoe_dtr")
 class EvoMoEDtrRouter(Router):
-    """Hypernetworks H of text (0) and vision (1), and one scorer `weight` (E, C) for both.
+    """A hypernetwork H for each of `modalities`, and one scorer `weight` (E, C) for all.
 
     Args:
         spec: facts of the layer; the paper has K = 1.
         hyper_hidden: h; C / 8 when absent.
         bottleneck_rank: r.
         bottleneck_act: `"silu_gate_self"`: silu(a) a; `"split"`: SwiGLU on the halves of a bottleneck of 2 r.
+        modalities: those with a hypernetwork of their own, text first. Video shares that of images unless it is named;
+            any other modality without one shares that of text.
         per_modality: `False` gives all tokens one hypernetwork (an ablation of the paper).
+        generator: `"hyper"`, or `"linear"`: plain linear gates, `weight` (G, E, C), one in the place of each
+            hypernetwork (an ablation of the paper).
         shared_router: add the scores of a linear router common to all tokens, times a learnt scalar that starts at 1
             (an ablation of the paper; it hurt).
 
     Raises:
-        ValueError: if K does not fit or `bottleneck_act` is unknown.
+        ValueError: if K does not fit, `modalities` does not begin with text, or another option is unknown.
     """
 
     def __init__(
@@ -55,43 +69,61 @@ class EvoMoEDtrRouter(Router):
         hyper_hidden: int | None = None,
         bottleneck_rank: int = 8,
         bottleneck_act: str = "silu_gate_self",
+        modalities: list[str] | tuple[str, ...] = ("text", "image"),
         per_modality: bool = True,
+        generator: str = "hyper",
         shared_router: bool = False,
     ):
         super().__init__(spec)
         check_slots(spec, spec.num_experts, "evomoe_dtr")
         check_choice("bottleneck_act", bottleneck_act, ("silu_gate_self", "split"))
-        width, rank = spec.hidden_size, bottleneck_rank
+        check_choice("generator", generator, ("hyper", "linear"))
+        self.gate_of_modality = gates_of(modalities if per_modality else ["text"])
+        nets = max(self.gate_of_modality) + 1
+        self.generator = generator
+        self.shared_router = shared_router
+        if shared_router:
+            self.shared_weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
+            self.shared_scale = nn.Parameter(torch.empty(1))
+        if generator == "linear":
+            self.weight = nn.Parameter(torch.empty(nets, spec.num_experts, spec.hidden_size))
+            return
+        self._build_networks(nets, hyper_hidden, bottleneck_rank, bottleneck_act)
+
+    def _build_networks(self, nets: int, hyper_hidden: int | None, rank: int, bottleneck_act: str) -> None:
+        width = self.spec.hidden_size
         inner = 2 * rank if bottleneck_act == "split" else rank
         hidden = max(1, width // 8) if hyper_hidden is None else hyper_hidden
-        nets = 2 if per_modality else 1
         self.bottleneck_act = bottleneck_act
-        self.per_modality = per_modality
         self.token_weight = nn.Parameter(torch.empty(nets, hidden, width))  # W1
         self.token_bias = nn.Parameter(torch.empty(nets, hidden))  # b1
         self.down_weight = nn.Parameter(torch.empty(nets, hidden * inner, width))  # the rows of W2 for Theta_down
         self.down_bias = nn.Parameter(torch.empty(nets, inner, width))  # b2
         self.up_weight = nn.Parameter(torch.empty(nets, width, hidden * rank))
         self.up_bias = nn.Parameter(torch.empty(nets, width, rank))
-        self.weight = nn.Parameter(torch.empty(spec.num_experts, width))  # Phi
-        if shared_router:
-            self.shared_weight = nn.Parameter(torch.empty(spec.num_experts, width))
-            self.shared_scale = nn.Parameter(torch.empty(1))
-        self.shared_router = shared_router
+        self.weight = nn.Parameter(torch.empty(self.spec.num_experts, width))  # Phi
+
+    def _networks(self) -> tuple[nn.Parameter, ...]:
+        """Return the stacked parameters of the hypernetworks, none for linear gates."""
+        if self.generator == "linear":
+            return ()
+        biases = (self.token_bias, self.down_bias, self.up_bias)
+        return self.token_weight, self.down_weight, self.up_weight, *biases
 
     def initialize(self, std: float) -> None:
-        for weight in (self.token_weight, self.down_weight, self.up_weight, self.weight):
+        for weight in (*self._networks()[:3], self.weight):
             init.normal_(weight, mean=0.0, std=std)
-        init.zeros_(self.token_bias)
-        init.normal_(self.down_bias, mean=0.0, std=self.down_bias.shape[-1] ** -0.5)
-        init.normal_(self.up_bias, mean=0.0, std=self.up_bias.shape[-1] ** -0.5)
+        if self.generator == "hyper":
+            init.zeros_(self.token_bias)
+            init.normal_(self.down_bias, mean=0.0, std=self.down_bias.shape[-1] ** -0.5)
+            init.normal_(self.up_bias, mean=0.0, std=self.up_bias.shape[-1] ** -0.5)
         if self.shared_router:
             init.normal_(self.shared_weight, mean=0.0, std=std)
             init.ones_(self.shared_scale)
 
-    def gate_rows(self) -> None:
+    def gate_rows(self) -> torch.Tensor | None:
         # Phi scores adapted tokens, not hidden states.
-        return None
+        return super().gate_rows() if self.generator == "linear" else None
 
     @torch.no_grad()
     def start_from(self, old: Router) -> None:
@@ -101,8 +133,8 @@ class EvoMoEDtrRouter(Router):
             self.shared_weight.copy_(rows[0])
 
     def idle_parameters(self) -> int:
-        nets = len(self.token_weight)
-        stacks = (self.token_weight, self.token_bias, self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        stacks = [self.weight] if self.generator == "linear" else self._networks()
+        nets = max(self.gate_of_modality) + 1
         return sum(stack.numel() for stack in stacks) * (nets - 1) // nets
 
     @torch.compiler.disable
@@ -125,12 +157,14 @@ class EvoMoEDtrRouter(Router):
         return torch.empty_like(adapted).index_copy(0, order, adapted)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
-        network = is_vision(context, hidden_states.device).long()  # (T,)
-        if not self.per_modality:
-            network = torch.zeros_like(network)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            adapted = self.adapt(hidden_states.float(), network)
-        logits = gate_logits(adapted, self.weight)  # (T, E)
+        table = torch.tensor(self.gate_of_modality, device=hidden_states.device)
+        network = table[context.tokens("modality_ids", hidden_states.device)]  # (T,)
+        if self.generator == "linear":
+            logits = per_gate_logits(hidden_states, self.weight, network)  # (T, E)
+        else:
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                adapted = self.adapt(hidden_states.float(), network)
+            logits = gate_logits(adapted, self.weight)  # (T, E)
         if self.shared_router:
             logits = logits + self.shared_scale.float() * gate_logits(hidden_states, self.shared_weight)
         logits = apply_overrides(logits, self.spec, context)

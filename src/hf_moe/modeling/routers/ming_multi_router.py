@@ -21,13 +21,14 @@ from ..gating import (
     check_choice,
     check_groups,
     check_slots,
+    gates_of,
     per_gate_logits,
     renormalise,
     router_scores,
     select_experts,
 )
 from ..registry import register_router
-from ..routing import MODALITIES, ExpertAssignment, MoELayerSpec, RoutingContext
+from ..routing import ExpertAssignment, MoELayerSpec, RoutingContext
 
 
 @register_router("ming_multi_router")
@@ -62,17 +63,12 @@ class MingMultiRouter(BiasBalancedRouter):
         init_from_text_gate: bool = True,
     ):
         check_choice("gate", gate, ("softmax", "sigmoid_bias"))
-        for name in modalities:
-            check_choice("modalities", name, MODALITIES)
-        if modalities[0] != "text" or len(set(modalities)) != len(modalities):
-            raise ValueError(f"modalities={modalities!r} must begin with 'text' and name each modality once.")
+        gate_of_modality = gates_of(modalities)
         rate = bias_update_rate if gate == "sigmoid_bias" else 0.0
         super().__init__(spec, (len(modalities), spec.num_experts), rate)
         check_slots(spec, spec.num_experts, "ming_multi_router")
         check_groups(spec, n_group, topk_group, "ming_multi_router")
-        gates = {name: index for index, name in enumerate(modalities)}
-        gates.setdefault("video", gates.get("image", 0))
-        self.gate_of_modality = [gates.get(name, 0) for name in MODALITIES]
+        self.gate_of_modality = gate_of_modality
         self.score_function = "softmax" if gate == "softmax" else "sigmoid"
         self.routed_scaling_factor = routed_scaling_factor
         self.n_group = n_group
