@@ -1,4 +1,4 @@
-"""Buffers that count or accumulate keep their type, whatever the model is cast to, in every mechanism that has some."""
+"""Buffers that count or accumulate keep their type, whatever the model is cast to, in every mechanism with some."""
 
 import pytest
 import torch
