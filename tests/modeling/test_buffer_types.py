@@ -6,10 +6,12 @@ from peft import PeftModel, get_peft_model
 from router_cases import make_spec
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_moe import HfMoeForConditionalGeneration, MoeLoraConfig, list_mechanisms
+from hf_moe import HfMoeForConditionalGeneration, MoeLoraConfig, list_mechanisms, register_router
 from hf_moe.adapters.routers import ADAPTER_ROUTERS
+from hf_moe.modeling import registry
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
+from hf_moe.modeling.routing import MoELayerSpec
 
 
 OPTIONS = {
@@ -132,3 +134,22 @@ def test_the_slot_budget_counts_in_low_precision(tiny_model, text_batch, cast):
         optimizer.step()
         assert loss.isfinite()
     assert model.objectives.by_name["slot_budget"].population_1[1] == tokens
+
+
+def test_a_router_of_the_user_keeps_its_counts(tiny_model, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTERED", {kind: dict(known) for kind, known in registry._REGISTERED.items()})
+
+    @register_router("counting")
+    class CountingRouter(get_mechanism("router", "top_k")):
+        def __init__(self, spec: MoELayerSpec):
+            super().__init__(spec)
+            self.register_buffer("seen", torch.zeros(3, dtype=torch.long))
+            self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
+
+    model = tiny_model(tower=False, moe_config={"router": {"name": "counting"}})
+    state = {name: buffer.fill_(70_001) for name, buffer in model.named_buffers() if ".gate." in name}
+    loaded = HfMoeForConditionalGeneration.from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16
+    )
+    for key, buffer in state.items():
+        assert loaded.get_buffer(key).dtype is buffer.dtype and torch.equal(loaded.get_buffer(key), buffer), key
