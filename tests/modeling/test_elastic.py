@@ -3,6 +3,7 @@
 import pytest
 import torch
 from caches import cache_of
+from peft import LoraConfig, get_peft_model
 
 from hf_moe import HfMoeForConditionalGeneration, RoutingOverrides
 
@@ -42,6 +43,25 @@ def test_a_budget_moves_the_slots_and_stays_with_the_checkpoint(model, batch, tm
     assert mean_slots(HfMoeForConditionalGeneration.from_pretrained(tmp_path), batch) == 2.0
     model.set_expert_budget(None)
     assert mean_slots(model, batch) == own
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]},
+    ],
+    ids=["beside", "copied", "wrapped"],
+)
+def test_a_budget_reaches_routers_that_peft_has_wrapped(model, batch, fields):
+    adapted = get_peft_model(model, LoraConfig(**fields)).eval()
+    for budget in (2, 6):
+        model.set_expert_budget(budget)
+        assert mean_slots(adapted, batch) == budget
+        with adapted.disable_adapter():
+            assert mean_slots(adapted, batch) == budget
+    assert model.config.moe_config.router["target_slots"] == 6
 
 
 def test_a_budget_for_one_call_leaves_the_model_alone(model, batch):

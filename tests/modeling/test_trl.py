@@ -61,7 +61,9 @@ def test_log_probabilities_keep_their_values_and_the_loss_gets_the_objectives_on
 
 def test_without_objectives_the_log_probabilities_stay_as_they_are_and_routers_still_balance(fused):
     model, inputs = fused(objectives={}, router="deepseek_v3")
-    assert "_WeighRows" not in type(model(**inputs).log_probs.grad_fn).__name__
+    log_probs = model(**inputs).log_probs
+    assert "_WeighRows" not in type(log_probs.grad_fn).__name__
+    log_probs.sum().backward()
     assert model.moe_layers()[1].gate.load.sum() == 2 * inputs["attention_mask"].sum()
 
 
@@ -135,12 +137,13 @@ def test_a_pickled_model_still_hears_of_its_labels(tiny_model, text_batch):
 
 def test_label_smoothing_leaves_the_objectives_out_with_a_word(tiny_model, tmp_path):
     model = tiny_model(tower=False, moe_config={"objectives": OBJECTIVES})
+    balance, steps = model.objectives.by_name["load_balance"], []
+    end_step = balance.end_step
+    balance.end_step = lambda: steps.append(balance.accumulated_1.sum().item()) or end_step()
     warned = warnings_of(lambda: fine_tune(model, tmp_path, 4, label_smoothing_factor=0.1))
     assert warned.count("load_balance, router_z enter no loss") == 1
     # The statistics of routers and objectives are those of the forwards that train, once each.
-    balance = model.objectives.by_name["load_balance"]
-    counted = balance.get_buffer("population_1").sum() + balance.get_buffer("accumulated_1").sum()
-    assert counted == 2 * sum(map(len, rows()["input_ids"]))
+    assert sum(steps) == 2 * sum(map(len, rows()["input_ids"]))
 
 
 def test_no_word_of_labels_where_nothing_trains_or_they_are_there(tiny_model, fused, text_batch):
@@ -167,12 +170,15 @@ def test_dpo_trainer_lowers_the_objectives_and_leaves_the_reference_out(tiny_mod
     def keep(module, args, decision):
         squares.append(decision.router_logits.detach().logsumexp(-1).square().mean().item())
 
-    model.moe_layers()[1].gate.register_forward_hook(keep)
+    gate = model.moe_layers()[1].gate
+    gate.register_forward_hook(keep)
+    steps, end_step = [], gate.end_step
+    gate.end_step = lambda: steps.append(gate.load.sum().item()) or end_step()
     pairs = Dataset.from_list([{"prompt": "w4 w7", "chosen": "w5 w8", "rejected": "w6"}] * 4)
     config = arguments(DPOConfig, tmp_path, 2, num_train_epochs=5, learning_rate=0.1)
     trainer = DPOTrainer(model, reference, config, train_dataset=pairs, processing_class=tokenizer())
     trainer.train()
     assert squares[-1] < 0.9 * squares[0]
     tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
-    assert model.moe_layers()[1].gate.load.sum() == 2 * (tokens[-1] - tokens[-2])
+    assert steps[-1] == 2 * (tokens[-1] - tokens[-2])
     assert reference.moe_layers()[1].gate.load.sum() == 0

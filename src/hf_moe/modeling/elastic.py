@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_hf_moe import at_layer
-from .routing import RoutingOverrides
+from .routing import Router, RoutingOverrides
 
 
 class ElasticBudget:
@@ -27,7 +27,11 @@ class ElasticBudget:
         moe_config = self.config.moe_config
         options = {str(layer): dict(at_layer(moe_config.router, layer)) for layer in self.moe_layers()}
         for layer, router in routers.items():
-            router.target_slots = float(router.spec.num_experts_per_tok if budget is None else budget)
+            target = float(router.spec.num_experts_per_tok if budget is None else budget)
+            # PEFT puts a copy of a gate that it trains beside the original, and a wrapper around both.
+            for module in self.moe_layers()[layer].gate.modules():
+                if isinstance(module, Router):
+                    module.target_slots = target
             options[str(layer)]["target_slots"] = budget
         first = next(iter(options.values()))
         moe_config.router = first if all(item == first for item in options.values()) else options

@@ -1,7 +1,5 @@
 """Gate arithmetic shared by the routers, in float32 whatever the model's dtype."""
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -244,14 +242,6 @@ class BiasBalancedRouter(Router):
         if related and not isinstance(old, type(self)):
             biases = old.e_score_correction_bias.view(-1, self.spec.num_experts)[list(old.gate_of_modality)]
             self._write_gates(self.e_score_correction_bias, biases)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BiasBalancedRouter":
-        bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        # In bf16 a step of 0.001 would vanish beside a bias of 0.3.
-        if self.e_score_correction_bias.dtype != torch.float32:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
-        return self
 
     def balanced_together(self, load: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Split `load` (G, E) along the experts into sets that share one mean load."""

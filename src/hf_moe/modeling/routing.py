@@ -5,7 +5,7 @@ hidden states; objectives turn decisions into one value per row. Shapes, through
 positions, T = B * S tokens (padding included), d hidden width, E routed experts, K slots per token, f expert width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -249,7 +249,24 @@ class MoELayerSpec:
     banks: tuple[tuple[str, int, int], ...] = ()
 
 
-class Router(nn.Module):
+class KeepsBufferTypes(nn.Module):
+    """Base of what keeps statistics in buffers: these keep their type, whatever the model is cast to.
+
+    A count in bf16 stops at 256, one in fp16 overflows at 65,504, and a bias of 0.3 does not see a step of 0.001.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "KeepsBufferTypes":
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            owner, _, own_name = name.rpartition(".")
+            moved = self.get_buffer(name)
+            if moved.dtype != buffer.dtype:
+                self.get_submodule(owner)._buffers[own_name] = buffer.to(moved.device)
+        return self
+
+
+class Router(KeepsBufferTypes):
     """Base of the routers: `forward(hidden (T, d), context) -> decision`.
 
     Options are the keyword arguments of the constructor after `spec`, typed, with the paper's defaults.
@@ -333,7 +350,7 @@ class Experts(nn.Module):
         """Initialise the experts' own parameters."""
 
 
-class Objective(nn.Module):
+class Objective(KeepsBufferTypes):
     """Base of the auxiliary losses: `forward(decisions, context) -> (B,)`, float32.
 
     One value per row, the mean over layers, from real tokens only. The model adds `coef * sum_r (n_r / N) * value_r`
@@ -422,3 +439,9 @@ def sum_over_ranks(counts: torch.Tensor) -> torch.Tensor:
         counts = counts.clone()
         torch.distributed.all_reduce(counts)
     return counts
+
+
+def finite(sums: torch.Tensor) -> torch.Tensor:
+    """Return the sums of a micro-batch, or zeros where it overflowed: `GradScaler` skips its step, and a population
+    that is not finite would make every later loss so."""
+    return torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...modeling.gating import apply_overrides, check_slots, gate_logits, renormalise, router_scores, select_experts
-from ...modeling.routing import Decision, ExpertAssignment, MoELayerSpec, RoutingContext, sum_over_ranks
+from ...modeling.routing import Decision, ExpertAssignment, MoELayerSpec, RoutingContext, finite, sum_over_ranks
 from .pooled import PooledRouter
 
 
@@ -62,9 +62,9 @@ class SequenceRouter(PooledRouter):
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
         self.centred = centred
         if centred:
-            self.register_buffer("mean", torch.zeros(spec.hidden_size))
+            self.register_buffer("mean", torch.zeros(spec.hidden_size, dtype=torch.float32))
             # Of the current step: the sum over its samples, and how many they are.
-            self.register_buffer("accumulated", torch.zeros(spec.hidden_size + 1))
+            self.register_buffer("accumulated", torch.zeros(spec.hidden_size + 1, dtype=torch.float32))
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def initialize(self, std: float) -> None:
@@ -96,7 +96,7 @@ class SequenceRouter(PooledRouter):
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
         summed = context.carry.get("pooled_samples", {}).get(self.spec.layer_idx)
         if summed is not None:
-            self.accumulated += sum_over_ranks(summed).to(self.accumulated)
+            self.accumulated += finite(sum_over_ranks(summed)).to(self.accumulated)
 
     def end_step(self) -> None:
         if self.centred and self.accumulated[-1] > 0:

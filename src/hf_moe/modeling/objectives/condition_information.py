@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from ..gating import renormalise
 from ..registry import register_objective
-from ..routing import Decision, MoELayerSpec, Objective, RoutingContext, sum_over_ranks
+from ..routing import Decision, MoELayerSpec, Objective, RoutingContext, finite, sum_over_ranks
 
 
 @register_objective("condition_information")
@@ -37,7 +37,7 @@ class ConditionInformation(Objective):
         self.condition = condition
         self.num_conditions = num_conditions
         for spec in specs:
-            zeros = torch.zeros(num_conditions, spec.num_experts)
+            zeros = torch.zeros(num_conditions, spec.num_experts, dtype=torch.float32)
             self.register_buffer(f"population_{spec.layer_idx}", zeros)
             self.register_buffer(f"accumulated_{spec.layer_idx}", zeros.clone())
 
@@ -76,10 +76,11 @@ class ConditionInformation(Objective):
             accumulated = self.get_buffer(f"accumulated_{layer}")
             table = torch.zeros_like(accumulated, device=probs.device)
             table = table.index_add(0, self.conditions(context, probs.device), per_row.float())
-            accumulated += sum_over_ranks(table).to(accumulated.device)
+            accumulated += finite(sum_over_ranks(table)).to(accumulated.device)
 
     def end_step(self) -> None:
         for spec in self.specs:
+            population = self.get_buffer(f"population_{spec.layer_idx}")
             accumulated = self.get_buffer(f"accumulated_{spec.layer_idx}")
-            self.get_buffer(f"population_{spec.layer_idx}").copy_(accumulated)
+            population.copy_(torch.where(accumulated.sum() > 0, accumulated, population))
             accumulated.zero_()

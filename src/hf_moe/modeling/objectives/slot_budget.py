@@ -14,7 +14,7 @@ import torch
 from transformers import initialization as init
 
 from ..registry import register_objective
-from ..routing import Decision, ExpertAssignment, MoELayerSpec, Objective, RoutingContext, sum_over_ranks
+from ..routing import Decision, ExpertAssignment, MoELayerSpec, Objective, RoutingContext, finite, sum_over_ranks
 
 
 @register_objective("slot_budget")
@@ -75,7 +75,7 @@ class SlotBudget(Objective):
             sums = torch.stack([(slots * mask).sum(), mask.sum().double()])
             accumulated = self.get_buffer(f"accumulated_{layer}")
             # Summed over processes at once: DDP overwrites buffers by those of its first process at every forward.
-            accumulated += sum_over_ranks(sums).to(accumulated)
+            accumulated += finite(sum_over_ranks(sums)).to(accumulated)
 
     def end_step(self) -> None:
         for spec in self.specs:
