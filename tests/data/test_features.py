@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 
 from hf_moe.data import FeatureCache, VisionLanguageCollator
+from hf_moe.data.pictures import undecoded
 
 
 def build(vlm, processor, rows, folder, **options):
@@ -25,15 +26,16 @@ def test_cached_features_give_the_logits_of_pixels(vlm, processor, rows, tmp_pat
 
 
 def test_half_precision_features_stay_close(vlm, processor, rows, tmp_path):
-    exact = build(vlm, processor, rows, tmp_path).lookup(["third", "first"])
+    pictures = [rows[2]["images"][1], rows[0]["images"][0]]
+    exact = build(vlm, processor, rows, tmp_path).lookup(pictures)
     for dtype in (torch.float16, torch.bfloat16):
         cache = FeatureCache.build(vlm, processor, rows, cache_dir=tmp_path, dtype=dtype)
         assert cache.features.dtype == dtype
-        torch.testing.assert_close(cache.lookup(["third", "first"]).float(), exact, atol=5e-2, rtol=1e-2)
+        torch.testing.assert_close(cache.lookup(pictures).float(), exact, atol=5e-2, rtol=1e-2)
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_second_build_reads_the_file_and_a_change_makes_another(vlm, processor, rows, tmp_path, monkeypatch):
+def test_second_build_reads_the_file_and_a_change_makes_another(vlm, processor, rows, tmp_path, picture):
     first = build(vlm, processor, rows, tmp_path)
     runs = []
     vlm.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
@@ -44,7 +46,7 @@ def test_second_build_reads_the_file_and_a_change_makes_another(vlm, processor, 
     build(vlm, processor, rows, tmp_path)
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     build(vlm, processor, rows, tmp_path)
-    rows[0]["images"] = rows[2]["images"][:1]
+    rows[0]["images"] = rows[3]["images"] = [picture(3)]
     build(vlm, processor, rows, tmp_path)
     assert len(runs) == 3 and len(list(tmp_path.iterdir())) == 4
 
@@ -70,11 +72,10 @@ def test_build_leaves_the_mode_of_the_tower(vlm, processor, rows, tmp_path):
     assert vlm.model.vision_tower.training
 
 
-def test_datasets_are_read_without_their_other_columns(vlm, processor, rows, tmp_path):
-    cache = build(vlm, processor, Dataset.from_list([rows[0], rows[3]]), tmp_path)
-    assert list(cache.index) == ["first"]
-
-
-def test_unknown_key_is_named():
-    with pytest.raises(ValueError, match="lacks 'c'"):
-        FeatureCache(["a", "b"], torch.zeros(2, 4, 8)).lookup(["a", "c"])
+def test_datasets_are_read_undecoded(vlm, processor, rows, tmp_path):
+    dataset = Dataset.from_list([rows[0], rows[3]])
+    cache = build(vlm, processor, dataset, tmp_path)
+    assert len(cache) == 1
+    expected = cache.lookup([rows[0]["images"][0]])
+    assert torch.equal(cache.lookup(undecoded(dataset)[1]["images"]), expected)
+    assert torch.equal(cache.lookup(dataset[1]["images"]), expected)
