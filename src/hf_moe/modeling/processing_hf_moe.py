@@ -167,11 +167,14 @@ class HfMoeProcessor(ProcessorMixin):
 
 
 def _check_parts(image_processor: Any, tokenizer: Any) -> None:
-    wanted = {"tokenizer": (tokenizer, "convert_tokens_to_ids"), "image processor": (image_processor, "preprocess")}
+    wanted = {
+        "a tokenizer": (tokenizer, "convert_tokens_to_ids"),
+        "an image processor": (image_processor, "preprocess"),
+    }
     for name, (part, method) in wanted.items():
         if not hasattr(part, method):
             raise ValueError(
-                f"HfMoeProcessor(image_processor, tokenizer) needs an {name}, got {type(part).__name__}. A model of "
+                f"HfMoeProcessor(image_processor, tokenizer) needs {name}, got {type(part).__name__}. A model of "
                 "text alone needs only its tokenizer."
             )
 
