@@ -1,4 +1,4 @@
-"""What the processor is given: right inputs of every kind give one result, wrong ones are refused by row and number."""
+"""Right inputs of every kind give one result; wrong ones are refused by row and number."""
 
 import numpy as np
 import pytest
