@@ -193,6 +193,13 @@ def test_sixteen_bits_are_scaled_to_eight(form):
         assert abs(levels.mean() - 127.5) < 0.1 and levels.min() == 0 and levels.max() == 255
 
 
+def test_dark_sixteen_bits_stay_dark():
+    dark = np.full((4, 4), 257, dtype=np.uint16) - 100
+    for image in (dark, PILImage.fromarray(dark), encoded(PILImage.fromarray(dark)), dark.astype(">u2")):
+        assert open_image(image).getcolors() == [(16, (1, 1, 1))]
+    assert open_image(dark.astype(np.int32)).getcolors() == [(16, (157, 157, 157))]
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientations_are_applied_once_in_every_form(orientation, form, processor, vlm, tmp_path):

@@ -1,6 +1,8 @@
 """A Space answers, shows its routing and says what is wrong: over HTTP, and in a real browser where there is one."""
 
 import ast
+import base64
+import io
 import json
 import os
 import re
@@ -296,6 +298,12 @@ def test_a_broken_picture_gets_a_message(space, broken_picture):
         space.predict(handle_file(broken_picture), QUESTION, api_name="/ask")
 
 
+def sample_bytes() -> bytes:
+    buffer = io.BytesIO()
+    sample_image().save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_an_upload_is_opened_as_the_processor_opens_it(tmp_path):
     checkpoint = SimpleNamespace(processor=tiny_processor())
     rotated = Image.Exif()
@@ -309,8 +317,11 @@ def test_an_upload_is_opened_as_the_processor_opens_it(tmp_path):
 
 
 def test_an_upload_is_a_file_of_this_machine_never_an_address():
+    checkpoint = SimpleNamespace(processor=tiny_processor())
+    content = base64.b64encode(sample_bytes()).decode()
+    assert checkpoint.processor.open_image(f"data:image/png;base64,{content}").size == (16, 16)
     with pytest.raises(gradio.Error, match="cannot be read as a picture"):
-        open_picture(SimpleNamespace(processor=tiny_processor()), {"path": "data:image/gif;base64,R0lGODlhAQABAAAAACw="})
+        open_picture(checkpoint, {"path": f"data:image/png;base64,{content}"})
 
 
 def test_a_missing_question_gets_a_message(space, picture):
