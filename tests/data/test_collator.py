@@ -150,10 +150,11 @@ def test_rows_tokenised_for_another_processor_are_refused(processor, rows):
         VisionLanguageCollator(processor)(list(tokenized))
 
 
-def test_cached_features_need_the_key_column(processor, rows):
-    cache = FeatureCache(["first"], torch.zeros(1, 4, 32))
-    del rows[0]["image_id"]
-    with pytest.raises(ValueError, match=r"Row 0 .*'image_id'.*remove_unused_columns=False"):
+def test_a_picture_that_the_cache_lacks_names_its_row(processor, rows):
+    cache = FeatureCache({}, torch.zeros(0, 4, 32))
+    with pytest.raises(
+        ValueError, match=r"Row 0 of the batch \(id 'first'\) has an image 0 that is not in the feature"
+    ):
         VisionLanguageCollator(processor, feature_cache=cache)(rows[:1])
 
 

@@ -1,10 +1,20 @@
 """Cached features of a frozen tower."""
 
+import base64
+import io
+import os
+import time
+import zipfile
+
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
+from transformers import SiglipImageProcessor
 
 from hf_moe.data import FeatureCache, VisionLanguageCollator
+from hf_moe.data.pictures import content_key, read_row_image, undecoded
 
 
 def build(vlm, processor, rows, folder, **options):
@@ -25,15 +35,16 @@ def test_cached_features_give_the_logits_of_pixels(vlm, processor, rows, tmp_pat
 
 
 def test_half_precision_features_stay_close(vlm, processor, rows, tmp_path):
-    exact = build(vlm, processor, rows, tmp_path).lookup(["third", "first"])
+    pictures = [rows[2]["images"][1], rows[0]["images"][0]]
+    exact = build(vlm, processor, rows, tmp_path).lookup(pictures)
     for dtype in (torch.float16, torch.bfloat16):
         cache = FeatureCache.build(vlm, processor, rows, cache_dir=tmp_path, dtype=dtype)
         assert cache.features.dtype == dtype
-        torch.testing.assert_close(cache.lookup(["third", "first"]).float(), exact, atol=5e-2, rtol=1e-2)
+        torch.testing.assert_close(cache.lookup(pictures).float(), exact, atol=5e-2, rtol=1e-2)
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_second_build_reads_the_file_and_a_change_makes_another(vlm, processor, rows, tmp_path, monkeypatch):
+def test_second_build_reads_the_file_and_a_change_makes_another(vlm, processor, rows, tmp_path, picture):
     first = build(vlm, processor, rows, tmp_path)
     runs = []
     vlm.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
@@ -44,7 +55,7 @@ def test_second_build_reads_the_file_and_a_change_makes_another(vlm, processor, 
     build(vlm, processor, rows, tmp_path)
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     build(vlm, processor, rows, tmp_path)
-    rows[0]["images"] = rows[2]["images"][:1]
+    rows[0]["images"] = rows[3]["images"] = [picture(3)]
     build(vlm, processor, rows, tmp_path)
     assert len(runs) == 3 and len(list(tmp_path.iterdir())) == 4
 
@@ -70,11 +81,192 @@ def test_build_leaves_the_mode_of_the_tower(vlm, processor, rows, tmp_path):
     assert vlm.model.vision_tower.training
 
 
-def test_datasets_are_read_without_their_other_columns(vlm, processor, rows, tmp_path):
-    cache = build(vlm, processor, Dataset.from_list([rows[0], rows[3]]), tmp_path)
-    assert list(cache.index) == ["first"]
+def test_datasets_are_read_undecoded(vlm, processor, rows, tmp_path):
+    dataset = Dataset.from_list([rows[0], rows[3]])
+    cache = build(vlm, processor, dataset, tmp_path)
+    assert len(cache) == 1
+    expected = cache.lookup([rows[0]["images"][0]])
+    assert torch.equal(cache.lookup(undecoded(dataset)[1]["images"]), expected)
+    assert torch.equal(cache.lookup(dataset[1]["images"]), expected)
 
 
-def test_unknown_key_is_named():
-    with pytest.raises(ValueError, match="lacks 'c'"):
-        FeatureCache(["a", "b"], torch.zeros(2, 4, 8)).lookup(["a", "c"])
+RED, BLUE = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+
+
+def as_bytes(image, form="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def in_folders(folder):
+    for name, image in (("a", RED), ("b", BLUE)):
+        (folder / name).mkdir()
+        image.save(folder / name / "1.png")
+    return str(folder / "a/1.png"), str(folder / "b/1.png")
+
+
+def in_archives(folder):
+    paths = []
+    for name, image in (("a", RED), ("b", BLUE)):
+        with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+            archive.writestr("1.png", as_bytes(image))
+        paths.append({"path": f"zip://1.png::{folder / name}.zip", "bytes": None})
+    return paths
+
+
+def in_tables(folder):
+    records = []
+    for name, image in (("a", RED), ("b", BLUE)):
+        table = Dataset.from_dict({"images": [[{"path": "1.png", "bytes": as_bytes(image)}]]})
+        table.to_parquet(folder / f"{name}.parquet")
+        records += Dataset.from_parquet(str(folder / f"{name}.parquet"), cache_dir=str(folder / "cache"))["images"][0]
+    return records
+
+
+def in_memory(folder):
+    for image in (RED, BLUE):
+        image.filename = "1.png"
+    return RED, BLUE
+
+
+# Two pictures that bear one name.
+NAMESAKES = {
+    "folders": in_folders,
+    "archives": in_archives,
+    "parquet": in_tables,
+    "images in memory": in_memory,
+    "records": lambda _: [{"path": "1.png", "bytes": as_bytes(image)} for image in (RED, BLUE)],
+    "arrays": lambda _: [np.asarray(RED), np.asarray(BLUE)],
+    "equal bytes, other size": lambda _: [np.arange(192, dtype=np.uint8).reshape(*s, 3) for s in ((4, 16), (16, 4))],
+    "tensors": lambda _: [torch.from_numpy(np.asarray(image).copy()) for image in (RED, BLUE)],
+    "files of one name": lambda _: [io.BytesIO(as_bytes(image)) for image in (RED, BLUE)],
+    "data URLs": lambda _: [f"data:image/png;base64,{base64.b64encode(as_bytes(i)).decode()}" for i in (RED, BLUE)],
+}
+
+
+def question(image, **fields):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this ?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    return {"messages": messages, "images": [image], **fields}
+
+
+def check_features(vlm, processor, cache, images):
+    """Every image has the features of its own pixels."""
+    pixels = processor.image_processor([processor.open_image(image) for image in images], return_tensors="pt")
+    with torch.no_grad():
+        expected = vlm.model.vision_tower(**pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(cache.lookup(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", NAMESAKES)
+def test_namesakes_have_their_own_features(kind, vlm, processor, tmp_path):
+    first, second = NAMESAKES[kind](tmp_path)
+    rows = [question(image, image_id="1.png") for image in (first, second)]
+    cache = build(vlm, processor, rows, tmp_path / "features")
+    assert len(cache) == 2
+    if kind != "archives":
+        check_features(vlm, processor, cache, [first, second])
+    assert not torch.equal(cache.lookup([first]), cache.lookup([second]))
+    alone = build(vlm, processor, rows[1:], tmp_path / "features")
+    assert torch.equal(alone.lookup([second]), cache.lookup([second]))
+    with pytest.raises(ValueError, match="has an image 0 that is not in the feature cache of 1 pictures"):
+        alone.lookup([first])
+
+
+def replaced(path, kept):
+    """Put the blue picture in the place of the red one: other content, and all that `kept` names as before."""
+    before = path.stat()
+    if "inode" in kept:
+        path.write_bytes(as_bytes(BLUE, "BMP"))
+    else:
+        other = path.with_suffix(".new")
+        other.write_bytes(as_bytes(BLUE, "BMP"))
+        os.replace(other, path)
+    if "time" in kept:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("kept", [[], ["time"], ["inode", "time"]], ids=["nothing", "time", "inode and time"])
+@pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
+def test_changed_file_is_another_picture(kept, link, vlm, processor, tmp_path):
+    path = named = tmp_path / "1.bmp"
+    RED.save(path)
+    if link:
+        named = tmp_path / "link.bmp"
+        named.symlink_to(path)
+    rows = [question(str(named), image_id="1")]
+    first = build(vlm, processor, rows, tmp_path / "features")
+    red = first.lookup([str(named)])
+    replaced(path, kept)
+    with pytest.raises(ValueError, match="is new or has changed"):
+        VisionLanguageCollator(processor, feature_cache=first)(rows)
+    again = build(vlm, processor, rows, tmp_path / "features")
+    check_features(vlm, processor, again, [str(named)])
+    assert not torch.equal(again.lookup([str(named)]), red)
+
+
+def test_equal_pictures_share_an_entry_whatever_they_are_called(vlm, processor, tmp_path):
+    RED.save(tmp_path / "a.png")
+    RED.save(tmp_path / "b.bmp")
+    (tmp_path / "c.png").symlink_to(tmp_path / "a.png")
+    images = [tmp_path / "a.png", tmp_path / "b.bmp", tmp_path / "c.png", RED, np.asarray(RED), as_bytes(RED)]
+    runs = []
+    vlm.model.vision_tower.register_forward_hook(lambda _, inputs, __: runs.append(len(inputs[0])))
+    cache = build(vlm, processor, [question(image) for image in images], tmp_path / "features")
+    assert len(cache) == 1 and runs == [1]
+    assert cache.lookup(images).shape[0] == len(images)
+    assert build(vlm, processor, [question(image) for image in images[::-1]], tmp_path / "features") and runs == [1]
+
+
+TOWERS = {
+    "a weight": lambda vlm, processor: next(vlm.model.vision_tower.parameters()).data.add_(0.1),
+    "activation": lambda vlm, processor: setattr(vlm.model.vision_tower.config, "hidden_act", "relu"),
+    "number of heads": lambda vlm, processor: setattr(vlm.model.vision_tower.config, "num_attention_heads", 2),
+    "precision": lambda vlm, processor: vlm.model.vision_tower.to(torch.bfloat16),
+    "layer": lambda vlm, processor: setattr(vlm.config, "vision_feature_layer", -2),
+    "prefix": lambda vlm, processor: setattr(vlm.config, "vision_prefix_tokens", 0),
+    "mean": lambda vlm, processor: setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3]),
+    "size": lambda vlm, processor: setattr(processor.image_processor, "do_center_crop", False),
+    "resampling": lambda vlm, processor: setattr(processor.image_processor, "resample", 0),
+    "class": lambda vlm, processor: setattr(
+        processor, "image_processor", SiglipImageProcessor(size={"height": 16, "width": 16})
+    ),
+}
+
+
+@pytest.mark.parametrize("change", TOWERS)
+def test_another_tower_or_processor_takes_another_file(change, vlm, processor, rows, tmp_path):
+    build(vlm, processor, rows, tmp_path)
+    TOWERS[change](vlm, processor)
+    runs = []
+    vlm.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    build(vlm, processor, rows, tmp_path)
+    assert runs and len(list(tmp_path.iterdir())) == 2
+
+
+def test_place_of_the_tower_is_not_its_identity(vlm, processor, rows, tmp_path):
+    build(vlm, processor, rows, tmp_path)
+    vlm.model.vision_tower.config._name_or_path = "elsewhere"
+    build(vlm, processor, rows, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_without_images_need_no_features(vlm, processor, rows, tmp_path):
+    cache = build(vlm, processor, rows[1:2], tmp_path)
+    assert len(cache) == 0 and not list(tmp_path.iterdir())
+    batch = VisionLanguageCollator(processor, feature_cache=cache)(rows[1:2])
+    assert "image_features" not in batch and vlm(**batch).loss.isfinite()
+
+
+def test_keys_cost_little_beside_the_tower(tmp_path):
+    paths = []
+    for number in range(300):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(paths[-1])
+    started = time.perf_counter()
+    assert len({content_key(*read_row_image(str(path))) for path in paths}) == 300
+    assert time.perf_counter() - started < 1  # a third of a second for the 5,000 pictures of the demo

@@ -146,7 +146,9 @@ def test_every_import_that_travels_has_the_form_transformers_follows(everything,
                 relative.add(node.module)
         assert set(get_relative_imports(path)) == relative, name
         third_party = set(get_imports(path)) - sys.stdlib_module_names
-        assert third_party <= {"packaging", "safetensors", "torch", "transformers"}, name
+        # Only the processor opens pictures, and with it come the packages of Transformers' image processors.
+        pictures = {"PIL", "numpy"} if name == "image_loading.py" else set()
+        assert third_party <= {"packaging", "safetensors", "torch", "transformers"} | pictures, name
 
 
 def test_no_bundled_file_compares_the_class_of_a_config(everything):

@@ -1,6 +1,8 @@
 """A Space answers, shows its routing and says what is wrong: over HTTP, and in a real browser where there is one."""
 
 import ast
+import base64
+import io
 import json
 import os
 import re
@@ -10,9 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import Request, urlopen
 
 import gradio
+import numpy as np
 import pytest
 import torch
 from conftest import running_hub
@@ -23,13 +27,14 @@ from hub_server import OWNER_TOKEN
 from huggingface_hub import ModelCard, constants
 from open_checkpoint import sample_image
 from packaging.version import Version
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from hf_moe import HfMoeForConditionalGeneration, HfMoeProcessor
 from hf_moe.cli import main
 from hf_moe.hub.push import PushError, push_checkpoint
 from hf_moe.hub.space import GRADIO_VERSION, push_space, write_space
-from hf_moe.hub.space_app import expert_weights, patch_grid
+from hf_moe.hub.space_app import expert_weights, open_picture, patch_grid
 from hf_moe.modeling.routing import ExpertAssignment, ParameterMixture, SlotMixture
 
 
@@ -291,6 +296,32 @@ def test_a_question_without_a_picture_is_answered(space):
 def test_a_broken_picture_gets_a_message(space, broken_picture):
     with pytest.raises(AppError, match="cannot be read as a picture"):
         space.predict(handle_file(broken_picture), QUESTION, api_name="/ask")
+
+
+def sample_bytes() -> bytes:
+    buffer = io.BytesIO()
+    sample_image().save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_an_upload_is_opened_as_the_processor_opens_it(tmp_path):
+    checkpoint = SimpleNamespace(processor=tiny_processor())
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.new("RGBA", (8, 4), (255, 0, 0, 0)).save(tmp_path / "a.png", exif=rotated)
+    Image.fromarray(np.full((4, 8), 40000, dtype=np.uint16)).save(tmp_path / "b.png")
+    for name, colour, size in (("a.png", 255, (4, 8)), ("b.png", 156, (8, 4))):
+        opened = open_picture(checkpoint, {"path": str(tmp_path / name)})
+        assert opened.size == size and opened.getcolors() == [(32, (colour,) * 3)]
+        assert opened == checkpoint.processor.open_image(tmp_path / name)
+
+
+def test_an_upload_is_a_file_of_this_machine_never_an_address():
+    checkpoint = SimpleNamespace(processor=tiny_processor())
+    content = base64.b64encode(sample_bytes()).decode()
+    assert checkpoint.processor.open_image(f"data:image/png;base64,{content}").size == (16, 16)
+    with pytest.raises(gradio.Error, match="cannot be read as a picture"):
+        open_picture(checkpoint, {"path": f"data:image/png;base64,{content}"})
 
 
 def test_a_missing_question_gets_a_message(space, picture):

@@ -8,6 +8,7 @@ import torch
 
 from .chat_template import AnyProcessor
 from .features import FeatureCache
+from .pictures import open_row_images
 from .rows import describe_row, row_images, row_messages, template_options, unread_columns
 from .tokenisation import (
     IGNORE_INDEX,
@@ -37,7 +38,7 @@ class VisionLanguageCollator:
         processor: an [`HfMoeProcessor`] with a chat template, or a [`TextProcessor`], for which nothing is said of
             modalities.
         max_length: tokens per row, >= 1; what exceeds it is cut off, but never inside or before an image.
-        feature_cache: features of a frozen tower, used in place of pixels; rows then need its key column.
+        feature_cache: features of a frozen tower, used in place of pixels.
         train: `False` for prompts.
         conditions: names of what routers read of a row; rows then need the columns `<condition>_ids`.
     """
@@ -63,20 +64,13 @@ class VisionLanguageCollator:
         """Return the batch.
 
         Raises:
-            ValueError: naming the first row whose placeholders do not match its images, whose image would be cut, or
-                which has nothing to learn from.
+            ValueError: naming the first row with an image that cannot be opened or is not in the cache, whose
+                placeholders do not match its images, whose image would be cut, or which has nothing to learn from.
         """
         read = [self._row(index, row, self._read, row) for index, row in enumerate(rows)]
         images = [items for items, _ in read]
-        if self.feature_cache is None:
-            pixels = process_images([image for items in images for image in items], self.processor)
-        else:
-            keys = [
-                key
-                for index, row in enumerate(rows)
-                for key in self._row(index, row, self.feature_cache.row_keys, row)
-            ]
-            pixels = {"image_features": self.feature_cache.lookup(keys)} if keys else {}
+        pictures = [self._row(index, row, self._pictures, images[index]) for index, row in enumerate(rows)]
+        pixels = self._pixels([picture for items in pictures for picture in items])
         counts = placeholder_counts(sum(map(len, images)), self.processor, pixels)
 
         batch = []
@@ -93,10 +87,20 @@ class VisionLanguageCollator:
         except ValueError as error:
             raise ValueError(f"{describe_row(row, index, 'batch')} {error}") from error
 
+    def _pictures(self, images: list[Any]) -> Sequence[Any]:
+        """Return a row's images opened, or their features (N, P, C)."""
+        if not images or self.processor.image_processor is None:
+            return []
+        return open_row_images(images) if self.feature_cache is None else self.feature_cache.lookup(images)
+
+    def _pixels(self, pictures: list[Any]) -> dict[str, torch.Tensor]:
+        if self.feature_cache is None:
+            return process_images(pictures, self.processor)
+        return {"image_features": torch.stack(pictures)} if pictures else {}
+
     def _read(self, row: dict[str, Any]) -> tuple[list[Any], Tokens]:
         """Return the images of a row and its tokens, which a tokenised row has with all placeholders."""
-        read = {*self._condition_columns, *([self.feature_cache.key] if self.feature_cache is not None else [])}
-        new = [name for name in unread_columns(row, read) if name not in self._unread]
+        new = [name for name in unread_columns(row, self._condition_columns) if name not in self._unread]
         if new:
             self._unread.update(new)
             logger.warning("Training does not read the columns %s of the rows.", ", ".join(map(str, new)))

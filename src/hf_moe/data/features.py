@@ -1,4 +1,4 @@
-"""Features of a frozen vision tower, computed once per image and kept on disk."""
+"""Features of a frozen vision tower, computed once per picture and kept on disk."""
 
 import hashlib
 import json
@@ -7,188 +7,226 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.constants import HF_HOME
+from PIL import Image as PILImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
+from ..modeling.image_loading import decode_image
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration, HfMoeModel
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from ..modeling.vision import tower_features
-from .rows import describe_row, row_images, undecoded
+from .pictures import content_key, pixel_key, read_row_image, undecoded
+from .rows import describe_row, row_images
 from .tokenisation import process_images, takes_packed_patches
 
 
+Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
+
 logger = logging.getLogger(__name__)
+# Fields of a tower's config that say nothing of its features.
+NOT_THE_TOWER = {"_name_or_path", "transformers_version", "architectures", "dtype"}
 
 
 class FeatureCache:
-    """Tower features by image key.
+    """Tower features by picture, whatever the picture is called and however it comes.
 
     Args:
-        keys: one key per image.
-        features (`torch.Tensor` of shape `(N, P, C)`): their features, in the same order.
-        key: the column that names a row's image, or lists the names of its images.
+        positions: key of a picture, see [`content_key`], to the position of its features; a picture may have several.
+        features (`torch.Tensor` of shape `(N, P, C)`).
     """
 
-    def __init__(self, keys: list[str], features: torch.Tensor, key: str = "image_id"):
-        self.key = key
+    def __init__(self, positions: dict[bytes, int], features: torch.Tensor):
+        self.positions = positions
         self.features = features
-        self.index = {name: position for position, name in enumerate(keys)}
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.features)
 
     @classmethod
     def build(
         cls,
         model: HfMoeForConditionalGeneration | HfMoeModel,
         processor: HfMoeProcessor,
-        rows: Dataset | IterableDataset | list[dict[str, Any]],
-        key: str = "image_id",
+        rows: Rows,
         cache_dir: str | os.PathLike | None = None,
         batch_size: int = 64,
         dtype: torch.dtype = torch.float16,
     ) -> "FeatureCache":
-        """Run the model's tower once per distinct image of `rows`, or read what an earlier run has left.
+        """Run the model's tower once per distinct picture of `rows`, or read what an earlier run has left.
 
-        The file is named after the tower's weights, the image processor's settings and the images, so it is read again
-        only where all are the same.
+        The file is named after the tower's weights and config, the image processor's settings and what the pictures
+        hold, so it is read again only where all are the same.
 
         Args:
+            rows: a dataset or a list of rows.
             cache_dir: folder of the file; by default `hf_moe/features` in the Hugging Face cache.
             dtype: in which the features are kept.
 
         Raises:
-            ValueError: if the tower is trainable, takes packed patches, or its features do not fit `dtype`; if
-                rows lack the key.
+            ValueError: if the tower is trainable, takes packed patches, or its features do not fit `dtype`; if an
+                image cannot be opened, naming its row.
         """
         base: HfMoeModel = model.base_model
-        tower = base.vision_tower
-        if tower is None:
-            raise ValueError("The model has no vision tower, so there are no features to compute.")
-        trainable = [name for name, parameter in tower.named_parameters() if parameter.requires_grad]
-        if trainable:
-            raise ValueError(
-                f"Features can be kept only of a frozen tower; {len(trainable)} of its parameters are trainable, such "
-                f"as {trainable[0]}: call vision_tower.requires_grad_(False), or train on pixel_values."
-            )
-        if takes_packed_patches(processor):
-            raise ValueError("This tower's images differ in their number of patches: train on pixel_values.")
-        images = _distinct_images(rows, key)
-        config = base.config
-        settings = [config.vision_feature_layer, config.vision_prefix_tokens, str(dtype)]
-        settings.append(processor.image_processor.to_json_string())
+        _check_tower(base, processor)
+        images = _distinct_images(rows)
+        if not images:
+            return cls({}, torch.empty(0, 0, base.config.vision_feature_size, dtype=dtype))
         folder = Path(HF_HOME, "hf_moe", "features") if cache_dir is None else Path(cache_dir)
-        path = folder / f"{_digest(tower, settings, images)}.safetensors"
+        path = folder / f"{_fingerprint(base, processor, dtype, images)}.safetensors"
         if path.is_file():
             try:
-                with safe_open(path, "pt") as file:
-                    return cls(json.loads(file.metadata()["keys"]), file.get_tensor("features"), key)
-            except (SafetensorError, KeyError, TypeError) as error:
+                return cls._read(path)
+            except (SafetensorError, KeyError) as error:
                 logger.warning("%s is damaged (%s): computing the features again.", path, error)
+        cache = _compute(base, processor, images, batch_size, dtype)
+        cache._write(path)
+        return cache
 
-        features = _compute(tower, config, processor, list(images.values()), batch_size, dtype)
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    @classmethod
+    def _read(cls, path: Path) -> "FeatureCache":
+        with safe_open(path, "pt") as file:
+            keys, positions = file.get_tensor("keys"), file.get_tensor("positions")
+            names = (key.numpy().tobytes() for key in keys)
+            return cls(dict(zip(names, positions.tolist(), strict=True)), file.get_tensor("features"))
+
+    def _write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         os.close(descriptor)
-        save_file({"features": features}, temporary, metadata={"keys": json.dumps(list(images))})
+        keys = torch.tensor([list(key) for key in self.positions], dtype=torch.uint8)  # (M, 32)
+        positions = torch.tensor(list(self.positions.values()))  # (M,)
+        save_file({"features": self.features, "keys": keys, "positions": positions}, temporary)
         os.replace(temporary, path)
-        return cls(list(images), features, key)
 
-    def row_keys(self, row: dict[str, Any]) -> list[str]:
-        """Return the keys of a row's images.
-
-        Raises:
-            ValueError: if the row has images but no key.
-        """
-        return _row_keys(row, self.key)
-
-    def lookup(self, keys: list[str]) -> torch.Tensor:
-        """Return the features (N, P, C) of N images.
+    def lookup(self, images: list[Any]) -> torch.Tensor:
+        """Return the features (N, P, C) of N images of rows.
 
         Raises:
-            ValueError: naming the first key that was not computed.
+            ValueError: naming the first image whose features were not computed, or that cannot be read.
         """
-        missing = next((name for name in keys if name not in self.index), None)
-        if missing is not None:
-            raise ValueError(f"The feature cache of {len(self)} images lacks {missing!r}: build it from all rows.")
-        return self.features[[self.index[name] for name in keys]]
+        return self.features[[self._position(place, image) for place, image in enumerate(images)]]
 
-
-def _row_keys(row: dict[str, Any], key: str) -> list[str]:
-    count = len(row_images(row))
-    if not count:
-        return []
-    if row.get(key) is None:
-        raise ValueError(
-            f"has images but no {key!r}, by which cached features are found; it has {', '.join(row)}. "
-            "Trainer drops columns it does not know: set remove_unused_columns=False."
-        )
-    names = row[key] if isinstance(row[key], list) else [row[key]]
-    if len(names) != count:
-        raise ValueError(f"has {count} images, but its {key!r} names {len(names)}: {names!r}.")
-    return [str(name) for name in names]
-
-
-def _distinct_images(rows: Iterable, key: str) -> dict[str, Any]:
-    """Return the undecoded images by key."""
-    if isinstance(rows, Dataset | IterableDataset):
-        names = [name for name in ("images", "image", key) if name in (rows.column_names or ())]
-        rows = undecoded(rows).select_columns(names)
-    images: dict[str, Any] = {}
-    for index, row in enumerate(rows):
+    def _position(self, place: int, image: Any) -> int:
         try:
-            names = _row_keys(row, key)
+            name, content = read_row_image(image)
+            position = self.positions.get(content_key(name, content))
+            if position is None:
+                # The same picture may have come in another form: decoded, or encoded otherwise.
+                position = self.positions.get(pixel_key(decode_image(name, content)))
         except ValueError as error:
-            raise ValueError(f"{describe_row(row, index, 'dataset')} {error}") from error
-        for name, image in zip(names, row_images(row), strict=True):
-            images.setdefault(name, image)
+            raise ValueError(f"has no readable image {place}: {error}.") from error
+        if position is None:
+            raise ValueError(
+                f"has an image {place} that is not in the feature cache of {len(self)} pictures: {name} is new or has "
+                "changed. Build the cache from all rows."
+            )
+        return position
+
+
+def _check_tower(base: HfMoeModel, processor: HfMoeProcessor) -> None:
+    if base.vision_tower is None:
+        raise ValueError("The model has no vision tower, so there are no features to compute.")
+    trainable = [name for name, parameter in base.vision_tower.named_parameters() if parameter.requires_grad]
+    if trainable:
+        raise ValueError(
+            f"Features can be kept only of a frozen tower; {len(trainable)} of its parameters are trainable, such "
+            f"as {trainable[0]}: call vision_tower.requires_grad_(False), or train on pixel_values."
+        )
+    if takes_packed_patches(processor):
+        raise ValueError("This tower's images differ in their number of patches: train on pixel_values.")
+
+
+def _distinct_images(rows: Rows) -> dict[bytes, tuple[str, Any]]:
+    """Return by its key every undecoded image, with how an error begins that names its row."""
+    if isinstance(rows, Dataset | IterableDataset):
+        rows = undecoded(rows)
+        read = [
+            name for name in ("images", "image", "messages", "conversations", "id", "image_id") if name in (rows.column_names or ())
+        ]
+        rows = rows.select_columns(read) if read else rows
+    images: dict[bytes, tuple[str, Any]] = {}
+    for index, row in enumerate(rows):
+        named = describe_row(row, index, "dataset")
+        try:
+            held = row_images(row)
+        except ValueError as error:
+            raise ValueError(f"{named} {error}") from error
+        for place, image in enumerate(held):
+            where = f"{named} has no readable image {place}"
+            try:
+                images.setdefault(content_key(*read_row_image(image)), (where, image))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}.") from error
     return images
 
 
-def _digest(tower: PreTrainedModel, settings: list, images: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(settings).encode())
+def _fingerprint(base: HfMoeModel, processor: HfMoeProcessor, dtype: torch.dtype, keys: Iterable[bytes]) -> str:
+    tower, config, image_processor = base.vision_tower, base.config, processor.image_processor
+    # Where a tower was loaded from, and by which version, changes nothing about it.
+    described = {name: value for name, value in tower.config.to_dict().items() if name not in NOT_THE_TOWER}
+    settings = {
+        "tower": [type(tower).__module__, type(tower).__qualname__, described],
+        "features": [config.vision_feature_layer, config.vision_prefix_tokens, str(dtype)],
+        "processor": [type(image_processor).__module__, type(image_processor).__qualname__, image_processor.to_dict()],
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in tower.state_dict().items():
-        digest.update(name.encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    for name, image in images.items():
-        digest.update(name.encode())
-        if not isinstance(image, dict):
-            digest.update(image.tobytes())
-        elif image["bytes"] is not None:
-            digest.update(image["bytes"])
-        else:
-            status = os.stat(image["path"])
-            digest.update(f"{image['path']} {status.st_size} {status.st_mtime_ns}".encode())
+    for key in sorted(keys):
+        digest.update(key)
     return digest.hexdigest()[:32]
 
 
 @torch.no_grad()
 def _compute(
-    tower: PreTrainedModel,
-    config: Any,
+    base: HfMoeModel,
     processor: HfMoeProcessor,
-    images: list[Any],
+    images: dict[bytes, tuple[str, Any]],
     batch_size: int,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> FeatureCache:
+    tower = base.vision_tower
     was_training = tower.training
     tower.eval()
-    parts = []
+    parts: list[torch.Tensor] = []
+    positions: dict[bytes, int] = {}
+    count = 0
+    keys = list(images)
     with tqdm(total=len(images), desc="Image features", unit="image") as progress:
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            pixels = process_images(batch, processor)["pixel_values"].to(tower.device, tower.dtype)
-            parts.append(tower_features(tower, config, pixels).to("cpu", dtype))
+        for start in range(0, len(keys), batch_size):
+            batch = keys[start : start + batch_size]
+            new = []
+            for key in batch:
+                picture = _unchanged(key, *images[key])
+                position = positions.setdefault(pixel_key(picture), count)
+                positions[key] = position
+                if position == count:
+                    new.append(picture)
+                    count += 1
+            if new:
+                pixels = process_images(new, processor)["pixel_values"].to(tower.device, tower.dtype)
+                parts.append(tower_features(tower, base.config, pixels).to("cpu", dtype))
             progress.update(len(batch))
     tower.train(was_training)
     features = torch.cat(parts)  # (N, P, C)
     if not features.isfinite().all():
         raise ValueError(f"The tower's features do not fit {dtype}: pass dtype=torch.bfloat16 or torch.float32.")
-    return features
+    return FeatureCache(positions, features)
+
+
+def _unchanged(key: bytes, where: str, image: Any) -> PILImage.Image:
+    """Return the picture of a key, opened."""
+    try:
+        name, content = read_row_image(image)
+        if content_key(name, content) != key:
+            raise ValueError(f"{name} has changed since its key was taken; leave the pictures alone meanwhile")
+        return decode_image(name, content)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error

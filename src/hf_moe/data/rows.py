@@ -4,8 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
-from PIL import Image as PILImage
+from datasets import Features, Image, List, Value
 
 from .messages import from_json, given, image_sources, read_messages, text_of
 
@@ -138,28 +137,11 @@ def _images_beside(row: Mapping[str, Any]) -> list[Any]:
     if not found:
         return []
     several = isinstance(found[0], list | tuple) or (isinstance(found[0], np.ndarray) and found[0].dtype == object)
-    images = list(found[0]) if several else found
+    images = list(found[0]) if several or getattr(found[0], "ndim", 0) == 4 else found
     missing = next((index for index, image in enumerate(images) if image is None), None)
     if missing is not None:
         raise ValueError(f"has no image {missing} among its {len(images)} images: it is null.")
     return images
-
-
-def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return the rows with images as paths or bytes, so that reading a row decodes nothing."""
-    records = {"images": List(Image(decode=False)), "image": Image(decode=False)}
-    for name in records.keys() & set(rows.column_names or ()):
-        rows = rows.cast_column(name, records[name])
-    return rows
-
-
-def open_image(image: Any) -> PILImage.Image:
-    """Return an RGB image from a decoded one, a path, or the undecoded record of `datasets`."""
-    if isinstance(image, str):
-        image = PILImage.open(image)
-    elif isinstance(image, dict):
-        image = Image().decode_example(image)
-    return image.convert("RGB")
 
 
 def describe_row(row: Any, index: int, place: str) -> str:

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from PIL import Image
 
 from .chat_template import Answer, AnyProcessor, ChatTemplate
 from .messages import read_messages
-from .rows import CONVERSATION_COLUMNS, describe_row, open_image, row_images, row_messages, template_options, undecoded
+from .pictures import open_row_images, undecoded
+from .rows import CONVERSATION_COLUMNS, describe_row, row_images, row_messages, template_options
 from .text import plain_messages
 
 
@@ -191,11 +193,11 @@ def takes_packed_patches(processor: AnyProcessor) -> bool:
     return image_processor is not None and "pixel_attention_mask" in image_processor.model_input_names
 
 
-def process_images(images: list[Any], processor: AnyProcessor) -> dict[str, Any]:
-    """Return the image processor's tensors; no key without images, or without an image processor."""
+def process_images(images: list[Image.Image], processor: AnyProcessor) -> dict[str, Any]:
+    """Return the image processor's tensors of opened images; no key without images, or without an image processor."""
     if not images or processor.image_processor is None:
         return {}
-    return dict(processor.image_processor([open_image(image) for image in images], return_tensors="pt"))
+    return dict(processor.image_processor(images, return_tensors="pt"))
 
 
 def placeholder_counts(num_images: int, processor: AnyProcessor, pixels: dict[str, Any]) -> list[int]:
@@ -226,16 +228,18 @@ def tokenize_rows(
     rows = undecoded(rows)
     packed = takes_packed_patches(processor)
 
-    def tokenize(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+    def tokenize(row: dict[str, Any], index: int) -> dict[str, list[Any]]:
         try:
             images = row_images(row)
             tokens = tokenizer(row_messages(row), len(images), template_options(row))
+            pixels = process_images(open_row_images(images), processor) if packed else {}
         except ValueError as error:
             raise ValueError(f"{describe_row(row, index, 'dataset')} {error}") from error
-        pixels = process_images(images, processor) if packed else {}
         counts = placeholder_counts(len(images), processor, pixels)
         input_ids, labels = expand_placeholders(tokens, processor.image_token_id, counts)
-        return {"input_ids": input_ids, "labels": labels}
+        # Images of content parts would go with the messages.
+        moved = {} if row.keys() & {"images", "image"} else {"images": images}
+        return {"input_ids": input_ids, "labels": labels, **moved}
 
     options = {} if isinstance(rows, IterableDataset) else {"desc": "Tokenising"}
     read = [name for name in CONVERSATION_COLUMNS if name in (rows.column_names or ())]

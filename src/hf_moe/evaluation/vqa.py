@@ -15,7 +15,8 @@ from ..data.chat_template import AnyProcessor
 from ..data.collator import VisionLanguageCollator
 from ..data.features import FeatureCache
 from ..data.messages import text_of
-from ..data.rows import row_images, row_messages, template_options, text_part, undecoded
+from ..data.pictures import undecoded
+from ..data.rows import row_images, row_messages, template_options, text_part
 from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.vision import tower_features

@@ -17,6 +17,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 TRAVELLING_FOLDERS = (PACKAGE / "configuration", PACKAGE / "modeling")
 # Packaging and safetensors are requirements of Transformers.
 ALLOWED_PACKAGES = frozenset({"packaging", "safetensors", "torch", "transformers"}) | sys.stdlib_module_names
+# The processor opens pictures; Transformers' own image processors need these as well.
+PICTURE_PACKAGES = frozenset({"PIL", "numpy"})
 
 _KIND_OF_FOLDER = {PACKAGE / "modeling" / folder: kind for kind, folder in FOLDERS.items()}
 
@@ -83,12 +85,17 @@ def _targets(node: ast.ImportFrom, path: Path) -> dict[Path, list[ast.alias]]:
     top = module.partition(".")[0]
     if top == PACKAGE.name:
         return _package_targets(node, path)
-    if top in ALLOWED_PACKAGES:
+    if _travels(top, path):
         return {}
     sibling = _sibling(module, path)
     if sibling is None:
         raise _refusal(path, node, f"{top} is not part of a checkpoint. {_REMEDY}")
     return {sibling: node.names}
+
+
+def _travels(package: str, path: Path) -> bool:
+    """Tell whether a checkpoint may count on a package where this file of it is run."""
+    return package in ALLOWED_PACKAGES or (package in PICTURE_PACKAGES and PACKAGE in path.parents)
 
 
 def _package_targets(node: ast.ImportFrom, path: Path) -> dict[Path, list[ast.alias]]:
@@ -133,7 +140,7 @@ _REMEDY = (
 
 
 def _check_plain_import(module: str, path: Path, node: ast.Import) -> None:
-    if module.partition(".")[0] in ALLOWED_PACKAGES:
+    if _travels(module.partition(".")[0], path):
         return
     if module.partition(".")[0] == PACKAGE.name or _sibling(module, path) is not None:
         raise _refusal(path, node, f"write `from {module} import ...` instead, the only form that travels")

@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -131,7 +131,8 @@ class Checkpoint:
         """Return the model's inputs for a question, about a picture or about none."""
         if self.processor.chat_template is None:
             if picture is None:
-                inputs = self.tokenizer(question, return_tensors="pt")
+                reader = self.processor if self.multimodal else self.tokenizer
+                inputs = reader(text=[question], return_tensors="pt")
             else:
                 text = f"{self.processor.image_token} {question}"
                 inputs = self.processor(images=[picture], text=[text], return_tensors="pt")
@@ -303,13 +304,14 @@ def draw(trace: Trace | None, layer: int, expert: int) -> tuple[str, str, str]:
     return patches, words, shares
 
 
-def open_picture(upload: dict[str, Any] | None) -> Image.Image | None:
-    """Open what was uploaded; say in the page where that cannot be read."""
+def open_picture(checkpoint: Checkpoint, upload: dict[str, Any] | None) -> Image.Image | None:
+    """Open what was uploaded as the processor does; say in the page where that cannot be read."""
     if upload is None:
         return None
     try:
-        return ImageOps.exif_transpose(Image.open(upload["path"])).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # As a path it is a file of this machine, whatever a visitor writes into the request.
+        return checkpoint.processor.open_image(Path(upload["path"]))
+    except ValueError as error:
         message = "This file cannot be read as a picture. Take a PNG, JPEG or WebP file."
         raise gr.Error(message, duration=None, print_exception=False) from error
 
@@ -320,12 +322,15 @@ def build_page(checkpoint: Checkpoint, title: str, examples: Sequence[str | Path
     first = min(checkpoint.layers)
 
     def ask(upload: dict | None, question: str, budget: float | None, runs: list) -> Iterator[tuple]:
-        picture = open_picture(upload)
+        picture = open_picture(checkpoint, upload)
         if not question.strip():
             raise gr.Error("Write a question first.", duration=None, print_exception=False)
         if budget is not None:
             checkpoint.model.set_expert_budget(budget)
-        inputs = checkpoint.encode(question.strip(), picture)
+        try:
+            inputs = checkpoint.encode(question.strip(), picture)
+        except ValueError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
         start, text = time.perf_counter(), ""
         streamer, future = checkpoint.start(inputs)
         for piece in streamer:

@@ -219,7 +219,8 @@ def image_features(
     if tower is None or any(selector.partition("/")[0] == "vision_tower" for selector in trainable):
         return None
     tower.requires_grad_(False)
-    images = concatenate_datasets([part.select_columns(["images", "image_id"]) for part in rows.values()])
+    parts = [part for part in rows.values() if "images" in part.column_names]
+    images = concatenate_datasets([part.select_columns(["images"]) for part in parts]) if parts else []
     return FeatureCache.build(model, processor, images, cache_dir=folder / "features")
 
 

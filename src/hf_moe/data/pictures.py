@@ -1,0 +1,69 @@
+"""The pictures of rows: how they are opened, and what tells two of them apart."""
+
+import hashlib
+from typing import Any
+
+from datasets import Dataset, Image, IterableDataset, List
+from PIL import Image as PILImage
+
+from ..modeling.image_loading import decode_image, read_image
+
+
+def read_row_image(image: Any) -> tuple[str, Any]:
+    """Return the name and the content of a row's image, see [`read_image`].
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else None
+    if isinstance(path, str) and "://" in path and path.partition(":")[0] not in ("http", "https", "file"):
+        # A record of a stream points into a repository or an archive, which `datasets` can read.
+        try:
+            return f"the file {path}", Image().decode_example({"path": path, "bytes": None})
+        except Exception as error:  # of any file system
+            raise ValueError(f"the file {path} cannot be read as a picture: {error}") from error
+    return read_image(image)
+
+
+def open_row_images(images: list[Any]) -> list[PILImage.Image]:
+    """Return the images of a row as RGB.
+
+    Raises:
+        ValueError: naming the first that cannot be opened.
+    """
+    opened = []
+    for position, image in enumerate(images):
+        try:
+            opened.append(decode_image(*read_row_image(image)))
+        except ValueError as error:
+            raise ValueError(f"has no readable image {position}: {error}.") from error
+    return opened
+
+
+def content_key(name: str, content: Any) -> bytes:
+    """Return a key that only this content has: a digest of the encoded picture, else of its pixels."""
+    if isinstance(content, bytes):
+        digest = hashlib.sha256(b"encoded")
+        digest.update(content)
+        return digest.digest()
+    return pixel_key(decode_image(name, content))
+
+
+def pixel_key(picture: PILImage.Image) -> bytes:
+    """Return a digest of an RGB picture."""
+    return hashlib.sha256(f"pixels {picture.size}".encode() + picture.tobytes()).digest()
+
+
+def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Return the rows with images as paths or bytes, so that reading a row decodes nothing."""
+    for name in {"images", "image"} & set(rows.features or ()):
+        feature = _undecoded_feature(rows.features[name])
+        if feature != rows.features[name]:
+            rows = rows.cast_column(name, feature)
+    return rows
+
+
+def _undecoded_feature(feature: Any) -> Any:
+    if isinstance(feature, List):
+        return List(_undecoded_feature(feature.feature), length=feature.length)
+    return Image(mode=feature.mode, decode=False) if isinstance(feature, Image) else feature
