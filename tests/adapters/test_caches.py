@@ -11,7 +11,7 @@ from tiny_hosts import HOSTS, TEXT, words
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.memory import cache_of
-from hf_moe.adapters.routing import text_context
+from hf_moe.adapters.tokens import text_context
 
 
 ROUTERS = ("top_k", "sequence")

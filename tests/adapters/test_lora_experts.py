@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from hf_moe import MoeLoraConfig
+from hf_moe.adapters.contexts import ACTIVE_LAYER
 from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
-from hf_moe.adapters.routing import _ROOT_CONTEXT, ACTIVE_LAYER
+from hf_moe.adapters.routing import _ROOT_CONTEXT
 
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]

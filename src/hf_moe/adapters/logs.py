@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..analysis.routing_statistics import RoutingStatistics
 from ..modeling.auxiliary import AuxiliaryLoss, is_learning
-from .routing import AdapterContext
+from .contexts import AdapterContext
 
 
 class LogRouting(TrainerCallback):

@@ -58,7 +58,7 @@ def cache_of(values: Mapping[str, Any] | tuple) -> Cache | None:
 
 
 def foreign_state(values: Mapping[str, Any]) -> Any:
-    """Return what a model that uses no `Cache` keeps of earlier tokens, as xLSTM and RWKV do; `None` if there is none."""
+    """Return what a model without a `Cache` keeps of earlier tokens, such as xLSTM and RWKV, or `None`."""
     for name, value in values.items():
         own_class = type(value).__name__.endswith("Cache") and not isinstance(value, Cache)
         if own_class or (name == "state" and value is not None):

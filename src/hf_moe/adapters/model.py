@@ -17,17 +17,19 @@ from ..modeling.routing import MoELayerSpec, Router, RoutingContext
 from .checkpoints import check_complete
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
+from .contexts import TokenlessContext
 from .decisions import check_decision
 from .dispatched import swap_class
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards
 from .frozen import FrozenExperts, numbered_layers
 from .hosts import enclosing_layer, is_bidirectional, is_layer, known_tokens, layer_width, reads_text
+from .index import drop_indices
 from .layer import Linear, MoeLoraLayer, tuner_layers
 from .objectives import install_hooks
 from .parts import part_of
 from .routers import HostRouter, PooledRouter, SoftMoaRouter
-from .routing import OUTPUT_EXPERTS, TokenlessContext, adapted_layer_class
+from .routing import OUTPUT_EXPERTS, adapted_layer_class
 from .targets import LayerOutput, ParamWrapper, WholeModule
 
 
@@ -100,6 +102,7 @@ class MoeLoraModel(BaseTuner):
         if config.frozen_experts:
             for layer in numbered_layers(model, adapter_name, config):
                 layer.frozen_experts[adapter_name] = FrozenExperts(layer, adapter_name, config.frozen_experts)
+        drop_indices(model)
         self._handles = install_hooks(model) or self._handles
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict) -> MoeLoraConfig:
@@ -299,6 +302,9 @@ class MoeLoraModel(BaseTuner):
         if not any(item.experts for item in tuner_layers(self.model)):
             for handle in self._handles:
                 handle.remove()
+            for module in self.model.modules():
+                module.__class__ = getattr(module, "moe_lora_root_class", module.__class__)
+        drop_indices(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(adapter_names, safe_merge)
