@@ -108,6 +108,30 @@ class ImageContext(AdapterContext):
             known.modality_ids = context.modality_ids + MODALITIES.index("image")
 
 
+class UnknownModality(RoutingContext):
+    """The context of tokens whose modality nothing tells: routers that read it refuse the call.
+
+    Args:
+        known: what else is known.
+        reason: why it is unknown, and what to do.
+    """
+
+    def __init__(self, known: RoutingContext, reason: str):
+        self.reason = reason
+        ids = known.token_mask.long()
+        super().__init__(
+            ids, known.token_mask, known.input_ids, known.condition_ids, known.progress, known.overrides
+        )
+
+    @property
+    def modality_ids(self) -> torch.Tensor:
+        raise ValueError(f"This router reads the modality of the tokens, which is unknown. {self.reason}")
+
+    @modality_ids.setter
+    def modality_ids(self, value: torch.Tensor) -> None:
+        pass
+
+
 class TokenlessContext(RoutingContext):
     """The context of a layer whose model tells nothing of its tokens: all are real, of no modality or condition.
 

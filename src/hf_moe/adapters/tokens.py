@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.routing import RoutingContext
-from .contexts import AdapterContext, ImageContext
+from .contexts import AdapterContext, ImageContext, UnknownModality
 from .documents import packed_documents
 from .memory import cache_of, cached_tokens, first_column, foreign_state
+from .modalities import ModalityUnknown, modalities_of
 
 
 def root_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -50,17 +51,20 @@ def token_context(model: PreTrainedModel, inputs: dict[str, Any]) -> RoutingCont
     if own is not None:  # one of our own models, which knows best
         context = own(**{name: inputs.get(name) for name in names})
         context.token_mask = context.token_mask if token_mask is None else token_mask
-        return context
+        return with_modalities(context, model, inputs)
     if token_mask is None:
         token_mask = torch.ones(shape, dtype=torch.bool, device=device)
-    modality_ids = inputs.get("mm_token_type_ids")
-    if modality_ids is None:
-        modality_ids = torch.zeros(shape, dtype=torch.long, device=device)
-        for modality, name in enumerate(("image_token_id", "video_token_id", "audio_token_id"), start=1):
-            token_id = getattr(model.config, name, None)
-            if token_id is not None and inputs.get("input_ids") is not None:
-                modality_ids = modality_ids.masked_fill(inputs["input_ids"] == token_id, modality)
-    return RoutingContext(modality_ids[:, -shape[1] :].long(), token_mask, inputs.get("input_ids"))
+    context = RoutingContext(token_mask.long(), token_mask, inputs.get("input_ids"))
+    return with_modalities(context, model, inputs)
+
+
+def with_modalities(context: RoutingContext, model: PreTrainedModel, inputs: dict[str, Any]) -> RoutingContext:
+    """Return what is known of the tokens, with their modalities; routers that read them refuse unknown ones."""
+    try:
+        context.modality_ids = modalities_of(model, inputs, context.token_mask.shape)
+    except ModalityUnknown as error:
+        return UnknownModality(context, str(error))
+    return context
 
 
 def text_context(
