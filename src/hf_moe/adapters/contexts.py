@@ -32,6 +32,7 @@ class AdapterContext:
         hides_padding: the attention mask does not tell which tokens are padding.
         foreign_state: what the model keeps of earlier tokens in place of a cache, if it does.
         documents (`torch.Tensor` of shape `(B, S)`, *optional*): which of several in its row a token belongs to.
+        labelled (`torch.Tensor` of shape `(B, S)`, *optional*): which tokens the call has labels for.
     """
 
     # What was called.
@@ -44,6 +45,7 @@ class AdapterContext:
         hides_padding: bool = False,
         documents: torch.Tensor | None = None,
         foreign_state: Any = None,
+        labelled: torch.Tensor | None = None,
     ):
         self.tokens = tokens
         self.past = past_state(cache)
@@ -51,6 +53,7 @@ class AdapterContext:
         self.hides_padding = hides_padding
         self.documents = documents
         self.foreign_state = foreign_state
+        self.labelled = labelled
         self._of: dict[str, RoutingContext] = {}
 
     def enter(self, hidden_states: torch.Tensor) -> None:
@@ -72,6 +75,7 @@ class AdapterContext:
                 "hides_padding": self.hides_padding,
                 "documents": self.documents,
                 "foreign_state": self.foreign_state,
+                "labelled": self.labelled,
                 "pooled": {},
             }
         return self._of[adapter_name]
@@ -119,9 +123,7 @@ class UnknownModality(RoutingContext):
     def __init__(self, known: RoutingContext, reason: str):
         self.reason = reason
         ids = known.token_mask.long()
-        super().__init__(
-            ids, known.token_mask, known.input_ids, known.condition_ids, known.progress, known.overrides
-        )
+        super().__init__(ids, known.token_mask, known.input_ids, known.condition_ids, known.progress, known.overrides)
 
     @property
     def modality_ids(self) -> torch.Tensor:

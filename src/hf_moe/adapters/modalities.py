@@ -10,7 +10,9 @@ from ..modeling.routing import MODALITIES, NUM_MODALITIES
 from .memory import cache_of, cached_tokens
 
 
-TELL = "pass mm_token_type_ids (0 text, 1 image, 2 video, 3 audio), or choose a router that does not read the modality."
+TELL = (
+    "pass mm_token_type_ids (0 text, 1 image, 2 video, 3 audio), or choose a router that does not read the modality."
+)
 
 
 class ModalityUnknown(ValueError):

@@ -79,7 +79,11 @@ def text_context(
     hides_padding = inputs.get("attention_mask") is not None and real_tokens(model, inputs, length) is None
     cache = cache_of(inputs)
     documents = None if cached_tokens(cache) else packed_documents(inputs, tokens.token_mask.shape)
-    return AdapterContext(tokens, cache, hides_padding, documents, foreign_state(inputs))
+    labels = inputs.get("labels")
+    labelled = None
+    if isinstance(labels, torch.Tensor) and labels.shape == tokens.token_mask.shape:
+        labelled = labels != -100
+    return AdapterContext(tokens, cache, hides_padding, documents, foreign_state(inputs), labelled)
 
 
 def image_context(
