@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
+from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
 from .checkpoints import check_complete
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
@@ -75,6 +76,12 @@ class MoeLoraModel(BaseTuner):
         self._specs: list[MoELayerSpec] = []
         # Why targets cannot be adapted, and which.
         self._refused: dict[str, list[str]] = {}
+        config = self.peft_config[adapter_name]
+        # Before PEFT makes a list of names of "all-linear".
+        self._named = config.target_modules if isinstance(config.target_modules, set) else set()
+        stacked = [key for key in stacked_targets(model, config) if self._is_in_part(config, key)]
+        if stacked:
+            config.target_parameters = sorted({*(config.target_parameters or ()), *stacked})
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._refused:
@@ -99,6 +106,7 @@ class MoeLoraModel(BaseTuner):
             first.moe_lora_objectives[adapter_name] = losses
         if config.ffn_experts:
             adapt_feed_forwards(model, adapter_name)
+        check_all_found(model, adapter_name, config, self._named)
         if config.frozen_experts:
             for layer in numbered_layers(model, adapter_name, config):
                 layer.frozen_experts[adapter_name] = FrozenExperts(layer, adapter_name, config.frozen_experts)
@@ -112,6 +120,10 @@ class MoeLoraModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: MoeLoraConfig, key: str) -> Any:
         found = check_target_module_exists(peft_config, key)
+        if peft_config.system is not None and isinstance(peft_config.target_modules, set):
+            if found and is_other_norm(self.model, key):
+                return False
+            found = found or is_fused_target(self.model, peft_config, key)
         return found and self._is_in_part(peft_config, key)
 
     def _is_in_part(self, peft_config: MoeLoraConfig, key: str) -> bool:

@@ -3,10 +3,10 @@
     pooled_t = mean, or sum, of v_s over the counted tokens s <= t
     with `end_token_id`, behind the first such token: over s <= e, the last of them up to t
 
-A token counts if it is real and of one of the named modalities. So the gate of a token never sees a later one,
-padding or another row, and is the same whether the tokens before it were computed in the same call or lie in a
-key-value cache. In encoders, where attention sees everything, all of the sequence is pooled, or all up to the last end.
-Where a row holds several documents, each is pooled for itself.
+A token counts if it is real and of one of the named modalities. So the gate of a token never sees a later one, padding
+or another row, and it is the same whether the tokens before were computed in the same call or lie in a cache. In
+encoders, where attention sees everything, all of the sequence is pooled, or all up to the last end. Where a row holds
+several documents, each is pooled for itself.
 """
 
 import warnings
