@@ -1,8 +1,8 @@
 """What a host has under another name than a list of targets gives it.
 
-Transformers stores the feed-forwards of a MoE host as stacks, whose `gate_up_proj` holds what lists of targets
-and PEFT's LoRA call `gate_proj` and `up_proj`; some decoders fuse linear layers. A published system is only itself with all
-of its targets: what a host lacks of them is refused.
+Transformers stores the feed-forwards of a MoE host as stacks, whose `gate_up_proj` holds what lists of targets, and
+PEFT's LoRA, call `gate_proj` and `up_proj`; some decoders fuse linear layers. A published system is only itself with
+all of its targets: what a host lacks of them is refused.
 """
 
 import re
