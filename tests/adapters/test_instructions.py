@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from observed import decisions, logits, with_cache
+from observed import assert_near, decisions, logits, with_cache
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig
@@ -60,7 +60,7 @@ def test_the_gate_of_an_answer_pools_all_up_to_the_last_end(llama, randomise):
     randomise(model)
     seen = gates(model, rows)
     prompt = {name: value[:, :9] for name, value in rows.items()}  # up to the end of the question
-    torch.testing.assert_close(seen[:, 9:12], gates(model, prompt)[:, 8:9].expand(-1, 3, -1), atol=1e-6, rtol=1e-5)
+    assert_near(seen[:, 9:12], gates(model, prompt)[:, 8:9].expand(-1, 3, -1), 1e-5)
     # Until the next one, nothing of a turn moves the gate.
     assert torch.allclose(seen[:, 3:8], seen[:, 3:4].expand(-1, 5, -1), atol=1e-6)
 
@@ -79,7 +79,7 @@ def test_the_gate_is_the_same_with_what_is_cached(llama, randomise, end, pieces)
         cache = with_cache(model, output)
         steps.append(output.logits)
     real = rows["attention_mask"].bool()
-    torch.testing.assert_close(torch.cat(steps, 1)[real], whole[real], atol=1e-5, rtol=1e-4)
+    assert_near(torch.cat(steps, 1)[real], whole[real], 1e-4)
 
 
 def test_packed_chats_are_read_each_for_itself(llama, randomise):
@@ -90,7 +90,7 @@ def test_packed_chats_are_read_each_for_itself(llama, randomise):
         "position_ids": torch.arange(13).repeat(4)[None],
     }
     apart = {name: value for name, value in rows.items() if name == "input_ids"}
-    torch.testing.assert_close(gates(model, packed).view(4, 13, -1), gates(model, apart), atol=1e-5, rtol=1e-4)
+    assert_near(gates(model, packed).view(4, 13, -1), gates(model, apart), 1e-4)
 
 
 SAME = {
@@ -137,5 +137,5 @@ def test_a_centred_gate_subtracts_what_the_gates_of_answers_read(llama):
     router.register_forward_pre_hook(lambda _, args: states.append(args[0]))
     model.train()(**rows).loss.backward()
     directions = torch.nn.functional.rms_norm(states[0].view(4, 13, -1), (32,))
-    torch.testing.assert_close(router.accumulated[:-1] / 4, directions[:, :9].mean((0, 1)), atol=1e-5, rtol=1e-4)
+    assert_near(router.accumulated[:-1] / 4, directions[:, :9].mean((0, 1)), 1e-4)
     assert router.accumulated[-1] == 4
