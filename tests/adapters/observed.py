@@ -8,6 +8,12 @@ from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.memory import cache_of
 
 
+def assert_near(found, expected, share=1e-6):
+    """Assert that two tensors differ by less than a share of the largest value: sums in another order do by more."""
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(found, expected, atol=share * scale, rtol=0)
+
+
 def with_cache(model, output):
     """Return the keyword argument that gives the cache of an output to the next call, by this version's name."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

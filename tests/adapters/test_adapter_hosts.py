@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from observed import assert_near
 from peft import PeftModel, get_peft_model
 from tiny_hosts import HOSTS, IMAGE, pixels, seq2seq
 from transformers import BartConfig, BartForConditionalGeneration, SwinConfig, SwinForImageClassification
@@ -35,7 +36,7 @@ def test_experts_start_from_the_model_train_are_saved_and_loaded_and_generate(na
     inputs = HOSTS[name].inputs()
     base = outputs(build(name), inputs)
     model = adapt(name)
-    torch.testing.assert_close(outputs(model, inputs), base, atol=1e-6, rtol=0)
+    assert_near(outputs(model, inputs), base, 1e-6)
     randomise(model)
     trained = outputs(model, inputs)
     assert (trained - base).abs().max() > 1e-3
@@ -43,7 +44,7 @@ def test_experts_start_from_the_model_train_are_saved_and_loaded_and_generate(na
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(name), tmp_path).eval()
-    torch.testing.assert_close(outputs(loaded, inputs), trained, atol=1e-6, rtol=0)
+    assert_near(outputs(loaded, inputs), trained, 1e-6)
     if HOSTS[name].decodes:
         prompt = {key: value for key, value in inputs.items() if key != "labels"}
         options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
@@ -74,8 +75,8 @@ def test_what_a_router_reads_of_the_rows_reaches_it_or_is_refused(name, kind, ra
         with routing_inputs(task=TASKS.flip(0)):
             swapped = outputs(model, inputs)
         both = outputs(model, {**inputs, "task_ids": TASKS[[0, 0]]})
-        torch.testing.assert_close(both[0], found[0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(both[1], swapped[1], atol=1e-5, rtol=1e-5)
+        assert_near(both[0], found[0], 1e-5)
+        assert_near(both[1], swapped[1], 1e-5)
         assert (found - swapped).abs().amax(tuple(range(1, found.dim()))).min() > 1e-4
     if kind == "objectives":
         balanced = model(**inputs).loss
@@ -100,13 +101,13 @@ def test_experts_stand_behind_whole_layers(name, randomise, tmp_path):
     base = outputs(build(name), inputs)
     fields = {"target_modules": LAYERS, "experts": "bottleneck", "router_input": "target"}
     model = adapt(name, **fields)
-    torch.testing.assert_close(outputs(model, inputs), base, atol=1e-6, rtol=0)
+    assert_near(outputs(model, inputs), base, 1e-6)
     randomise(model)
     trained = outputs(model, inputs)
     assert (trained - base).abs().max() > 1e-3
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(name), tmp_path).eval()
-    torch.testing.assert_close(outputs(loaded, inputs), trained, atol=1e-6, rtol=0)
+    assert_near(outputs(loaded, inputs), trained, 1e-6)
 
 
 def test_a_router_does_not_decide_for_the_tokens_that_cross_attention_reads():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from observed import real_logits, stacks, step
+from observed import assert_near, real_logits, stacks, step
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_moe import MoeLoraConfig
@@ -59,9 +59,7 @@ def test_an_expert_that_no_token_may_choose_leaves_without_a_trace(llama, text, 
             item.weight[2] = -1e3
     expected = real_logits(model, text)
     remove_expert(model, 2)
-    torch.testing.assert_close(
-        logits_with(model, text, lambda args: (args[0].abs(), args[1])), expected, atol=1e-5, rtol=1e-5
-    )
+    assert_near(logits_with(model, text, lambda args: (args[0].abs(), args[1])), expected, 1e-5)
     for stack, was in zip(stacks(model), before, strict=True):
         assert torch.equal(stack[2:], was[3:])
     assert model.peft_config["default"].num_experts == 4 and routers(model)[0].spec.num_experts == 4
@@ -81,7 +79,7 @@ def test_a_new_expert_computes_nothing_yet_and_then_trains(llama, text, randomis
     expected = real_logits(model, text)
     before = [stack.detach().clone() for stack in stacks(model)]
     assert add_expert(model, "new") == 3
-    torch.testing.assert_close(real_logits(model, text), expected, atol=1e-6, rtol=0)
+    assert_near(real_logits(model, text), expected, 1e-6)
     assert all(torch.equal(stack[:3], was) for stack, was in zip(stacks(model), before, strict=True))
     assert expert_names(model) == ["0", "1", "2", "new"]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -107,9 +105,7 @@ def test_a_target_with_its_own_number_of_experts_per_token_keeps_it(llama, text,
     add_expert(model, copy_of=0)
     remove_expert(model, 1)
     assert [router.spec.num_experts_per_tok for router in routers(model)] == before
-    torch.testing.assert_close(
-        real_logits(reloaded(model, llama, tmp_path), text), real_logits(model, text), atol=1e-6, rtol=0
-    )
+    assert_near(real_logits(reloaded(model, llama, tmp_path), text), real_logits(model, text), 1e-6)
 
 
 def test_a_copy_has_the_weights_and_the_rows_of_what_it_copies(llama, text, randomise):
@@ -136,7 +132,7 @@ def test_an_edited_adapter_is_saved_and_loaded_as_it_is(llama, text, randomise, 
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
     assert expert_names(loaded) == ["first", "2", "fourth"]
-    torch.testing.assert_close(real_logits(loaded, text), real_logits(model, text), atol=1e-6, rtol=0)
+    assert_near(real_logits(loaded, text), real_logits(model, text), 1e-6)
     kept = [stack[2].detach().clone() for stack in stacks(loaded)]
     optimizer = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     step(loaded, text, optimizer)
@@ -168,8 +164,8 @@ def test_one_adapter_of_several_is_edited_and_the_others_stay(llama, text, rando
     model.set_adapter("other")
     assert (real_logits(model, text) - base).abs().max() > 0.01
     with model.disable_adapter():
-        torch.testing.assert_close(real_logits(model, text), base, atol=1e-6, rtol=0)
-    torch.testing.assert_close(real_logits(model.unload(), text), base, atol=1e-6, rtol=0)
+        assert_near(real_logits(model, text), base, 1e-6)
+    assert_near(real_logits(model.unload(), text), base, 1e-6)
 
 
 def test_the_always_on_lora_is_no_expert(llama, text, randomise):
@@ -181,7 +177,7 @@ def test_the_always_on_lora_is_no_expert(llama, text, randomise):
     expected = real_logits(model, text)
     assert (expected - real_logits(llama(), text)).abs().max() > 0.1
     remove_expert(model, 0)
-    torch.testing.assert_close(real_logits(model, text), expected, atol=1e-6, rtol=0)
+    assert_near(real_logits(model, text), expected, 1e-6)
 
 
 GATED = {"name": "bottleneck", "gated": True}
@@ -203,7 +199,7 @@ def test_experts_of_their_own_rank_come_and_go_and_the_others_stay(llama, text, 
     randomise(model)
     before, expected = parts(model), real_logits(model, text)
     assert add_expert(model, "new", rank=5) == number
-    torch.testing.assert_close(real_logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    assert_near(real_logits(model, text), expected, 1e-5)
     for found, was in zip(parts(model), before, strict=True):
         assert same(found[:number], was) and 5 in found[number].shape
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -217,7 +213,7 @@ def test_experts_of_their_own_rank_come_and_go_and_the_others_stay(llama, text, 
     left = [was[:1] + was[2:] + was[-1:] for was in before]
     assert all(same(found, was) for found, was in zip(parts(model), left, strict=True))
     loaded = reloaded(model, llama, tmp_path)
-    torch.testing.assert_close(real_logits(loaded, text), real_logits(model, text), atol=1e-6, rtol=0)
+    assert_near(real_logits(loaded, text), real_logits(model, text), 1e-6)
     assert loaded.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
     assert sum(part.numel() for found in left for part in found) == model.get_nb_trainable_parameters()[0]
 
@@ -237,9 +233,7 @@ def test_ranks_become_equal_and_unequal_with_the_experts(llama, text, randomise,
     with torch.no_grad():
         layer.moe_lora_B["default"].fill_(1.0)
     torch.testing.assert_close(layer.scaled_b("default")[0], torch.tensor([1.5] * 12 + [3.0] * 2))
-    torch.testing.assert_close(
-        real_logits(reloaded(model, llama, tmp_path), text), real_logits(model, text), atol=1e-6, rtol=0
-    )
+    assert_near(real_logits(reloaded(model, llama, tmp_path), text), real_logits(model, text), 1e-6)
 
 
 @pytest.mark.parametrize("fields", RANKED, ids=lambda fields: "-".join(map(str, fields.values()))[:40])
@@ -282,7 +276,7 @@ def test_the_parts_of_an_expert_on_stacked_weights_go_together(own_model, image_
     with torch.no_grad():
         expected = model(**inputs).logits
         found = reloaded(model, own_model, tmp_path)(**inputs).logits
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert_near(found, expected, 1e-6)
 
 
 def test_targets_with_another_number_of_experts_keep_theirs(llama, text, randomise, tmp_path):
@@ -298,7 +292,7 @@ def test_targets_with_another_number_of_experts_keep_theirs(llama, text, randomi
     for place, (found, was) in enumerate(zip(parts(model), before, strict=True)):
         assert same(found[:-1], was[1:]) if edited[place // 2] else same(found, was)
     loaded = reloaded(model, llama, tmp_path)
-    torch.testing.assert_close(real_logits(loaded, text), real_logits(model, text), atol=1e-6, rtol=0)
+    assert_near(real_logits(loaded, text), real_logits(model, text), 1e-6)
     step(loaded, text, torch.optim.AdamW(loaded.parameters(), lr=1e-2, weight_decay=0.1))
     real_logits(loaded, text)
     for place, (found, was) in enumerate(zip(parts(loaded), parts(model), strict=True)):

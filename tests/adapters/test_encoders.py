@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from observed import decisions, logits
+from observed import assert_near, decisions, logits
 from peft import get_peft_model
 from tiny_hosts import HOSTS, pixels
 from transformers import MPNetConfig, MPNetModel, Trainer, TrainingArguments
@@ -37,7 +37,7 @@ def test_task_ids_pick_the_expert_of_a_row_also_in_a_recomputation(name, router_
         model.train()(**inputs, task_ids=TASKS).loss.backward()
         found.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
     for key, gradient in found[0].items():
-        torch.testing.assert_close(found[1][key], gradient, atol=1e-6, rtol=1e-5)
+        assert_near(found[1][key], gradient, 1e-5)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -53,7 +53,7 @@ def test_a_pooled_gate_reads_the_whole_of_a_row_and_no_other(name, randomise):
     alone = {key: value[1:] for key, value in inputs.items()}
     if name == "bert":  # without its padding
         alone = {key: value[:, :6] for key, value in alone.items() if key != "labels"}
-    torch.testing.assert_close(logits(model, alone), together[1:], atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, alone), together[1:], 1e-5)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -113,4 +113,4 @@ def test_attention_that_returns_a_tuple_of_one_still_does_with_experts_around_it
     with torch.no_grad():
         expected = host(**inputs).last_hidden_state
         model = get_peft_model(host, MoeLoraConfig(target_modules=["attention"])).eval()
-        torch.testing.assert_close(model(**inputs).last_hidden_state, expected, atol=1e-6, rtol=0)
+        assert_near(model(**inputs).last_hidden_state, expected, 1e-6)

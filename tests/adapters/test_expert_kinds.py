@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from observed import logits
+from observed import assert_near, logits
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -92,7 +92,7 @@ def test_fresh_experts_change_nothing_and_trained_ones_train_whole_also_under_ch
 ):
     base = logits(llama(), text)
     model = adapt(llama(), **fields)
-    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, text), base, 1e-6)
     randomise(model)
     assert (logits(model, text) - base).abs().max() > 0.05
     twin = copy.deepcopy(model)
@@ -105,10 +105,10 @@ def test_fresh_experts_change_nothing_and_trained_ones_train_whole_also_under_ch
         assert parameter.requires_grad == ("moe_lora_" in name)
         if parameter.requires_grad:
             assert parameter.grad.abs().sum() > 0, name
-            torch.testing.assert_close(recomputed[name].grad, parameter.grad, atol=1e-6, rtol=1e-5)
+            assert_near(recomputed[name].grad, parameter.grad, 1e-5)
     model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
-    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-6, rtol=0)
+    assert_near(logits(loaded, text), logits(model, text), 1e-6)
     host = model.unload()
     torch.testing.assert_close(logits(host, text), base, atol=0, rtol=0)
     assert [type(module) for module in host.modules()] == [type(module) for module in llama().modules()]
@@ -150,7 +150,7 @@ def test_experts_of_unequal_rank_are_exactly_their_own_loras(llama, randomise, n
         for expert, share in zip(index[token].tolist(), weight[token], strict=True):
             own = slice(sum(ranks[:expert]), sum(ranks[: expert + 1]))
             expected = expected + share * 6 / ranks[expert] * lora_b[:, own] @ lora_a[own] @ x[token]
-        torch.testing.assert_close(found[token], expected, atol=1e-6, rtol=1e-6)
+        assert_near(found[token], expected, 1e-6)
 
 
 @pytest.mark.parametrize("fields", UNEQUAL.values(), ids=UNEQUAL)
@@ -169,17 +169,17 @@ def test_unequal_ranks_compute_and_learn_what_padded_experts_would(llama, text, 
             stacks[0][expert].unflatten(0, (-1, target.rank))[:, :rank] = lora_a.detach()
             stacks[1][expert][:, :rank] = lora_b.detach() * (target.rank / rank) ** power
             unequal += lora_a.numel() + lora_b.numel()
-    torch.testing.assert_close(logits(model, text), logits(twin, text), atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, text), logits(twin, text), 1e-5)
     for item in (model, twin):
         item.train()(**text).loss.backward()
     routers = [[p.grad for name, p in item.named_parameters() if "_router" in name] for item in (model, twin)]
-    torch.testing.assert_close(*routers, atol=1e-6, rtol=1e-4)
+    assert_near(*routers, 1e-4)
     for own, padded in zip(tuner_layers(model), tuner_layers(twin), strict=True):
         target = own.experts["default"].target
         found = target.split("A", own.moe_lora_A["default"].grad)
         for part, stack in zip(found, padded.moe_lora_A["default"].grad.flatten(0, -3), strict=True):
             wanted = stack.unflatten(0, (-1, target.rank))[:, : part.shape[-2]]
-            torch.testing.assert_close(part, wanted.reshape(part.shape), atol=1e-6, rtol=1e-4)
+            assert_near(part, wanted.reshape(part.shape), 1e-4)
     # What trains, and what is saved, are these numbers alone.
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert sum(count for name, count in trained.items() if "_router" not in name) == unequal
@@ -188,7 +188,7 @@ def test_unequal_ranks_compute_and_learn_what_padded_experts_would(llama, text, 
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == sum(trained.values())
     loaded = PeftModel.from_pretrained(host(), tmp_path).eval()
-    torch.testing.assert_close(logits(loaded, text), logits(model.eval(), text), atol=1e-6, rtol=0)
+    assert_near(logits(loaded, text), logits(model.eval(), text), 1e-6)
 
 
 def parts(layer, target):
@@ -226,7 +226,7 @@ def test_merged_vectors_equal_the_weighted_sum_of_separate_outputs(llama, text, 
         scales_input = layer.in_features == 48
         outputs = [layer.base_layer(x * v) if scales_input else layer.base_layer(x) * v for v in vectors]
         expected = sum(share[:, [i]] * output for i, output in enumerate(outputs))
-        torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-5)
+        assert_near(layer(x), expected, 1e-5)
 
 
 def test_a_bottleneck_stands_beside_or_behind_a_module(llama, text, randomise):
@@ -241,7 +241,7 @@ def test_a_bottleneck_stands_beside_or_behind_a_module(llama, text, randomise):
         inner = F.relu(read @ layer.moe_lora_A["default"][0].T)
         expected = base + 0.5 * inner @ layer.moe_lora_B["default"][0].T
         layer.slots = lambda *args: ExpertSlots(ExpertAssignment(torch.zeros(5, 1).long(), torch.ones(5, 1), 1))
-        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+        assert_near(layer(x), expected, 1e-5)
 
 
 def test_pairs_of_rank_1_vectors_are_experts_of_their_own(llama, randomise):
@@ -255,7 +255,7 @@ def test_pairs_of_rank_1_vectors_are_experts_of_their_own(llama, randomise):
     down, up = layer.moe_lora_A["default"][:, 0], layer.moe_lora_B["default"][..., 0]
     first = 0.3 * up[1] * (down[2] @ x[0]) + 0.7 * up[2] * (down[0] @ x[0])
     expected = layer.base_layer(x) + 3.0 * torch.stack([first, up[0] * (down[0] @ x[1])])
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    assert_near(layer(x), expected, 1e-5)
     with pytest.raises(ValueError, match="must be a square"):
         adapt(llama(), experts="rank1_pairs", r=1, num_experts=8, target_modules=["up_proj"])
 
@@ -264,7 +264,7 @@ def test_pairs_of_rank_1_vectors_are_experts_of_their_own(llama, randomise):
 def test_stacked_expert_weights_take_a_mixture_per_host_expert(name, text, randomise, tmp_path):
     base = logits(moe_host(name), text)
     model = adapt(moe_host(name), target_modules=["q_proj"], target_parameters=STACKED, num_experts=3, r=2)
-    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, text), base, 1e-6)
     randomise(model)
     changed = logits(model, text)
     assert (changed - base).abs().max() > 0.05
@@ -277,16 +277,16 @@ def test_stacked_expert_weights_take_a_mixture_per_host_expert(name, text, rando
     for parameter_name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("moe_lora_" in parameter_name), parameter_name
         if parameter.grad is not None:
-            torch.testing.assert_close(recomputed[parameter_name].grad, parameter.grad, atol=1e-6, rtol=1e-5)
+            assert_near(recomputed[parameter_name].grad, parameter.grad, 1e-5)
     model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(moe_host(name), tmp_path).eval()
-    torch.testing.assert_close(logits(loaded, text), changed, atol=1e-6, rtol=0)
+    assert_near(logits(loaded, text), changed, 1e-6)
     model.add_adapter("second", MoeLoraConfig(target_parameters=STACKED[1:], num_experts=2))
     model.set_adapter("second")
-    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, text), base, 1e-6)
     model.delete_adapter("second")
     model.set_adapter("default")
-    torch.testing.assert_close(logits(model, text), changed, atol=1e-6, rtol=0)
+    assert_near(logits(model, text), changed, 1e-6)
     host = model.unload()
     torch.testing.assert_close(logits(host, text), base, atol=0, rtol=0)
 
@@ -319,7 +319,7 @@ def test_a_stacked_weight_computes_what_a_loop_over_both_kinds_of_experts_does(r
             inner = F.silu(inner[:24]) * inner[24:]
             row = row + share * (host.down_proj[expert] + delta(down, token, expert)) @ inner
         rows.append(row)
-    torch.testing.assert_close(outer(x, index, weight), torch.stack(rows), atol=1e-5, rtol=1e-5)
+    assert_near(outer(x, index, weight), torch.stack(rows), 1e-5)
 
 
 def test_the_experts_of_our_own_models_are_targets(own_model, image_rows, randomise):
@@ -327,7 +327,7 @@ def test_the_experts_of_our_own_models_are_targets(own_model, image_rows, random
     model = adapt(
         own_model(), target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], router="moiie", r=2
     )
-    torch.testing.assert_close(logits(model, image_rows), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, image_rows), base, 1e-6)
     randomise(model)
     model.train()(**image_rows).loss.backward()
     assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "moe_lora_" in n)

@@ -1,6 +1,7 @@
 """Intuition-MoR1E: pairs of rank-1 vectors, scored by the token and by what its row is close to."""
 
 import torch
+from observed import assert_near
 from peft import get_peft_model
 from torch.nn import functional as F
 
@@ -36,7 +37,7 @@ def test_the_two_best_of_four_pairs_add_what_the_formula_says(llama):
             expected = layer.base_layer(h) + sum(
                 w * u[i] * (v[j] @ h) for w, (i, j) in zip(weights, kept, strict=True)
             )
-            torch.testing.assert_close(found[token], expected, atol=1e-4, rtol=1e-4)
+            assert_near(found[token], expected, 1e-4)
 
 
 def test_intuition_is_the_softmax_of_the_cosines_over_a_tenth():

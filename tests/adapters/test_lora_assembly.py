@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from observed import assert_near
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -50,7 +51,7 @@ def test_each_expert_is_the_adapter_it_came_from(llama, trained, text, tmp_path,
         with torch.no_grad():
             found, expected = bank(**inputs).logits, single(**inputs).logits
         real = text["attention_mask"].bool()
-        torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+        assert_near(found[real], expected[real], 1e-5)
     # No number more than the adapters have.
     sizes = [sum(t.numel() for t in load_file(f"{folder}/adapter_model.safetensors").values()) for folder in folders]
     bank.save_pretrained(tmp_path / "bank")
@@ -149,7 +150,7 @@ def test_an_adapter_that_was_converted_to_plain_lora_is_an_expert(llama, text, t
     with torch.no_grad():
         found, expected = bank(**inputs).logits, model.eval()(**inputs).logits
     real = text["attention_mask"].bool()
-    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+    assert_near(found[real], expected[real], 1e-4)
 
 
 @pytest.mark.parametrize("own", ["org/C", ""])

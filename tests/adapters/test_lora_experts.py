@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from observed import logits
+from observed import assert_near, logits
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import (
@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from hf_moe import MoeLoraConfig
+from hf_moe.adapters.contexts import ACTIVE_LAYER
 from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
-from hf_moe.adapters.routing import _ROOT_CONTEXT, ACTIVE_LAYER
+from hf_moe.adapters.routing import _ROOT_CONTEXT
 
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
@@ -49,7 +50,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_trains_all_it_holds(
 ):
     base = logits(llama(), text)
     model = adapt(llama(), router_input=router_input, **fields)
-    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, text), base, 1e-6)
     randomise(model)
     assert (logits(model, text) - base).abs().max() > 0.1
     model.train()(**text).loss.backward()
@@ -78,9 +79,9 @@ def test_the_output_is_that_of_a_loop_over_tokens_and_experts(llama, text, rando
         expected = layer.base_layer(x[row, position])
         for expert, share in zip(chosen, weight / weight.sum(), strict=True):
             expected = expected + 2.0 * share * lora_b[expert] @ lora_a[expert] @ x[row, position]
-        torch.testing.assert_close(output[row, position], expected, atol=1e-5, rtol=1e-5)
+        assert_near(output[row, position], expected, 1e-5)
     padded = layer.base_layer(x[1, 0])
-    torch.testing.assert_close(output[1, 0], padded, atol=1e-6, rtol=0)
+    assert_near(output[1, 0], padded, 1e-6)
 
 
 def test_one_router_a_decoder_layer_is_shared_by_its_targets_and_runs_once(llama, text):
@@ -121,7 +122,7 @@ def test_a_plain_lora_beside_the_experts_is_pefts_lora(llama, text):
                 weight = getattr(layer, f"lora_{side}")["default"].weight
                 weight.normal_(std=0.3, generator=generator)
                 getattr(own, f"moe_lora_shared_{side}")["default"].copy_(weight)
-    torch.testing.assert_close(logits(model, text), logits(plain, text), atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, text), logits(plain, text), 1e-5)
 
 
 def test_padding_and_other_rows_do_not_reach_a_token(llama, text, randomise):
@@ -129,7 +130,7 @@ def test_padding_and_other_rows_do_not_reach_a_token(llama, text, randomise):
     randomise(model)
     together = logits(model, text)
     alone = logits(model, {"input_ids": text["input_ids"][1:, 3:]})
-    torch.testing.assert_close(together[1:, 3:], alone, atol=1e-5, rtol=1e-5)
+    assert_near(together[1:, 3:], alone, 1e-5)
 
 
 def test_generation_with_a_cache_equals_generation_without(llama, text, randomise):
@@ -145,7 +146,7 @@ def test_modality_reaches_the_routers_of_our_own_models(own_model, image_rows, r
     base = logits(own_model(), image_rows)
     targets = r".*language_model.*(q_proj|down_proj)"  # the MoE layer has no linear layer
     model = adapt(own_model(), target_modules=targets, router="moiie")
-    torch.testing.assert_close(logits(model, image_rows), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, image_rows), base, 1e-6)
     randomise(model)
     chosen = []
     layer = next(tuner_layers(model))
@@ -154,7 +155,7 @@ def test_modality_reaches_the_routers_of_our_own_models(own_model, image_rows, r
     image = (image_rows["input_ids"] == 60).flatten()
     assert (chosen[0][image] < 3).all() and (chosen[0][~image] >= 1).all()
     restored = model.unload()
-    torch.testing.assert_close(logits(restored, image_rows), base, atol=1e-6, rtol=0)
+    assert_near(logits(restored, image_rows), base, 1e-6)
 
 
 def test_a_vision_transformer_takes_routers_that_read_hidden_states_alone(vit, randomise):
@@ -162,7 +163,7 @@ def test_a_vision_transformer_takes_routers_that_read_hidden_states_alone(vit, r
     base = logits(vit(), pixels)
     for router_input in ("target", "decoder_layer"):
         model = adapt(vit(), target_modules="all-linear", router_input=router_input, modules_to_save=["classifier"])
-        torch.testing.assert_close(logits(model, pixels), base, atol=1e-6, rtol=0)
+        assert_near(logits(model, pixels), base, 1e-6)
         randomise(model)
         model(**pixels, labels=torch.tensor([0, 2])).loss.backward()
         assert all(p.grad is not None for name, p in model.named_parameters() if "moe_lora_" in name)
@@ -178,7 +179,7 @@ def test_the_context_reaches_the_layers_of_a_decoder_that_drops_keyword_argument
         host = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)).eval()
         base = logits(host, text)
         model = adapt(host, **fields)
-        torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+        assert_near(logits(model, text), base, 1e-6)
         randomise(model)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -186,7 +187,7 @@ def test_the_context_reaches_the_layers_of_a_decoder_that_drops_keyword_argument
         model.train()(**text).loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+        assert_near(found[1][name], gradient, 1e-5)
 
 
 def test_a_failed_call_leaves_no_context_behind(text):
@@ -219,7 +220,7 @@ def test_a_vision_language_model_of_transformers_tells_its_routers_the_modality(
     }
     base = logits(host, inputs)
     model = adapt(host, target_modules=r".*language_model.*(q_proj|down_proj)", router="moiie")
-    torch.testing.assert_close(logits(model, inputs), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, inputs), base, 1e-6)
     randomise(model)
     chosen = []
     router = next(tuner_layers(model)).moe_lora_router["default"]
@@ -227,7 +228,7 @@ def test_a_vision_language_model_of_transformers_tells_its_routers_the_modality(
     logits(model, inputs)
     assert (chosen[0][image.flatten()] < 3).all() and (chosen[0][~image.flatten()] >= 1).all()
     tower = adapt(model.unload(), target_modules=r".*visual.*(qkv|linear_fc1)", router_input="target")
-    torch.testing.assert_close(logits(tower, inputs), base, atol=1e-6, rtol=0)
+    assert_near(logits(tower, inputs), base, 1e-6)
 
 
 def test_transposed_linear_layers_are_targets_too(text, randomise):
@@ -236,7 +237,7 @@ def test_transposed_linear_layers_are_targets_too(text, randomise):
     host = GPT2LMHeadModel(config).eval()
     base = logits(host, text)
     model = adapt(host, target_modules=["c_attn", "c_fc", "c_proj"])
-    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, text), base, 1e-6)
     randomise(model)
     assert (logits(model, text) - base).abs().max() > 0.01
 
@@ -262,7 +263,7 @@ def test_two_adapters_with_other_targets_and_numbers_of_experts_live_side_by_sid
     second = logits(model, text)
     assert (first - second).abs().max() > 0.1
     with model.disable_adapter():
-        torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+        assert_near(logits(model, text), base, 1e-6)
     model.base_model.set_adapter(["first", "second"])
     assert (logits(model, text) - first).abs().max() > 0.1
     model.set_adapter("first")
@@ -300,7 +301,7 @@ def test_experts_behind_a_layer_leave_it_in_its_place(llama, text, randomise):
     first.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     expected = logits(model, text)
     kind, (block, output) = first.experts["default"], seen[0]
-    torch.testing.assert_close(block, first_output(plain, text), atol=1e-5, rtol=1e-5)
+    assert_near(block, first_output(plain, text), 1e-5)
     probs = (block @ first.moe_lora_router["default"].weight.T).softmax(-1)
     weight, chosen = probs.topk(2)
     pairs = zip(first.moe_lora_A["default"], first.scaled_b("default"), strict=True)
@@ -308,7 +309,7 @@ def test_experts_behind_a_layer_leave_it_in_its_place(llama, text, randomise):
     picked = by_expert.gather(-2, chosen[..., None].expand(*chosen.shape, 32))
     mixed = block + ((weight / weight.sum(-1, keepdim=True))[..., None] * picked).sum(-2)
     real = text["attention_mask"].bool()
-    torch.testing.assert_close(output[real], mixed[real], atol=1e-5, rtol=1e-5)
+    assert_near(output[real], mixed[real], 1e-5)
 
     model.add_adapter("second", MoeLoraConfig(target_modules=["q_proj", "layers.1"], router="condition"))
     for name, parameter in model.named_parameters():
@@ -343,7 +344,7 @@ def test_experts_behind_layers_come_back_in_a_recomputation(build, request, text
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert any("output_experts" in name for name in found[0])
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+        assert_near(found[1][name], gradient, 1e-5)
 
 
 def first_output(model, inputs):

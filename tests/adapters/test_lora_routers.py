@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from observed import logits, with_cache
+from observed import assert_near, logits, with_cache
 from peft import PeftModel, get_peft_model
 from transformers import (
     Gemma3ForCausalLM,
@@ -61,9 +61,9 @@ def test_a_pooled_gate_sees_no_later_token_no_padding_and_no_other_row(llama, te
     together = logits(model, text)
     later = {**text, "input_ids": text["input_ids"].clone()}
     later["input_ids"][:, 7:] = 5
-    torch.testing.assert_close(logits(model, later)[:, :7], together[:, :7], atol=1e-6, rtol=0)
+    assert_near(logits(model, later)[:, :7], together[:, :7], 1e-6)
     alone = logits(model, {"input_ids": text["input_ids"][1:, 3:]})
-    torch.testing.assert_close(together[1:, 3:], alone, atol=1e-5, rtol=1e-5)
+    assert_near(together[1:, 3:], alone, 1e-5)
 
 
 @pytest.mark.parametrize("fields", POOLED, ids=lambda fields: "-".join(map(str, fields.values())))
@@ -84,7 +84,7 @@ def test_a_pooled_gate_is_the_same_with_a_cache(llama, text, randomise, fields):
             cache = with_cache(model, output)
             steps.append(output.logits)
     real = text["attention_mask"].bool()
-    torch.testing.assert_close(torch.cat(steps, 1)[real], whole[real], atol=1e-5, rtol=1e-5)
+    assert_near(torch.cat(steps, 1)[real], whole[real], 1e-5)
     inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached = model.generate(**inputs, use_cache=True, **options)
@@ -108,7 +108,7 @@ def test_a_pooled_gate_is_the_same_with_a_cache_of_fixed_size(llama, text, rando
             **inputs, **options, cache_implementation="static", output_scores=True, return_dict_in_generate=True
         )
         assert torch.equal(fixed.sequences, grown.sequences)
-        torch.testing.assert_close(fixed.scores, grown.scores, atol=1e-5, rtol=1e-5)
+        assert_near(fixed.scores, grown.scores, 1e-5)
 
 
 @pytest.mark.parametrize("layer_types", [["sliding_attention", "full_attention"], ["sliding_attention"] * 2])
@@ -150,7 +150,7 @@ def test_a_pooled_gate_reads_images_in_our_own_models_with_a_cache(own_model, im
             attention_mask=image_rows["attention_mask"],
             **cache,
         ).logits
-    torch.testing.assert_close(last, whole[:, 8:], atol=1e-5, rtol=1e-5)
+    assert_near(last, whole[:, 8:], 1e-5)
 
 
 def test_a_cache_without_the_memory_of_a_pooled_router_is_refused(llama, text):
@@ -225,7 +225,7 @@ def test_one_router_for_the_model_decides_once_also_in_a_recomputation(llama, te
         (model.train()(**text).loss - model(**other).loss).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+        assert_near(found[1][name], gradient, 1e-5)
     assert any("router" in name and gradient.any() for name, gradient in found[0].items())
 
 
@@ -249,13 +249,13 @@ def test_task_ids_pick_the_expert_of_a_row(llama, text, randomise, tmp_path):
         inputs = {name: text[name] for name in ("input_ids", "attention_mask")}
         model.generate(**inputs, max_new_tokens=2, num_beams=2, pad_token_id=0)
     base = logits(llama(), text)
-    torch.testing.assert_close(logits(model, text, task_ids=torch.tensor([-1, -1])), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, text, task_ids=torch.tensor([-1, -1])), base, 1e-6)
     with pytest.raises(ValueError, match="pass task_ids"):
         logits(model, text)
     assert not any(parameter.numel() for router in routers(model) for parameter in router.parameters())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
-    torch.testing.assert_close(logits(loaded, text, task_ids=task), found, atol=1e-6, rtol=0)
+    assert_near(logits(loaded, text, task_ids=task), found, 1e-6)
 
 
 def test_task_ids_train_as_a_column_with_trainer(llama, tmp_path):

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from observed import assert_near
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -29,7 +30,7 @@ for model in (
     AutoPeftModelForCausalLM.from_pretrained(adapter),
 ):
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(input_ids=input_ids).logits, expected, atol=1e-6, rtol=0)
+        assert_near(model.eval()(input_ids=input_ids).logits, expected, 1e-6)
 """
 
 
@@ -105,7 +106,7 @@ def test_an_adapter_of_one_of_our_own_models_opens_with_the_base_it_carries(
     with torch.no_grad():
         expected = model(**image_rows)
         found = opened.eval()(**image_rows)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=0)
+    assert_near(found.logits, expected.logits, 1e-6)
     torch.testing.assert_close(found.loss, expected.loss)
 
 
@@ -121,4 +122,4 @@ def test_a_second_adapter_loads_beside_the_first(llama, saved, text, tmp_path, r
         for name, single in (("first", model), ("second", other)):
             both.set_adapter(name)
             expected = single(input_ids=text["input_ids"]).logits
-            torch.testing.assert_close(both(input_ids=text["input_ids"]).logits, expected, atol=1e-6, rtol=0)
+            assert_near(both(input_ids=text["input_ids"]).logits, expected, 1e-6)

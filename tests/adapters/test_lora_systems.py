@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from observed import decisions, logits, with_cache
+from observed import assert_near, decisions, logits, with_cache
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -84,7 +84,7 @@ def test_octavius_gates_by_the_instruction_alone_and_merges_for_one_request(llam
     fields = {"router": {"name": "sequence", "modalities": ["text"], "end_token_id": END}}
     base = logits(llama(), text)
     model = adapt(llama(), "octavius", **fields)
-    torch.testing.assert_close(logits(model, text), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, text), base, 1e-6)
     randomise(model)
     request = text["input_ids"][:1].clone()
     request[0, 4] = END
@@ -103,7 +103,7 @@ def test_octavius_gates_by_the_instruction_alone_and_merges_for_one_request(llam
         own.weight.data += layer.get_delta_weight("default", gates[0]).detach()
     with torch.no_grad():
         found = merged(input_ids=request[:, 5:], **prefilled, attention_mask=torch.ones(1, 9)).logits
-    torch.testing.assert_close(found, routed, atol=1e-4, rtol=1e-4)
+    assert_near(found, routed, 1e-4)
 
 
 def test_octavius_with_one_expert_is_plain_lora(llama, text, randomise):
@@ -118,14 +118,14 @@ def test_octavius_with_one_expert_is_plain_lora(llama, text, randomise):
                 theirs.lora_A["default"].weight.copy_(module.moe_lora_A["default"][0])
                 theirs.lora_B["default"].weight.copy_(module.moe_lora_B["default"][0])
     real = text["attention_mask"].bool()
-    torch.testing.assert_close(logits(model, text)[real], logits(plain, text)[real], atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, text)[real], logits(plain, text)[real], 1e-5)
 
 
 @pytest.mark.parametrize("variant", ["top_k", "top_p", "switch"])
 def test_mixlora_equals_the_naive_path_through_every_expert(llama, text, randomise, variant):
     base = logits(llama(), text)
     model = adapt(llama(), "mixlora", variant=variant, num_experts=4, r=2)
-    torch.testing.assert_close(logits(model, text), base, atol=1e-5, rtol=0)
+    assert_near(logits(model, text), base, 1e-5)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     per_layer = 4 * 2 * 3 * (32 + 48) + 4 * 32 + 2 * (32 + 32) + 2 * (32 + 16)
     assert sum(model.get_parameter(name).numel() for name in trained) == 2 * per_layer
@@ -152,7 +152,7 @@ def test_mixlora_equals_the_naive_path_through_every_expert(llama, text, randomi
     for expert in range(4):
         inner = F.silu(linear("gate_proj", expert, x)) * linear("up_proj", expert, x)
         expected = expected + gates[:, [expert]] * linear("down_proj", expert, inner)
-    torch.testing.assert_close(mlp(x), expected, atol=1e-5, rtol=1e-5)
+    assert_near(mlp(x), expected, 1e-5)
 
 
 def test_mov_and_molora_mix_all_experts_and_tell_tasks_apart(llama, text):
@@ -190,7 +190,7 @@ def test_a_merged_vector_does_what_the_separate_ones_do_on_average_and_nothing_e
     found = layer(x)
     vectors, share = layer.moe_lora_vector["default"], made[0].router_probs  # (E, out), (T, E)
     separate = torch.stack([vector * layer.base_layer(x[0]) for vector in vectors], dim=1)  # (T, E, out)
-    torch.testing.assert_close(found[0], (share[..., None] * separate).sum(1), atol=1e-6, rtol=1e-6)
+    assert_near(found[0], (share[..., None] * separate).sum(1), 1e-6)
     for variant in ("mov", "molora"):
         model = adapt(llama(), "mov_molora", variant=variant)
         randomise(model)
@@ -209,7 +209,7 @@ def test_smora_is_a_mixture_of_loras_when_gates_are_constant_on_blocks_and_balan
     )
     by_block = add_experts(torch.zeros(6, 12), x, a.view(4, 2, 12), b.view(4, 2, 12).transpose(1, 2), blocks)
     by_rank = add_experts(torch.zeros(6, 12), x, a[:, None], b[..., None], ranks)
-    torch.testing.assert_close(by_rank, by_block, atol=1e-5, rtol=1e-5)
+    assert_near(by_rank, by_block, 1e-5)
 
     model = get_peft_model(
         Toy(12),
@@ -258,7 +258,7 @@ def test_intuition_decides_between_pairs_and_sharpens_specialisation(llama, text
     torch.testing.assert_close(prior.sum(-1), torch.ones(40))
     assert len(prior[:4].argmax(-1).unique()) == 4 and torch.equal(prior[:4].argmax(-1), prior[4:8].argmax(-1))
     model = adapt(llama(), "intuition_mor1e", **fields, target_modules=["q_proj", "up_proj"])
-    torch.testing.assert_close(logits(model, text, intuition_ids=prior[:2]), base, atol=1e-6, rtol=0)
+    assert_near(logits(model, text, intuition_ids=prior[:2]), base, 1e-6)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and "layers.0" in name}
     assert sum(sizes.values()) == 3 * (32 + 32) + 3 * (32 + 48) + 2 * (6 * 32 + 6 * 4)
     randomise(model)

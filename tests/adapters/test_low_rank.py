@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from observed import assert_near
 
 from hf_moe.adapters import low_rank
 from hf_moe.adapters.low_rank import ExpertSlots, add_experts, bucketed, grouped, masked_dense
@@ -58,12 +59,12 @@ def test_a_form_equals_the_loop_in_output_and_gradients(form, sizes):
     slots = ExpertSlots(ExpertAssignment(index, weight, experts))
     output = form(result, inputs, lora_a, lora_b, slots)
     expected = loop(*leaves, index, experts)
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert_near(output, expected, 1e-5)
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(output, leaves, upstream, materialize_grads=True)
     reference = torch.autograd.grad(expected, leaves, upstream, allow_unused=True, materialize_grads=True)
     for gradient, wanted in zip(gradients, reference, strict=True):
-        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+        assert_near(gradient, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("trained", [(0, 1), (2,), (3,), (4,)])
@@ -78,7 +79,7 @@ def test_buckets_give_their_gradient_alone_to_what_is_trained(trained):
     loop(*leaves, index, experts).square().sum().backward()
     for place, (gradient, leaf) in enumerate(zip(found, leaves, strict=True)):
         assert (gradient is not None) == (place in trained)
-        torch.testing.assert_close(gradient, leaf.grad, atol=1e-4, rtol=1e-5)
+        assert_near(gradient, leaf.grad, 1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)

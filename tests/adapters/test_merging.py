@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from observed import assert_near
 from peft import get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -77,14 +78,14 @@ def test_a_constant_router_merges_exactly_and_comes_out_again(llama, text, rando
     expected = logits(model, text)
     assert (expected - base).abs().max() > 0.1
     model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, text), expected, 1e-5)
     assert not any(torch.equal(*pair) for pair in zip(before, weights(model), strict=True))
     model.unmerge_adapter()
-    torch.testing.assert_close(weights(model), before, atol=1e-6, rtol=0)
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    assert_near(weights(model), before, 1e-6)
+    assert_near(logits(model, text), expected, 1e-5)
     merged = model.merge_and_unload()
     assert type(merged) is type(llama()) and not list(tuner_layers(merged))
-    torch.testing.assert_close(logits(merged, text), expected, atol=1e-5, rtol=1e-5)
+    assert_near(logits(merged, text), expected, 1e-5)
 
 
 def test_a_merged_adapter_can_be_disabled_and_trains_no_objective(llama, text, randomise):
@@ -95,7 +96,7 @@ def test_a_merged_adapter_can_be_disabled_and_trains_no_objective(llama, text, r
     model.merge_adapter()
     assert not torch.isclose(model(**text).loss, plain)
     with model.disable_adapter():
-        torch.testing.assert_close(logits(model, text), base, atol=1e-5, rtol=1e-5)
+        assert_near(logits(model, text), base, 1e-5)
 
 
 def test_two_adapters_merge_together(llama, text, randomise):
@@ -106,9 +107,9 @@ def test_two_adapters_merge_together(llama, text, randomise):
     model.base_model.set_adapter(["default", "other"])
     expected = logits(model, text)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, text), expected, 1e-5)
     model.unmerge_adapter()
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, text), expected, 1e-5)
 
 
 def test_the_named_adapters_are_checked_and_merged_whatever_is_active(llama, text, randomise):
@@ -128,7 +129,7 @@ def test_the_named_adapters_are_checked_and_merged_whatever_is_active(llama, tex
             model.merge_adapter(adapter_names=names)
         assert all(torch.equal(*pair) for pair in zip(before, weights(model), strict=True))
     model.merge_adapter(adapter_names=["constant"])
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, text), expected, 1e-5)
 
 
 def test_transposed_layers_merge_too(text, randomise):
@@ -137,7 +138,7 @@ def test_transposed_layers_merge_too(text, randomise):
     model = adapt(host, target_modules=["c_attn", "c_fc", "c_proj"], router="test_fixed_mixture")
     randomise(model)
     expected = logits(model, text)
-    torch.testing.assert_close(logits(model.merge_and_unload(), text), expected, atol=1e-4, rtol=1e-4)
+    assert_near(logits(model.merge_and_unload(), text), expected, 1e-4)
 
 
 REFUSED = [
@@ -169,7 +170,7 @@ def test_one_modality_is_merged_exactly_for_its_tokens(llama, text, randomise):
     randomise(model)
     expected = logits(model, text)  # all text
     merge_for(model, modality="text")
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, text), expected, 1e-5)
     model.unmerge_adapter()
     merge_for(model, modality="image")
     assert (logits(model, text) - expected).abs().max() > 0.1
@@ -187,7 +188,7 @@ def test_one_task_is_merged_exactly_for_its_rows(llama, text, randomise):
     assert (expected[1] - expected[2]).abs().max() > 0.1
     for task, wanted in expected.items():
         merge_for(model, condition_ids={"task": task})
-        torch.testing.assert_close(logits(model, inputs), wanted, atol=1e-5, rtol=1e-5)
+        assert_near(logits(model, inputs), wanted, 1e-5)
         model.unmerge_adapter()
 
 
@@ -201,12 +202,12 @@ def test_stacked_experts_of_a_host_merge_too(own_model, image_rows, randomise):
     expected = logits(model, inputs)
     assert (expected - base).abs().max() > 0.1
     model.merge_adapter()
-    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-4, rtol=1e-4)
+    assert_near(logits(model, inputs), expected, 1e-4)
     with model.disable_adapter():
-        torch.testing.assert_close(logits(model, inputs), base, atol=1e-4, rtol=1e-4)
+        assert_near(logits(model, inputs), base, 1e-4)
     merged = model.merge_and_unload()
     assert type(merged.model.language_model.layers[1].mlp.experts).__name__ == "FfnExperts"
-    torch.testing.assert_close(logits(merged, inputs), expected, atol=1e-4, rtol=1e-4)
+    assert_near(logits(merged, inputs), expected, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_mean_routing_merges_what_the_tokens_used_on_average_and_measures_the_er
     with pytest.raises(ValueError, match="merged already"):
         merge_by_mean_routing(model, [inputs])
     model.unmerge_adapter()
-    torch.testing.assert_close(logits(model, text), expected, atol=1e-5, rtol=1e-5)
+    assert_near(logits(model, text), expected, 1e-5)
 
 
 def test_mean_routing_of_a_constant_router_is_exact_and_other_data_can_measure_it(llama, text, randomise):
@@ -294,7 +295,7 @@ def test_where_one_target_cannot_be_merged_none_is(llama, text, randomise):
     before = weights(model)
     with pytest.raises(ValueError, match="are Ia3Experts"):
         merge_by_mean_routing(model, [{"input_ids": text["input_ids"]}])
-    torch.testing.assert_close(weights(model), before, atol=1e-6, rtol=0)
+    assert_near(weights(model), before, 1e-6)
     assert not any(layer.merged for layer in tuner_layers(model))
 
 

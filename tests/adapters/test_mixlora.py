@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from observed import assert_near
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -137,4 +138,4 @@ def test_the_balance_of_a_strategy_and_its_z_loss_are_in_the_loss(llama, text, r
             chosen = F.one_hot(probs.topk(slots).indices, 4).sum((0, 1)) / (len(own) * slots)  # (E,)
             value = 4 * (chosen * probs.mean(0)).sum() + has_z * own.logsumexp(-1).square().mean()
             expected = expected + share[row] * 0.01 * value / len(per_layer)
-    torch.testing.assert_close(losses[0] - losses[1], expected, atol=1e-5, rtol=1e-4)
+    assert_near(losses[0] - losses[1], expected, 1e-4)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from observed import logits
+from observed import assert_near, logits
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
@@ -101,7 +101,7 @@ def test_perft_embedded_follows_the_routing_of_its_host(text, randomise):
     for slot in range(2):
         delta = torch.einsum("tor,tri,ti->to", lora_b[index[:, slot]], lora_a[index[:, slot]], x)
         expected = expected + 2.0 * weight[:, [slot]] * delta
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert_near(output, expected, 1e-5)
     output.sum().backward()
     assert [bool(part.any()) for part in lora_b.grad] == [True, True, False, True]
 
@@ -148,7 +148,7 @@ def test_soft_adapters_mix_slots_in_a_vision_tower(vit, randomise):
     base = logits(vit(), pixels)
     for variant in ("soft", "dense"):
         model = adapt(vit(), "soft_moa", variant=variant, num_experts=4, r=4, modules_to_save=["classifier"])
-        torch.testing.assert_close(logits(model, pixels), base, atol=1e-6, rtol=0)
+        assert_near(logits(model, pixels), base, 1e-6)
         mixtures = []
         router = next(tuner_layers(model)).moe_lora_router["default"]
         router.register_forward_hook(lambda module, args, output, mixtures=mixtures: mixtures.append(output))
@@ -163,7 +163,7 @@ def test_soft_adapters_mix_slots_in_a_vision_tower(vit, randomise):
             torch.testing.assert_close(dispatch.sum(1), torch.ones(2, 4))
             torch.testing.assert_close(combine.sum(-1), torch.ones(2, 5))
             alone = logits(model, {"pixel_values": pixels["pixel_values"][:1]})
-            torch.testing.assert_close(alone, logits(model, pixels)[:1], atol=1e-5, rtol=1e-5)
+            assert_near(alone, logits(model, pixels)[:1], 1e-5)
 
 
 def test_soft_slots_leave_padding_out_and_let_an_early_token_see_a_late_one(text, randomise):
@@ -177,7 +177,7 @@ def test_soft_slots_leave_padding_out_and_let_an_early_token_see_a_late_one(text
     padded = torch.cat([ids, torch.zeros_like(ids)], dim=1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], dim=1)
     alone, beside = logits(model, {"input_ids": ids}), logits(model, {"input_ids": padded, "attention_mask": mask})
-    torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-5)
+    assert_near(alone, beside, 1e-5)
     layer = next(tuner_layers(model))
     hidden = torch.randn(1, 6, 32)
     late = hidden.clone()
@@ -315,7 +315,7 @@ def test_x_lora_is_pefts_own_and_learns_to_choose(llama, bank):
         last.bias.copy_(torch.tensor([60.0, 0.0]))
     single = PeftModel.from_pretrained(llama(), folders[0]).eval()
     found = logits(model.eval(), {"input_ids": ids})
-    torch.testing.assert_close(found, logits(single, {"input_ids": ids}), atol=1e-4, rtol=1e-4)
+    assert_near(found, logits(single, {"input_ids": ids}), 1e-4)
 
 
 def test_kshot_picks_the_relevant_adapters_but_no_duplicates(llama, bank):

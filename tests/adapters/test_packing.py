@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from observed import assert_near
 from peft import get_peft_model
 from transformers import DataCollatorWithFlattening, ModernBertConfig, ModernBertModel
 
@@ -40,7 +41,7 @@ def test_a_packed_document_is_routed_as_on_its_own(llama, randomise, options, ro
     packed.pop("labels")
     together = model(**packed, use_cache=False).logits[0]
     alone = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert_near(together, torch.cat(alone), 1e-5)
 
 
 @pytest.mark.parametrize("by", [{"return_seq_idx": True}, {"return_flash_attn_kwargs": True}, {}], ids=str)
@@ -52,7 +53,7 @@ def test_documents_are_known_from_all_that_collators_say(llama, randomise, by):
     model(**{name: value for name, value in packed.items() if name != "labels"}, use_cache=False)
     for ids in DOCUMENTS:
         model(input_ids=torch.tensor([ids]), use_cache=False)
-    torch.testing.assert_close(gates[0], torch.cat(gates[1:]), atol=1e-6, rtol=1e-6)
+    assert_near(gates[0], torch.cat(gates[1:]), 1e-6)
 
 
 def test_an_encoder_pools_the_whole_of_each_document(randomise):
@@ -66,7 +67,7 @@ def test_an_encoder_pools_the_whole_of_each_document(randomise):
     for ids in DOCUMENTS:
         model(input_ids=torch.tensor([ids]))
         assert (gates[-1] == gates[-1][0]).all()
-    torch.testing.assert_close(gates[0], torch.cat(gates[1:]), atol=1e-6, rtol=1e-6)
+    assert_near(gates[0], torch.cat(gates[1:]), 1e-6)
 
 
 def test_the_positions_of_padding_and_of_cached_tokens_split_no_row(llama, text, randomise):

@@ -1,6 +1,7 @@
 """Partial LoRA: what tokens of the new modality get, in linear layers and in the stacks of a MoE host, by formula."""
 
 import torch
+from observed import assert_near
 from peft import get_peft_model
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -28,7 +29,7 @@ def test_tokens_of_the_new_modality_alone_get_the_scaled_update(randomise):
         (x,), found = seen[linear]
         delta = 32 / 16 * linear.moe_lora_B["default"][0] @ linear.moe_lora_A["default"][0]
         expected = linear.base_layer(x) + image[..., None] * F.linear(x, delta)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert_near(found, expected, 1e-4)
 
         (x, index, weight), found = seen[stacks]
         changes = {

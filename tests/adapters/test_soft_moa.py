@@ -1,6 +1,7 @@
 """Soft slots: what a layer computes is the paper's equation."""
 
 import torch
+from observed import assert_near
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig
@@ -38,7 +39,7 @@ def test_the_output_is_the_equation_of_the_paper(vit, randomise):
         a, b = layer.moe_lora_A["default"], layer.moe_lora_B["default"]  # (E, r, H), (E, H, r)
         outputs = torch.einsum("ehr,bepr->beph", b, torch.einsum("erh,beph->bepr", a, slots).relu())
         expected = layer.get_base_layer()(x) + combine @ outputs.reshape(2, 6, 32)
-    torch.testing.assert_close(seen["y"], expected, atol=1e-4, rtol=1e-4)
+    assert_near(seen["y"], expected, 1e-4)
 
 
 def test_slots_reach_experts_of_their_own_rank(vit, randomise):
@@ -60,7 +61,7 @@ def test_slots_reach_experts_of_their_own_rank(vit, randomise):
     )
     outputs = [4 / rank * (inputs @ a.T).relu() @ b.T for inputs, a, b, rank in experts]  # E of (B, p, H)
     expected = layer.get_base_layer()(seen["x"]) + mixture.combine @ torch.cat(outputs, 1)
-    torch.testing.assert_close(seen["y"], expected, atol=1e-4, rtol=1e-4)
+    assert_near(seen["y"], expected, 1e-4)
     stacks = [layer.moe_lora_A["default"], layer.moe_lora_B["default"]]
     found = torch.autograd.grad(seen["y"].square().sum(), stacks, retain_graph=True)
     wanted = torch.autograd.grad(expected.square().sum(), stacks)

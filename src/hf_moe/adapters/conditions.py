@@ -1,13 +1,12 @@
 """The conditions of the rows (task, domain, language, ...), on their way from a call to the routers that read them."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.routing import Router
@@ -58,13 +57,13 @@ class ConditionCollator:
         return {**self.collator(others), "condition_ids": ids}
 
 
-def conditions_read(model: nn.Module) -> dict[str, int]:
-    """Return the conditions that routers in a model read, and how many values they tell apart; 0 for features."""
+def conditions_read(routers: Iterable[Router]) -> dict[str, int]:
+    """Return the conditions that routers read, and how many values they tell apart; 0 for features."""
     read: dict[str, int] = {}
-    for module in model.modules():
-        name = getattr(module, "condition", None) if isinstance(module, Router) else None
+    for router in routers:
+        name = getattr(router, "condition", None)
         if name is not None:
-            read[name] = max(read.get(name, 0), getattr(module, "num_conditions", 0))
+            read[name] = max(read.get(name, 0), getattr(router, "num_conditions", 0))
     return read
 
 

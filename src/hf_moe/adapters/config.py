@@ -122,6 +122,8 @@ class MoeLoraConfig(PeftConfig):
         layers_to_transform: indices of the layers to adapt; all when `None`.
         layers_pattern: name of the list that `layers_to_transform` counts in.
         modules_to_save: further modules to train and save whole.
+        system: the published system of these fields, all of whose targets must be found; `None` for what is none, or
+            is to be without some of them.
         hf_moe_version: the version of this package that saved the adapter; not to be set.
 
     Raises:
@@ -166,6 +168,7 @@ class MoeLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+    system: str | None = field(default=None, metadata={"help": "Published system, all targets of which are needed."})
     hf_moe_version: str | None = field(default=None, metadata={"help": "Version that saved the adapter."})
 
     def __post_init__(self) -> None:
@@ -312,7 +315,7 @@ class MoeLoraConfig(PeftConfig):
         preset = load_system(key, variant)
         if preset["method"] != "xlora":
             given = {name: merge_fields(preset["config"].get(name), value) for name, value in fields.items()}
-            return cls(**{**preset["config"], **given})
+            return cls(**{"system": key, **preset["config"], **given})
         if not fields.get("adapters") or "hidden_size" not in fields:
             raise ValueError("x_lora needs adapters=[folder or Hub name, ...] and the hidden_size of the base model.")
         # PEFT's X-LoRA loads its adapters under their numbers, and finds them under no other name.

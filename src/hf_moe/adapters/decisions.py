@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from ..modeling.routing import Decision, ExpertAssignment, Router, RoutingContext, SlotMixture
+from .contexts import AdapterContext, LayerRun, TokenlessContext
 from .experts import ExpertKind
 from .low_rank import ExpertSlots, MixedSlots
 from .routers import PooledRouter
-from .routing import AdapterContext, LayerRun, TokenlessContext
 
 
 def decide(

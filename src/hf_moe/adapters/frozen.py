@@ -16,6 +16,7 @@ from torch import nn
 
 from .config import MoeLoraConfig
 from .experts.base import RANK_DIM
+from .index import index_of
 from .layer import MoeLoraLayer, tuner_layers
 from .routers import HostRouter
 
@@ -113,14 +114,14 @@ def numbered_layers(model: nn.Module, adapter_name: str, config: MoeLoraConfig) 
 
 def hold_frozen(model: nn.Module, *_: Any) -> None:
     """Hook before the root computes or is saved: put all frozen experts back."""
-    for layer in tuner_layers(model):
+    for layer in index_of(model).targets:
         for frozen in layer.frozen_experts.values():
             frozen.hold(layer)
 
 
 def take_frozen(model: nn.Module, *_: Any) -> None:
     """Hook behind the loading of weights: what is frozen are the loaded ones."""
-    for layer in tuner_layers(model):
+    for layer in index_of(model).targets:
         for frozen in layer.frozen_experts.values():
             frozen.take(layer)
 

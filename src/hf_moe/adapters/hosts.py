@@ -89,3 +89,18 @@ def _configured_width(model: nn.Module, name: str) -> int | None:
 
 def _is_norm(key: str, parameter: nn.Parameter) -> bool:
     return key.endswith("weight") and parameter.dim() == 1
+
+
+def is_expert_stack(module: nn.Module) -> bool:
+    """Whether a module holds the experts of a MoE block as stacks, in the form of Transformers' own backends."""
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed")):
+        return False
+    if not module.has_gate and not hasattr(module, "act_fn"):  # those with a gate apply what they like
+        return False
+    stacks = (getattr(module, name, None) for name in (input_name(module), "down_proj"))
+    return all(isinstance(stack, nn.Parameter) and stack.dim() == 3 for stack in stacks)
+
+
+def input_name(stack: nn.Module) -> str:
+    """Return the name of the stacked weight that reads the hidden states."""
+    return "gate_up_proj" if stack.has_gate else "up_proj"

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..modeling.routing import Router
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import constant_gates
+from .contexts import ACTIVE_LAYER, LayerRun
 from .decisions import as_slots, check_gradient, decide
 from .dispatched import Stacks
 from .experts import ExpertKind, Target, build_kind
@@ -22,7 +23,6 @@ from .experts.lora import LoraExperts
 from .low_rank import ExpertSlots, MixedSlots
 from .ranks import UnequalRanks
 from .routers import HostRouter
-from .routing import ACTIVE_LAYER, LayerRun
 
 
 class MoeLoraLayer(BaseTunerLayer):

@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..analysis.routing_statistics import RoutingStatistics
 from ..modeling.auxiliary import AuxiliaryLoss, is_learning
-from .routing import AdapterContext
+from .contexts import AdapterContext, UnknownModality
 
 
 class LogRouting(TrainerCallback):
@@ -57,7 +57,8 @@ class LogRouting(TrainerCallback):
             return
         for adapter_name in context.decisions:
             routing = context.of(adapter_name)
-            self._routing.setdefault(adapter_name, RoutingStatistics()).update(routing)
+            if not isinstance(routing, UnknownModality):  # the figures are by modality
+                self._routing.setdefault(adapter_name, RoutingStatistics()).update(routing)
             loss: AuxiliaryLoss | None = routing.carry.get("auxiliary_loss")
             if loss is None:
                 continue

@@ -22,11 +22,15 @@ class PooledMemory:
     Attributes:
         total (`torch.Tensor` of shape `(B, n, C)`, float32): sum of what is pooled up to the token.
         count (`torch.Tensor` of shape `(B, n)`): how many tokens that are.
-        closed (`torch.Tensor` of shape `(B, n)`, bool): the instruction has ended, nothing is pooled any more.
+        gate_total, gate_count: the same up to the last end of an instruction, which the gate of the token reads; where
+            none has come yet, up to the token.
+        closed (`torch.Tensor` of shape `(B, n)`, bool): an instruction has ended.
     """
 
     total: torch.Tensor
     count: torch.Tensor
+    gate_total: torch.Tensor
+    gate_count: torch.Tensor
     closed: torch.Tensor
 
     def __len__(self) -> int:
@@ -58,7 +62,7 @@ def cache_of(values: Mapping[str, Any] | tuple) -> Cache | None:
 
 
 def foreign_state(values: Mapping[str, Any]) -> Any:
-    """Return what a model that uses no `Cache` keeps of earlier tokens, as xLSTM and RWKV do; `None` if there is none."""
+    """Return what a model without a `Cache` keeps of earlier tokens, such as xLSTM and RWKV, or `None`."""
     for name, value in values.items():
         own_class = type(value).__name__.endswith("Cache") and not isinstance(value, Cache)
         if own_class or (name == "state" and value is not None):

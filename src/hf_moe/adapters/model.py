@@ -14,20 +14,23 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
+from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
 from .checkpoints import check_complete
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
+from .contexts import TokenlessContext
 from .decisions import check_decision
 from .dispatched import swap_class
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards
 from .frozen import FrozenExperts, numbered_layers
 from .hosts import enclosing_layer, is_bidirectional, is_layer, known_tokens, layer_width, reads_text
+from .index import drop_indices
 from .layer import Linear, MoeLoraLayer, tuner_layers
 from .objectives import install_hooks
 from .parts import part_of
 from .routers import HostRouter, PooledRouter, SoftMoaRouter
-from .routing import OUTPUT_EXPERTS, TokenlessContext, adapted_layer_class
+from .routing import OUTPUT_EXPERTS, adapted_layer_class
 from .targets import LayerOutput, ParamWrapper, WholeModule
 
 
@@ -73,6 +76,12 @@ class MoeLoraModel(BaseTuner):
         self._specs: list[MoELayerSpec] = []
         # Why targets cannot be adapted, and which.
         self._refused: dict[str, list[str]] = {}
+        config = self.peft_config[adapter_name]
+        # Before PEFT makes a list of names of "all-linear".
+        self._named = config.target_modules if isinstance(config.target_modules, set) else set()
+        stacked = [key for key in stacked_targets(model, config) if self._is_in_part(config, key)]
+        if stacked:
+            config.target_parameters = sorted({*(config.target_parameters or ()), *stacked})
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._refused:
@@ -97,9 +106,11 @@ class MoeLoraModel(BaseTuner):
             first.moe_lora_objectives[adapter_name] = losses
         if config.ffn_experts:
             adapt_feed_forwards(model, adapter_name)
+        check_all_found(model, adapter_name, config, self._named)
         if config.frozen_experts:
             for layer in numbered_layers(model, adapter_name, config):
                 layer.frozen_experts[adapter_name] = FrozenExperts(layer, adapter_name, config.frozen_experts)
+        drop_indices(model)
         self._handles = install_hooks(model) or self._handles
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict) -> MoeLoraConfig:
@@ -109,6 +120,10 @@ class MoeLoraModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: MoeLoraConfig, key: str) -> Any:
         found = check_target_module_exists(peft_config, key)
+        if peft_config.system is not None and isinstance(peft_config.target_modules, set):
+            if found and is_other_norm(self.model, key):
+                return False
+            found = found or is_fused_target(self.model, peft_config, key)
         return found and self._is_in_part(peft_config, key)
 
     def _is_in_part(self, peft_config: MoeLoraConfig, key: str) -> bool:
@@ -299,6 +314,9 @@ class MoeLoraModel(BaseTuner):
         if not any(item.experts for item in tuner_layers(self.model)):
             for handle in self._handles:
                 handle.remove()
+            for module in self.model.modules():
+                module.__class__ = getattr(module, "moe_lora_root_class", module.__class__)
+        drop_indices(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(adapter_names, safe_merge)

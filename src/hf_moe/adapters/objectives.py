@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..modeling.auxiliary import count_labels, is_learning, warn_without_labels
 from ..modeling.optimizer_steps import Statistics, count_in_backward, end_cleared_step, follow_steps
 from ..modeling.routing import ExpertAssignment, Router
+from .contexts import AdapterContext
 from .frozen import hold_frozen, install_frozen_hooks
-from .layer import MoeLoraLayer, tuner_layers
-from .routing import AdapterContext, context_of_call, is_inside, pass_context, remember, root_inputs
+from .index import index_of
+from .routing import context_of_call, is_inside, pass_context, remember, root_class
+from .tokens import root_inputs
 
 
 def install_hooks(model: nn.Module) -> list[Any]:
@@ -38,8 +41,10 @@ def install_hooks(model: nn.Module) -> list[Any]:
             module.register_forward_pre_hook(end_finished_step),
             module.register_forward_pre_hook(pass_context, with_kwargs=True),
             module.register_forward_hook(add_objectives, with_kwargs=True),
-            module.register_forward_hook(remember, with_kwargs=True, always_call=True),
+            module.register_forward_hook(remember, with_kwargs=True),
         ]
+        if isinstance(module, PreTrainedModel):
+            module.__class__ = root_class(type(module))  # type: ignore[arg-type]
     return handles
 
 
@@ -58,7 +63,7 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
     routers = list(_deciding_routers(model, context))
     objectives = {
         name: losses
-        for layer in _active_layers(model)
+        for layer in index_of(model).active()
         for name, losses in layer.moe_lora_objectives.items()
         if name in layer.active_adapters
     }
@@ -83,13 +88,9 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
     count_in_backward(model, output, statistics)
 
 
-def _active_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
-    return (layer for layer in tuner_layers(model) if not (layer.disable_adapters or layer.merged))
-
-
 def _deciding_routers(model: nn.Module, context: AdapterContext) -> Iterator[tuple[str, Router]]:
     """Yield adapter and router of every decision of a forward pass."""
-    for layer in tuner_layers(model):
+    for layer in index_of(model).targets:
         for adapter_name, router in layer.moe_lora_router.items():
             if router.spec.layer_idx in context.decisions.get(adapter_name, {}):
                 yield adapter_name, router

@@ -11,6 +11,7 @@ from ..modeling.dispatch import compute_dtype, grouped_linear
 from ..modeling.routing import ExpertAssignment
 from .config import TargetSettings
 from .experts import Target
+from .hosts import input_name, is_expert_stack
 from .layer import MoeLoraLayer
 from .low_rank import ExpertSlots, add_experts
 
@@ -106,9 +107,7 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
     def widths(self) -> tuple[int, int]:
         host = self.get_base_layer()
         weight = getattr(host, self.parameter_name)
-        # The attributes by which Transformers' own backends know a stack of experts.
-        stacked = all(hasattr(host, name) for name in ("act_fn", "has_gate", "has_bias", "is_transposed"))
-        if weight.dim() != 3 or not stacked or self.parameter_name not in (_input_name(host), "down_proj"):
+        if not is_expert_stack(host) or self.parameter_name not in (input_name(host), "down_proj"):
             raise ValueError(
                 f"{type(host).__name__}.{self.parameter_name}, {tuple(weight.shape)}, is no stacked weight of experts "
                 "as Transformers' MoE models store them: target_parameters takes 'gate_up_proj' (or 'up_proj') and "
@@ -127,7 +126,8 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
             raise ValueError(
                 f"{name!r} is a stacked weight, which takes the experts 'lora' with a router of their own, not "
                 f"{settings.experts['name']!r} with {settings.router['name']!r}. For one LoRA per expert of the host, "
-                "take the router 'constant' with num_experts=1."
+                "take the router 'constant' with num_experts=1. To leave it out: "
+                f"exclude_modules=['experts', 'experts.{name}']."
             )
         per_expert = super().target(name, settings, init_zero)
         ranks = tuple(rank for rank in per_expert.ranks for _ in range(self.num_host_experts))
@@ -151,7 +151,8 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
     def _as_stored(self, delta: torch.Tensor) -> torch.Tensor:
         return (delta.mT if self.get_base_layer().is_transposed else delta).to(self.mergeable_weight())
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = (*args, *kwargs.values())  # index and weight, which some hosts give by name
         for wrapper in self._wrappers() if self.disable_adapters else ():
             wrapper.unmerge()  # the outer one alone is called
         host = self.get_base_layer()
@@ -174,7 +175,7 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
             return wrappers[name].add(output, rows, hidden_states, host_slots) if name in wrappers else output
 
         rows = hidden_states.to(compute_dtype(hidden_states)).index_select(0, token)  # (M, d)
-        inner = project(rows, _input_name(host))
+        inner = project(rows, input_name(host))
         output = project(host._apply_gate(inner) if host.has_gate else host.act_fn(inner), "down_proj")
         if getattr(host, "has_post_expert_norm", False):
             output = host.post_expert_norm(output)
@@ -207,10 +208,6 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
 
     def __repr__(self) -> str:
         return "moe_lora." + super().__repr__()
-
-
-def _input_name(host: nn.Module) -> str:
-    return "gate_up_proj" if host.has_gate else "up_proj"
 
 
 def _index_and_weight(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import LogRouting
 from ..adapters.conditions import conditions_read
+from ..adapters.index import index_of
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..construction.pretrained import PACKAGED, load_language_model
 from ..construction.tokenizer import default_chat_template
@@ -46,7 +47,7 @@ def run_adapter_recipe(recipe: Recipe, rows: dict[str, Any], folder: Path, resum
     started = time.perf_counter()
     base, processor = load_base(recipe.model)
     model = get_peft_model(base, adapter_config(recipe.adapter or {}))
-    conditions = sorted(conditions_read(model))
+    conditions = sorted(conditions_read(index_of(model).routers()))
     for part, part_rows in rows.items():
         for name in conditions:
             if f"{name}_ids" not in (part_rows.column_names or ()):

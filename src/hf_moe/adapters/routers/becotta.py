@@ -27,8 +27,8 @@ class BecottaRouter(PooledRouter):
         spec: facts of the layer.
         num_domains: D.
         condition: name of the domain ids; the model's call takes them as `<name>_ids` or in `condition_ids`.
-        modalities, end_token_id, pooling: what is pooled, and how, see [`PooledRouter`]; with `"mean"`, a long sample
-            has no sharper gate than a short one.
+        modalities, end_token_id, end, pooling: what is pooled, and how, see [`PooledRouter`]; with `"mean"`, a long
+            sample has no sharper gate than a short one.
 
     Raises:
         ValueError: if K does not lie in [1, E], or D is less than 1; in `forward`, if a domain does not lie in [0, D).
@@ -44,9 +44,10 @@ class BecottaRouter(PooledRouter):
         condition: str = "domain",
         modalities: list[str] | tuple[str, ...] | None = None,
         end_token_id: int | None = None,
+        end: str = "last",
         pooling: str = "sum",
     ):
-        super().__init__(spec, modalities, end_token_id, pooling)
+        super().__init__(spec, modalities, end_token_id, end, pooling)
         check_slots(spec, spec.num_experts, "becotta")
         if num_domains < 1:
             raise ValueError(f"num_domains={num_domains} must be at least 1: every domain has a gate.")

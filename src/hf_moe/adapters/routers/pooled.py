@@ -1,18 +1,66 @@
 """The base of routers that look at a whole sequence, or at its instruction, without looking ahead.
 
     pooled_t = mean, or sum, of v_s over the counted tokens s <= t
+    with `end_token_id`, behind the first such token: over s <= e, the last of them up to t
 
-A token counts if it is real, of one of the named modalities, and not behind the end of the instruction. So the gate of
-a token never sees a later one, padding or another row, and is the same whether the tokens before it were computed in
-the same call or lie in a key-value cache. In encoders, where attention sees everything, all of the sequence is pooled.
-Where a row holds several documents, each is pooled for itself.
+A token counts if it is real and of one of the named modalities. So the gate of a token never sees a later one, padding
+or another row, and it is the same whether the tokens before were computed in the same call or lie in a cache. In
+encoders, where attention sees everything, all of the sequence is pooled, or all up to the last end. Where a row holds
+several documents, each is pooled for itself.
 """
+
+import warnings
+from dataclasses import dataclass
 
 import torch
 
 from ...modeling.gating import check_choice
-from ...modeling.routing import MODALITIES, MoELayerSpec, Router, RoutingContext
+from ...modeling.routing import MODALITIES, Decision, MoELayerSpec, Router, RoutingContext
 from ..memory import PooledMemory
+
+
+# After so many rows whose instructions are all the same, their end is not where it was thought to be.
+SAME_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What of the tokens of a call is pooled, (B, S) bool or int64 each, and what is remembered of those before.
+
+    Attributes:
+        counted: the tokens that are pooled.
+        ends: those at which an instruction ends.
+        documents: which of several in its row a token belongs to; `None` where every row is one.
+        past: of the cached tokens.
+        causal: whether a token sees those up to itself alone.
+    """
+
+    counted: torch.Tensor
+    ends: torch.Tensor
+    documents: torch.Tensor | None
+    past: PooledMemory | None
+    causal: bool
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `values` (B, S, ...) over the pooled tokens that a token sees."""
+        counted = self.counted.view(*self.counted.shape, *[1] * (values.dim() - 2))
+        summed = _running_sum if self.causal else _whole_sum
+        return summed(values.masked_fill(~counted, 0), self.documents)
+
+    @property
+    def ended(self) -> torch.Tensor:
+        """Whether an instruction has ended in this call, (B, S) bool."""
+        return _running_sum(self.ends.long(), self.documents) > 0
+
+    def at_end(self, total: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
+        """Return what `total` (B, S, ...) was at the last end up to every token; `past` (B, 1, ...) is cached."""
+        place = torch.arange(total.shape[1], device=total.device).expand(self.ends.shape)
+        last = place.masked_fill(~self.ends, 0).cummax(1).values  # (B, S)
+        ones = [1] * (total.dim() - 2)
+        found = torch.take_along_dim(total, last.view(*last.shape, *ones), 1)
+        if self.past is not None and past is not None:
+            total = torch.where(self.past.closed[:, -1:].view(-1, 1, *ones), past, total)
+        return torch.where(self.ended.view(*last.shape, *ones), found, total)
 
 
 class PooledRouter(Router):
@@ -21,12 +69,15 @@ class PooledRouter(Router):
     Args:
         spec: facts of the layer.
         modalities: which tokens are pooled, by modality; all when `None`.
-        end_token_id: the token that ends the instruction, such as the first one of the answer's header: it is the last
-            one to be pooled, and the gate is constant behind it. `None` pools everything.
+        end_token_id: the token that ends a turn, such as `<|im_end|>`, or the first one of the answer's header: it is
+            the last one to be pooled, and the gate is constant until the next one. `None` pools everything.
+        end: `"last"`: the instruction is all up to the last end before a token, so that the gate of an answer has read
+            the system's turn and the user's. `"first"`: the first end ends it for good, as where a system's turn is
+            the instruction.
         pooling: `"mean"` or `"sum"`.
 
     Raises:
-        ValueError: if a modality or the pooling is unknown.
+        ValueError: if a modality, the end or the pooling is unknown.
     """
 
     # Set by the tuner: whether the layer around the target hides later tokens from earlier ones.
@@ -37,33 +88,42 @@ class PooledRouter(Router):
         spec: MoELayerSpec,
         modalities: list[str] | tuple[str, ...] | None = None,
         end_token_id: int | None = None,
+        end: str = "last",
         pooling: str = "mean",
     ):
         super().__init__(spec)
         check_choice("pooling", pooling, ("mean", "sum"))
+        check_choice("end", end, ("last", "first"))
         self.pooling = pooling
         for name in modalities or ():
             check_choice("modalities", name, MODALITIES)
         self.modalities = None if modalities is None else [MODALITIES.index(name) for name in modalities]
         self.end_token_id = end_token_id
+        self.end = end
+        # How many rows had the instruction of the first, the sum of whose tokens is kept; none are asked any more.
+        self._same_rows: int | None = None if end_token_id is None else 0
+        self._first_row: torch.Tensor | None = None
 
     def pool(self, values: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `values` (T, C) float32 pooled, (T, C), and whether any token was counted, (T,) bool."""
-        mask = context.token_mask.to(values.device)  # (B, S)
-        documents = context.carry.get("documents")  # (B, S), or none where every row is one
-        documents = None if documents is None else documents.to(values.device)
-        past = self._past(context)
-        counted, closed = self._counted(mask, context, past, documents)
-        per_row = values.view(*mask.shape, -1).masked_fill(~counted[..., None], 0.0)  # (B, S, C)
-        pooled_so_far = _running_sum if self.causal else _whole_sum
-        total, count = (pooled_so_far(part, documents) for part in (per_row, counted.long()))
+        spans = self.spans(context, values.device)
+        past = spans.past
+        total = spans.sum(values.view(*spans.counted.shape, -1))  # (B, S, C)
+        count = spans.sum(spans.counted.long())  # (B, S)
         if past is not None:
             total, count = total + past.total[:, -1:], count + past.count[:, -1:]
-        memory = PooledMemory(total.detach(), count, closed)
+        gate_total, gate_count, closed = total, count, torch.zeros_like(spans.counted)
+        if self.end_token_id is not None:
+            closed = spans.ended if past is None else spans.ended | past.closed[:, -1:]
+            if self.causal:
+                gate_total = spans.at_end(total, None if past is None else past.gate_total[:, -1:])
+                gate_count = spans.at_end(count, None if past is None else past.gate_count[:, -1:])
+        memory = PooledMemory(total.detach(), count, gate_total.detach(), gate_count, closed)
         memory = memory if past is None else past.followed_by(memory)
         context.carry.setdefault("pooled", {})[self.spec.layer_idx] = memory
-        pooled = total / count.clamp(min=1)[..., None] if self.pooling == "mean" else total  # (B, S, C)
-        return pooled.flatten(0, 1), (count > 0).flatten()
+        mean = self.pooling == "mean"
+        pooled = gate_total / gate_count.clamp(min=1)[..., None] if mean else gate_total  # (B, S, C)
+        return pooled.flatten(0, 1), (gate_count > 0).flatten()
 
     def _past(self, context: RoutingContext) -> PooledMemory | None:
         past = context.carry.get("past", {}).get(self.spec.layer_idx)
@@ -85,29 +145,67 @@ class PooledRouter(Router):
             )
         return past
 
-    def _counted(
-        self,
-        mask: torch.Tensor,
-        context: RoutingContext,
-        past: PooledMemory | None,
-        documents: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which tokens are pooled, and up to which the instruction has ended, (B, S) bool both."""
-        counted = mask
+    def spans(self, context: RoutingContext, device: torch.device) -> Spans:
+        """Return what of the tokens of a call is pooled."""
+        counted = mask = context.token_mask.to(device)  # (B, S)
+        documents = context.carry.get("documents")  # (B, S), or none where every row is one
+        documents = None if documents is None else documents.to(device)
+        past = self._past(context)
         if self.modalities is not None:
-            wanted = torch.tensor(self.modalities, device=mask.device)
-            counted = counted & torch.isin(context.modality_ids.to(mask.device), wanted)
-        closed = torch.zeros_like(mask) if past is None else past.closed[:, -1:].expand_as(mask)
+            wanted = torch.tensor(self.modalities, device=device)
+            counted = counted & torch.isin(context.modality_ids.to(device), wanted)
+        ends = torch.zeros_like(mask)
         if self.end_token_id is not None:
             if context.input_ids is None:
                 raise ValueError(
                     f"end_token_id={self.end_token_id} is looked for in the input_ids, which this call did not give."
                 )
-            ends = (context.input_ids.to(mask.device) == self.end_token_id) & mask
-            so_far = _running_sum(ends.long(), documents)
-            counted = counted & ~((so_far - ends.long() > 0) | closed)
-            closed = closed | (so_far > 0)
-        return counted, closed
+            ends = (context.input_ids.to(device) == self.end_token_id) & mask
+            if self.end == "first":
+                ends = ends & (_running_sum(ends.long(), documents) == 1)
+                ends = ends if past is None else ends & ~past.closed[:, -1:]
+            if not self.causal:  # every token sees the same: all up to the last end
+                number, whole = (part(ends.long(), documents) for part in (_running_sum, _whole_sum))
+                counted = counted & ((whole == 0) | (whole - number + ends.long() > 0))
+        return Spans(counted, ends, documents, past, self.causal)
+
+    def answers(self, spans: Spans, context: RoutingContext) -> torch.Tensor:
+        """Return which tokens' gates have read the whole instruction of their sample, (B, S) bool.
+
+        They are those with labels behind the end of an instruction, or all behind it where the call has no labels. The
+        token that ends the answer has read that too.
+        """
+        labelled = context.carry.get("labelled")
+        behind = spans.ended & ~spans.ends
+        return behind if labelled is None else behind & labelled.to(behind.device)
+
+    def accumulate(self, decision: Decision, context: RoutingContext) -> None:
+        """Warn if the instructions of all rows of a training are the same, so that the gate tells no rows apart."""
+        if self._same_rows is None or context.input_ids is None or context.carry.get("cached_tokens"):
+            return
+        ids = context.input_ids
+        spans = self.spans(context, ids.device)
+        # A number for every instruction: the sum of its tokens, each made a large number of its own.
+        signature = spans.sum((ids.long() + 1) * 2654435761 % 2305843009)
+        signature = spans.at_end(signature, None) if self.causal else signature
+        answers = self.answers(spans, context)
+        rows = answers.any(1)
+        last = torch.arange(ids.shape[1], device=ids.device).masked_fill(~answers, 0).amax(1, keepdim=True)
+        found = signature.gather(1, last)[rows].squeeze(1)
+        if not len(found):
+            return
+        self._first_row = found[0] if self._first_row is None else self._first_row
+        self._same_rows += len(found)
+        if bool((found != self._first_row.to(found.device)).any()):
+            self._same_rows = None
+        elif self._same_rows >= SAME_ROWS:
+            warnings.warn(
+                f"{type(self).__name__} gives all rows the same gates: up to end_token_id={self.end_token_id} with "
+                f"end={self.end!r}, the instructions of {self._same_rows} rows are equal. A system turn that a chat "
+                "template adds may end first: name the token that ends the user's turn, and set end='last'.",
+                stacklevel=2,
+            )
+            self._same_rows = None
 
 
 def _running_sum(values: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:

@@ -36,7 +36,7 @@ class SequenceRouter(PooledRouter):
 
     Args:
         spec: facts of the layer.
-        modalities, end_token_id, pooling: what is pooled, and how, see [`PooledRouter`].
+        modalities, end_token_id, end, pooling: what is pooled, and how, see [`PooledRouter`].
         norm_topk_prob: divide the K weights by their sum; without effect when K = 1.
         centred: subtract what the samples of the training have in common.
     """
@@ -52,11 +52,12 @@ class SequenceRouter(PooledRouter):
         *,
         modalities: list[str] | tuple[str, ...] | None = None,
         end_token_id: int | None = None,
+        end: str = "last",
         pooling: str = "mean",
         norm_topk_prob: bool = True,
         centred: bool = False,
     ):
-        super().__init__(spec, modalities, end_token_id, pooling)
+        super().__init__(spec, modalities, end_token_id, end, pooling)
         check_slots(spec, spec.num_experts, "sequence")
         self.norm_topk_prob = norm_topk_prob and spec.num_experts_per_tok > 1
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
@@ -89,11 +90,22 @@ class SequenceRouter(PooledRouter):
 
     def _leave_pooled(self, directions: torch.Tensor, context: RoutingContext) -> None:
         """Leave the sum of the samples' pooled states and their number, (d + 1,), for the end of the forward."""
-        pooled, known = (part.view(*context.token_mask.shape, -1)[:, -1] for part in self.pool(directions, context))
-        summed = torch.cat([pooled, torch.ones_like(pooled[:, :1])], dim=-1).masked_fill(~known, 0.0).sum(0)
+        pooled, known = (part.view(*context.token_mask.shape, -1) for part in self.pool(directions, context))
+        known = known.squeeze(-1)  # (B, S)
+        # The gates of an answer read its instruction; without an end, those of the last token read everything.
+        read = torch.zeros_like(known)
+        read[:, -1] = True
+        if self.end_token_id is not None:
+            answers = self.answers(self.spans(context, known.device), context)
+            read = torch.where(answers.any(1, keepdim=True), answers, read)
+        read = read & known
+        number = read.sum(1, keepdim=True)  # (B, 1)
+        samples = pooled.masked_fill(~read[..., None], 0.0).sum(1) / number.clamp(min=1)  # (B, d)
+        summed = torch.cat([samples, torch.ones_like(samples[:, :1])], dim=-1).masked_fill(number == 0, 0.0).sum(0)
         context.carry.setdefault("pooled_samples", {})[self.spec.layer_idx] = summed
 
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
+        super().accumulate(decision, context)
         summed = context.carry.get("pooled_samples", {}).get(self.spec.layer_idx)
         if summed is not None:
             self.accumulated += finite(sum_over_ranks(summed)).to(self.accumulated)

@@ -1,0 +1,78 @@
+"""Where the targets of a model are, so that its forward need not walk through all modules to find them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..modeling.routing import Router
+from .layer import MoeLoraLayer
+
+
+class TargetIndex:
+    """The targets below one root, found once.
+
+    Which adapters they hold and which of these are active is asked of them at every call. An index is good as long as
+    every target is where it was: a wrapper around a layer, a copy of the model or a layer that was taken out is found
+    out by following the way to each target again.
+
+    Args:
+        root: the model, or the backbone below its head.
+    """
+
+    def __init__(self, root: nn.Module):
+        self.root = root
+        self.targets: list[MoeLoraLayer] = []
+        self.knows_tokens = False
+        # Parent, name and child on the way from the root to the targets.
+        self._steps: list[tuple[nn.Module, str, nn.Module]] = []
+        # Of routers that are the model's own.
+        self._others: list[Router] = []
+        self._walk(root, set(), [])
+
+    def _walk(self, module: nn.Module, seen: set[nn.Module], way: list[tuple[nn.Module, str, nn.Module]]) -> None:
+        seen.add(module)
+        self.knows_tokens = self.knows_tokens or getattr(module, "moe_lora_knows_tokens", False)
+        if isinstance(module, Router):
+            self._others.append(module)
+        if isinstance(module, MoeLoraLayer):
+            self.targets.append(module)
+            self._steps += way
+            way.clear()  # which the targets that follow below share
+        children: Any = {"base_layer": module.base_layer} if isinstance(module, MoeLoraLayer) else module._modules
+        for name, child in children.items():
+            if child is not None and child not in seen:
+                below = [*way, (module, name, child)]
+                found = len(self.targets)
+                self._walk(child, seen, below)
+                if len(self.targets) > found:
+                    way.clear()
+
+    def is_current(self, root: nn.Module) -> bool:
+        """Whether this is the index of `root`, and every target is where it was."""
+        return self.root is root and all(parent._modules.get(name) is child for parent, name, child in self._steps)
+
+    def active(self) -> Iterator[MoeLoraLayer]:
+        """Yield the targets that compute with their adapters."""
+        return (layer for layer in self.targets if not (layer.disable_adapters or layer.merged))
+
+    def routers(self) -> Iterator[Router]:
+        """Yield all routers, those of the model itself included."""
+        yield from self._others
+        for layer in self.targets:
+            yield from layer.moe_lora_router.values()
+
+
+def index_of(root: nn.Module) -> TargetIndex:
+    """Return the index of a root, made anew where the model has changed."""
+    index: TargetIndex | None = root.__dict__.get("moe_lora_index")
+    if index is None or not index.is_current(root):
+        index = TargetIndex(root)
+        root.__dict__["moe_lora_index"] = index
+    return index
+
+
+def drop_indices(model: nn.Module) -> None:
+    """Forget where targets are: some have come or gone."""
+    for module in model.modules():
+        module.__dict__.pop("moe_lora_index", None)
