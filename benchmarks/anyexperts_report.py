@@ -10,7 +10,7 @@ from PIL import Image
 from tasks import Task, routing_of, without_labels
 
 from hf_moe.analysis.allocation import COLORS, draw_importance, draw_slot_histogram, draw_virtual_share
-from hf_moe.data.rows import open_image
+from hf_moe.modeling.image_loading import open_image
 
 
 CONTESTANTS = ("top_k", "anyexperts", "adamoe", "dynamic_moe_top_p")

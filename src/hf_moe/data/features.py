@@ -146,9 +146,8 @@ def _distinct_images(rows: Rows) -> dict[bytes, tuple[str, Any]]:
     """Return by its key every undecoded image, with how an error begins that names its row."""
     if isinstance(rows, Dataset | IterableDataset):
         rows = undecoded(rows)
-        read = [
-            name for name in ("images", "image", "messages", "conversations", "id", "image_id") if name in (rows.column_names or ())
-        ]
+        known = ("images", "image", "messages", "conversations", "id", "image_id")
+        read = [name for name in known if name in (rows.column_names or ())]
         rows = rows.select_columns(read) if read else rows
     images: dict[bytes, tuple[str, Any]] = {}
     for index, row in enumerate(rows):

@@ -138,6 +138,7 @@ def _images_beside(row: Mapping[str, Any]) -> list[Any]:
         return []
     several = isinstance(found[0], list | tuple) or (isinstance(found[0], np.ndarray) and found[0].dtype == object)
     images = list(found[0]) if several or getattr(found[0], "ndim", 0) == 4 else found
+    images = [image for item in images for image in (item if isinstance(item, list | tuple) else [item])]
     missing = next((index for index, image in enumerate(images) if image is None), None)
     if missing is not None:
         raise ValueError(f"has no image {missing} among its {len(images)} images: it is null.")

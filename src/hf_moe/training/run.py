@@ -15,7 +15,8 @@ from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..construction.build import build_model
 from ..construction.tokenizer import train_word_tokenizer
 from ..data import FeatureCache, VisionLanguageCollator, load_rows
-from ..data.rows import row_messages, undecoded
+from ..data.pictures import undecoded
+from ..data.rows import row_messages
 from ..evaluation.report import write_report
 from ..evaluation.vqa import evaluate_vqa, predict_answers
 from ..hub.card import write_card
