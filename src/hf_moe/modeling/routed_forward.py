@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .auxiliary import AuxiliaryLosses, is_learning
+from .inputs import check_labels
 from .optimizer_steps import Statistics, count_in_backward, end_cleared_step, end_step, follow_steps
 from .routing import RoutingContext
 
@@ -32,7 +33,14 @@ class RoutedForward:
     moe_layers: Any
 
     def open_context(self, **inputs: Any) -> RoutingContext:
-        """Return the context of a forward pass with these inputs."""
+        """Return the context of a forward pass with these inputs.
+
+        Raises:
+            ValueError: if an input does not fit the others or the model.
+        """
+        if inputs.get("labels") is not None:
+            tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+            check_labels(self.model.config, tokens, inputs["labels"])
         if is_learning(self):
             end_cleared_step(self)
         context = self.model.routing_context(**{name: inputs.get(name) for name in CONTEXT_INPUTS})

@@ -7,8 +7,72 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
+
+from .inputs import check_integers, given
+
+
+def encode_images(
+    tower: PreTrainedModel,
+    connector: nn.Module,
+    config,
+    pixel_values: torch.Tensor | None,
+    image_features: torch.Tensor | None,
+    pixel_attention_mask: torch.Tensor | None,
+    spatial_shapes: torch.Tensor | None,
+    dtype: torch.dtype,
+    **kwargs: Any,
+) -> BaseModelOutputWithPooling:
+    """Return what `HfMoeModel.get_image_features` does, whose arguments these are."""
+    if (pixel_values is None) == (image_features is None):
+        raise ValueError("Pass either pixel_values or image_features.")
+    outputs = BaseModelOutput(last_hidden_state=image_features)
+    if image_features is None:
+        _check_pixels(config, pixel_values, pixel_attention_mask, spatial_shapes)
+        kwargs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        outputs = run_tower(tower, config, pixel_values, **kwargs)
+        image_features = outputs.last_hidden_state
+    floating = isinstance(image_features, torch.Tensor) and image_features.is_floating_point()
+    if not floating or image_features.dim() != 3 or image_features.shape[-1] != config.vision_feature_size:
+        raise ValueError(
+            f"image_features must be floating point of the shape (images, patches, {config.vision_feature_size}), got "
+            f"{given(image_features)}."
+        )
+    connected = connector(image_features.to(dtype))  # (N, P', d)
+    if pixel_attention_mask is None:
+        images = list(connected)
+    else:
+        images = [rows[keep.bool()] for rows, keep in zip(connected, pixel_attention_mask, strict=True)]
+    return BaseModelOutputWithPooling(
+        last_hidden_state=image_features,
+        pooler_output=images,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+def _check_pixels(config, pixel_values: Any, pixel_attention_mask: Any, spatial_shapes: Any) -> None:
+    """Check the images of a call.
+
+    Raises:
+        ValueError: naming the argument, unless all have the type and the shape that the tower takes.
+    """
+    vision = config.vision_config
+    packed = takes_packed_patches(vision)
+    channels = getattr(vision, "num_channels", None) or 3
+    width = channels * vision.patch_size**2 if packed else channels
+    form = f"(images, patches, {width})" if packed else f"(images, {width}, height, width)"
+    floating = isinstance(pixel_values, torch.Tensor) and pixel_values.is_floating_point()
+    if not floating or pixel_values.dim() != (3 if packed else 4) or pixel_values.shape[2 if packed else 1] != width:
+        raise ValueError(
+            f"pixel_values must be floating point of the shape {form}, as the image processor returns them, got "
+            f"{given(pixel_values)}."
+        )
+    if packed:
+        count, patches = pixel_values.shape[:2]
+        check_integers("pixel_attention_mask", pixel_attention_mask, (count, patches), "patches")
+        check_integers("spatial_shapes", spatial_shapes, (count, 2), "images")
 
 
 def run_tower(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
@@ -26,7 +90,15 @@ def run_tower(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwar
     kwargs = {name: value for name, value in kwargs.items() if name in accepted or name.startswith("output_")}
     if layer is not None:
         kwargs["output_hidden_states"] = True
-    outputs = tower(pixel_values, return_dict=True, **kwargs)
+    try:
+        outputs = tower(pixel_values, return_dict=True, **kwargs)
+    except (RuntimeError, ValueError) as error:
+        if takes_packed_patches(config.vision_config) or pixel_values.shape[2:] == (config.image_size,) * 2:
+            raise
+        raise ValueError(
+            f"pixel_values of the shape {tuple(pixel_values.shape)} do not fit the tower "
+            f"({config.vision_config.model_type}), whose images are {config.image_size} x {config.image_size}: {error}"
+        ) from error
     features = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
     if isinstance(features, list | tuple):
         features = features[-1]
@@ -95,7 +167,8 @@ def probe_tower(config) -> TowerProbe:
     and `vision_prefix_tokens` where they are absent."""
     meta = torch.device("meta")
     with meta:
-        tower = AutoModel.from_config(config.vision_config).eval()
+        # Flex attention refuses the meta device, and all implementations give features of one shape.
+        tower = AutoModel.from_config(config.vision_config, attn_implementation="eager").eval()
     names, parameters = zip(*tower.named_parameters(), strict=True)
     inputs = dummy_pixels(config, meta, parameters[0].dtype)
     with torch.enable_grad():
