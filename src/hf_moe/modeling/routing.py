@@ -354,9 +354,9 @@ class Objective(KeepsBufferTypes):
     """Base of the auxiliary losses: `forward(decisions, context) -> (B,)`, float32.
 
     One value per row, the mean over layers (or their sum, where the config asks for it), from real tokens only. The
-    model adds `coef * sum_r (n_r / N) * value_r` with n_r the labels of row r and N the labels of the optimizer step, so
-    a value must be linear in the tokens of its row. A population statistic (a load over the whole batch) therefore comes
-    from a buffer that holds the previous optimizer step; `accumulate` and `end_step` keep it.
+    model adds `coef * sum_r (n_r / N) * value_r` with n_r the labels of row r and N the labels of the optimizer step,
+    so a value must be linear in the tokens of its row. A population statistic (a load over the whole batch) therefore
+    comes from a buffer that holds the previous optimizer step; `accumulate` and `end_step` keep it.
 
     Args:
         specs: the MoE layers of the model.
