@@ -50,7 +50,8 @@ KINDS = {
     "objective": (
         "Objectives",
         "`moe_config.objectives`: auxiliary losses, by name. The value is a coefficient, or a dict of `coef` and "
-        'options: `{"load_balance": {"coef": 0.01, "scope": "sequence"}, "router_z": 0.001}`.',
+        'options: `{"load_balance": {"coef": 0.01, "scope": "sequence"}, "router_z": 0.001}`. Every one takes '
+        '`layer_reduction`: `"mean"` over the MoE layers, the default, or `"sum"`.',
     ),
     "connector": ("Connectors", "`connector`: the module between the vision tower and the decoder."),
 }

@@ -66,7 +66,7 @@ def test_options_of_a_preset_are_those_of_its_mechanisms(key):
     used = [("router", moe.router), ("experts", moe.experts), *(("objective", value) for value in objectives)]
     for kind, value in used:
         cls = get_mechanism(kind, value["name"])
-        assert set(value) - {"name"} <= set(inspect.signature(cls).parameters), (kind, value)
+        assert set(value) - {"name", "layer_reduction"} <= set(inspect.signature(cls).parameters), (kind, value)
 
 
 @pytest.mark.parametrize("layers", [2, 5])

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 OBJECTIVES = {"load_balance": 0.3, "router_z": 0.1}
+PER_GATE = {"load_balance": {"coef": 0.3, "per_gate": True, "shares": "tokens", "layer_reduction": "sum"}}
 SEQUENCE = {"load_balance": {"coef": 0.3, "scope": "sequence"}, "null_load": 0.1}
 
 
@@ -67,8 +68,8 @@ def train(model, rows, accumulation, folder):
 
 @pytest.mark.parametrize(
     ("router", "objectives"),
-    [("top_k", OBJECTIVES), ("moiie", OBJECTIVES), ("adamoe", SEQUENCE)],
-    ids=["population", "population_per_gate", "sequence"],
+    [("top_k", OBJECTIVES), ("moiie", OBJECTIVES), ("adamoe", SEQUENCE), ("moiie", PER_GATE)],
+    ids=["population", "population_per_gate", "sequence", "term_per_gate"],
 )
 def test_router_gradients_do_not_depend_on_the_split_into_micro_batches(tiny_model, tmp_path, router, objectives):
     model = tiny_model(moe_config={"router": {"name": router}, "objectives": objectives})

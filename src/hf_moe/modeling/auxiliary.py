@@ -95,7 +95,8 @@ class AuxiliaryLosses(nn.Module):
 
     Args:
         config: the outer `HfMoeConfig`; `moe_config.objectives` maps names to a coefficient or to a dict with the key
-            `coef` and options.
+            `coef`, options, and `layer_reduction`: `"mean"` over the MoE layers, the default, or `"sum"`, with which
+            the strength grows with the depth.
         specs: the MoE layers.
     """
 
@@ -106,8 +107,14 @@ class AuxiliaryLosses(nn.Module):
             options = dict(value) if isinstance(value, dict) else {"coef": value}
             if "coef" not in options:
                 raise ValueError(f"moe_config.objectives[{name!r}] needs a coefficient under 'coef', got {value!r}.")
-            coef = options.pop("coef")
-            self.by_name[name] = build("objective", get_mechanism("objective", name), options, specs, coef)
+            coef, reduction = options.pop("coef"), options.pop("layer_reduction", "mean")
+            if reduction not in ("mean", "sum"):
+                raise ValueError(
+                    f"moe_config.objectives[{name!r}]: layer_reduction={reduction!r} must be 'mean' or 'sum'."
+                )
+            objective = build("objective", get_mechanism("objective", name), options, specs, coef)
+            objective.layer_reduction = reduction
+            self.by_name[name] = objective
 
     @property
     def reads_outputs(self) -> bool:

@@ -11,8 +11,8 @@ from .moe_layer import MoELayer
 def float32_patterns(language_model: nn.Module) -> list[str]:
     """Return the patterns of the routers' tensors, which stay float32 in a model of lower precision.
 
-    All but their counts, which are integers or of double precision. The routers that a host keeps are its own affair. FSDP2 asks for names
-    with a star for the number of the layer.
+    All but their counts, which are integers or of double precision. The routers that a host keeps are its own affair.
+    FSDP2 asks for names with a star for the number of the layer.
     """
     patterns = set()
     for name, module in language_model.named_modules():
@@ -20,7 +20,5 @@ def float32_patterns(language_model: nn.Module) -> list[str]:
             before, _, after = name.rpartition(f".{module.layer_idx}.")
             counts = [re.escape(n) for n, b in module.gate.named_buffers() if b.dtype in (torch.long, torch.double)]
             unless = rf"(?!\.({'|'.join(counts)})$)" if counts else ""
-            patterns.add(
-                rf"{re.escape(before)}\.(?:{module.layer_idx}|[^\d.]+)\.{re.escape(after)}\.gate\b{unless}"
-            )
+            patterns.add(rf"{re.escape(before)}\.(?:{module.layer_idx}|[^\d.]+)\.{re.escape(after)}\.gate\b{unless}")
     return sorted(patterns)

@@ -57,6 +57,14 @@ class PopulationObjective(Objective):
         population = self.get_buffer(f"population_{layer}").to(own.device)
         return torch.where(population.sum(-1, keepdim=True) > 0, population, own)
 
+    def shares(self, counts: torch.Tensor, decision: ExpertAssignment, of: str) -> torch.Tensor:
+        """Return counts (..., E + 1) as shares, float32: of all `"slots"`, summing to 1, or of the `"tokens"`, summing
+        to the slots of a token."""
+        total = counts.sum(-1, keepdim=True)
+        if of == "tokens":
+            total = total / decision.expert_index.shape[-1]
+        return counts.float() / total.clamp(min=1)
+
     def per_token(self, table: torch.Tensor, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
         """Pick the row of `table` (B, NUM_MODALITIES, C) that belongs to every token, (T, C)."""
         rows, positions = context.token_mask.shape

@@ -353,10 +353,10 @@ class Experts(nn.Module):
 class Objective(KeepsBufferTypes):
     """Base of the auxiliary losses: `forward(decisions, context) -> (B,)`, float32.
 
-    One value per row, the mean over layers, from real tokens only. The model adds `coef * sum_r (n_r / N) * value_r`
-    with n_r the labels of row r and N the labels of the optimizer step, so a value must be linear in the tokens of its
-    row. A population statistic (a load over the whole batch) therefore comes from a buffer that holds the previous
-    optimizer step; `accumulate` and `end_step` keep it.
+    One value per row, the mean over layers (or their sum, where the config asks for it), from real tokens only. The
+    model adds `coef * sum_r (n_r / N) * value_r` with n_r the labels of row r and N the labels of the optimizer step,
+    so a value must be linear in the tokens of its row. A population statistic (a load over the whole batch) therefore
+    comes from a buffer that holds the previous optimizer step; `accumulate` and `end_step` keep it.
 
     Args:
         specs: the MoE layers of the model.
@@ -367,6 +367,8 @@ class Objective(KeepsBufferTypes):
     reads_outputs = False
     # Whether the loss reads the signal `gate_overlap`, which routers then give.
     reads_gate_overlap = False
+    # How the layers' values are joined, `"mean"` or `"sum"`; an entry of every objective in the config.
+    layer_reduction = "mean"
 
     def __init__(self, specs: list[MoELayerSpec], coef: float):
         super().__init__()
@@ -401,9 +403,10 @@ class Objective(KeepsBufferTypes):
             )
         return usable
 
-    def layer_mean(self, values: list[torch.Tensor]) -> torch.Tensor:
-        """Return the mean over layers of the rows' values (B,), on the device of the first layer."""
-        return torch.stack([value.to(values[0].device) for value in values]).mean(0)
+    def reduce_layers(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """Return the mean over layers of the rows' values (B,), or their sum, on the device of the first layer."""
+        stacked = torch.stack([value.to(values[0].device) for value in values])  # (layers, B)
+        return stacked.sum(0) if self.layer_reduction == "sum" else stacked.mean(0)
 
     def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
         """Add a micro-batch to the statistics of the current optimizer step, when its backward runs."""

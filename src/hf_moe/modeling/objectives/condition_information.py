@@ -66,7 +66,7 @@ class ConditionInformation(Objective):
             per_row = ratio[self.conditions(context, probs.device)]  # (B, E)
             per_token = per_row.repeat_interleave(context.token_mask.shape[1], dim=0)  # (T, E)
             values.append(-context.row_mean((probs * per_token).sum(-1)))
-        return self.layer_mean(values)
+        return self.reduce_layers(values)
 
     def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
         for layer, decision in self.assignments(decisions).items():

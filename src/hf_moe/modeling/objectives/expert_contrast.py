@@ -61,4 +61,4 @@ class ExpertContrast(Objective):
             used = member.sum(-1) > 0
             total = scores.masked_fill(~used[..., None], 0.0).logsumexp(-1)
             values.append(context.row_mean((total - own).masked_fill(~used, 0.0).flatten()))
-        return self.layer_mean(values)
+        return self.reduce_layers(values)

@@ -5,7 +5,12 @@
 P_t is the router's distribution renormalised over the real experts, C_t the number of experts that t may choose, and
 f_g the share of the chosen slots of population g that went to expert i (detached). The mean over layers is taken. It
 is exactly 1.0 when f or P is uniform over the candidates, and C when all tokens sit on one expert with certainty; it
-does not grow with K.
+does not grow with K. With `shares="tokens"` f is the share of the tokens that chose expert i, as in Transformers'
+Mixtral: it sums to K, and so the value is K times as large.
+
+Every token weighs the same, so a gate weighs as much as it has tokens. With `per_gate` there is one term per gate, as
+in MoIIE: the mean over the gate's tokens of the row, and the row's value is their sum. A gate of few tokens is then
+balanced as strongly as one of many.
 
 Taking f from the previous optimizer step makes the value linear in the tokens: rows may be split over micro-batches
 and processes at will, and domains may specialise within the batch.
@@ -31,6 +36,8 @@ class LoadBalance(PopulationObjective):
         coef: coefficient of the loss, >= 0.
         scope: `"batch"` balances against the previous optimizer step, `"sequence"` every row by itself.
         per_modality: make every modality a population; otherwise every gate is one.
+        per_gate: one term per population, as above.
+        shares: `"slots"` or `"tokens"`, of which f is the share.
         expert_groups: balance this many groups of neighbouring experts (the devices of DeepSeekMoE) in place of single
             experts; must divide the number of experts of every layer.
 
@@ -46,10 +53,13 @@ class LoadBalance(PopulationObjective):
         *,
         scope: str = "batch",
         per_modality: bool = False,
+        per_gate: bool = False,
+        shares: str = "slots",
         expert_groups: int | None = None,
     ):
         super().__init__(specs, coef)
         check_choice("scope", scope, ("batch", "sequence"))
+        check_choice("shares", shares, ("slots", "tokens"))
         for spec in specs:
             if expert_groups is not None and (expert_groups < 1 or spec.num_experts % expert_groups):
                 raise ValueError(
@@ -58,6 +68,8 @@ class LoadBalance(PopulationObjective):
                 )
         self.scope = scope
         self.per_modality = per_modality
+        self.per_gate = per_gate
+        self.share_of = shares
         self.expert_groups = expert_groups
 
     def group(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
@@ -66,7 +78,7 @@ class LoadBalance(PopulationObjective):
         return super().group(decision, context)
 
     def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
-        return self.layer_mean(
+        return self.reduce_layers(
             [self.layer_value(layer, decision, context) for layer, decision in self.assignments(decisions).items()]
         )
 
@@ -77,11 +89,18 @@ class LoadBalance(PopulationObjective):
             counts = self.row_counts(decision, context)
         else:
             counts = self.population_counts(layer, decision, context)
-        share = renormalise(counts[..., :experts].float(), minimum=1.0)  # (B, NUM_MODALITIES, E)
+        if self.share_of == "slots":
+            counts = counts[..., :experts]  # empty slots were chosen by nobody
+        share = self.shares(counts, decision, self.share_of)[..., :experts]  # (B, NUM_MODALITIES, E)
         share = self.per_token(share, decision, context)  # (T, E)
         probs = renormalise(decision.router_probs[:, :experts])  # (T, E)
         allowed = decision.router_logits[:, :experts] != float("-inf")  # (T, E)
         if self.expert_groups is not None:
             share, probs = (table.unflatten(-1, (self.expert_groups, -1)).sum(-1) for table in (share, probs))
             allowed = allowed.unflatten(-1, (self.expert_groups, -1)).any(-1)  # (T, groups)
-        return context.row_mean((share * probs).sum(-1) * allowed.sum(-1))
+        value = (share * probs).sum(-1) * allowed.sum(-1)  # (T,)
+        if self.per_gate:
+            of_gate = self.row_counts(decision, context).sum(-1, keepdim=True)  # (B, NUM_MODALITIES, 1)
+            weight = of_gate.sum(1, keepdim=True) / of_gate.clamp(min=1)
+            value = value * self.per_token(weight, decision, context).squeeze(-1)
+        return context.row_mean(value)

@@ -25,4 +25,4 @@ class LocalEntropy(Objective):
             probs = decision.router_probs
             entropy = -(probs * probs.clamp(min=1e-20).log()).sum(-1)  # (T,)
             values.append(context.row_mean(entropy))
-        return self.layer_mean(values)
+        return self.reduce_layers(values)

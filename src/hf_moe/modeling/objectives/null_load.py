@@ -7,17 +7,17 @@ expert i; each null expert has the mean share of all null ones, so that it does 
 to. The shares come from the previous optimizer step (detached), the mean over layers is taken, and the value is 1.0 at
 uniform. It pushes the mean number of real experts per token towards K E / (E + M).
 
-The paper's shares are per token and sum to K: its coefficient is K times as strong as the same number here.
+The paper's shares are of the tokens and sum to K, which makes the value K times as large: `shares="tokens"`.
 
 Source: AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models, arXiv:2406.13233.
 """
 
 import torch
 
-from ..gating import renormalise
+from ..gating import check_choice
 from ..population import PopulationObjective
 from ..registry import register_objective
-from ..routing import Decision, RoutingContext
+from ..routing import Decision, MoELayerSpec, RoutingContext
 
 
 @register_objective("null_load")
@@ -27,10 +27,16 @@ class NullLoad(PopulationObjective):
     Args:
         specs: the MoE layers of the model.
         coef: coefficient of the loss, >= 0.
+        shares: `"slots"` or `"tokens"`, of which f is the share.
 
     Raises:
-        ValueError: in `forward`, if no router has null experts.
+        ValueError: if `shares` is unknown; in `forward`, if no router has null experts.
     """
+
+    def __init__(self, specs: list[MoELayerSpec], coef: float, *, shares: str = "slots"):
+        super().__init__(specs, coef)
+        check_choice("shares", shares, ("slots", "tokens"))
+        self.share_of = shares
 
     def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
         values = []
@@ -40,7 +46,7 @@ class NullLoad(PopulationObjective):
             if num_null == 0:
                 continue
             counts = self.population_counts(layer, decision, context)
-            share = renormalise(counts.float(), minimum=1.0)  # (B, NUM_MODALITIES, E + 1)
+            share = self.shares(counts, decision, self.share_of)  # (B, NUM_MODALITIES, E + 1)
             nulls = (share[..., -1:] / num_null).expand(*share.shape[:-1], num_null)
             share = torch.cat([share[..., :-1], nulls], dim=-1)  # (B, NUM_MODALITIES, E + M)
             share = self.per_token(share, decision, context)  # (T, E + M)
@@ -50,4 +56,4 @@ class NullLoad(PopulationObjective):
                 f"null_load needs a router with null experts, such as 'adamoe'; the routers of layers "
                 f"{sorted(decisions)} have none: use load_balance."
             )
-        return self.layer_mean(values)
+        return self.reduce_layers(values)

@@ -26,7 +26,7 @@ class RouterZ(Objective):
     """
 
     def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
-        return self.layer_mean(
+        return self.reduce_layers(
             [
                 context.row_mean(decision.router_logits.logsumexp(dim=-1).square())
                 for decision in self.assignments(decisions).values()

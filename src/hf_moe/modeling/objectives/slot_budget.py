@@ -66,7 +66,7 @@ class SlotBudget(Objective):
             mean = torch.where(tokens > 0, slots / tokens.clamp(min=1), own.detach())
             budget = self.budgets[layer]
             values.append(2.0 * (mean / budget - 1.0) / budget * own)
-        return torch.stack([value.to(values[0].device) for value in values]).mean(0)
+        return self.reduce_layers(values)
 
     def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
         for layer, decision in self.budgeted(decisions).items():
