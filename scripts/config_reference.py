@@ -7,8 +7,10 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 from hf_moe import HfMoeConfig, MoeConfig, list_mechanisms, list_systems
+from hf_moe.configuration.checks import Interval, in_words, option_hints
 from hf_moe.modeling.mechanisms import get_mechanism
 
 
@@ -40,8 +42,10 @@ config = HfMoeConfig.from_system(
 ```
 
 A mechanism is named by a dict, `{"name": "top_k", "norm_topk_prob": false}`; without options its name alone will do.
-An unknown name or option is an error that gives the nearest valid ones. Any value of `moe_config` may be a map from
-layer to value, at any depth: `{"default": 8, "3": 16}`.
+An unknown name or option is an error that gives the nearest valid ones, and a value of another type than declared or
+out of its range is one that gives both. A string that spells a number, as YAML reads `1e-3`, is taken for it where a
+number is declared. Any value of `moe_config` may be a map from layer to value, at any depth:
+`{"default": 8, "3": 16}`.
 """
 
 KINDS = {
@@ -51,7 +55,10 @@ KINDS = {
         "Objectives",
         "`moe_config.objectives`: auxiliary losses, by name. The value is a coefficient, or a dict of `coef` and "
         'options: `{"load_balance": {"coef": 0.01, "scope": "sequence"}, "router_z": 0.001}`. Every one takes '
-        '`layer_reduction`: `"mean"` over the MoE layers, the default, or `"sum"`.',
+        '`layer_reduction`: `"mean"` over the MoE layers, the default, or `"sum"`. Two of one kind have labels, under '
+        "which they are logged, and say their name: "
+        '`{"experts": {"name": "load_balance", "coef": 0.01}, "devices": {"name": "load_balance", "coef": 0.05, '
+        '"expert_groups": 4}}`.',
     ),
     "connector": ("Connectors", "`connector`: the module between the vision tower and the decoder."),
 }
@@ -79,13 +86,26 @@ def config_section(cls: type) -> str:
     return f"## {cls.__name__}\n\n" + "\n".join(lines) + "\n"
 
 
+def declaration(hint: Any) -> str:
+    """Return the type that an annotation declares, and the range beside it."""
+    ranges = re.findall(r"\b(?:be|lie) (.*)", "\n".join(str(item) for item in dict.fromkeys(ranges_within(hint))))
+    return ", ".join([f"`{in_words(hint)}`", *ranges])
+
+
+def ranges_within(hint: Any) -> list[Interval]:
+    if isinstance(hint, Interval):
+        return [hint]
+    return [item for part in getattr(hint, "__metadata__", ()) + get_args(hint) for item in ranges_within(part)]
+
+
 def mechanism_section(kind: str, name: str) -> str:
     """Return what a mechanism's file says about it, and its options. Raises KeyError for an undocumented option."""
     cls = get_mechanism(kind, name)
     documented = documented_arguments(cls)
     options = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    hints = option_hints(cls, 0)
     lines = [
-        f"- `{option.name}` (`{inspect.formatannotation(option.annotation)}`, default `{option.default!r}`): "
+        f"- `{option.name}` ({declaration(hints[option.name])}, default `{option.default!r}`): "
         f"{documented[option.name][1]}"
         for option in options
     ]

@@ -25,7 +25,7 @@ _LAZY = {
     "ParameterMixture": "modeling.routing",
     "Router": "modeling.routing",
     "RoutingContext": "modeling.routing",
-    "RoutingOverrides": "modeling.routing",
+    "RoutingOverrides": "modeling.overrides",
     "SlotMixture": "modeling.routing",
     "list_systems": "configuration.systems",
     "register_connector": "modeling.registry",

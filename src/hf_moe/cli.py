@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from huggingface_hub.errors import StrictDataclassError
+
 from . import list_mechanisms
 from .configuration.systems import list_systems
 
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 command.set_defaults(run=module.run)
         args = parser.parse_args(arguments)
         return args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         print(f"hf-moe: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

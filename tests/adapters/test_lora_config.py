@@ -52,7 +52,7 @@ def test_an_enum_that_takes_no_members_is_a_clear_error(monkeypatch):
         ({"router": "switch_transformer"}, "num_experts_per_tok"),
         ({"router_input": "layer"}, "'decoder_layer', 'model', 'target'"),
         ({"objectives": {"load_balanced": 0.1}}, "load_balance"),
-        ({"objectives": {"router_z": -1.0}}, "must be >= 0"),
+        ({"objectives": {"router_z": -1.0}}, "must be at least 0"),
         ({"layers_pattern": "layers"}, "layers_to_transform"),
         ({"r": "8"}, r"r='8' must be int \| list\[int\]"),
         ({"r": 8.0}, "r=8.0 must be int"),

@@ -148,7 +148,7 @@ def test_every_import_that_travels_has_the_form_transformers_follows(everything,
         third_party = set(get_imports(path)) - sys.stdlib_module_names
         # Only the processor opens pictures, and with it come the packages of Transformers' image processors.
         pictures = {"PIL", "numpy"} if name == "image_loading.py" else set()
-        assert third_party <= {"packaging", "safetensors", "torch", "transformers"} | pictures, name
+        assert third_party <= {"huggingface_hub", "packaging", "safetensors", "torch", "transformers"} | pictures, name
 
 
 def test_no_bundled_file_compares_the_class_of_a_config(everything):

@@ -14,6 +14,7 @@ from hf_moe.construction.conversion import convert_router, set_objectives
 from hf_moe.modeling.experts.ffn import FfnExperts
 from hf_moe.modeling.objectives.load_balance import LoadBalance
 from hf_moe.modeling.objectives.slot_budget import SlotBudget
+from hf_moe.modeling.registry import build
 from hf_moe.modeling.routers.anyexperts import AnyExpertsRouter
 from hf_moe.modeling.routers.top_k import TopKRouter
 from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext, RoutingOverrides
@@ -24,7 +25,8 @@ from hf_moe.training.recipe import load_recipe
 def make_router(seed: int = 0, hidden_size: int = 24, num_experts: int = 16, **options) -> AnyExpertsRouter:
     torch.manual_seed(seed)
     spec = MoELayerSpec(0, hidden_size, num_experts, 4, 16)
-    router = AnyExpertsRouter(spec, **{"min_slots": 2, "max_slots": 12, "probe_slot": False, **options})
+    options = {"min_slots": 2, "max_slots": 12, "probe_slot": False, **options}
+    router = build("router", AnyExpertsRouter, options, spec)
     router.initialize(0.3)
     return router
 

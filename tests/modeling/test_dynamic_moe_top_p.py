@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hf_moe.modeling.experts.ffn import FfnExperts
 from hf_moe.modeling.objectives.local_entropy import LocalEntropy
+from hf_moe.modeling.registry import build
 from hf_moe.modeling.routers.dynamic_moe_top_p import DynamicMoETopPRouter
 from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext, RoutingOverrides
 
@@ -18,7 +19,7 @@ WIDTH, EXPERTS = 16, 16
 def make_router(num_experts: int = EXPERTS, seed: int = 0, std: float = 0.3, **options) -> DynamicMoETopPRouter:
     torch.manual_seed(seed)
     # One slot per token in the spec: a router that read it would never use a second expert.
-    router = DynamicMoETopPRouter(MoELayerSpec(0, WIDTH, num_experts, 1, 16), **options)
+    router = build("router", DynamicMoETopPRouter, options, MoELayerSpec(0, WIDTH, num_experts, 1, 16))
     router.initialize(std)
     return router
 

@@ -238,7 +238,7 @@ def test_group_balance_ignores_imbalance_within_a_group():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"scope": "layer"}, "scope='layer': allowed are 'batch', 'sequence'"),
+        ({"scope": "layer"}, "scope='layer' must be one of 'batch', 'sequence'"),
         ({"expert_groups": 3}, "expert_groups=3"),
     ],
 )

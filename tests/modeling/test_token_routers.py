@@ -86,7 +86,7 @@ def test_jitter_changes_training_only():
 
 
 def test_unknown_score_function_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="score_function='tanh': allowed are 'softmax', 'sigmoid'"):
+    with pytest.raises(ValueError, match="score_function='tanh' must be one of 'softmax', 'sigmoid'"):
         make_router("top_k", {"score_function": "tanh"})
 
 

@@ -5,13 +5,13 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from peft import PeftConfig, XLoraConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from ..configuration.configuration_hf_moe import unknown_name_message
+from ..configuration.checks import Interval, NonNegativeInt, Positive, PositiveInt, check, unknown_name_message
 from ..hub.adapter import WEIGHTS_FILE, check_base, check_weights, is_path
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
@@ -19,7 +19,6 @@ from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
 from .checkpoints import check_version, complete_saved_config, is_saved_for_a_push
-from .checks import check_field, check_options
 from .experts import EXPERT_KINDS, Target, build_kind
 from .parts import PARTS
 from .routers import ADAPTER_ROUTERS
@@ -131,11 +130,13 @@ class MoeLoraConfig(PeftConfig):
             unknown or refuse their options.
     """
 
-    r: int | list[int] = field(default=8, metadata={"help": "Rank of every expert, or a list of all ranks."})
-    lora_alpha: float = field(default=8, metadata={"help": "Numerator of the scaling."})
-    num_experts: int = field(default=4, metadata={"help": "Number of experts."})
-    num_experts_per_tok: int | None = field(default=2, metadata={"help": "Experts of a token; all when None."})
-    shared_r: int = field(default=0, metadata={"help": "Rank of a plain LoRA beside the experts."})
+    r: PositiveInt | list[PositiveInt] = field(
+        default=8, metadata={"help": "Rank of every expert, or a list of all ranks."}
+    )
+    lora_alpha: Positive = field(default=8, metadata={"help": "Numerator of the scaling."})
+    num_experts: PositiveInt = field(default=4, metadata={"help": "Number of experts."})
+    num_experts_per_tok: PositiveInt | None = field(default=2, metadata={"help": "Experts of a token; all when None."})
+    shared_r: NonNegativeInt = field(default=0, metadata={"help": "Rank of a plain LoRA beside the experts."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Linear layers to adapt."}
     )
@@ -154,7 +155,9 @@ class MoeLoraConfig(PeftConfig):
     objectives: dict[str, float | dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "Auxiliary losses by name."}
     )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
+    lora_dropout: Annotated[float, Interval(0, 1, open_maximum=True)] = field(
+        default=0.0, metadata={"help": "Dropout on the experts' input."}
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     init_lora_weights: bool = field(default=True, metadata={"help": "Start with B = 0."})
     freeze_experts: bool = field(default=False, metadata={"help": "Train the router alone."})
@@ -207,17 +210,19 @@ class MoeLoraConfig(PeftConfig):
     def _check_types(self) -> None:
         """Refuse fields of another type or out of range, those for single targets included."""
         cls = MoeLoraConfig
-        hints = {name: hint for name, hint in get_type_hints(cls).items() if name in cls.__annotations__}
+        own = cls.__annotations__
+        hints = {name: hint for name, hint in get_type_hints(cls, include_extras=True).items() if name in own}
         for name, hint in hints.items():
-            check_field(name, getattr(self, name), hint, purpose=cls.__dataclass_fields__[name].metadata["help"])
+            purpose = cls.__dataclass_fields__[name].metadata["help"]
+            check(name, getattr(self, name), hint, purpose)
         for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
             for key, value in getattr(self, pattern).items():
-                check_field(name, value, hints[name], f"{pattern}[{key!r}]")
+                check(f"{pattern}[{key!r}]", value, hints[name])
         for key, overrides in self.target_overrides.items():
             for name, value in overrides.items():
                 if name not in OVERRIDABLE:
                     raise ValueError(unknown_name_message("field of target_overrides", name, list(OVERRIDABLE)))
-                check_field(name, value, hints[name], f"target_overrides[{key!r}][{name!r}]")
+                check(f"target_overrides[{key!r}][{name!r}]", value, hints[name])
 
     @classmethod
     def from_pretrained(
@@ -294,7 +299,6 @@ class MoeLoraConfig(PeftConfig):
         if name not in ADAPTER_ROUTERS and name not in mechanism_names("router"):
             raise ValueError(unknown_name_message("router", name, [*ADAPTER_ROUTERS, *mechanism_names("router")]))
         cls = ADAPTER_ROUTERS[name] if name in ADAPTER_ROUTERS else get_mechanism("router", name)
-        check_options("router", name, cls, options)
         return build("router", cls, options, spec)
 
     @classmethod

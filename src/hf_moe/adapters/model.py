@@ -365,17 +365,24 @@ class MoeLoraModel(BaseTuner):
 
 
 def _warn_of_unmatched(model: nn.Module, adapter_name: str, config: MoeLoraConfig) -> None:
-    """Warn of overrides for what the model does not have, as PEFT does of its patterns."""
-    names = [name for name, _ in model.named_modules()]
-    names += [layer.key[adapter_name] for layer in tuner_layers(model) if adapter_name in layer.key]  # stacked weights
-    patterns = config.target_overrides
-    unmatched = [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
-    if unmatched:
-        warnings.warn(
-            f"The following target_overrides keys match no module of the model and were ignored: {unmatched}.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    """Warn of overrides and layers for what the model does not have, as PEFT does of its patterns."""
+    targets = [layer.key[adapter_name] for layer in tuner_layers(model) if adapter_name in layer.key]
+    names = [name for name, _ in model.named_modules()] + targets  # stacked weights are no modules
+    layers = config.layers_to_transform
+    layers = [layers] if isinstance(layers, int) else layers or []
+    unmatched = {
+        "target_overrides keys": [
+            key for key in config.target_overrides if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+        ],
+        "layers_to_transform": [item for item in layers if not any(f".{item}." in key for key in targets)],
+    }
+    for what, values in unmatched.items():
+        if values:
+            warnings.warn(
+                f"The following {what} match no module of the model and were ignored: {values}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 @torch.no_grad()

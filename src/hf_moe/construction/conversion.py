@@ -7,11 +7,12 @@ virtual experts start far below the margin. Weights are renormalised over the sl
 Source of the AnyExperts start: this library's reading of arXiv:2511.18314.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 
-from ..configuration.configuration_hf_moe import at_layer
+from ..configuration.layer_maps import at_layer
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
@@ -37,7 +38,7 @@ def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int
     Raises:
         ValueError: if the router cannot be built, or AnyExperts cannot start as the routers that are there.
     """
-    routers, chosen = {}, {}
+    routers, chosen, options = {}, {}, deepcopy(options)
     for index, layer in model.moe_layers().items():
         own = {**_anyexperts_options(layer.router, layer.spec), **options} if name == "anyexperts" else options
         chosen[str(index)] = {"name": name, **own}
@@ -65,7 +66,7 @@ def set_objectives(model: HfMoeForConditionalGeneration, objectives: dict[str, A
         ValueError: if an objective is unknown or does not fit the model.
     """
     config = model.config
-    previous, config.moe_config.objectives = config.moe_config.objectives, dict(objectives)
+    previous, config.moe_config.objectives = config.moe_config.objectives, deepcopy(objectives)
     try:
         fresh = AuxiliaryLosses(config, [layer.spec for layer in model.moe_layers().values()])
     except ValueError:

@@ -17,7 +17,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..configuration.configuration_hf_moe import AUTO_MAP, at_layer
+from ..configuration.configuration_hf_moe import AUTO_MAP
+from ..configuration.layer_maps import at_layer
+from ..configuration.moe_config import objective_entry
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.registry import KINDS
 from .flatten import PACKAGE, flat_name, flatten, top_level_effects
@@ -144,7 +146,7 @@ def used_names(config: Any) -> dict[str, list[str]]:
     for layer in config.moe_layers():
         for kind in ("router", "experts"):
             names[kind].add(at_layer(getattr(config.moe_config, kind), layer)["name"])
-    names["objective"] = set(config.moe_config.objectives)
+    names["objective"] = {objective_entry(*entry)[0] for entry in (config.moe_config.objectives or {}).items()}
     if config.vision_config is not None:
         names["connector"].add(config.connector["name"])
     return {kind: sorted(used) for kind, used in names.items()}

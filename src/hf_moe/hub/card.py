@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..configuration.configuration_hf_moe import at_layer
+from ..configuration.layer_maps import at_layer
+from ..configuration.moe_config import objective_entry
 from ..configuration.systems import load_preset
 from .bundle import used_mechanisms
 from .evaluation import metric_name, scores, write_evaluation
@@ -224,9 +225,8 @@ def _layer_rows(model: Any) -> list[dict[str, Any]]:
 
 
 def _objectives(config: Any) -> dict[str, float]:
-    """Return the coefficient of every objective."""
-    values = config.moe_config.objectives
-    return {name: value["coef"] if isinstance(value, dict) else value for name, value in values.items()}
+    """Return the coefficient of every objective, by label."""
+    return {label: objective_entry(label, value)[1] for label, value in config.moe_config.objectives.items()}
 
 
 def _sources(config: Any) -> list[dict[str, str]]:

@@ -15,8 +15,10 @@ from ..modeling.mechanisms import FOLDERS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TRAVELLING_FOLDERS = (PACKAGE / "configuration", PACKAGE / "modeling")
-# Packaging and safetensors are requirements of Transformers.
-ALLOWED_PACKAGES = frozenset({"packaging", "safetensors", "torch", "transformers"}) | sys.stdlib_module_names
+# Packaging, huggingface_hub and safetensors are requirements of Transformers.
+ALLOWED_PACKAGES = (
+    frozenset({"huggingface_hub", "packaging", "safetensors", "torch", "transformers"}) | sys.stdlib_module_names
+)
 # The processor opens pictures; Transformers' own image processors need these as well.
 PICTURE_PACKAGES = frozenset({"PIL", "numpy"})
 

@@ -21,7 +21,8 @@ from huggingface_hub import HfApi, constants, hf_hub_download, parse_local_safet
 from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 
-from ..configuration.configuration_hf_moe import HfMoeConfig, at_layer
+from ..configuration.configuration_hf_moe import HfMoeConfig
+from ..configuration.layer_maps import at_layer
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router

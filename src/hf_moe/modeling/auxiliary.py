@@ -19,12 +19,14 @@ divided by, that makes the formula above; a loss that pushes some rows down stil
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers.utils import ModelOutput, logging
 
+from ..configuration.checks import check
+from ..configuration.moe_config import objective_entry
 from .mechanisms import get_mechanism
 from .registry import build
 from .routing import MoELayerSpec, RoutingContext
@@ -91,30 +93,31 @@ class _WeighRowsLikeLabels(torch.autograd.Function):
 
 
 class AuxiliaryLosses(nn.Module):
-    """The objectives of a model, by name.
+    """The objectives of a model, `by_name`: by their labels, under which checkpoints know them.
 
     Args:
-        config: the outer `HfMoeConfig`; `moe_config.objectives` maps names to a coefficient or to a dict with the key
-            `coef`, options, and `layer_reduction`: `"mean"` over the MoE layers, the default, or `"sum"`, with which
-            the strength grows with the depth.
+        config: the outer `HfMoeConfig`; its `moe_config.objectives` says what an entry looks like. Every objective
+            takes `layer_reduction`: `"mean"` over the MoE layers, the default, or `"sum"`, with which the strength
+            grows with the depth.
         specs: the MoE layers.
+
+    Raises:
+        ValueError: if an entry has another form, its objective is unknown, or refuses its options.
     """
 
     def __init__(self, config, specs: list[MoELayerSpec]):
         super().__init__()
         self.by_name = nn.ModuleDict()
-        for name, value in config.moe_config.objectives.items():
-            options = dict(value) if isinstance(value, dict) else {"coef": value}
-            if "coef" not in options:
-                raise ValueError(f"moe_config.objectives[{name!r}] needs a coefficient under 'coef', got {value!r}.")
-            coef, reduction = options.pop("coef"), options.pop("layer_reduction", "mean")
-            if reduction not in ("mean", "sum"):
-                raise ValueError(
-                    f"moe_config.objectives[{name!r}]: layer_reduction={reduction!r} must be 'mean' or 'sum'."
-                )
+        for label, value in (config.moe_config.objectives or {}).items():
+            name, coef, options = objective_entry(label, value)
+            place = f"moe_config.objectives[{label!r}]"
+            if hasattr(self.by_name, label):  # `pop` or `training`, say
+                raise ValueError(f"{place}: the label is taken, choose another.")
+            reduction = options.pop("layer_reduction", "mean")
+            check(f"{place}: layer_reduction", reduction, Literal["mean", "sum"])
             objective = build("objective", get_mechanism("objective", name), options, specs, coef)
             objective.layer_reduction = reduction
-            self.by_name[name] = objective
+            self.by_name[label] = objective
 
     @property
     def reads_outputs(self) -> bool:

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from ..configuration.configuration_hf_moe import at_layer
-from .routing import Router, RoutingOverrides
+from ..configuration.layer_maps import at_layer
+from .overrides import RoutingOverrides
+from .routing import Router
 
 
 class ElasticBudget:
@@ -32,7 +33,8 @@ class ElasticBudget:
             for module in self.moe_layers()[layer].gate.modules():
                 if isinstance(module, Router):
                     module.target_slots = target
-            options[str(layer)]["target_slots"] = budget
+            # The router derives its least number of slots from its target where the config does not tell.
+            options[str(layer)] |= {"target_slots": budget, "min_slots": router.min_slots}
         first = next(iter(options.values()))
         moe_config.router = first if all(item == first for item in options.values()) else options
 

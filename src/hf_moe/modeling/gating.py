@@ -41,6 +41,7 @@ def apply_overrides(logits: torch.Tensor, spec: MoELayerSpec, context: RoutingCo
     """Return `logits` (T, C >= E) after the context's test-time offsets and disabled experts of this layer."""
     if context.overrides is None:
         return logits
+    context.overrides.check_experts(spec.layer_idx, spec.num_experts)
     offset = context.overrides.logit_offset.get(spec.layer_idx)
     if offset is not None:
         logits = logits + F.pad(offset.to(logits), (0, logits.shape[-1] - offset.shape[-1]))
@@ -223,8 +224,6 @@ class BiasBalancedRouter(Router):
 
     def __init__(self, spec: MoELayerSpec, bias_shape: tuple[int, ...], bias_update_rate: float):
         super().__init__(spec)
-        if bias_update_rate < 0:
-            raise ValueError(f"bias_update_rate={bias_update_rate} must be >= 0.")
         self.bias_update_rate = bias_update_rate
         self.register_buffer("e_score_correction_bias", torch.zeros(bias_shape, dtype=torch.float32))
         load = torch.zeros(bias_shape, dtype=torch.long).view(-1, spec.num_experts)  # (G, E)

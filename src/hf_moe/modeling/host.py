@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..configuration.configuration_hf_moe import at_layer
+from ..configuration.layer_maps import at_layer
 from .moe_layer import MoELayer
 from .routing import ACTIVE_CONTEXT, MoELayerSpec
 
@@ -150,7 +150,7 @@ def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
     """Resolve the facts of one MoE layer from the config and the feed-forward it replaces.
 
     Raises:
-        ValueError: if the host names no activation function.
+        ValueError: if the host names no activation function, or the experts would have no width.
     """
     moe, text = config.moe_config, config.text_config
     activation = next((getattr(text, name) for name in ACTIVATION_FIELDS if getattr(text, name, None)), None)
@@ -158,6 +158,11 @@ def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
         raise ValueError(f"{type(text).__name__} names no activation under {' or '.join(ACTIVATION_FIELDS)}.")
     granularity = at_layer(moe.granularity, layer_idx)
     width = at_layer(moe.expert_intermediate_size, layer_idx) or host_ffn.intermediate_size // granularity
+    if width < 1:
+        raise ValueError(
+            f"Layer {layer_idx}: moe_config.granularity={granularity} leaves experts no width: the feed-forward they "
+            f"divide has {host_ffn.intermediate_size}."
+        )
     banks = tuple(
         (name, bank["num_experts"], bank.get("intermediate_size") or width)
         for name, bank in (at_layer(moe.expert_banks, layer_idx) or {}).items()

@@ -30,10 +30,11 @@ from .language_loss import token_balanced_loss
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
 from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast, extend_output, router_logits
+from .overrides import RoutingOverrides
 from .plans import float32_patterns
 from .registry import build
 from .routed_forward import RoutedForward, install_hooks
-from .routing import RoutingContext, RoutingOverrides
+from .routing import RoutingContext
 from .vision import encode_images, insert_images, probe_tower, takes_packed_patches, touch_vision
 
 
@@ -73,6 +74,10 @@ class HfMoeModel(HfMoePreTrainedModel):
                 )
             if config.image_seq_length is None:
                 config.image_seq_length = num_tokens
+            elif config.image_seq_length != num_tokens and not takes_packed_patches(config.vision_config):
+                raise ValueError(
+                    f"image_seq_length={config.image_seq_length}, but an image takes {num_tokens} tokens: leave it out"
+                )
         self.language_model = AutoModel.from_config(config.text_config)
         self.cache_argument = cache_argument(type(self.language_model))
         self.max_positions = learned_positions(self.language_model)
@@ -140,6 +145,8 @@ class HfMoeModel(HfMoePreTrainedModel):
         if mm_token_type_ids is None:
             placeholders = functools.partial(self._placeholders, input_ids, inputs_embeds)
             mm_token_type_ids = modality_ids(self.config, placeholders, tokens)
+        if routing_overrides is not None:
+            routing_overrides.check_layers({index: layer.router for index, layer in self.moe_layers().items()})
         return RoutingContext(
             modality_ids=mm_token_type_ids.long(),
             token_mask=real_tokens(attention_mask, tokens),

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..configuration.configuration_hf_moe import at_layer
+from ..configuration.layer_maps import at_layer
 from .dispatch import SortedSlots
 from .mechanisms import get_mechanism
 from .registry import build
@@ -165,8 +165,9 @@ class MoELayer(nn.Module):
         return output
 
 
-def _name_and_options(value: dict, layer_idx: int) -> tuple[str, dict]:
-    options = dict(at_layer(value, layer_idx))
+def _name_and_options(value: dict | str, layer_idx: int) -> tuple[str, dict]:
+    at = at_layer(value, layer_idx)
+    options = {"name": at} if isinstance(at, str) else dict(at)
     return options.pop("name"), options
 
 

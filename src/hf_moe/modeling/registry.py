@@ -9,13 +9,12 @@ the user's own file:
     class MyRouter(Router): ...
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from ..configuration.configuration_hf_moe import unknown_name_message
+from ..configuration.checks import checked_options
 
 
 KINDS = ("router", "experts", "objective", "connector")
@@ -70,16 +69,14 @@ def registered(kind: str) -> dict[str, type]:
 
 
 def build(kind: str, cls: type, options: dict[str, Any], *args: Any) -> nn.Module:
-    """Build a mechanism from the options of a config.
+    """Build a mechanism from the options of a config, which the annotations of its constructor declare.
 
     Raises:
-        ValueError: if an option is unknown to the class or one it needs is missing.
+        ValueError: if an option is unknown to the class, of another type or out of range, or one it needs is missing.
     """
-    parameters = list(inspect.signature(cls).parameters)[len(args) :]
-    for option in options:
-        if option not in parameters:
-            raise ValueError(unknown_name_message(f"option of the {kind} {cls.mechanism_name!r}", option, parameters))  # type: ignore[attr-defined]
+    name: str = cls.mechanism_name  # type: ignore[attr-defined]
+    options = checked_options(kind, name, cls, options, leading=len(args))
     try:
         return cls(*args, **options)
     except TypeError as error:
-        raise ValueError(f"The {kind} {cls.mechanism_name!r} cannot be built: {error}") from error  # type: ignore[attr-defined]
+        raise ValueError(f"The {kind} {name!r} cannot be built: {error}") from error

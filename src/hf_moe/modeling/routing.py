@@ -14,30 +14,11 @@ import torch
 from torch import nn
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from .overrides import RoutingOverrides
 
 
 # Population statistics keep one row for each.
 NUM_MODALITIES = len(MODALITIES)
-
-
-class RoutingOverrides:
-    """Test-time control over a trained model's routing, without touching its weights.
-
-    Args:
-        logit_offset: layer index -> (E,) values added to the router logits.
-        disabled_experts: layer index -> expert indices that no token may choose.
-        expert_budget: experts per token that a router with a slot budget aims at, in place of its own target.
-    """
-
-    def __init__(
-        self,
-        logit_offset: dict[int, torch.Tensor] | None = None,
-        disabled_experts: dict[int, list[int]] | None = None,
-        expert_budget: float | None = None,
-    ):
-        self.logit_offset = logit_offset or {}
-        self.disabled_experts = disabled_experts or {}
-        self.expert_budget = expert_budget
 
 
 class RoutingContext:

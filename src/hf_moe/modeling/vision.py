@@ -99,6 +99,10 @@ def run_tower(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwar
             f"pixel_values of the shape {tuple(pixel_values.shape)} do not fit the tower "
             f"({config.vision_config.model_type}), whose images are {config.image_size} x {config.image_size}: {error}"
         ) from error
+    if layer is not None and not -len(outputs.hidden_states) <= layer < len(outputs.hidden_states):
+        raise ValueError(
+            f"vision_feature_layer={layer} is none of the {len(outputs.hidden_states)} hidden states of the tower."
+        )
     features = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
     if isinstance(features, list | tuple):
         features = features[-1]
@@ -175,7 +179,17 @@ def probe_tower(config) -> TowerProbe:
         features = tower_features(tower, config, **inputs)  # (1, P, C)
         gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     num_patches = features.shape[1]
-    config.vision_feature_size = config.vision_feature_size or features.shape[-1]
+    width = features.shape[-1]
+    if config.vision_feature_size not in (None, width):
+        raise ValueError(
+            f"vision_feature_size={config.vision_feature_size}, but the features of the tower have the width {width}: "
+            "leave it out."
+        )
+    config.vision_feature_size = width
+    if num_patches < 1:
+        raise ValueError(
+            f"vision_prefix_tokens={config.vision_prefix_tokens} leaves nothing of an image: leave it out."
+        )
     if config.vision_prefix_tokens is None:
         config.vision_prefix_tokens = _prefix_tokens(tower, config, num_patches)
         num_patches -= config.vision_prefix_tokens

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from ...configuration.configuration_hf_moe import unknown_name_message
-from ..checks import check_options
+from ...configuration.checks import checked_options, unknown_name_message
 from .base import ExpertKind, Target
 from .bottleneck import BottleneckExperts
 from .ia3 import Ia3Experts
@@ -33,5 +32,4 @@ def build_kind(settings: dict[str, Any], target: Target) -> ExpertKind:
     name = options.pop("name")
     if name not in EXPERT_KINDS:
         raise ValueError(unknown_name_message("kind of experts", name, list(EXPERT_KINDS)))
-    check_options("experts", name, EXPERT_KINDS[name], options)
-    return EXPERT_KINDS[name](target, **options)
+    return EXPERT_KINDS[name](target, **checked_options("experts", name, EXPERT_KINDS[name], options))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...configuration.checks import PositiveInt
 from ..low_rank import ExpertSlots
 from .base import ExpertKind, Target
 
@@ -27,7 +28,7 @@ class ValueGateExperts(ExpertKind):
         ValueError: if `head_dim` does not divide the width of the target's output, or is not known.
     """
 
-    def __init__(self, target: Target, *, head_dim: int | None = None):
+    def __init__(self, target: Target, *, head_dim: PositiveInt | None = None):
         super().__init__(target)
         if head_dim is None:
             head_dim = target.head_dim

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from ...configuration.checks import NonNegativeInt, PositiveInt
 from ...modeling.gating import apply_overrides, check_slots, per_gate_logits
 from ...modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext
 from .condition import condition_per_token
@@ -31,7 +32,7 @@ class BecottaRouter(PooledRouter):
             sample has no sharper gate than a short one.
 
     Raises:
-        ValueError: if K does not lie in [1, E], or D is less than 1; in `forward`, if a domain does not lie in [0, D).
+        ValueError: if K does not lie in [1, E]; in `forward`, if a domain does not lie in [0, D).
     """
 
     mechanism_name = "becotta"
@@ -40,17 +41,15 @@ class BecottaRouter(PooledRouter):
         self,
         spec: MoELayerSpec,
         *,
-        num_domains: int = 4,
+        num_domains: PositiveInt = 4,
         condition: str = "domain",
         modalities: list[str] | tuple[str, ...] | None = None,
-        end_token_id: int | None = None,
+        end_token_id: NonNegativeInt | None = None,
         end: str = "last",
         pooling: str = "sum",
     ):
         super().__init__(spec, modalities, end_token_id, end, pooling)
         check_slots(spec, spec.num_experts, "becotta")
-        if num_domains < 1:
-            raise ValueError(f"num_domains={num_domains} must be at least 1: every domain has a gate.")
         self.num_domains = self.num_conditions = num_domains
         self.condition = condition
         self.weight = nn.Parameter(torch.empty(num_domains, 2 * spec.num_experts, spec.hidden_size))

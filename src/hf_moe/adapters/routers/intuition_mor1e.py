@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from ...configuration.checks import NonNegativeInt
 from ...modeling.gating import apply_overrides, check_slots, gate_logits
 from ...modeling.routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
 from .condition import condition_per_token
@@ -35,7 +36,7 @@ class IntuitionRouter(Router):
 
     mechanism_name = "intuition_mor1e"
 
-    def __init__(self, spec: MoELayerSpec, *, num_clusters: int = 16):
+    def __init__(self, spec: MoELayerSpec, *, num_clusters: NonNegativeInt = 16):
         super().__init__(spec)
         check_slots(spec, spec.num_experts, "intuition_mor1e")
         pool = isqrt(spec.num_experts)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...configuration.checks import NonNegativeInt
 from ...modeling.gating import check_choice
 from ...modeling.routing import MODALITIES, Decision, MoELayerSpec, Router, RoutingContext
 from ..memory import PooledMemory
@@ -87,7 +88,7 @@ class PooledRouter(Router):
         self,
         spec: MoELayerSpec,
         modalities: list[str] | tuple[str, ...] | None = None,
-        end_token_id: int | None = None,
+        end_token_id: NonNegativeInt | None = None,
         end: str = "last",
         pooling: str = "mean",
     ):
@@ -95,6 +96,8 @@ class PooledRouter(Router):
         check_choice("pooling", pooling, ("mean", "sum"))
         check_choice("end", end, ("last", "first"))
         self.pooling = pooling
+        if modalities is not None and not modalities:
+            raise ValueError("modalities=[] pools nothing: name one, or leave it out to pool all tokens.")
         for name in modalities or ():
             check_choice("modalities", name, MODALITIES)
         self.modalities = None if modalities is None else [MODALITIES.index(name) for name in modalities]

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from ...configuration.checks import NonNegativeInt
 from ...modeling.gating import apply_overrides, check_slots, gate_logits, renormalise, router_scores, select_experts
 from ...modeling.routing import Decision, ExpertAssignment, MoELayerSpec, RoutingContext, finite, sum_over_ranks
 from .pooled import PooledRouter
@@ -51,7 +52,7 @@ class SequenceRouter(PooledRouter):
         spec: MoELayerSpec,
         *,
         modalities: list[str] | tuple[str, ...] | None = None,
-        end_token_id: int | None = None,
+        end_token_id: NonNegativeInt | None = None,
         end: str = "last",
         pooling: str = "mean",
         norm_topk_prob: bool = True,

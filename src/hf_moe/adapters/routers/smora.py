@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from ...configuration.checks import NonNegative
 from ...modeling.gating import (
     BiasBalancedRouter,
     apply_overrides,
@@ -37,7 +38,7 @@ class SmoraRouter(BiasBalancedRouter):
 
     mechanism_name = "smora"
 
-    def __init__(self, spec: MoELayerSpec, *, bias_update_rate: float = 1e-5, bias_in_weights: bool = True):
+    def __init__(self, spec: MoELayerSpec, *, bias_update_rate: NonNegative = 1e-5, bias_in_weights: bool = True):
         super().__init__(spec, (spec.num_experts,), bias_update_rate)
         check_slots(spec, spec.num_experts, "smora")
         self.bias_in_weights = bias_in_weights

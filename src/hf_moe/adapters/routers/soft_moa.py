@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from ...configuration.checks import PositiveInt
 from ...modeling.gating import gate_logits
 from ...modeling.routing import MoELayerSpec, Router, RoutingContext, SlotMixture
 
@@ -25,17 +26,12 @@ class SoftMoaRouter(Router):
         spec: facts of the layer; K does not matter.
         slots_per_expert: p.
         normalize: l2-normalise hidden states and slot parameters, and multiply by one learned scale.
-
-    Raises:
-        ValueError: if `slots_per_expert` is less than 1.
     """
 
     mechanism_name = "soft_moa"
 
-    def __init__(self, spec: MoELayerSpec, *, slots_per_expert: int = 1, normalize: bool = False):
+    def __init__(self, spec: MoELayerSpec, *, slots_per_expert: PositiveInt = 1, normalize: bool = False):
         super().__init__(spec)
-        if slots_per_expert < 1:
-            raise ValueError(f"slots_per_expert={slots_per_expert} must be at least 1.")
         self.weight = nn.Parameter(torch.empty(spec.num_experts * slots_per_expert, spec.hidden_size))
         self.scale = nn.Parameter(torch.ones(())) if normalize else None
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from ...configuration.checks import PositiveInt
+from ..gating import check_choice
 from ..registry import register_connector
 from ..routing import Connector
 
@@ -31,8 +33,8 @@ class MlpConnector(Connector):
         pool: average `pool` x `pool` neighbouring patches of a square grid into one token.
 
     Raises:
-        ValueError: if `num_layers` or `pool` is below 1; if, with `pool` > 1, the patches do not form a square whose
-            side `pool` divides.
+        ValueError: if `act` is unknown; if, with `pool` > 1, the patches do not form a square whose side `pool`
+            divides.
     """
 
     def __init__(
@@ -40,14 +42,13 @@ class MlpConnector(Connector):
         feature_size: int,
         hidden_size: int,
         *,
-        num_layers: int = 2,
+        num_layers: PositiveInt = 2,
         act: str = "gelu",
         norm: bool = False,
-        pool: int = 1,
+        pool: PositiveInt = 1,
     ):
         super().__init__(feature_size, hidden_size)
-        if num_layers < 1 or pool < 1:
-            raise ValueError(f"Connector 'mlp': num_layers={num_layers} and pool={pool} must be at least 1.")
+        check_choice("act", act, tuple(ACT2FN))
         self.pool = pool
         self.norm = nn.LayerNorm(feature_size) if norm else None
         widths = [feature_size] + [hidden_size] * num_layers

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from ...configuration.checks import PositiveInt
+from ..gating import check_choice
 from ..registry import register_connector
 from ..routing import Connector
 
@@ -32,8 +34,7 @@ class PixelShuffleConnector(Connector):
         bias: whether the linear layers have biases.
 
     Raises:
-        ValueError: if `num_layers` or `scale_factor` is below 1, or the patches do not form a square whose side
-            `scale_factor` divides.
+        ValueError: if `act` is unknown, or the patches do not form a square whose side `scale_factor` divides.
     """
 
     def __init__(
@@ -41,16 +42,13 @@ class PixelShuffleConnector(Connector):
         feature_size: int,
         hidden_size: int,
         *,
-        scale_factor: int = 2,
-        num_layers: int = 1,
+        scale_factor: PositiveInt = 2,
+        num_layers: PositiveInt = 1,
         act: str = "gelu",
         bias: bool = False,
     ):
         super().__init__(feature_size, hidden_size)
-        if num_layers < 1 or scale_factor < 1:
-            raise ValueError(
-                f"Connector 'pixel_shuffle': num_layers={num_layers} and scale_factor={scale_factor} must be >= 1."
-            )
+        check_choice("act", act, tuple(ACT2FN))
         self.scale_factor = scale_factor
         widths = [feature_size * scale_factor**2] + [hidden_size] * num_layers
         self.layers = nn.ModuleList(nn.Linear(before, after, bias=bias) for before, after in pairwise(widths))

@@ -7,6 +7,8 @@ each projection with or without a bias. Weights are stored stacked, as Transform
 PEFT's `target_parameters`, expert-parallel plans, quantisers and weight loaders apply unchanged.
 """
 
+from typing import Annotated
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ...configuration.checks import Interval
 from ..dispatch import RAGGED, SortedSlots, compute_dtype, run_sorted
 from ..registry import register_experts
 from ..routing import Decision, ExpertAssignment, Experts, MoELayerSpec, ParameterMixture, SlotMixture
@@ -29,7 +32,9 @@ class FfnExperts(Experts):
         dropout: expert dropout: while training, the share of an expert's inner neurons that is dropped per token.
     """
 
-    def __init__(self, config, spec: MoELayerSpec, *, dropout: float = 0.0):
+    def __init__(
+        self, config, spec: MoELayerSpec, *, dropout: Annotated[float, Interval(0, 1, open_maximum=True)] = 0.0
+    ):
         super().__init__()
         self.config = config
         self.num_experts = spec.num_experts

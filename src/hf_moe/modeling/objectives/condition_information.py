@@ -13,6 +13,7 @@ Source: BECoTTA: Input-dependent Online Blending of Experts for Continual Test-t
 import torch
 from transformers import initialization as init
 
+from ...configuration.checks import PositiveInt
 from ..gating import renormalise
 from ..registry import register_objective
 from ..routing import Decision, MoELayerSpec, Objective, RoutingContext, finite, sum_over_ranks
@@ -32,7 +33,9 @@ class ConditionInformation(Objective):
         ValueError: in `forward`, if the call gave no such ids, or no router gives probabilities.
     """
 
-    def __init__(self, specs: list[MoELayerSpec], coef: float, *, condition: str = "domain", num_conditions: int = 4):
+    def __init__(
+        self, specs: list[MoELayerSpec], coef: float, *, condition: str = "domain", num_conditions: PositiveInt = 4
+    ):
         super().__init__(specs, coef)
         self.condition = condition
         self.num_conditions = num_conditions

@@ -15,6 +15,7 @@ smallest that needs no expert to run on tokens it was not chosen for.
 import torch
 from torch.nn import functional as F
 
+from ...configuration.checks import Positive
 from ..registry import register_objective
 from ..routing import Decision, MoELayerSpec, Objective, RoutingContext
 
@@ -29,15 +30,13 @@ class ExpertContrast(Objective):
         temperature: tau, > 0.
 
     Raises:
-        ValueError: if a layer has more than one slot per token, or `temperature` is not positive.
+        ValueError: if a layer has more than one slot per token.
     """
 
     reads_outputs = True
 
-    def __init__(self, specs: list[MoELayerSpec], coef: float, *, temperature: float = 0.1):
+    def __init__(self, specs: list[MoELayerSpec], coef: float, *, temperature: Positive = 0.1):
         super().__init__(specs, coef)
-        if temperature <= 0:
-            raise ValueError(f"expert_contrast: temperature={temperature} must be positive.")
         several = [spec.layer_idx for spec in specs if spec.num_experts_per_tok != 1]
         if several:
             raise ValueError(

@@ -19,9 +19,12 @@ Sources: GShard, arXiv:2006.16668; Switch Transformers, arXiv:2101.03961; DeepSe
 DeepSeek-V3, arXiv:2412.19437 (sequence-wise).
 """
 
+from typing import Literal
+
 import torch
 
-from ..gating import check_choice, renormalise
+from ...configuration.checks import PositiveInt
+from ..gating import renormalise
 from ..population import PopulationObjective
 from ..registry import register_objective
 from ..routing import Decision, ExpertAssignment, MoELayerSpec, RoutingContext
@@ -42,7 +45,7 @@ class LoadBalance(PopulationObjective):
             experts; must divide the number of experts of every layer.
 
     Raises:
-        ValueError: if `scope` is unknown or `expert_groups` does not divide E; in `forward`, if no router gives
+        ValueError: if `expert_groups` does not divide E; in `forward`, if no router gives
             probabilities.
     """
 
@@ -51,17 +54,15 @@ class LoadBalance(PopulationObjective):
         specs: list[MoELayerSpec],
         coef: float,
         *,
-        scope: str = "batch",
+        scope: Literal["batch", "sequence"] = "batch",
         per_modality: bool = False,
         per_gate: bool = False,
-        shares: str = "slots",
-        expert_groups: int | None = None,
+        shares: Literal["slots", "tokens"] = "slots",
+        expert_groups: PositiveInt | None = None,
     ):
         super().__init__(specs, coef)
-        check_choice("scope", scope, ("batch", "sequence"))
-        check_choice("shares", shares, ("slots", "tokens"))
         for spec in specs:
-            if expert_groups is not None and (expert_groups < 1 or spec.num_experts % expert_groups):
+            if expert_groups is not None and spec.num_experts % expert_groups:
                 raise ValueError(
                     f"expert_groups={expert_groups} must divide num_experts={spec.num_experts} of layer "
                     f"{spec.layer_idx}."

@@ -13,6 +13,7 @@ Source: the budget of AnyExperts, arXiv:2511.18314, in this library's reading.
 import torch
 from transformers import initialization as init
 
+from ...configuration.checks import Positive
 from ..registry import register_objective
 from ..routing import Decision, ExpertAssignment, MoELayerSpec, Objective, RoutingContext, finite, sum_over_ranks
 
@@ -27,13 +28,11 @@ class SlotBudget(Objective):
         budget: K_budget, > 0; 0.9 times each layer's `num_experts_per_tok` when absent.
 
     Raises:
-        ValueError: if `budget` is not positive, or no router reports `soft_real_slots`.
+        ValueError: in `forward`, if no router reports `soft_real_slots`.
     """
 
-    def __init__(self, specs: list[MoELayerSpec], coef: float, *, budget: float | None = None):
+    def __init__(self, specs: list[MoELayerSpec], coef: float, *, budget: Positive | None = None):
         super().__init__(specs, coef)
-        if budget is not None and budget <= 0:
-            raise ValueError(f"slot_budget: budget={budget} must be positive, in experts per token.")
         self.budgets = {spec.layer_idx: budget or 0.9 * spec.num_experts_per_tok for spec in specs}
         for spec in specs:
             # The sum of the slots and the number of tokens, which may pass the 2^24 of a float32.

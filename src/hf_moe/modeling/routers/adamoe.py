@@ -11,13 +11,15 @@ K E / (E + M).
 Source: AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models, arXiv:2406.13233.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from ...configuration.checks import PositiveInt
 from ..gating import (
     apply_overrides,
-    check_choice,
     check_slots,
     gate_logits,
     renormalise,
@@ -34,21 +36,25 @@ class AdaMoERouter(Router):
 
     Args:
         spec: facts of the layer.
-        num_null_experts: M >= 1; E when `None` (the released Mixtral run has 16 for 8 experts).
+        num_null_experts: M >= 1; E when `None` (the released Mixtral run has 16 for 8 experts). Without null experts,
+            take the router `top_k`.
         null_router_init: `"copy"` starts the null rows as copies of the real ones, in turn, also of trained ones where
             a checkpoint holds no null rows; `"normal"` draws them.
 
     Raises:
-        ValueError: if K does not lie in [1, E + M], or M < 1, or `null_router_init` is unknown.
+        ValueError: if K does not lie in [1, E + M].
     """
 
-    def __init__(self, spec: MoELayerSpec, *, num_null_experts: int | None = None, null_router_init: str = "copy"):
+    def __init__(
+        self,
+        spec: MoELayerSpec,
+        *,
+        num_null_experts: PositiveInt | None = None,
+        null_router_init: Literal["copy", "normal"] = "copy",
+    ):
         super().__init__(spec)
         num_null = spec.num_experts if num_null_experts is None else num_null_experts
-        if num_null < 1:
-            raise ValueError(f"num_null_experts={num_null} must be at least 1; without, take the router 'top_k'.")
         check_slots(spec, spec.num_experts + num_null, "adamoe")
-        check_choice("null_router_init", null_router_init, ("copy", "normal"))
         self.null_router_init = null_router_init
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
         self.null_weight = nn.Parameter(torch.empty(num_null, spec.hidden_size))

@@ -31,13 +31,15 @@ arXiv:2511.18314.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from ..gating import BiasBalancedRouter, apply_overrides, check_choice, gate_logits
+from ...configuration.checks import NonNegative, Positive, PositiveInt, Share
+from ..gating import BiasBalancedRouter, apply_overrides, gate_logits
 from ..registry import register_router
 from ..routing import Decision, ExpertAssignment, MoELayerSpec, Router, RoutingContext, sum_over_ranks
 
@@ -56,8 +58,9 @@ class AnyExpertsRouter(BiasBalancedRouter):
 
     Args:
         spec: facts of the layer; its `num_experts_per_tok` is K_target where `target_slots` is absent.
-        min_slots: K_min, >= 1. With 1 a lone slot's weight is constantly 1 and the importance of its token learns
-            nothing from the language loss: needs `normalise="none"` or `probe_slot`.
+        min_slots: K_min, >= 1; when absent 2, or 1 where K_target is not above 2. With 1 a lone slot's weight is
+            constantly 1 and the importance of its token learns nothing from the language loss: needs
+            `normalise="none"` or `probe_slot`.
         max_slots: K_max, at most E; min(E, 12) when absent.
         target_slots: K_target, slots at mean importance, in [K_min, K_max]; trained strictly between them (or equal to
             both).
@@ -87,34 +90,39 @@ class AnyExpertsRouter(BiasBalancedRouter):
         self,
         spec: MoELayerSpec,
         *,
-        min_slots: int = 2,
-        max_slots: int | None = None,
-        target_slots: float | None = None,
-        max_virtual_share: float = 0.2,
-        virtual_output: str = "zero",
-        virtual_gate: str = "included",
+        min_slots: PositiveInt | None = None,
+        max_slots: PositiveInt | None = None,
+        target_slots: Positive | None = None,
+        max_virtual_share: Share = 0.2,
+        virtual_output: Literal["zero", "identity"] = "zero",
+        virtual_gate: Literal["included", "excluded"] = "included",
         fusion_alpha: float = 0.1,
-        importance_hidden: int | None = None,
-        ste_tau: float = 0.5,
-        normalise: str = "filled",
-        importance_norm: str = "none",
+        importance_hidden: PositiveInt | None = None,
+        ste_tau: Positive = 0.5,
+        normalise: Literal["filled", "none"] = "filled",
+        importance_norm: Literal["none", "running_center", "running_norm"] = "none",
         probe_slot: bool = True,
-        bias_update_rate: float = 0.0,
+        bias_update_rate: NonNegative = 0.0,
     ):
         super().__init__(spec, (spec.num_experts,), bias_update_rate)
-        check_choice("virtual_output", virtual_output, ("zero", "identity"))
-        check_choice("virtual_gate", virtual_gate, ("included", "excluded"))
-        check_choice("normalise", normalise, ("filled", "none"))
-        check_choice("importance_norm", importance_norm, ("none", "running_center", "running_norm"))
         if virtual_gate == "excluded" and virtual_output == "identity":
             raise ValueError(
                 "virtual_gate='excluded' leaves virtual slots no weight to return their input with: set "
                 "virtual_output='zero'."
             )
-        self.min_slots = min_slots
         self.max_slots = min(spec.num_experts, 12) if max_slots is None else max_slots
         self.target_slots = float(spec.num_experts_per_tok if target_slots is None else target_slots)
-        self._check_slots(max_virtual_share, ste_tau)
+        if min_slots is None:
+            # A target at an end could not be trained.
+            min_slots = 2 if self.target_slots > 2 else 1
+        self.min_slots = min_slots
+        self._check_slots()
+        if target_slots is None and self.target_is_an_end():
+            raise ValueError(
+                f"Layer {spec.layer_idx}: num_experts_per_tok={spec.num_experts_per_tok}, the slot target where "
+                f"target_slots is absent, is an end of [min_slots, max_slots] = [{min_slots}, {self.max_slots}]. That "
+                "leaves the importance without a gradient: set one of the four so that it lies strictly between."
+            )
         if min_slots == 1 and normalise == "filled" and not probe_slot and self.max_slots > 1:
             raise ValueError(
                 "min_slots=1 with normalise='filled' gives the importance of one-slot tokens no gradient: set "
@@ -148,7 +156,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
             self.virtual_bias = nn.Parameter(torch.empty(self.num_virtual))
             self.gamma = nn.Parameter(torch.empty(1))
 
-    def _check_slots(self, max_virtual_share: float, ste_tau: float) -> None:
+    def _check_slots(self) -> None:
         spec, low, high = self.spec, self.min_slots, self.max_slots
         if not 1 <= low <= high <= spec.num_experts:
             raise ValueError(
@@ -156,10 +164,10 @@ class AnyExpertsRouter(BiasBalancedRouter):
                 f"max_slots <= num_experts={spec.num_experts}."
             )
         self.check_budget(self.target_slots)
-        if not 0.0 <= max_virtual_share <= 1.0 or ste_tau <= 0.0:
-            raise ValueError(
-                f"max_virtual_share={max_virtual_share} must lie in [0, 1] and ste_tau={ste_tau} above 0."
-            )
+
+    def target_is_an_end(self) -> bool:
+        """Whether all tokens get the same number of slots although more and fewer are allowed."""
+        return self.target_slots in (self.min_slots, self.max_slots) and self.min_slots < self.max_slots
 
     def check_budget(self, budget: float | None) -> None:
         """Refuse a slot target out of range.
@@ -265,8 +273,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
 
         budget = None if context.overrides is None else context.overrides.expert_budget
         self.check_budget(budget)
-        at_an_end = self.target_slots in (self.min_slots, self.max_slots) and self.min_slots < self.max_slots
-        if self.training and at_an_end:
+        if self.training and self.target_is_an_end():
             raise ValueError(
                 f"Layer {self.spec.layer_idx}: target_slots={self.target_slots} at an end of [{self.min_slots}, "
                 f"{self.max_slots}] leaves the importance without a gradient: train strictly between them."

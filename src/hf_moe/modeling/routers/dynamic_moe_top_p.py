@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from ...configuration.checks import PositiveInt, Share
 from ..gating import apply_overrides, gate_logits, renormalise
 from ..registry import register_router
 from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
@@ -36,20 +37,18 @@ class DynamicMoETopPRouter(Router):
         max_experts_per_tok: hard cap on the experts of a token, which may then keep less than p; E when `None`.
 
     Raises:
-        ValueError: if p does not lie in [0, 1], or `max_experts_per_tok` not in [1, E].
+        ValueError: if `max_experts_per_tok` does not lie in [1, E].
     """
 
     def __init__(
         self,
         spec: MoELayerSpec,
         *,
-        top_p_threshold: float = 0.4,
+        top_p_threshold: Share = 0.4,
         norm_topk_prob: bool = False,
-        max_experts_per_tok: int | None = None,
+        max_experts_per_tok: PositiveInt | None = None,
     ):
         super().__init__(spec)
-        if not 0.0 <= top_p_threshold <= 1.0:
-            raise ValueError(f"top_p_threshold={top_p_threshold} must lie in [0, 1].")
         self.max_experts_per_tok = spec.num_experts if max_experts_per_tok is None else max_experts_per_tok
         if not 1 <= self.max_experts_per_tok <= spec.num_experts:
             raise ValueError(

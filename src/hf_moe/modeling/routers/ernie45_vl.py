@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from ...configuration.checks import NonNegative, NonNegativeInt, Positive
 from ..gating import (
     BiasBalancedRouter,
     apply_overrides,
@@ -50,9 +51,9 @@ class Ernie45VLRouter(BiasBalancedRouter):
         self,
         spec: MoELayerSpec,
         *,
-        norm_min: float = 1e-12,
-        bias_update_rate: float = 0.001,
-        boundary_token_ids: list[int] | None = None,
+        norm_min: Positive = 1e-12,
+        bias_update_rate: NonNegative = 0.001,
+        boundary_token_ids: list[NonNegativeInt] | None = None,
     ):
         super().__init__(spec, (spec.num_experts,), bias_update_rate)
         half = spec.num_experts // 2

@@ -21,15 +21,17 @@ Source: EvoMoE: Expert Evolution in Mixture of Experts for Multimodal Large Lang
 inner sizes, initialisation and the treatment of the top-1 weight are not published and were chosen).
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from ...configuration.checks import PositiveInt
 from ..dispatch import grouped_linear
 from ..gating import (
     apply_overrides,
-    check_choice,
     check_slots,
     gate_logits,
     gates_of,
@@ -59,25 +61,23 @@ class EvoMoEDtrRouter(Router):
             (an ablation of the paper; it hurt).
 
     Raises:
-        ValueError: if K does not fit, `modalities` does not begin with text, or another option is unknown.
+        ValueError: if K does not lie in [1, E], or `modalities` does not begin with text.
     """
 
     def __init__(
         self,
         spec: MoELayerSpec,
         *,
-        hyper_hidden: int | None = None,
-        bottleneck_rank: int = 8,
-        bottleneck_act: str = "silu_gate_self",
+        hyper_hidden: PositiveInt | None = None,
+        bottleneck_rank: PositiveInt = 8,
+        bottleneck_act: Literal["silu_gate_self", "split"] = "silu_gate_self",
         modalities: list[str] | tuple[str, ...] = ("text", "image"),
         per_modality: bool = True,
-        generator: str = "hyper",
+        generator: Literal["hyper", "linear"] = "hyper",
         shared_router: bool = False,
     ):
         super().__init__(spec)
         check_slots(spec, spec.num_experts, "evomoe_dtr")
-        check_choice("bottleneck_act", bottleneck_act, ("silu_gate_self", "split"))
-        check_choice("generator", generator, ("hyper", "linear"))
         self.gate_of_modality = gates_of(modalities if per_modality else ["text"])
         nets = max(self.gate_of_modality) + 1
         self.generator = generator

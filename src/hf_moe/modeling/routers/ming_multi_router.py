@@ -11,14 +11,16 @@ All gates start as copies of the text gate, so that the model starts as the sing
 Source: Ming-Omni: A Unified Multimodal Model for Perception and Generation, arXiv:2506.09344, and its released code.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from ...configuration.checks import NonNegative, Positive, PositiveInt
 from ..gating import (
     BiasBalancedRouter,
     apply_overrides,
-    check_choice,
     check_groups,
     check_slots,
     gates_of,
@@ -47,7 +49,7 @@ class MingMultiRouter(BiasBalancedRouter):
         init_from_text_gate: start all gates as copies of the text gate.
 
     Raises:
-        ValueError: if K, the groups, `gate` or `modalities` do not fit.
+        ValueError: if K, the groups or `modalities` do not fit.
     """
 
     def __init__(
@@ -55,14 +57,13 @@ class MingMultiRouter(BiasBalancedRouter):
         spec: MoELayerSpec,
         *,
         modalities: list[str] | tuple[str, ...] = ("text", "image", "audio"),
-        gate: str = "softmax",
-        routed_scaling_factor: float = 1.0,
-        n_group: int = 1,
-        topk_group: int = 1,
-        bias_update_rate: float = 0.001,
+        gate: Literal["softmax", "sigmoid_bias"] = "softmax",
+        routed_scaling_factor: Positive = 1.0,
+        n_group: PositiveInt = 1,
+        topk_group: PositiveInt = 1,
+        bias_update_rate: NonNegative = 0.001,
         init_from_text_gate: bool = True,
     ):
-        check_choice("gate", gate, ("softmax", "sigmoid_bias"))
         gate_of_modality = gates_of(modalities)
         rate = bias_update_rate if gate == "sigmoid_bias" else 0.0
         super().__init__(spec, (len(modalities), spec.num_experts), rate)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from ...configuration.checks import Positive, Share
 from ..gating import apply_overrides, gate_logits, jitter, limit_capacity, router_scores, select_experts
 from ..registry import register_router
 from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
@@ -36,9 +37,9 @@ class SwitchTransformerRouter(Router):
         self,
         spec: MoELayerSpec,
         *,
-        capacity_factor: float | None = 1.25,
-        jitter_noise: float = 0.01,
-        init_scale: float = 0.1,
+        capacity_factor: Positive | None = 1.25,
+        jitter_noise: Share = 0.01,
+        init_scale: Positive = 0.1,
     ):
         super().__init__(spec)
         if spec.num_experts_per_tok != 1:

@@ -8,13 +8,15 @@ renormalised weight of 1 would give the gate no gradient.
 Sources: GShard, arXiv:2006.16668; Mixtral of Experts, arXiv:2401.04088.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from ...configuration.checks import Positive, Share
 from ..gating import (
     apply_overrides,
-    check_choice,
     check_slots,
     gate_logits,
     jitter,
@@ -42,22 +44,21 @@ class TopKRouter(Router):
             slots are emptied.
 
     Raises:
-        ValueError: if K does not lie in [1, E], or `score_function` is unknown.
+        ValueError: if K does not lie in [1, E].
     """
 
     def __init__(
         self,
         spec: MoELayerSpec,
         *,
-        score_function: str = "softmax",
+        score_function: Literal["softmax", "sigmoid"] = "softmax",
         norm_topk_prob: bool = True,
-        jitter_noise: float = 0.0,
-        routed_scaling_factor: float = 1.0,
-        capacity_factor: float | None = None,
+        jitter_noise: Share = 0.0,
+        routed_scaling_factor: Positive = 1.0,
+        capacity_factor: Positive | None = None,
     ):
         super().__init__(spec)
         check_slots(spec, spec.num_experts, "top_k")
-        check_choice("score_function", score_function, ("softmax", "sigmoid"))
         self.score_function = score_function
         self.norm_topk_prob = norm_topk_prob and spec.num_experts_per_tok > 1
         self.jitter_noise = jitter_noise
