@@ -40,6 +40,13 @@ def test_upcycled_model_keeps_the_logits_and_the_tower(decoder_folder, tower_fol
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
+def test_parts_read_the_config_of_the_whole(decoder_folder, tower_folder):
+    model, _, _ = build(decoder_folder, tower_folder, "moiie")
+    assert model.model.language_model.config is model.config.text_config
+    assert model.model.language_model.layers[0].self_attn.config is model.config.text_config
+    assert model.model.vision_tower.config is model.config.vision_config
+
+
 def test_placeholder_is_new_to_the_decoder_and_never_generated(decoder_folder, tower_folder):
     model, processor, _ = build(decoder_folder, tower_folder, "moiie")
     embedding = model.get_input_embeddings().weight

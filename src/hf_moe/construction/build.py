@@ -107,7 +107,7 @@ def build_model(
         if tower is not None:
             for name, parameter in model.model.vision_tower.named_parameters():
                 tower.get_parameter(name).requires_grad_(parameter.requires_grad)
-            model.model.vision_tower = tower.to(dtype)  # its buffers too
+            model.model.vision_tower = _with_config(tower.to(dtype), model.config.vision_config)  # its buffers too
     _check_materialised(model)
     for layer in model.moe_layers().values():
         layer.gate.float()
@@ -189,7 +189,7 @@ def _from_decoder(
         model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
     moe_layers = model.moe_layers()
     own_routers = adopted and all(getattr(config.moe_config, name) == value for name, value in host_routing.items())
-    model.model.language_model = dense.base_model
+    model.model.language_model = _with_config(dense.base_model, config.text_config)
     model.lm_head.weight = dense.get_output_embeddings().weight
     for layer in layers:
         host_class: Any = type(layer)
@@ -264,6 +264,15 @@ def _check_materialised(model: nn.Module) -> None:
     empty = [name for name, tensor in tensors if tensor.is_meta]
     if empty:
         raise ValueError(f"{len(empty)} tensors of the model were never filled, among them {empty[:3]}.")
+
+
+def _with_config(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """Let a model and its parts read the whole's copy of their config, as those do that are made from it."""
+    own = model.config
+    for part in model.modules():
+        if getattr(part, "config", None) is own:
+            part.config = config
+    return model
 
 
 @torch.no_grad()
