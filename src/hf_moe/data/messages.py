@@ -52,7 +52,7 @@ def from_json(value: Any, name: str) -> Any:
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that say something: Arrow fills those that only other rows have with `None`."""
     fields = _without_none(fields)
-    return {name: value for name, value in fields.items() if value or not isinstance(value, str | list | dict)}
+    return {name: value for name, value in fields.items() if not isinstance(value, str | list | dict) or value}
 
 
 def _without_none(value: Any) -> Any:
