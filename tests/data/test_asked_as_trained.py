@@ -142,10 +142,22 @@ def test_answers_that_would_be_asked_otherwise_are_refused(template, message):
         ConversationTokenizer(processor)(messages, 0)
 
 
+@pytest.mark.parametrize("kind, ends, prefix", [variant for variant in VARIANTS if variant[1].startswith("bos")])
+def test_rendered_prompt_has_the_ids_and_one_beginning(kind, ends, prefix):
+    processor = make_processor(kind, ends, prefix, None, True)
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "what colour?"}]}]
+    text = processor.apply_chat_template(prompt, add_generation_prompt=True)
+    rendered = processor(text=text)["input_ids"]
+    asked = asked_ids(processor, prompt)
+    assert list(rendered[0] if isinstance(rendered[0], list) else rendered) == asked
+    assert asked.count(processor.tokenizer.bos_token_id) == 1 and asked[0] == processor.tokenizer.bos_token_id
+
+
 BROKEN = {
     "fails": "{{ raise_exception('no') }}",
     "asks otherwise": "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}Answer:{% endif %}",
+    "loses questions": "{% for m in messages if m.role == 'assistant' %}{{ m.content }}</s>{% endfor %}",
     "loses images": "{% for m in messages %}{{ m.role }}: {{ m.content.split('>')[-1] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
 }

@@ -92,7 +92,8 @@ def test_images_of_parts_and_of_the_row_keep_their_places(picture):
 
 
 FIELDS = {
-    "tool_calls": TOOL_CALLS, "tool_call": TOOL_CALLS[0], "reasoning_content": "red", "thinking": "red", "name": "this",
+    "tool_calls": TOOL_CALLS, "tool_call": TOOL_CALLS[0], "reasoning_content": "red", "thinking": "red",
+    "name": "this",
     "weight": 0, "train": False, "function_call": {"name": "look"}, "prefix": True, "anything": "else",
 }  # fmt: skip
 
@@ -111,7 +112,7 @@ def test_field_that_the_template_ignores_is_refused(field, train, processor):
 def test_field_that_the_template_reads_is_learnt(field, processor):
     processor.chat_template = processor.chat_template.replace(
         "{% if message.role == 'assistant' %}</s>",
-        "{{ message.%s or '' }} {%% if message.role == 'assistant' %%}</s>" % field,
+        f"{{{{ message.{field} or '' }}}} {{% if message.role == 'assistant' %}}</s>",
     )
     processor.tokenizer.add_tokens([str(FIELDS[field])])
     batch = VisionLanguageCollator(processor)([{"messages": [USER, {**ASSISTANT, field: FIELDS[field] or "red"}]}])

@@ -4,16 +4,19 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
 
 from .files import ROW_ERRORS, plain, read_records
 from .messages import from_json, text_of
-from .rows import MESSAGES, row_images, row_messages
+from .rows import MESSAGES, row_images, row_messages, template_options
 
 
 TEXT_COLUMNS = ("question", "answer", "question_type", "id")
@@ -27,7 +30,21 @@ def rows_of_file(file: Path) -> Dataset:
         FileNotFoundError: if the file, or an image of a row, is not there.
         ValueError: naming the row that is not of an accepted form.
     """
-    return as_dataset(((index, read_row(row, index, file)) for index, row in read_records(file)), str(file))
+    rows = ((index, read_row(row, index, str(file), file.parent)) for index, row in read_records(file))
+    return as_dataset(rows, str(file))
+
+
+def rows_of_list(rows: Sequence[dict[str, Any]]) -> Dataset:
+    """Return rows in memory as [`rows_of_file`] returns those of a file; paths are relative to the working folder.
+
+    Raises:
+        FileNotFoundError: if an image of a row is not there.
+        ValueError: naming the row that is not of an accepted form, or if there is none.
+    """
+    if not rows:
+        raise ValueError("The list holds no rows.")
+    read = ((index, read_row(row, index, "the list", Path())) for index, row in enumerate(rows))
+    return as_dataset(read, "the list")
 
 
 def as_dataset(rows: Iterable[tuple[int, dict[str, Any]]], place: str) -> Dataset:
@@ -55,7 +72,9 @@ def as_dataset(rows: Iterable[tuple[int, dict[str, Any]]], place: str) -> Datase
         columns["messages"] = [[_filled(message) for message in messages] for messages in columns["messages"]]
     for name in names:
         if name in ("tools", "chat_template_kwargs"):
-            columns[name] = [value if value is None else json.dumps(value) for value in columns[name]]
+            columns[name] = [
+                value if value is None or isinstance(value, str) else json.dumps(value) for value in columns[name]
+            ]
         if name not in features and name != "messages":
             _check_types(name, columns[name], numbers, place)
     texts = {name: Value("string") for name in ("messages", *TEXT_COLUMNS) if name in columns and name not in features}
@@ -92,32 +111,36 @@ def _check_types(name: str, values: list[Any], numbers: tuple[int, ...], place: 
         raise ValueError(f"The column {name!r} of {place} is not of one type in all rows.") from None
 
 
-def read_row(row: dict[str, Any], index: int, file: Path) -> dict[str, Any]:
+def read_row(row: Any, index: int, place: str, folder: Path) -> dict[str, Any]:
     """Return a row with its messages and images in one form.
 
     Args:
         row: as [`read_records`] gives it, or any other.
         index: of the row in its file.
-        file: beside which the images are.
+        place: where the row comes from, for errors.
+        folder: from which the paths of images start.
 
     Raises:
         FileNotFoundError: if an image is not there.
         ValueError: naming the row, if it is not of an accepted form.
     """
     try:
-        return _row(row, file.parent)
+        return _row(row, folder)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"Row {index} of {file} {error}") from error
+        raise FileNotFoundError(f"Row {index} of {place} {error}") from error
     except ROW_ERRORS as error:
-        raise ValueError(f"Row {index} of {file} {error}") from error
+        raise ValueError(f"Row {index} of {place} {error}") from error
 
 
-def _row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _row(row: Any, folder: Path) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"is {row!r:.100}: a row is an object with 'messages'.")
     row = {name: value for name, value in row.items() if value is not None}
     for name in ("images", "messages", "conversations"):
         if str(row.get(name)).startswith("["):  # a list in a cell
             row[name] = from_json(row[name], name)
     messages, sources = plain(row_messages(row)), row_images(row)
+    template_options(plain(row))  # so that a fault is found here
     others = {name: plain(value) for name, value in row.items() if name not in READ_COLUMNS}
     texts: dict[str, Any] = {name: text_of(row[name], name) for name in TEXT_COLUMNS if name in row}
     for name in ("answers", "image_id"):
@@ -141,7 +164,7 @@ def _name(source: Any) -> str:
     """Return the name of an image: as the row writes it, or made of its bytes."""
     if isinstance(source, str) and not source.startswith("data:"):
         return str(source)
-    content = source if isinstance(source, bytes) else repr(source).encode()
+    content = source if isinstance(source, bytes) else pickle.dumps(source)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -153,8 +176,11 @@ def _image(source: Any, folder: Path) -> Any:
         return {"bytes": source, "path": None}
     if isinstance(source, dict) and source.get("bytes") is not None:
         return {"bytes": source["bytes"], "path": source.get("path")}
-    if not isinstance(source, str):
+    if isinstance(source, PILImage.Image | np.ndarray):
+        return source
+    if not isinstance(source, str | Path):
         raise ValueError(f"has the image {source!r:.60} of type {type(source).__name__}: write its path.")
+    source = str(source)
     if source.startswith("data:"):
         try:
             return {"bytes": base64.b64decode(source.partition(",")[2], validate=True), "path": None}

@@ -13,7 +13,6 @@ from .files import read_records
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-ANSWERS = ("answer", "text")
 
 
 def rows_of_images(folder: Path, split: str, question: str | None = None) -> Dataset:
@@ -47,7 +46,7 @@ def rows_of_images(folder: Path, split: str, question: str | None = None) -> Dat
             fields = {"answer": labels[image["label"]]}
         name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
         fields = _with_question(fields, question, name)
-        rows.append((index, read_row({"image_id": name, **fields, "image": str(path)}, index, source)))
+        rows.append((index, read_row({"image_id": name, **fields, "image": str(path)}, index, str(source), folder)))
     if left_out:
         logger.warning("%d images of %s are in none of its metadata files, and are left out.", left_out, folder)
     if not rows:
@@ -76,7 +75,8 @@ def _metadata(folder: Path) -> dict[Path, tuple[Path, int, dict[str, Any]]]:
 def _with_question(fields: dict[str, Any], question: str | None, name: str) -> dict[str, Any]:
     if "messages" in fields or "conversations" in fields:
         return fields
-    answer = next((fields[column] for column in ANSWERS if fields.get(column) is not None), None)
+    column = next((name for name in ("answer", "text") if fields.get(name) is not None), None)
+    answer = None if column is None else fields[column]
     asked = fields.get("question") or question
     if answer is None or answer == "":
         raise ValueError(
@@ -85,4 +85,5 @@ def _with_question(fields: dict[str, Any], question: str | None, name: str) -> d
         )
     if not asked:
         raise ValueError(f"The images have no questions ({name}): add a column, or set the source's question.")
-    return {**fields, "question": asked, "answer": answer}
+    others = {name: value for name, value in fields.items() if name != column}
+    return {**others, "question": asked, "answer": answer}

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 
 from .easy_vqa import load_easy_vqa
-from .file_rows import rows_of_file
+from .file_rows import rows_of_file, rows_of_list
 from .files import FORMATS, READERS
 from .image_folders import rows_of_images
 from .opposite_tasks import load_opposite_tasks
@@ -26,7 +26,9 @@ IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 FORMS = f"a file ({FORMATS}), a folder of images or of such files, a dataset of the Hub ('user/name'), or one of {{}}"
 
 
-def load_rows(source: dict[str, Any] | str | Path, split: str = "train") -> Dataset | IterableDataset:
+def load_rows(
+    source: dict[str, Any] | str | Path | list[dict[str, Any]], split: str = "train"
+) -> Dataset | IterableDataset:
     """Load rows of `messages` (lists of role and content parts) and, if there are any, `images` (decoded when read).
 
     A source is one of:
@@ -44,13 +46,15 @@ def load_rows(source: dict[str, Any] | str | Path, split: str = "train") -> Data
 
     Each takes `where` (column to value: only rows that have it), `ignore` (columns to drop), `limit` (at most so many
     rows), `shuffle` (bool) and `seed`; limiting comes after shuffling. A string is a dataset's name, a file, a folder,
-    or a Hub id.
+    or a Hub id; a list is the rows themselves.
 
     Raises:
         ValueError: if the source is unknown, has an unknown option, or rows are not of this form (naming the row), or
             none is left.
         FileNotFoundError: if a file or an image is not there.
     """
+    if isinstance(source, list | tuple):
+        return rows_of_list(source)
     source = _as_dict(source)
     loaders: dict[str, Callable] = {
         "image_folder": _load_image_folder,

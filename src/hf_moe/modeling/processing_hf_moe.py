@@ -61,6 +61,13 @@ class HfMoeProcessor(ProcessorMixin):
         """Return a picture as the RGB image (of Pillow) that this processor makes of it, see [`open_image`]."""
         return open_image(image)
 
+    def __call__(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        samples = text if isinstance(text, list | tuple) else [text]
+        begin = self.tokenizer.bos_token
+        if begin and samples and all(isinstance(sample, str) and sample.startswith(begin) for sample in samples):
+            kwargs.setdefault("add_special_tokens", False)  # rendered by a template, which has written them
+        return super().__call__(images, text, *args, **kwargs)
+
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Render conversations, and with `tokenize=True` process their images, as every processor does.
 
