@@ -36,4 +36,4 @@ class RouterOrthogonality(Objective):
                 f"router_orthogonality needs a router that gives the signal 'gate_overlap', such as 'ernie45_vl'; the "
                 f"routers of layers {sorted(decisions)} do not: choose another router, or remove this objective."
             )
-        return self.layer_mean([context.row_mean(overlap) for overlap in overlaps])
+        return self.reduce_layers([context.row_mean(overlap) for overlap in overlaps])
