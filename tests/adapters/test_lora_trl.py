@@ -85,6 +85,7 @@ def test_the_fused_output_gets_every_objective_once(adapt, text):
     torch.testing.assert_close(outputs.loss, reference.loss)
     assert outputs.loss > without.loss + 0.1
     counted = buffers(model, "accumulated_")
+    outputs.loss.backward()
     assert counted and all(count.sum() == 2 * text["attention_mask"].sum() for count in counted)
     with torch.no_grad():
         model(**text, fused_lm_head=True)
@@ -104,7 +105,7 @@ def test_dpo_lowers_the_objectives_and_counts_no_reference(adapt, tmp_path):
     tokens = logged[-1]["num_tokens"] - logged[-2]["num_tokens"]
     # TRL keeps the adapter as it was under the name "ref".
     for adapter_name, counted in (("default", 2 * tokens), ("ref", 0)):
-        counts = buffers(trainer.model, f"moe_lora_objectives.{adapter_name}.by_name.load_balance.accumulated_")
+        counts = buffers(trainer.model, f"moe_lora_objectives.{adapter_name}.by_name.load_balance.population_")
         assert counts and all(count.sum() == counted for count in counts)
 
 

@@ -131,6 +131,24 @@ def test_an_unpickled_model_goes_on_counting():
     assert_counted(subject, 1, steps=1)
 
 
+def test_a_loop_may_close_its_steps_by_hand():
+    subject = own()
+    for _ in range(STEPS):
+        subject.loss().backward()
+        subject.model.end_step()
+    assert_counted(subject, 1)
+
+
+def test_a_compiled_step_closes(subject):
+    optimizer = torch.optim.AdamW(subject.parameters(), lr=torch.tensor(0.01))
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        subject.loss().backward()
+        step()
+    torch._dynamo.reset()
+    assert_counted(subject, 1, steps=2)
+
+
 def test_a_compiled_model_counts_its_steps():
     model = own_model()
     model.set_experts_implementation("grouped_mm")
