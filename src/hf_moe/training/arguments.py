@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configuration.configuration_hf_moe import unknown_name_message
-from .schema import Range, fit
+from .schema import Range, fit, refuse_words
 
 
 # What a recipe, or the command, says elsewhere.
@@ -57,6 +58,8 @@ def check_training(options: dict[str, Any], place: str) -> dict[str, Any]:
         if name not in known:
             raise ValueError(unknown_name_message(f"field of training in the {place}", str(name), known))
         fitted[name] = fit(value, kinds[name], place, key)
+        if isinstance(value, dict):
+            refuse_words(value, place, key)
         if name in RANGES and fitted[name] is not None and fitted[name] not in RANGES[name]:
             raise ValueError(f"The {place} has {key}={value!r}, expected a number {RANGES[name]}.")
         if name in NEVER and fitted[name] not in (False, "no"):
@@ -72,15 +75,20 @@ def check_training(options: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def check_arguments(options: dict[str, Any], seed: int, place: str) -> None:
-    """Make the `TrainingArguments` of a training or of a stage once, for what only they check.
+    """Make the arguments, the optimizer and the schedule of a training or of a stage once, for what only they check.
 
     Raises:
         ValueError: if they refuse the options.
     """
     try:
-        training_arguments(options, seed, Path("runs"))
-    except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
-        raise ValueError(f"The training of the {place} is refused by TrainingArguments: {error}") from error
+        arguments = training_arguments(options, seed, Path("runs"))
+        get_reporting_integration_callbacks(arguments.report_to)
+        if arguments.optim_target_modules is None:
+            optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+            optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **settings)
+            get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 10, arguments.lr_scheduler_kwargs)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        raise ValueError(f"The training of the {place} is refused. {type(error).__name__}: {error}") from error
 
 
 def training_arguments(options: dict[str, Any], seed: int, folder: Path) -> TrainingArguments:

@@ -7,13 +7,15 @@ and what each would train is counted.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from ..configuration import HfMoeConfig, MoeConfig
 from ..configuration.configuration_hf_moe import unknown_name_message
@@ -23,6 +25,7 @@ from ..construction.pretrained import PACKAGED
 from ..data.sources import DATASETS
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.registry import build
 from .constructions import construct_stage, evolution_of
 from .parts import part_of, selects, train_only
 from .schema import Range, fit
@@ -33,9 +36,21 @@ from .sections import Count, Recipe, Stage
 ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-class SourceOptions(TypedDict, total=False):
-    """What every source of rows takes, see [`load_rows`]."""
+# What wrong options raise in the code that they reach.
+REFUSALS = (
+    ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, StrictDataclassError
+)  # fmt: skip
 
+
+class SourceOptions(TypedDict, total=False):
+    """What sources of rows take, see [`load_rows`]."""
+
+    name: str
+    path: str
+    image_folder: str
+    hub: str
+    question: str
+    streaming: bool
     where: dict[str, Any]
     limit: Count | None
     shuffle: bool
@@ -51,9 +66,11 @@ def named(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
+    except REFUSALS as error:
         # A bare KeyError is no more than the key.
-        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        text = (
+            str(error) if isinstance(error, ValueError | StrictDataclassError) else f"{type(error).__name__}: {error}"
+        )
         raise ValueError(f"{what} is refused. {text}") from error
 
 
@@ -69,10 +86,12 @@ def check_sources(recipe: Recipe, place: str) -> None:
         key = f"data.{part}"
         if isinstance(source, str):
             source = {"path": source} if source.endswith(ROW_FILES) else {}
-        source = source or {}
+        source = {} if source is None else source
         kinds = SourceOptions.__annotations__
         for name in source.keys() & kinds.keys():
             source[name] = fit(source[name], kinds[name], place, f"{key}.{name}")
+        if isinstance(recipe.data.get(part), dict) and not source.keys() & {"name", "path", "image_folder", "hub"}:
+            raise ValueError(f"The {place} has {key}={source!r}: it needs one of name, path, image_folder and hub.")
         name = source.get("name")
         if isinstance(name, str) and "hub" not in source and name not in DATASETS:
             raise ValueError(unknown_name_message(f"data set in {key}.name of the {place}", name, list(DATASETS)))
@@ -111,31 +130,31 @@ def check_model(recipe: Recipe, place: str) -> None:
     model = recipe.model
     config = None
     if isinstance(model["language_model"], dict):
-        if "model_type" not in model["language_model"]:
-            raise ValueError(f"The {place} lacks model.language_model.model_type, the kind of the fresh decoder.")
         if "tokenizer" not in model:
             raise ValueError(f"The {place} has a fresh decoder and no tokenizer: add model.tokenizer: words.")
         with named(f"model.language_model of the {place}"):
-            options = dict(model["language_model"])
-            text_config = AutoConfig.for_model(options.pop("model_type"), **options)
-    if (connector := model.get("connector")) is not None:
-        with named(f"model.connector of the {place}"):
-            get_mechanism("connector", connector["name"])
+            text_config = _fresh_config(model["language_model"])
     if isinstance(model.get("vision_tower"), dict):
         with named(f"model.vision_tower of the {place}"):
-            options = dict(model["vision_tower"])
-            AutoConfig.for_model(options.pop("model_type"), **options)
-    fields = model.get("moe_config") or {}
+            _fresh_config(model["vision_tower"])
+    if (connector := model.get("connector")) is not None:
+        with named(f"model.connector of the {place}"), torch.device("meta"):
+            if not isinstance(connector.get("name"), str):
+                raise ValueError(f"A connector needs a name: {{name: mlp}}, for example; got {connector!r}.")
+            options = {name: value for name, value in connector.items() if name != "name"}
+            # Of any sizes: what is tried are the options.
+            build("connector", get_mechanism("connector", connector["name"]), options, 8, 8)
+    moe_config = model.get("moe_config") or {}
     if model.get("system") is not None:
         with named(f"model.system of the {place}"):
             load_preset(model["system"])
     with named(f"model.moe_config of the {place}"):
         if isinstance(model["language_model"], dict):
-            config = _config(model.get("system"), fields, text_config)
+            config = _config(model.get("system"), moe_config, text_config)
             with torch.device("meta"):
                 HfMoeForConditionalGeneration._from_config(deepcopy(config))
         else:
-            MoeConfig(**fields)
+            MoeConfig(**moe_config)
     if config is not None:
         check_stages(config, recipe, place)
     else:
@@ -144,10 +163,31 @@ def check_model(recipe: Recipe, place: str) -> None:
                 train_only(torch.nn.Module(), stage.trainable)
 
 
-def _config(system: str | None, fields: dict[str, Any], text_config: Any) -> HfMoeConfig:
+def _fresh_config(source: dict[str, Any]) -> Any:
+    """Return the config of a model from scratch.
+
+    Raises:
+        ValueError: if its type is missing or unknown, or has no such field.
+    """
+    options = dict(source)
+    model_type = options.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        near = get_close_matches(str(model_type), list(CONFIG_MAPPING), n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"model_type={model_type!r} is no model of Transformers.{hint}")
+    config = AutoConfig.for_model(model_type, **options)
+    known = {item.name for item in fields(config)} | set(config.attribute_map)
+    for name in options:
+        # What a config does not know, and does not convert either, it keeps beside its fields.
+        if name not in known and name in vars(config):
+            raise ValueError(unknown_name_message(f"field of {type(config).__name__}", name, sorted(known)))
+    return config
+
+
+def _config(system: str | None, moe_config: dict[str, Any], text_config: Any) -> HfMoeConfig:
     if system is not None:
-        return HfMoeConfig.from_system(system, moe_config=deepcopy(fields), text_config=text_config)
-    return HfMoeConfig(moe_config=deepcopy(fields), text_config=text_config)
+        return HfMoeConfig.from_system(system, moe_config=deepcopy(moe_config), text_config=text_config)
+    return HfMoeConfig(moe_config=deepcopy(moe_config), text_config=text_config)
 
 
 def check_stages(config: HfMoeConfig, recipe: Recipe, place: str) -> None:

@@ -26,9 +26,14 @@ def construct_stage(model: Any, stage: Stage, evolution: ExpertEvolution | None,
     Raises:
         ValueError: if there is no such construction, or no experts evolved that `assemble` could take.
     """
+    given: Any
     for method, given in (stage.construct or {}).items():
-        options = deepcopy(given)
+        options: dict[str, Any] = deepcopy(given)
         if method == "convert_router":
+            if "name" not in options:
+                raise ValueError(f"convert_router needs the name of a router: {{name: top_k}}; got {options!r}.")
+            if not model.moe_layers():
+                raise ValueError("convert_router exchanges the routers of MoE layers, and the model has none.")
             convert_router(model, **{"seed": seed, **options})
         elif method in CONSTRUCTIONS:
             if method == "assemble" and evolution is None:
@@ -36,10 +41,6 @@ def construct_stage(model: Any, stage: Stage, evolution: ExpertEvolution | None,
                     "The construction 'assemble' takes the experts that evolved in the stage before: give that stage "
                     "'evolve', or use 'upcycle' for copies."
                 )
-            known = ["system", "moe_config", "seed", *(["noise_std"] if method == "upcycle" else [])]
-            for name in options:
-                if name not in known:
-                    raise ValueError(unknown_name_message(f"option of {method}", str(name), known))
             system, fields = options.pop("system", None), options.pop("moe_config", {})
             base = load_preset(system)["moe_config"] if system else {}
             config = {**model.config.to_dict(), "moe_config": {**base, **fields}, "system": system}
@@ -60,8 +61,6 @@ def evolution_of(stage: Stage, model: Any, seed: int) -> ExpertEvolution | None:
     """
     if stage.evolve is None:
         return None
-    options = {"seed": seed, **stage.evolve}
-    if "layers" not in options:
-        raise ValueError("evolve lacks layers, those whose feed-forward evolves: evolve.layers=every_2, for example.")
+    options: dict[str, Any] = {"seed": seed, **stage.evolve}
     layers = MoeConfig(layers=options.pop("layers")).moe_layers(model.config.text_config.num_hidden_layers)
     return ExpertEvolution(layers, **options)

@@ -27,6 +27,7 @@ from .sections import Recipe
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "training.json"
+STAGE_FILE = "stage.json"
 CHECKPOINT = "checkpoint"
 REHEARSED_ROWS = 2
 
@@ -145,6 +146,11 @@ def peak_memory() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
+def stage_folders(recipe: Recipe, folder: Path) -> list[Path]:
+    """Return the folders of a recipe's stages; a finished one holds `stage.json`."""
+    return [folder / "stages" / f"{number}_{stage.name}" for number, stage in enumerate(recipe.stages, start=1)]
+
+
 def trained_by(recipe: Recipe) -> dict[str, Any]:
     """Return what of a recipe decides its weights, as JSON has it."""
     names = ("model", "data", "training", "trainable", "stages", "adapter", "seed")
@@ -158,7 +164,7 @@ def finished_training(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
         ValueError: if another recipe was trained there. Stages say so themselves, one by one.
     """
     path = folder / RECORD_FILE
-    if not path.is_file():
+    if not all(file.is_file() for file in (path, *(own / STAGE_FILE for own in stage_folders(recipe, folder)))):
         return None
     if (damage := weights_damage(folder / CHECKPOINT)) is not None:
         logger.warning("Passing over %s, which is not whole: %s.", folder / CHECKPOINT, damage)

@@ -11,8 +11,8 @@ from ..adapters import MoeLoraConfig
 from ..adapters.systems import load_system
 from ..configuration.configuration_hf_moe import unknown_name_message
 from .arguments import check_arguments, check_training
-from .checks import check_model, check_sources
-from .schema import fit, read_yaml
+from .checks import check_model, check_sources, named
+from .schema import fit, read_yaml, refuse_words
 from .sections import SECTIONS, Recipe, Stage
 
 
@@ -114,8 +114,11 @@ def _checked(content: dict[str, Any], place: str, file: str) -> Recipe:
     if of_adapter and (checked or "trainable" in content):
         name = "stages" if checked else "trainable"
         raise ValueError(f"The {place} has {name}, and an adapter's has none: what is trained is the adapter.")
+    if checked and "trainable" in content:
+        raise ValueError(f"The {place} has trainable beside stages: each stage has its own.")
     recipe = Recipe(**{**fitted, "stages": [Stage(**stage) for stage in checked]})
     _check_names(recipe, place)
+    _refuse_words(recipe, place)
     check_arguments(recipe.training, recipe.seed, place)
     for number, stage in enumerate(recipe.stages, start=1):
         check_arguments({**recipe.training, **stage.training}, recipe.seed, f"stage {number} of {file}")
@@ -129,15 +132,20 @@ def _check_names(recipe: Recipe, place: str) -> None:
         if not name.strip() or name in (".", "..") or set(name) & set("/\\\0"):
             raise ValueError(f"The {place} has {key}={name!r}, expected a name that can be a folder's.")
     if recipe.evaluation and recipe.data.get("eval") is None:
-        raise ValueError(f"The {place} says in evaluation how to score and has no data.eval to be scored: add it.")
+        raise ValueError(f"The {place} has an evaluation and no data.eval to score: add it, or set evaluation={{}}.")
+
+
+def _refuse_words(recipe: Recipe, place: str) -> None:
+    options = {"model": recipe.model, "adapter": recipe.adapter}
+    for number, stage in enumerate(recipe.stages):
+        options |= {f"stages.{number}.{name}": getattr(stage, name) for name in ("construct", "evolve", "objectives")}
+    for key, value in options.items():
+        refuse_words(value, place, key)
 
 
 def _check_adapter(recipe: Recipe, place: str) -> None:
-    try:
+    with named(f"adapter of the {place}"):
         adapter_config(recipe.adapter or {})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"The adapter of the {place} cannot be configured. {message}") from error
 
 
 def _override(content: dict[str, Any], override: str) -> None:

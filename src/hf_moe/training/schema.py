@@ -37,8 +37,8 @@ class Range:
         )
 
     def __str__(self) -> str:
-        limits = (("at least", self.low), ("above", self.above), ("at most", self.high))
-        return " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+        limits = (("of at least", self.low), ("above", self.above), ("of at most", self.high))
+        return " and ".join(f"{word} {limit:.10g}" for word, limit in limits if limit is not None)
 
 
 def read_yaml(text: str, place: str) -> Any:
@@ -131,6 +131,21 @@ def fit(value: Any, kind: Any, place: str, key: str = "") -> Any:
     return _fit_scalar(value, kind, place, key)
 
 
+def refuse_words(value: Any, place: str, key: str) -> None:
+    """Refuse `yes`, `no`, `on` and `off` among options whose types are not declared here.
+
+    YAML 1.1 reads them as booleans, 1.2 as text, which a reader of the option may take for true.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        refuse_words(item, place, f"{key}.{name}")
+    if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
+        raise ValueError(f"The {place} has {key}={value}: write true or false.")
+
+
 def describe(kind: Any) -> str:
     """Return how an error names a declared type."""
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
@@ -183,7 +198,7 @@ def _fit_fields(value: Any, kind: Any, place: str, key: str) -> dict[str, Any]:
     given = {
         name: item
         for name, item in value.items()
-        if item is not None or not _is_section(kinds[name]) or name in required
+        if item is not None or not (is_dataclass(kind) and _is_section(kinds[name])) or name in required
     }
     missing = [name for name in required if given.get(name) is None]
     if missing:

@@ -7,6 +7,7 @@ from .schema import Range
 
 
 Count = Annotated[int, Range(low=1)]
+Seed = Annotated[int, Range(low=0, high=2**32 - 1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -66,6 +67,38 @@ class Card(TypedDict, total=False):
     language: str | list[str]
 
 
+class Evolve(TypedDict, total=False):
+    """`layers` as in `moe_config`, and options of [`ExpertEvolution`]."""
+
+    layers: Required[str | list[int]]
+    rule: Literal["delta", "ema", "literal"]
+    beta_ranges: list[float | list[float]]
+    beta_granularity: Literal["step", "tensor", "row"]
+    seed: Seed
+
+
+class Assemble(TypedDict, total=False):
+    """The MoE that a dense model becomes: a preset, and fields over it."""
+
+    system: str | None
+    moe_config: dict[str, Any]
+    seed: Seed
+
+
+class Upcycle(Assemble, total=False):
+    """Noise on the copies besides, relative to the standard deviation of each matrix."""
+
+    noise_std: Annotated[float, Range(low=0)]
+
+
+class Construct(TypedDict, total=False):
+    """Constructions, in the order in which they are written; see [`construct_stage`]."""
+
+    upcycle: Upcycle
+    assemble: Assemble
+    convert_router: dict[str, Any]
+
+
 @dataclass
 class Stage:
     """One stage of a training job.
@@ -85,8 +118,8 @@ class Stage:
     name: str
     trainable: list[str]
     training: dict[str, Any] = field(default_factory=dict)
-    construct: dict[str, dict[str, Any]] | None = None
-    evolve: dict[str, Any] | None = None
+    construct: Construct | None = None
+    evolve: Evolve | None = None
     objectives: dict[str, Any] | None = None
     learning_rate_scales: dict[str, Annotated[float, Range(above=0)]] = field(default_factory=dict)
 
@@ -118,7 +151,7 @@ class Recipe:
     evaluation: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] | None = None
-    seed: Annotated[int, Range(low=0, high=2**32 - 1)] = 0
+    seed: Seed = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, without what does not apply to it."""

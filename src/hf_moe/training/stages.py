@@ -19,13 +19,10 @@ from ..data.text import tokenizer_or_processor
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from .arguments import training_arguments
 from .constructions import construct_stage, evolution_of
-from .job import run_trainer
+from .job import STAGE_FILE, run_trainer, stage_folders
 from .parts import refuse_strayed, train_only
 from .sections import Recipe, Stage
 from .trainer import HfMoeTrainer
-
-
-STAGE_FILE = "stage.json"
 
 
 def run_stages(
@@ -48,8 +45,7 @@ def run_stages(
     """
     records: list[dict[str, Any]] = []
     previous: tuple[Stage, Path] | None = None
-    for number, stage in enumerate(recipe.stages, start=1):
-        own = folder / "stages" / f"{number}_{stage.name}"
+    for stage, own in zip(recipe.stages, stage_folders(recipe, folder), strict=True):
         record = _finished(own, recipe, stage)
         if record is None:
             if previous is not None:
