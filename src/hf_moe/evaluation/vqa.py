@@ -117,7 +117,7 @@ def check_references(rows: Rows) -> list[list[str]]:
         ValueError: naming the first row that has none, or one that is no answer.
     """
     references = []
-    for index, row in enumerate(undecoded(rows)):
+    for index, row in enumerate(undecoded(rows) if not isinstance(rows, list) else rows):
         try:
             references.append(reference_answers(row))
         except ValueError as error:
