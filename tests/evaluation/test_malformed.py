@@ -71,14 +71,14 @@ def test_metric_modules_refuse_what_does_not_fit(name):
     [
         ({"answer": 7}, ["7"]),
         ({"answer": 0}, ["0"]),
-        ({"answer": False}, ["false"]),
+        ({"answer": False}, ["False"]),
         ({"answer": 1.5}, ["1.5"]),
         ({"answers": [1, "one"]}, ["1", "one"]),
         ({"answers": "yes"}, ["yes"]),
         ({"answers": [], "answer": "no"}, ["no"]),
         ({"answers": None, "answer": "007"}, ["007"]),
-        ({"messages": [{"role": "assistant", "content": 3}]}, ["3"]),
-        ({"messages": [{"role": "assistant", "content": "no"}]}, ["no"]),
+        ({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": 3}]}, ["3"]),
+        ({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "no"}]}, ["no"]),
     ],
 )
 def test_right_answers_are_text_as_they_were_written(row, expected):
@@ -88,19 +88,19 @@ def test_right_answers_are_text_as_they_were_written(row, expected):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": {"text": "a"}}, "the answer holds {'text': 'a'}"),
-        ({"answers": [["a"]]}, r"the answers holds \['a'\]"),
-        ({"answers": ["a", None]}, "the answers holds None"),
-        ({"answer": float("nan")}, "holds nan"),
-        ({}, "needs a column answer"),
-        ({"messages": []}, "needs a column answer"),
+        ({"answer": {"text": "a"}}, "answer={'text': 'a'}"),
+        ({"answers": [["a"]]}, r"answer=\['a'\]"),
+        ({"answers": ["a", None]}, "answer=None"),
+        ({"answer": float("nan")}, "answer=nan"),
+        ({}, "no conversation"),
+        ({"messages": []}, "message|conversation|answer"),
         ({"messages": [{"role": "user", "content": "?"}]}, "needs a column answer"),
     ],
 )
 def test_what_is_no_answer_is_refused_by_its_row(row, message):
     with pytest.raises(ValueError, match=message):
         reference_answers(row)
-    good = {"messages": [{"role": "assistant", "content": "a"}]}
+    good = {"answer": "a"}
     rows = [good, {**row, "id": "odd"}]
     with pytest.raises(ValueError, match=r"Row 1 of the dataset \(id 'odd'\)"):
         check_references(rows)
@@ -111,7 +111,7 @@ def test_no_rows_are_refused(vlm, processor, questions):
     with pytest.raises(ValueError, match="no rows"):
         evaluate_vqa(vlm, processor, empty)
     with pytest.raises(ValueError, match="no rows"):
-        predict_answers(vlm, processor, empty.to_iterable_dataset(), candidates=["a"])
+        predict_answers(vlm, processor, questions.to_iterable_dataset().filter(lambda row: False), candidates=["a"])
 
 
 def test_answers_that_are_numbers_are_scored(vlm, processor, questions):

@@ -110,14 +110,14 @@ def evaluate_vqa(
     return {**result, "predictions": predictions}
 
 
-def check_references(rows: Rows) -> list[list[str]]:
+def check_references(rows: Rows | list[dict[str, Any]]) -> list[list[str]]:
     """Return the right answers of every row.
 
     Raises:
         ValueError: naming the first row that has none, or one that is no answer.
     """
     references = []
-    for index, row in enumerate(undecoded(rows) if not isinstance(rows, list) else rows):
+    for index, row in enumerate(rows if isinstance(rows, list) else undecoded(rows)):
         try:
             references.append(reference_answers(row))
         except ValueError as error:
@@ -136,10 +136,10 @@ def reference_answers(row: dict[str, Any]) -> list[str]:
         several = given if isinstance(given, list) else [] if given is None else [given]
         if several:
             return [text_of(answer, "answer") for answer in several]
-    last = row_messages(row)[-1] if row.get("messages") else {"role": None}
-    if last["role"] != "assistant":
+    messages = row_messages(row)
+    if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("A row to be scored needs a column answer or answers, or an assistant turn at its end.")
-    return ["".join(part["text"] for part in last["content"])]
+    return ["".join(part["text"] for part in messages[-1]["content"])]
 
 
 def batches(rows: Rows, batch_size: int) -> Iterator[list[dict[str, Any]]]:
