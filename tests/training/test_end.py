@@ -160,6 +160,32 @@ def test_a_failed_end_leaves_weights_and_resumes_without_training(
     assert (folder / "checkpoint" / "README.md").is_file()
 
 
+@pytest.mark.parametrize("answer", [7, 0, True, False, 1.5, "007"])
+def test_answers_of_every_type_are_trained_and_scored(recipe, answer, tmp_path, rows):
+    kind, path = recipe
+    if kind == "stages":
+        pytest.skip("its data are read as those of one stage are")
+    turns = [{"role": "user", "content": "what is it ?"}, {"role": "assistant", "content": answer}]
+    lines = [{"messages": turns, "answer": answer}, {"messages": turns, "answers": [answer, "cat"]}]
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = f"{{path: {tmp_path / 'odd.jsonl'}}}"
+    flags = ["--set", f"data.eval={source}", "--set", "training.max_steps=1"]
+    assert train(path, tmp_path / "run", *flags) == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["evaluated"] == 2
+
+
+def test_an_answer_that_cannot_be_scored_is_found_before_training(recipe, tmp_path, rows, monkeypatch, capsys):
+    kind, path = recipe
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    lines[3]["answer"] = {"text": "fish"}
+    for line in lines[:3]:
+        line["answer"] = {"text": None}
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    assert train(path, tmp_path / "run", "--set", f"data.eval={{path: {tmp_path / 'odd.jsonl'}}}") == 2
+    assert "answer" in capsys.readouterr().err
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C after a step."""
 

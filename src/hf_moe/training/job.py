@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -30,6 +31,11 @@ RECORD_FILE = "training.json"
 STAGE_FILE = "stage.json"
 CHECKPOINT = "checkpoint"
 REHEARSED_ROWS = 2
+
+
+def say(what: str) -> None:
+    """Show what a run is at, beside the progress bars; what it prints stays for its results."""
+    print(what, file=sys.stderr, flush=True)
 
 
 class Job(ABC):

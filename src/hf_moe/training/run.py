@@ -26,7 +26,7 @@ from ..hub.card import write_card
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from .adapter import AdapterJob
 from .checks import check_stages
-from .job import RECORD_FILE, Job, autocast, finish, finished_training, rehearse, save_weights, weights_named
+from .job import RECORD_FILE, Job, autocast, finish, finished_training, rehearse, save_weights, say, weights_named
 from .parts import refuse_strayed
 from .recipe import load_recipe, recipe_names
 from .sections import Recipe, Stage
@@ -52,10 +52,12 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
     started = time.perf_counter()
     folder = Path(output_dir or Path("runs") / recipe.name)
     set_seed(recipe.seed)
+    say("Reading the data")
     job = (ModelJob if recipe.adapter is None else AdapterJob)(recipe, load_sources(recipe), folder)
     record = finished_training(recipe, folder) if resume else None
     if record is None:
         job.build()
+        say("Rehearsing the end of the run on two rows")
         rehearse(job)
         (folder / RECORD_FILE).unlink(missing_ok=True)
         if not resume:
@@ -102,7 +104,7 @@ class ModelJob(Job):
             options["tokenizer"] = train_word_tokenizer(texts)
         if "dtype" in options:
             options["dtype"] = getattr(torch, options["dtype"])
-        print("Building the model", flush=True)
+        say("Building the model")
         self.model, processor = build_model(**options, seed=self.recipe.seed)
         self.processor = as_processor(processor)
         check_stages(self.model.config, self.recipe, f"recipe {self.recipe.name}")
