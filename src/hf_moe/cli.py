@@ -25,7 +25,7 @@ KINDS = ("router", "experts", "objective", "connector")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 2 where what was asked cannot be done."""
+    """Run a command and return its exit code: 2 where what was asked cannot be done, 130 where it was interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="hf-moe", description="Multimodal Mixture-of-Experts models.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -42,8 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parser.parse_args(arguments)
         return args.run(args)
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        print(f"hf-moe: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _end(2, f"error: {' '.join(str(error).split())}", error)
+    except KeyboardInterrupt as error:
+        return _end(130, "interrupted.", error)
+
+
+def _end(code: int, message: str, error: BaseException) -> int:
+    """Print what ended a command, with what was noted about it on its way, and return the exit code."""
+    for line in (message, *getattr(error, "__notes__", ())):
+        print(f"hf-moe: {line}", file=sys.stderr)
+    return code
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -1,5 +1,7 @@
 """Expert evolution: the rules, one evolution per optimizer step, resuming, and the MoE that comes of it."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -122,6 +124,45 @@ def test_a_resumed_run_has_the_experts_of_one_that_was_not_stopped(dense, tmp_pa
     train(dense, tmp_path / "whole", resumed, resume=str(tmp_path / "whole" / "checkpoint-2"))
     for expert, expected in zip(resumed.experts, whole.experts, strict=True):
         assert all(torch.equal(expert[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def stopped(dense, tmp_path):
+    """Two runs of equal length that differ in their betas, and the dense model's first weights."""
+    state = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    for name, seed in (("one", 0), ("other", 5)):
+        dense.load_state_dict(state)
+        # Another seed of the data, so that expert 1 differs too.
+        train(dense, tmp_path / name, ExpertEvolution(LAYERS, seed=seed), data_seed=seed)
+    dense.load_state_dict(state)
+    return tmp_path
+
+
+@pytest.mark.parametrize("way", ["given", "moved", "moved into a folder with another's"])
+def test_experts_come_from_the_checkpoint_that_is_resumed(dense, stopped, way):
+    given, output = stopped / "one" / "checkpoint-2", stopped / "fresh"
+    options = {}
+    if way != "given":
+        given = (stopped / "one").rename(stopped / "elsewhere") / "checkpoint-2"
+        options = {"resume_from": given}
+    if way == "moved into a folder with another's":
+        output = stopped / "other"
+    resumed = ExpertEvolution(LAYERS, **options)
+    whole = ExpertEvolution(LAYERS)
+    whole.load(given.with_name("checkpoint-4"))
+    train(dense, output, resumed, resume=str(given), data_seed=0)
+    for expert, expected in zip(resumed.experts, whole.experts, strict=True):
+        assert all(torch.equal(expert[name], expected[name]) for name in expected)
+
+
+def test_experts_of_another_run_are_refused(dense, stopped):
+    moved = stopped / "elsewhere" / "checkpoint-2"
+    shutil.copytree(stopped / "one" / "checkpoint-2", moved)
+    shutil.rmtree(stopped / "one")
+    with pytest.raises(ValueError, match="evolved beside another expert 1.*resume_from"):
+        train(dense, stopped / "other", ExpertEvolution(LAYERS), resume=str(moved))
+    with pytest.raises(FileNotFoundError, match=f"No {EVOLUTION_FILE} in .*resume_from"):
+        train(dense, stopped / "fresh", ExpertEvolution(LAYERS), resume=str(moved))
 
 
 def test_the_best_model_at_the_end_takes_its_evolved_experts_along(dense, tmp_path):

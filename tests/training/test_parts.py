@@ -30,6 +30,23 @@ def test_only_the_named_part_trains_and_what_no_gradient_reaches_stays_frozen(co
     assert {part_of(name) for name in trainable} == {part} == set(counts)
 
 
+def test_a_part_trains_after_others_did_and_the_unreachable_never(config):
+    model = HfMoeForConditionalGeneration(config)
+    unreachable = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    alone = {part: train_only(HfMoeForConditionalGeneration(config), [part]) for part in PARTS}
+    assert unreachable
+    for parts in (["routers"], ["experts"], ["backbone", "routers"], list(PARTS), ["vision_tower"]):
+        assert train_only(model, parts) == {part: alone[part][part] for part in parts}
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert {part_of(name) for name in trainable} == set(parts) and not trainable & unreachable
+
+
+def test_a_part_that_was_frozen_by_hand_trains_again(config):
+    model = HfMoeForConditionalGeneration(config)
+    model.requires_grad_(False)
+    assert set(train_only(model, ["experts"])) == {"experts"}
+
+
 def test_an_unknown_part_is_refused(config):
     with pytest.raises(ValueError, match="heads"):
         train_only(HfMoeForConditionalGeneration(config), ["heads"])

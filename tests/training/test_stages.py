@@ -10,7 +10,7 @@ from transformers import LlamaConfig, TrainerCallback, TrainingArguments
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.construction.evolution import ExpertEvolution
-from hf_moe.training.parts import check_moved, fingerprints, train_only
+from hf_moe.training.parts import fingerprints, moved_parameters, refuse_strayed, train_only
 from hf_moe.training.recipe import Stage, load_recipe
 from hf_moe.training.run import run_recipe
 from hf_moe.training.stages import construct
@@ -136,11 +136,11 @@ def test_a_frozen_parameter_that_moves_is_reported(vlm):
     assert set(counts) == {"routers"}
     before = fingerprints(vlm)
     gates = [name for name, parameter in vlm.named_parameters() if parameter.requires_grad]
-    assert check_moved(vlm, before) == gates and gates
+    assert moved_parameters(vlm, before) == (gates, []) and gates
     with torch.no_grad():
         vlm.lm_head.weight[0, 0] += 1
     with pytest.raises(RuntimeError, match=r"1 frozen parameters moved .* lm_head.weight"):
-        check_moved(vlm, before)
+        refuse_strayed(moved_parameters(vlm, before)[1])
 
 
 def test_learning_rate_scales_reach_their_parameters_and_the_schedule(vlm, tmp_path):

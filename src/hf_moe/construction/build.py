@@ -5,13 +5,12 @@ and let go before the next layer's experts exist, so the dense decoder and the M
 """
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 
 from ..configuration import HfMoeConfig
@@ -24,8 +23,9 @@ from ..modeling.processing_hf_moe import HfMoeProcessor
 from ..modeling.registry import build
 from ..modeling.routing import Connector, Decision, ExpertAssignment, Experts, Objective, Router
 from .adoption import adopt
+from .generation import generation_settings
 from .pretrained import load_language_model, load_vision_tower
-from .tokenizer import IMAGE_TOKEN, add_image_token, default_chat_template, end_of_turn
+from .tokenizer import IMAGE_TOKEN, add_image_token, default_chat_template
 from .upcycling import check_block, check_expert, ffn_state, fill_layer
 
 
@@ -113,7 +113,7 @@ def build_model(
         layer.gate.float()
     template = chat_template or default_chat_template(tokenizer, image_token if tower is not None else None)
     tokenizer.chat_template = template
-    model.generation_config = _generation_config(dense, tokenizer, image_token_id)
+    model.generation_config = generation_settings(dense, tokenizer, image_token_id)
     if tower is None:
         return model.eval(), tokenizer
     image_seq_length = model.config.image_seq_length
@@ -376,16 +376,3 @@ def _take_experts(moe_layer: MoELayer, block: Any, routing: dict[str, Any], std:
     if moe_layer.shared_expert is not None:
         _materialise(moe_layer.shared_expert, std)
         init.zeros_(moe_layer.shared_expert.down_proj.weight)
-
-
-def _generation_config(
-    dense: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, image_token_id: int | None
-) -> GenerationConfig:
-    """Return the decoder's generation settings, ended by the tokenizer's marks, and never writing a placeholder."""
-    generation = GenerationConfig() if dense is None else deepcopy(dense.generation_config)
-    own = generation.eos_token_id
-    ends = {*end_of_turn(tokenizer), *(own if isinstance(own, list) else [] if own is None else [own])}
-    generation.eos_token_id = sorted(ends) or None
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.suppress_tokens = None if image_token_id is None else [image_token_id]
-    return generation

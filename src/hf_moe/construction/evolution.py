@@ -16,13 +16,16 @@ Source: EvoMoE: Expert Evolution in Mixture of Experts for Multimodal Large Lang
 """
 
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import HfMoeConfig
 from ..modeling.experts.ffn import FfnExperts
@@ -36,13 +39,18 @@ from .upcycling import ffn_state, fill_layer
 BETA_RANGES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))
 EVOLUTION_FILE = "expert_evolution.safetensors"
 GENERATOR_KEY = "generator"
+# In the file's metadata: the digest of expert 1. In the trainer's state: where its checkpoints are written.
+FIRST_EXPERT = "first_expert"
+STATE_KEY = "expert_evolution"
 
 
 class ExpertEvolution(TrainerCallback):
     """Evolves experts 2..N beside the training of a dense model, once per optimizer step.
 
     The experts are float32 tensors on the CPU, saved in every checkpoint of the trainer and restored from there when
-    it resumes, or when it ends with the best of them (`load_best_model_at_end`).
+    it resumes, or when it ends with the best of them (`load_best_model_at_end`). Trainer does not say which checkpoint
+    it resumes from: it is looked for where it was written, then in `output_dir`, and has to hold the expert 1 that
+    Trainer has loaded.
 
     Args:
         layers: decoder layers whose feed-forward is an expert 1.
@@ -51,6 +59,7 @@ class ExpertEvolution(TrainerCallback):
         beta_granularity: `"step"`: one beta per step and expert; `"tensor"`: one for each of an expert's tensors;
             `"row"`: one for every row of every tensor, drawn once and kept, which leaves the experts of one line.
         seed: of the draws.
+        resume_from: the checkpoint that is given to `Trainer.train`, where it has been moved.
 
     Raises:
         ValueError: if a range or a choice is not allowed.
@@ -64,6 +73,7 @@ class ExpertEvolution(TrainerCallback):
         beta_ranges: Sequence[Sequence[float] | float] = BETA_RANGES,
         beta_granularity: str = "step",
         seed: int = 0,
+        resume_from: str | Path | None = None,
     ):
         check_choice("rule", rule, ("delta", "ema", "literal"))
         check_choice("beta_granularity", beta_granularity, ("step", "tensor", "row"))
@@ -77,11 +87,13 @@ class ExpertEvolution(TrainerCallback):
                 )
         self.beta_granularity = beta_granularity
         self.seed = seed
+        self.resume_from = resume_from
         self.generator = torch.Generator().manual_seed(seed)
         # One per evolved expert: "<layer>.<parameter>" -> tensor, named as the host names its feed-forward.
         self.experts: list[dict[str, torch.Tensor]] = []
         self._before: dict[str, torch.Tensor] = {}
         self._gradient: dict[str, torch.Tensor] = {}
+        self._saved_step = 0
 
     def first_expert(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters of expert 1 in a dense model, by `"<layer>.<parameter>"`.
@@ -102,6 +114,11 @@ class ExpertEvolution(TrainerCallback):
                 )
             found |= {f"{layer}.{name}": parameter for name, parameter in ffn.named_parameters()}
         return dict(sorted(found.items()))
+
+    def first_names(self, model: nn.Module) -> set[str]:
+        """Return the names that expert 1's parameters have in the model."""
+        own = {id(parameter) for parameter in self.first_expert(model).values()}
+        return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
     def snapshot(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return a float32 copy of expert 1 on the CPU."""
@@ -144,12 +161,25 @@ class ExpertEvolution(TrainerCallback):
                 draws = [torch.rand((), generator=self.generator, dtype=torch.float64)] * len(expert)
             yield [low + (high - low) * draw for draw in draws]
 
-    def save(self, folder: str | Path) -> None:
-        """Write the experts and the state of the draws to `expert_evolution.safetensors`."""
+    def save(self, folder: str | Path, model: nn.Module | None = None) -> None:
+        """Write the experts and the state of the draws to `expert_evolution.safetensors`.
+
+        Args:
+            model: of expert 1, *optional*: its digest tells later whose experts these are.
+        """
         tensors = {
             f"{expert}.{name}": theta for expert, held in enumerate(self.experts) for name, theta in held.items()
         }
-        save_file({**tensors, GENERATOR_KEY: self.generator.get_state()}, Path(folder) / EVOLUTION_FILE)
+        metadata = None if model is None else {FIRST_EXPERT: self._digest(model)}
+        path = Path(folder) / EVOLUTION_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({**tensors, GENERATOR_KEY: self.generator.get_state()}, path, metadata)
+
+    def _digest(self, model: nn.Module) -> str:
+        digest = blake2b(digest_size=16)
+        for name, tensor in self.snapshot(model).items():
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def load(self, folder: str | Path) -> None:
         """Read what [`~ExpertEvolution.save`] wrote.
@@ -178,10 +208,34 @@ class ExpertEvolution(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        # The state is that of the checkpoint by now, and travels with it.
+        written = state.stateful_callbacks.get(STATE_KEY, {}).get("output_dir")
         if state.global_step > 0:
-            self.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            places = [Path(place) / name for place in (written, args.output_dir) if place is not None]
+            self._resume([Path(self.resume_from)] if self.resume_from is not None else places, model)
         else:
             self.start(model)
+        state.stateful_callbacks[STATE_KEY] = {"output_dir": str(Path(args.output_dir).absolute())}
+
+    def _resume(self, places: list[Path], model: nn.Module) -> None:
+        """Load the experts that evolved beside this expert 1.
+
+        Raises:
+            FileNotFoundError: if none of the places has experts.
+            ValueError: if those that are there evolved beside another expert 1.
+        """
+        found = [place for place in places if (place / EVOLUTION_FILE).is_file()]
+        own = self._digest(model)
+        for place in found:
+            with safe_open(place / EVOLUTION_FILE, "pt") as file:
+                if (file.metadata() or {}).get(FIRST_EXPERT, own) == own:
+                    return self.load(place)
+        listed = ", ".join(dict.fromkeys(map(str, places)))
+        advice = "pass ExpertEvolution(resume_from=...) the checkpoint that Trainer.train resumes from."
+        if found:
+            raise ValueError(f"The experts in {listed} evolved beside another expert 1: {advice}")
+        raise FileNotFoundError(f"No {EVOLUTION_FILE} in {listed}: {advice}")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -203,9 +257,24 @@ class ExpertEvolution(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.load(state.best_model_checkpoint)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        # Before the trainer writes the rest, and removes older checkpoints: no whole one would be left where it ends
+        # between that and on_save.
+        if control.should_save:
+            self._save_checkpoint(args, state, model)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if self._saved_step != state.global_step:
+            self._save_checkpoint(args, state, model)
+
+    def _save_checkpoint(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         if state.is_world_process_zero:
-            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", model)
+            self._saved_step = state.global_step
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

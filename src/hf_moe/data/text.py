@@ -29,6 +29,11 @@ class TextProcessor:
         return self.tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
 
 
+def tokenizer_or_processor(processor: Any) -> Any:
+    """Return what Transformers would give as the model's processor."""
+    return processor.tokenizer if isinstance(processor, TextProcessor) else processor
+
+
 def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages whose content is a string, as the chat templates of text models want it.
 

@@ -7,7 +7,7 @@ human out; this is the formula of the paper.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -41,21 +41,59 @@ def normalise_answer(answer: str) -> str:
 
 
 def vqa_score(prediction: str, references: str | Sequence[str]) -> float:
-    """Return the VQA accuracy of one answer, 0 to 1; fewer than three references must all agree for a 1."""
-    references = [references] if isinstance(references, str) else references
+    """Return the VQA accuracy of one answer, 0 to 1; fewer than three references must all agree for a 1.
+
+    Raises:
+        ValueError: if there is no reference, or an answer is no text.
+    """
+    references = _checked(prediction, references)
     answer = normalise_answer(prediction)
     agreeing = sum(normalise_answer(reference) == answer for reference in references)
     return min(agreeing / min(AGREEING_HUMANS, len(references)), 1.0)
 
 
 def exact_match_score(prediction: str, references: str | Sequence[str]) -> float:
-    """Return 1 if the answer is one of the references but for white space around it, else 0."""
-    references = [references] if isinstance(references, str) else references
+    """Return 1 if the answer is one of the references but for white space around it, else 0.
+
+    Raises:
+        ValueError: if there is no reference, or an answer is no text.
+    """
+    references = _checked(prediction, references)
     return float(prediction.strip() in {reference.strip() for reference in references})
 
 
-def mean_scores(scores: Sequence[float], name: str, question_types: Sequence[str] | None = None) -> dict[str, Any]:
+def score_answers(
+    score: Callable[[str, str | Sequence[str]], float],
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    question_types: Sequence[str | None] | None = None,
+    name: str = "accuracy",
+) -> dict[str, Any]:
+    """Return [`mean_scores`] of a list of answers.
+
+    Raises:
+        ValueError: if the lists differ in length or are empty, or naming the first answer that is none.
+    """
+    if isinstance(predictions, str) or isinstance(references, str):
+        raise ValueError("Predictions and references are lists with one item per question; got text.")
+    if len(predictions) != len(references):
+        raise ValueError(f"There are {len(predictions)} predictions and {len(references)} references: give one each.")
+    scores = []
+    for index, pair in enumerate(zip(predictions, references, strict=True)):
+        try:
+            scores.append(score(*pair))
+        except ValueError as error:
+            raise ValueError(f"Answer {index}: {error}") from error
+    return mean_scores(scores, name, question_types)
+
+
+def mean_scores(
+    scores: Sequence[float], name: str, question_types: Sequence[str | None] | None = None
+) -> dict[str, Any]:
     """Return the mean as `name`, the `count`, and with `question_types` the means as `name_by_question_type`.
+
+    Args:
+        question_types: of every score; one without a type (`None`) counts in the mean alone.
 
     Raises:
         ValueError: without scores, or if scores and question types differ in number.
@@ -64,9 +102,25 @@ def mean_scores(scores: Sequence[float], name: str, question_types: Sequence[str
         raise ValueError("There are no answers to score.")
     result: dict[str, Any] = {name: sum(scores) / len(scores), "count": len(scores)}
     if question_types is not None:
+        if len(question_types) != len(scores):
+            raise ValueError(
+                f"There are {len(scores)} answers and {len(question_types)} question types: give one each."
+            )
         groups: dict[str, list[float]] = {}
         for score, question_type in zip(scores, question_types, strict=True):
-            groups.setdefault(question_type, []).append(score)
+            if question_type is not None:
+                groups.setdefault(str(question_type), []).append(score)
         by_type = {question_type: sum(group) / len(group) for question_type, group in sorted(groups.items())}
         result[f"{name}_by_question_type"] = by_type
     return result
+
+
+def _checked(prediction: str, references: str | Sequence[str]) -> Sequence[str]:
+    """Return the references as a list."""
+    several = [references] if isinstance(references, str) else references
+    if not isinstance(several, Sequence) or not several:
+        raise ValueError(f"an answer is compared with one or several references, got {references!r}.")
+    for kind, answer in (("prediction", prediction), *(("reference", reference) for reference in several)):
+        if not isinstance(answer, str):
+            raise ValueError(f"the {kind} {answer!r} is no text but {type(answer).__name__}.")
+    return several

@@ -16,7 +16,7 @@ from ..data.collator import VisionLanguageCollator
 from ..data.features import FeatureCache
 from ..data.messages import text_of
 from ..data.pictures import undecoded
-from ..data.rows import row_images, row_messages, template_options, text_part
+from ..data.rows import describe_row, row_images, row_messages, template_options, text_part
 from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.vision import tower_features
@@ -55,20 +55,26 @@ def predict_answers(
         conditions: names of what routers of an adapter read of a row, see [`VisionLanguageCollator`].
 
     Raises:
-        ValueError: if `statistics` are asked for and the answers must be generated.
+        ValueError: if there are no rows, or `statistics` are asked for and the answers must be generated.
     """
     collator = VisionLanguageCollator(processor, feature_cache=feature_cache, train=False, conditions=conditions)
     rows = undecoded(rows)
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError("There are no rows to answer.")
     if candidates is None:
-        candidates = sorted({answer for row in rows for answer in reference_answers(row)})
-    generate = generate or not _are_single_tokens(candidates, next(iter(rows)), processor)
+        candidates = sorted({answer for answers in check_references(rows) for answer in answers})
+    generate = generate or not _are_single_tokens(candidates, first, processor)
     if generate and statistics is not None:
         raise ValueError(
             "Routing statistics come from the prefill; these answers are generated, being several tokens."
         )
     answers: list[str] = []
-    with evaluation_mode(model), tqdm(total=_length(rows), desc="Answering", unit="question") as progress:
-        for batch_rows in _batches(rows, batch_size):
+    # A bar for a single batch tells nothing.
+    count = len(rows) if isinstance(rows, Dataset) else None
+    bar = tqdm(total=count, desc="Answering", unit="question", disable=count is not None and count <= batch_size)
+    with evaluation_mode(model), bar as progress:
+        for batch_rows in batches(rows, batch_size):
             batch = {name: value.to(model.device) for name, value in collator(batch_rows).items()}
             if zero_images:
                 batch = _without_sight(model, batch)
@@ -98,34 +104,46 @@ def evaluate_vqa(
     """
     predictions = predict_answers(model, processor, rows, **options)
     rows = undecoded(rows)
-    scores = [vqa_score(*pair) for pair in zip(predictions, map(reference_answers, rows), strict=True)]
+    scores = [vqa_score(*pair) for pair in zip(predictions, check_references(rows), strict=True)]
     question_types = [row["question_type"] for row in rows] if "question_type" in (rows.column_names or ()) else None
     result = {"accuracy_by_question_type": {}, **mean_scores(scores, "accuracy", question_types)}
     return {**result, "predictions": predictions}
 
 
-def reference_answers(row: dict[str, Any]) -> list[str]:
-    """Return the right answers of a row.
+def check_references(rows: Rows | list[dict[str, Any]]) -> list[list[str]]:
+    """Return the right answers of every row.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: naming the first row that has none, or one that is no answer.
     """
-    if row.get("answers"):
-        answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"]
-        return [text_of(answer, "answer") for answer in answers]
-    if row.get("answer") is not None:
-        return [text_of(row["answer"], "answer")]
-    last = row_messages(row)[-1]
-    if last["role"] != "assistant":
+    references = []
+    for index, row in enumerate(rows if isinstance(rows, list) else undecoded(rows)):
+        try:
+            references.append(reference_answers(row))
+        except ValueError as error:
+            raise ValueError(f"{describe_row(row, index, 'dataset')}: {error}") from error
+    return references
+
+
+def reference_answers(row: dict[str, Any]) -> list[str]:
+    """Return the right answers of a row, as text.
+
+    Raises:
+        ValueError: if it has none, or one is no text.
+    """
+    for name in ("answers", "answer"):
+        given = row.get(name)
+        several = given if isinstance(given, list) else [] if given is None else [given]
+        if several:
+            return [text_of(answer, "answer") for answer in several]
+    messages = row_messages(row)
+    if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("A row to be scored needs a column answer or answers, or an assistant turn at its end.")
-    return ["".join(part["text"] for part in last["content"])]
+    return ["".join(part["text"] for part in messages[-1]["content"])]
 
 
-def _length(rows: Rows) -> int | None:
-    return len(rows) if isinstance(rows, Dataset) else None
-
-
-def _batches(rows: Rows, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+def batches(rows: Rows, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows in lists of `batch_size`."""
     remaining: Iterator[dict[str, Any]] = iter(rows)
     while batch := list(islice(remaining, batch_size)):
         yield batch

@@ -59,9 +59,10 @@ class HfMoeModel(HfMoePreTrainedModel):
         if config.vision_config is not None:
             probe = probe_tower(config)
             self.vision_tower = AutoModel.from_config(config.vision_config)
-            for name in probe.unreachable:
-                # It would never get a gradient, and distributed training would fail at its second step.
-                self.vision_tower.get_parameter(name).requires_grad_(False)
+            # They would never get a gradient, and distributed training would fail at its second step.
+            self.unreachable_parameters = [f"vision_tower.{name}" for name in probe.unreachable]
+            for name in self.unreachable_parameters:
+                self.get_parameter(name).requires_grad_(False)
             options = dict(config.connector)  # type: ignore[arg-type]
             connector = get_mechanism("connector", options.pop("name"))
             sizes = (config.vision_feature_size, config.text_config.hidden_size)

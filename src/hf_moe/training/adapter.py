@@ -3,15 +3,12 @@
 The base is a decoder of text, or a checkpoint of this library, which may see.
 """
 
-import resource
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer, PreTrainedConfig, Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import LogRouting
 from ..adapters.conditions import conditions_read
@@ -21,64 +18,85 @@ from ..construction.pretrained import PACKAGED, load_language_model
 from ..construction.tokenizer import default_chat_template
 from ..data import FeatureCache, TextProcessor, VisionLanguageCollator, tokenize_rows
 from ..data.chat_template import AnyProcessor
-from ..evaluation.report import write_report
+from ..data.text import tokenizer_or_processor
 from ..evaluation.vqa import evaluate_vqa
 from ..hub.adapter_card import write_adapter_card
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
-from .parts import check_moved, fingerprints
-from .recipe import Recipe, adapter_config
-from .stages import image_features, training_arguments
+from .arguments import training_arguments
+from .job import Job, autocast, run_trainer
+from .recipe import adapter_config
+from .stages import image_features
 
 
-def run_adapter_recipe(recipe: Recipe, rows: dict[str, Any], folder: Path, resume: bool = False) -> dict[str, Any]:
-    """Train an adapter and return the report; see [`run_recipe`].
+class AdapterJob(Job):
+    """A recipe that trains an adapter; the base is frozen."""
 
-    Args:
-        recipe: the job, with an `adapter`.
-        rows: `train` and, *optional*, `eval`.
-        folder: of the run.
-        resume: continue from the last trainer checkpoint in `folder`, if there is one.
+    features: FeatureCache | None
 
-    Raises:
-        ValueError: if the rows lack what a router reads, or what the base cannot read is in them.
-        RuntimeError: if a parameter of the base moved.
-    """
-    started = time.perf_counter()
-    base, processor = load_base(recipe.model)
-    model = get_peft_model(base, adapter_config(recipe.adapter or {}))
-    conditions = sorted(conditions_read(index_of(model).routers()))
-    for part, part_rows in rows.items():
-        for name in conditions:
-            if f"{name}_ids" not in (part_rows.column_names or ()):
-                raise ValueError(
-                    f"The router reads the condition {name!r}, and the rows of data.{part} have no column {name}_ids; "
-                    f"they have {', '.join(part_rows.column_names or ())}."
-                )
-    features = _features(base, model, processor, rows, folder)
-    report: dict[str, Any] = {"trainable_parameters": trainable_parameters(model)}
-    report |= _train(recipe, model, processor, rows["train"], features, conditions, folder, resume)
-    if "eval" in rows:
-        options = {"feature_cache": features, "batch_size": recipe.evaluation.get("batch_size", 64)}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(recipe.evaluation.get("bf16"))):
-            result = evaluate_vqa(model, processor, rows["eval"], conditions=conditions, **options)
-            with model.disable_adapter():
-                untouched = evaluate_vqa(model, processor, rows["eval"], **options)
+    def build(self) -> None:
+        base, self.processor = load_base(self.recipe.model)
+        self._take(base, get_peft_model(base, adapter_config(self.recipe.adapter or {})))
+
+    def open(self, folder: Path) -> None:
+        base, self.processor = load_base(self.recipe.model)
+        self._take(base, PeftModel.from_pretrained(base, folder, is_trainable=True))
+
+    def _take(self, base: Any, model: PeftModel) -> None:
+        """Take the model, and check that the rows hold what its routers read.
+
+        Raises:
+            ValueError: if a column is missing.
+        """
+        self.model = model
+        self.conditions = sorted(conditions_read(index_of(model).routers()))
+        for part, part_rows in self.rows.items():
+            for name in self.conditions:
+                if f"{name}_ids" not in (part_rows.column_names or ()):
+                    raise ValueError(
+                        f"The router reads the condition {name!r}, and the rows of data.{part} have no column "
+                        f"{name}_ids; they have {', '.join(part_rows.column_names or ())}."
+                    )
+        self.features = _features(base, model, self.processor, self.rows, self.folder)
+
+    def train(self, resume: bool) -> dict[str, Any]:
+        recipe, processor = self.recipe, self.processor
+        trainer = Trainer(
+            model=self.model,
+            args=training_arguments(recipe.training, recipe.seed, self.folder),
+            train_dataset=tokenize_rows(self.rows["train"], processor),
+            data_collator=VisionLanguageCollator(
+                processor, recipe.data.get("max_length"), self.features, conditions=self.conditions
+            ),
+            processing_class=tokenizer_or_processor(processor),
+            callbacks=[LogRouting()],
+        )
+        parameters = trainable_parameters(self.model)
+        return {"trainable_parameters": parameters, **run_trainer(trainer, self.folder, resume)}
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        tokenizer_or_processor(self.processor).save_pretrained(folder)
+
+    # An adapter is small: it is written as it will be.
+    save_settings = save
+
+    def score(self, rows: Any) -> dict[str, Any]:
+        wanted = self.recipe.evaluation
+        options = {"feature_cache": self.features, "batch_size": wanted.get("batch_size", 64)}
+        with autocast(self.model, wanted):
+            result = evaluate_vqa(self.model, self.processor, rows, conditions=self.conditions, **options)
+            with self.model.disable_adapter():
+                untouched = evaluate_vqa(self.model, self.processor, rows, **options)
+        report = {"evaluated": result["count"]}
         for prefix, scored in (("", result), ("base_", untouched)):
             for name in ("accuracy", "accuracy_by_question_type"):
                 report[prefix + name] = scored[name]
-        report["evaluated"] = result["count"]
-    report |= {
-        "parameters_total": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "total_seconds": round(time.perf_counter() - started, 1),
-    }
-    report = write_report(folder / "report.json", config=recipe.to_dict(), seed=recipe.seed, **report)
-    target = folder / "checkpoint"
-    model.save_pretrained(target)
-    tokenizer_or_processor(processor).save_pretrained(target)
-    write_adapter_card(target, model=model, report=report, recipe=recipe.to_dict(), **recipe.card)
-    return report
+        return report
+
+    def describe(self, folder: Path, report: dict[str, Any]) -> None:
+        recipe = self.recipe
+        write_adapter_card(folder, model=self.model, report=report, recipe=recipe.to_dict(), **recipe.card)
 
 
 def load_base(options: dict[str, Any]) -> tuple[Any, AnyProcessor]:
@@ -109,11 +127,6 @@ def load_base(options: dict[str, Any]) -> tuple[Any, AnyProcessor]:
     return base, TextProcessor(tokenizer)
 
 
-def tokenizer_or_processor(processor: AnyProcessor) -> Any:
-    """Return what Transformers would give as the model's processor."""
-    return processor.tokenizer if isinstance(processor, TextProcessor) else processor
-
-
 def trainable_parameters(model: PeftModel) -> dict[str, int]:
     """Return the number of trainable parameters, of `experts` and `routers`."""
     counts: dict[str, int] = {}
@@ -132,33 +145,3 @@ def _features(
         return None
     adapted = any("vision_tower" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return None if adapted else image_features(base, processor, rows, [], folder)
-
-
-def _train(
-    recipe: Recipe,
-    model: PeftModel,
-    processor: AnyProcessor,
-    rows: Any,
-    features: FeatureCache | None,
-    conditions: list[str],
-    folder: Path,
-    resume: bool,
-) -> dict[str, Any]:
-    before = fingerprints(model)
-    collator = VisionLanguageCollator(processor, recipe.data.get("max_length"), features, conditions=conditions)
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(recipe, {}, folder),
-        train_dataset=tokenize_rows(rows, processor),
-        data_collator=collator,
-        processing_class=tokenizer_or_processor(processor),
-        callbacks=[LogRouting()],
-    )
-    last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
-    return {
-        "unmoved": check_moved(model, before),
-        "train_seconds": round(time.perf_counter() - started, 1),
-        "log_history": trainer.state.log_history,
-    }

@@ -37,9 +37,9 @@ def selects(selector: str, name: str, part: str) -> bool:
 
 
 def train_only(model: nn.Module, parts: Iterable[str], experts: Collection[str] = ()) -> dict[str, int]:
-    """Make exactly the named parts trainable and return the trainable parameters of each.
+    """Make exactly the named parts trainable, whatever was trained before, and return the parameters of each.
 
-    Parameters that the model froze at its construction, because no gradient can reach them, stay frozen.
+    What no gradient can reach stays frozen: parameters that the model says are unreachable, and quantised ones.
 
     Args:
         parts: names of [`PARTS`], or `"routers/importance_*"` for those parameters of a part.
@@ -52,11 +52,16 @@ def train_only(model: nn.Module, parts: Iterable[str], experts: Collection[str] 
     unknown = {part for part in wanted if part.partition("/")[0] not in PARTS}
     if unknown:
         raise ValueError(f"Unknown parts {sorted(unknown)}: allowed are {', '.join(PARTS)}, each with /pattern.")
+    unreachable = {
+        id(module.get_parameter(name))
+        for module in model.modules()
+        for name in getattr(module, "unreachable_parameters", ())
+    }
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = "experts" if name in experts else part_of(name)
         chosen = any(selects(selector, name, part) for selector in wanted)
-        parameter.requires_grad_(chosen and parameter.requires_grad)
+        parameter.requires_grad_(chosen and parameter.is_floating_point() and id(parameter) not in unreachable)
         if parameter.requires_grad:
             counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
@@ -71,18 +76,22 @@ def fingerprints(model: nn.Module) -> dict[str, bytes]:
     return digests
 
 
-def check_moved(model: nn.Module, before: dict[str, bytes]) -> list[str]:
-    """Return the trainable parameters that are what they were when `before` was taken.
-
-    Raises:
-        RuntimeError: if a frozen parameter is not.
-    """
+def moved_parameters(model: nn.Module, before: dict[str, bytes]) -> tuple[list[str], list[str]]:
+    """Return the trainable parameters that are what they were when `before` was taken, and the frozen that are not."""
     after = fingerprints(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    strayed = [name for name in after if name not in trainable and after[name] != before[name]]
+    unmoved = [name for name in after if name in trainable and after[name] == before[name]]
+    return unmoved, [name for name in after if name not in trainable and after[name] != before[name]]
+
+
+def refuse_strayed(strayed: list[str]) -> None:
+    """Refuse a training that moved frozen parameters.
+
+    Raises:
+        RuntimeError: if there are any.
+    """
     if strayed:
         raise RuntimeError(
             f"{len(strayed)} frozen parameters moved in training, for example {', '.join(strayed[:3])}: something "
             "besides the optimizer writes to them."
         )
-    return [name for name in after if name in trainable and after[name] == before[name]]

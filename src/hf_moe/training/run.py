@@ -1,28 +1,36 @@
-"""Runs a recipe: data, model, training, evaluation, checkpoint, card and report."""
+"""Runs a recipe: data, model, training, checkpoint, evaluation, report and card."""
 
 import argparse
 import json
-import resource
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..analysis.pictures import draw_routing
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..construction.build import build_model
 from ..construction.tokenizer import train_word_tokenizer
-from ..data import FeatureCache, VisionLanguageCollator, load_rows
+from ..data import FeatureCache, TextProcessor, VisionLanguageCollator, load_rows
+from ..data.chat_template import AnyProcessor
 from ..data.pictures import undecoded
 from ..data.rows import row_messages
-from ..evaluation.report import write_report
-from ..evaluation.vqa import evaluate_vqa, predict_answers
+from ..data.text import tokenizer_or_processor
+from ..evaluation.mode import evaluation_mode
+from ..evaluation.vqa import batches, evaluate_vqa, predict_answers
 from ..hub.card import write_card
-from .adapter import run_adapter_recipe
-from .recipe import Recipe, Stage, load_recipe, recipe_names
-from .stages import image_features, run_stages, train_model
+from ..modeling.processing_hf_moe import HfMoeProcessor
+from .adapter import AdapterJob
+from .checks import check_stages
+from .job import RECORD_FILE, Job, autocast, finish, finished_training, rehearse, save_weights, say, weights_named
+from .parts import refuse_strayed
+from .recipe import load_recipe, recipe_names
+from .sections import Recipe, Stage
+from .stages import image_features, load_trained, run_stages, train_model
 
 
 def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: bool = False) -> dict[str, Any]:
@@ -31,60 +39,144 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
     Leaves `checkpoint/` (a complete checkpoint: config, safetensors, processor, chat template, code, card, picture; or
     an adapter folder, with the tokenizer and a card), `report.json` and the trainer's own files in `output_dir`.
 
+    The end is rehearsed on two rows before the training begins. After it the weights are written first; whatever fails
+    then says where they are.
+
     Args:
         recipe: the job.
         output_dir: `runs/<name>` when absent.
-        resume: continue from the last trainer checkpoint in `output_dir`, if there is one; of a job in stages, run
-            what is left.
+        resume: continue from the newest whole checkpoint in `output_dir`, if there is one; of a job in stages, run
+            what is left; where the training is finished, do the rest. Otherwise all starts anew, and the trainer's
+            checkpoints of an earlier run go.
     """
     started = time.perf_counter()
     folder = Path(output_dir or Path("runs") / recipe.name)
     set_seed(recipe.seed)
-    splits = {"train": "train", "eval": "test"}
-    rows = {part: load_rows(recipe.data[part], split) for part, split in splits.items() if part in recipe.data}
-    if recipe.adapter is not None:
-        return run_adapter_recipe(recipe, rows, folder, resume)
-    model, processor = _build(recipe, rows["train"])
-    report: dict[str, Any] = {}
-    if recipe.stages:
-        model, report["stages"] = run_stages(recipe, model, processor, rows, folder, resume)
-        trained = report["stages"][-1]
-        features = image_features(model, processor, rows, [], folder)
+    say("Reading the data")
+    job = (ModelJob if recipe.adapter is None else AdapterJob)(recipe, load_sources(recipe), folder)
+    record = finished_training(recipe, folder) if resume else None
+    if record is None:
+        job.build()
+        say("Rehearsing the end of the run on two rows")
+        rehearse(job)
+        (folder / RECORD_FILE).unlink(missing_ok=True)
+        if not resume:
+            for path in [folder / "stages", *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]:
+                shutil.rmtree(path, ignore_errors=True)
+        record = save_weights(job, job.train(resume), started)
+        started = time.perf_counter()
     else:
-        stage = Stage(recipe.name, recipe.trainable)
-        features = image_features(model, processor, rows, recipe.trainable, folder)
-        trained = train_model(recipe, stage, model, processor, rows["train"], features, folder, resume)
-    report["trainable_parameters"] = trained["trainable_parameters"]
-    if "eval" in rows:
-        report |= evaluate(recipe, model, processor, rows["eval"], features, folder)
-    report |= {
-        "train_seconds": round(sum(item["train_seconds"] for item in report.get("stages", [trained])), 1),
-        "parameters_total": sum(parameter.numel() for parameter in model.parameters()),
-        "log_history": trained["log_history"],
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "total_seconds": round(time.perf_counter() - started, 1),
-    }
-    report = write_report(folder / "report.json", config=recipe.to_dict(), seed=recipe.seed, **report)
-    save_checkpoint(recipe, model, processor, report, folder)
-    return report
+        job.open(folder / "checkpoint")
+    with weights_named(folder):
+        refuse_strayed(record.get("strayed", []))
+        return finish(job, record, started)
 
 
-def _build(recipe: Recipe, rows: Any) -> tuple[Any, Any]:
-    options = dict(recipe.model)
-    if options.get("tokenizer") == "words":
-        turns = (turn for row in undecoded(rows) for turn in row_messages(row))
-        texts = (part["text"] for turn in turns for part in turn["content"] if "text" in part)
-        options["tokenizer"] = train_word_tokenizer(texts)
-    return build_model(**options, seed=recipe.seed)
+def load_sources(recipe: Recipe) -> dict[str, Any]:
+    """Return the rows of a recipe: `train` and, *optional*, `eval`.
+
+    Raises:
+        ValueError, FileNotFoundError: as [`load_rows`], with the name of the source.
+    """
+    rows = {}
+    for part, split in {"train": "train", "eval": "test"}.items():
+        if recipe.data.get(part) is None:
+            continue
+        try:
+            rows[part] = load_rows(recipe.data[part], split)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"data.{part}: {error}") from error
+    return rows
+
+
+class ModelJob(Job):
+    """A recipe that builds a model and trains parts of it, in one go or in stages."""
+
+    features: FeatureCache | None
+    statistics: RoutingStatistics
+
+    def build(self) -> None:
+        options = {"vision_tower": None, **self.recipe.model}
+        rows = self.rows["train"]
+        if options.get("tokenizer") == "words":
+            turns = (turn for row in undecoded(rows) for turn in row_messages(row))
+            texts = (part["text"] for turn in turns for part in turn["content"] if "text" in part)
+            options["tokenizer"] = train_word_tokenizer(texts)
+        if "dtype" in options:
+            options["dtype"] = getattr(torch, options["dtype"])
+        say("Building the model")
+        self.model, processor = build_model(**options, seed=self.recipe.seed)
+        self.processor = as_processor(processor)
+        check_stages(self.model.config, self.recipe, f"recipe {self.recipe.name}")
+        self._read_images()
+
+    def _read_images(self) -> None:
+        # Of stages, the last decides what the evaluation sees.
+        trainable = self.recipe.stages[-1].trainable if self.recipe.stages else self.recipe.trainable
+        self.features = image_features(self.model, self.processor, self.rows, trainable, self.folder)
+
+    def open(self, folder: Path) -> None:
+        self.model = load_trained(folder)
+        sees = self.model.config.vision_config is not None
+        self.processor = as_processor((HfMoeProcessor if sees else AutoTokenizer).from_pretrained(folder))
+        self._read_images()
+
+    def train(self, resume: bool) -> dict[str, Any]:
+        recipe = self.recipe
+        if not recipe.stages:
+            stage = Stage(recipe.name, recipe.trainable)
+            return train_model(
+                recipe, stage, self.model, self.processor, self.rows["train"], self.features, self.folder, resume
+            )
+        self.model, records = run_stages(recipe, self.model, self.processor, self.rows, self.folder, resume)
+        self._read_images()
+        return {
+            "stages": records,
+            "trainable_parameters": records[-1]["trainable_parameters"],
+            "train_seconds": round(sum(item["train_seconds"] for item in records), 1),
+            "log_history": records[-1]["log_history"],
+        }
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        tokenizer_or_processor(self.processor).save_pretrained(folder)
+
+    def save_settings(self, folder: Path) -> None:
+        # With the config goes the code, which not every mechanism of a user's has.
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+        tokenizer_or_processor(self.processor).save_pretrained(folder)
+
+    def score(self, rows: Any) -> dict[str, Any]:
+        report, self.statistics = evaluate(self.recipe, self.model, self.processor, rows, self.features)
+        return report
+
+    def describe(self, folder: Path, report: dict[str, Any]) -> None:
+        pictures = []
+        if "routing" in report and self.statistics.tables:
+            draw_routing(
+                self.statistics,
+                folder.parent / "routing.png",
+                title=f"Routing of {self.recipe.name} on its evaluation data",
+            )
+            shutil.copyfile(folder.parent / "routing.png", folder / "routing.png")
+            pictures.append("routing.png")
+        recipe = self.recipe
+        write_card(folder, model=self.model, report=report, recipe=recipe.to_dict(), pictures=pictures, **recipe.card)
+
+
+def as_processor(processor: Any) -> AnyProcessor:
+    """Return what [`build_model`] gives as the data pipeline takes it."""
+    return processor if isinstance(processor, HfMoeProcessor) else TextProcessor(processor)
 
 
 def evaluate(
-    recipe: Recipe, model: Any, processor: Any, rows: Any, features: FeatureCache | None, folder: Path
-) -> dict[str, Any]:
-    """Score the evaluation rows, with and without sight, and record what the routers do on them."""
+    recipe: Recipe, model: Any, processor: AnyProcessor, rows: Any, features: FeatureCache | None
+) -> tuple[dict[str, Any], RoutingStatistics]:
+    """Score rows, with and without sight, and record what the routers do on them."""
     wanted = recipe.evaluation
     options = {"feature_cache": features, "batch_size": wanted.get("batch_size", 64)}
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bool(wanted.get("bf16"))):
+    with autocast(model, wanted):
         result = evaluate_vqa(model, processor, rows, **options)
         statistics = collect_routing(model, VisionLanguageCollator(processor, feature_cache=features), rows)
         report = {
@@ -94,17 +186,15 @@ def evaluate(
             "parameters_active": active_parameters(model, statistics),
             "routing": statistics.to_dict(),
         }
-        if wanted.get("blind"):
+        if wanted.get("blind") and model.config.vision_config is not None:
             blind = evaluate_vqa(model, processor, rows, zero_images=True, **options)
             report["blind_accuracy"] = blind["accuracy"]
             report["blind_accuracy_by_question_type"] = blind["accuracy_by_question_type"]
         if wanted.get("generated"):
-            sample = rows.select(range(min(wanted["generated"], len(rows))))
-            generated = predict_answers(model, processor, sample, generate=True, **options)
-            report["generation_agrees"] = sum(map(str.__eq__, result["predictions"], generated)) / len(sample)
-    if statistics.tables:
-        draw_routing(statistics, folder / "routing.png", title=f"Routing of {recipe.name} on its evaluation data")
-    return report
+            generated = predict_answers(model, processor, rows.take(wanted["generated"]), generate=True, **options)
+            agreeing = sum(map(str.__eq__, result["predictions"], generated))
+            report["generation_agrees"] = agreeing / len(generated)
+    return report, statistics
 
 
 @torch.no_grad()
@@ -113,31 +203,20 @@ def collect_routing(
 ) -> RoutingStatistics:
     """Return what the routers do on the first `limit` rows, answers included."""
     statistics = RoutingStatistics()
-    model.eval()
-    for start in range(0, min(limit, len(rows)), batch_size):
-        chosen = rows.select(range(start, min(start + batch_size, limit, len(rows))))
-        batch = {name: tensor.to(model.device) for name, tensor in collator(list(chosen)).items() if name != "labels"}
-        statistics.update(model(**batch, output_routing=True, logits_to_keep=1).routing)
+    with evaluation_mode(model):
+        for chosen in batches(rows.take(limit), batch_size):
+            batch = {name: tensor.to(model.device) for name, tensor in collator(chosen).items() if name != "labels"}
+            statistics.update(model(**batch, output_routing=True, logits_to_keep=1).routing)
     return statistics
-
-
-def save_checkpoint(recipe: Recipe, model: Any, processor: Any, report: dict[str, Any], folder: Path) -> None:
-    """Write the checkpoint folder: model, processor, code, card and picture."""
-    target = folder / "checkpoint"
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
-    pictures = []
-    if (folder / "routing.png").is_file():
-        (target / "routing.png").write_bytes((folder / "routing.png").read_bytes())
-        pictures.append("routing.png")
-    write_card(target, model=model, report=report, recipe=recipe.to_dict(), pictures=pictures, **recipe.card)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `hf-moe train`."""
     parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument("--output-dir", help="default: runs/<name of the recipe>")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="do what is left of the run in the output folder, from its checkpoints"
+    )
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="training.max_steps=10"
     )

@@ -3,14 +3,17 @@
 The losses need nothing from here: they live in the model, and plain `Trainer` trains it as well.
 """
 
+import inspect
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from ..analysis.routing_statistics import RoutingStatistics
+from ..data import VisionLanguageCollator
 from ..evaluation.report import machine, versions
 from ..hub.adapter import check_base
 from ..hub.card import write_card
@@ -27,12 +30,22 @@ class HfMoeTrainer(Trainer):
     mean over its rows, beside `eval_loss`, the language loss alone. Also moves the model's `training_progress`, which
     schedules in routers read.
 
+    Two arguments whose defaults do not go with images are set for a [`VisionLanguageCollator`]:
+    `remove_unused_columns` to `False`, since it reads columns that the model does not, and for a streamed data set
+    `dispatch_batches` to `False`, since a batch of B rows and N images cannot be cut along its first dimension.
+
     Args:
         learning_rate_scales: factors on the learning rate of parts of the model, named as in [`train_only`].
     """
 
     def __init__(self, *args: Any, learning_rate_scales: dict[str, float] | None = None, **kwargs: Any):
         self.learning_rate_scales = learning_rate_scales or {}
+        given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        if isinstance(given.get("data_collator"), VisionLanguageCollator) and given.get("args") is not None:
+            given["args"].remove_unused_columns = False
+            config = given["args"].accelerator_config
+            if config.dispatch_batches is None and isinstance(given.get("train_dataset"), IterableDataset):
+                config.dispatch_batches = False
         super().__init__(*args, **kwargs)
         self._objective_sums: dict[str, torch.Tensor] = {}
         self._objective_steps = 0

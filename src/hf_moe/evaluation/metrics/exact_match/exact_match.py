@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_moe.evaluation.scoring import exact_match_score, mean_scores
+from hf_moe.evaluation.scoring import exact_match_score, score_answers
 
 
 _DESCRIPTION = """The share of answers that equal a reference, but for white space around them."""
@@ -35,5 +35,4 @@ class ExactMatch(evaluate.Metric):
         references: list[str] | list[list[str]],
         question_types: list[str] | None = None,
     ) -> dict:
-        scores = [exact_match_score(*pair) for pair in zip(predictions, references, strict=True)]
-        return mean_scores(scores, "exact_match", question_types)
+        return score_answers(exact_match_score, predictions, references, question_types, "exact_match")

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_moe.evaluation.scoring import mean_scores, vqa_score
+from hf_moe.evaluation.scoring import score_answers, vqa_score
 
 
 _DESCRIPTION = """VQA accuracy: min(humans who gave the answer / 3, 1) after the standard answer normalisation."""
@@ -35,5 +35,4 @@ class VqaAccuracy(evaluate.Metric):
         references: list[str] | list[list[str]],
         question_types: list[str] | None = None,
     ) -> dict:
-        scores = [vqa_score(*pair) for pair in zip(predictions, references, strict=True)]
-        return mean_scores(scores, "accuracy", question_types)
+        return score_answers(vqa_score, predictions, references, question_types, "accuracy")

@@ -1,0 +1,228 @@
+"""What a recipe asks for, tried before its data is read and its weights are loaded: files, mechanisms, stages.
+
+A model is tried without memory, on the meta device: its parts are made, its stages constructed one after the other,
+and what each would train is counted.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from ..configuration import HfMoeConfig, MoeConfig
+from ..configuration.configuration_hf_moe import unknown_name_message
+from ..configuration.systems import load_preset
+from ..construction.evolution import ExpertEvolution
+from ..construction.pretrained import PACKAGED
+from ..data.sources import DATASETS
+from ..modeling.mechanisms import get_mechanism
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.registry import build
+from .constructions import construct_stage, evolution_of
+from .parts import part_of, selects, train_only
+from .schema import Range, fit
+from .sections import Count, Recipe, Stage
+
+
+# Files that a source of rows may name as a plain string.
+ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+# What wrong options raise in the code that they reach.
+REFUSALS = (
+    ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, StrictDataclassError
+)  # fmt: skip
+
+
+class SourceOptions(TypedDict, total=False):
+    """What sources of rows take, see [`load_rows`]."""
+
+    name: str
+    path: str
+    image_folder: str
+    hub: str
+    question: str
+    streaming: bool
+    where: dict[str, Any]
+    limit: Count | None
+    shuffle: bool
+    seed: Annotated[int, Range(low=0)]
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Say in every error what it is about.
+
+    Raises:
+        ValueError: for any error of what is tried inside.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        # A bare KeyError is no more than the key.
+        text = (
+            str(error) if isinstance(error, ValueError | StrictDataclassError) else f"{type(error).__name__}: {error}"
+        )
+        raise ValueError(f"{what} is refused. {text}") from error
+
+
+def check_sources(recipe: Recipe, place: str) -> None:
+    """Check the sources of rows and of weights, as far as it goes without reading them.
+
+    Raises:
+        FileNotFoundError: if a file or a folder is not there.
+        ValueError: if an option that all sources take has a wrong value, or a known data set has another name.
+    """
+    for part in ("train", "eval"):
+        source = recipe.data.get(part)
+        key = f"data.{part}"
+        if isinstance(source, str):
+            source = {"path": source} if source.endswith(ROW_FILES) else {}
+        source = {} if source is None else source
+        kinds = SourceOptions.__annotations__
+        for name in source.keys() & kinds.keys():
+            source[name] = fit(source[name], kinds[name], place, f"{key}.{name}")
+        if isinstance(recipe.data.get(part), dict) and not source.keys() & {"name", "path", "image_folder", "hub"}:
+            raise ValueError(f"The {place} has {key}={source!r}: it needs one of name, path, image_folder and hub.")
+        name = source.get("name")
+        if isinstance(name, str) and "hub" not in source and name not in DATASETS:
+            raise ValueError(unknown_name_message(f"data set in {key}.name of the {place}", name, list(DATASETS)))
+        for option, exists in (("path", Path.is_file), ("image_folder", Path.is_dir)):
+            given = source.get(option)
+            split = "train" if part == "train" else "test"
+            if isinstance(given, str) and not exists(Path(given.replace("{split}", split))):
+                what = "file" if option == "path" else "folder"
+                raise FileNotFoundError(f"The {place} has {key}.{option}={given!r}, and there is no such {what}.")
+    for option in ("language_model", "vision_tower", "base"):
+        given = recipe.model.get(option)
+        if isinstance(given, str) and not _may_exist(given):
+            known = ", ".join(PACKAGED)
+            raise FileNotFoundError(
+                f"The {place} has model.{option}={given!r}, which is no folder here and cannot be an id of the Hub. "
+                f"Models that come in packages: {known}."
+            )
+
+
+def _may_exist(source: str) -> bool:
+    if source in PACKAGED or Path(source).exists():
+        return True
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return not source.endswith(".gguf")
+
+
+def check_model(recipe: Recipe, place: str) -> None:
+    """Try the model of a recipe and its stages, as far as they are known without weights.
+
+    Raises:
+        ValueError: naming the field that cannot be built.
+    """
+    model = recipe.model
+    config = None
+    if isinstance(model["language_model"], dict):
+        if "tokenizer" not in model:
+            raise ValueError(f"The {place} has a fresh decoder and no tokenizer: add model.tokenizer: words.")
+        with named(f"model.language_model of the {place}"):
+            text_config = _fresh_config(model["language_model"])
+    if isinstance(model.get("vision_tower"), dict):
+        with named(f"model.vision_tower of the {place}"):
+            _fresh_config(model["vision_tower"])
+    if (connector := model.get("connector")) is not None:
+        with named(f"model.connector of the {place}"), torch.device("meta"):
+            if not isinstance(connector.get("name"), str):
+                raise ValueError(f"A connector needs a name: {{name: mlp}}, for example; got {connector!r}.")
+            options = {name: value for name, value in connector.items() if name != "name"}
+            # Of any sizes: what is tried are the options.
+            build("connector", get_mechanism("connector", connector["name"]), options, 8, 8)
+    moe_config = model.get("moe_config") or {}
+    if model.get("system") is not None:
+        with named(f"model.system of the {place}"):
+            load_preset(model["system"])
+    with named(f"model.moe_config of the {place}"):
+        if isinstance(model["language_model"], dict):
+            config = _config(model.get("system"), moe_config, text_config)
+            with torch.device("meta"):
+                HfMoeForConditionalGeneration._from_config(deepcopy(config))
+        else:
+            MoeConfig(**moe_config)
+    if config is not None:
+        check_stages(config, recipe, place)
+    else:
+        for stage in recipe.stages or [Stage(recipe.name, recipe.trainable)]:
+            with named(f"trainable of the {place}"):
+                train_only(torch.nn.Module(), stage.trainable)
+
+
+def _fresh_config(source: dict[str, Any]) -> Any:
+    """Return the config of a model from scratch.
+
+    Raises:
+        ValueError: if its type is missing or unknown, or has no such field.
+    """
+    options = dict(source)
+    model_type = options.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        near = get_close_matches(str(model_type), list(CONFIG_MAPPING), n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"model_type={model_type!r} is no model of Transformers.{hint}")
+    config = AutoConfig.for_model(model_type, **options)
+    known = {item.name for item in fields(config)} | set(config.attribute_map)
+    for name in options:
+        # What a config does not know, and does not convert either, it keeps beside its fields.
+        if name not in known and name in vars(config):
+            raise ValueError(unknown_name_message(f"field of {type(config).__name__}", name, sorted(known)))
+    return config
+
+
+def _config(system: str | None, moe_config: dict[str, Any], text_config: Any) -> HfMoeConfig:
+    if system is not None:
+        return HfMoeConfig.from_system(system, moe_config=deepcopy(moe_config), text_config=text_config)
+    return HfMoeConfig(moe_config=deepcopy(moe_config), text_config=text_config)
+
+
+def check_stages(config: HfMoeConfig, recipe: Recipe, place: str) -> None:
+    """Try what a recipe trains, stage by stage, on a model without memory.
+
+    Raises:
+        ValueError: naming the stage and the field that does not fit, or that trains nothing.
+    """
+    with torch.device("meta"):
+        model = HfMoeForConditionalGeneration._from_config(deepcopy(config))
+        evolution: ExpertEvolution | None = None
+        for number, stage in enumerate(recipe.stages or [Stage(recipe.name, recipe.trainable)], start=1):
+            where = f"stage {number} ({stage.name}) of the {place}" if recipe.stages else place
+            with named(f"construct or objectives of {where}"):
+                model = construct_stage(model, stage, evolution, recipe.seed)
+            with named(f"evolve of {where}"):
+                evolution = evolution_of(stage, model, recipe.seed)
+                first = set()
+                if evolution is not None:
+                    first = evolution.first_names(model)
+                    evolution.experts = [dict(evolution.first_expert(model)) for _ in evolution.beta_ranges]
+            _check_trained(model, stage, first, where, has_tower="vision_tower" in recipe.model)
+
+
+def _check_trained(model: Any, stage: Stage, first: set[str], where: str, has_tower: bool) -> None:
+    with named(f"trainable of {where}"):
+        counts = train_only(model, stage.trainable, first)
+    # The tower and its connector are not part of what is tried here.
+    unseen = has_tower and any(item.partition("/")[0] in ("vision_tower", "connector") for item in stage.trainable)
+    if not counts and not unseen:
+        raise ValueError(f"trainable={stage.trainable} of {where} selects no parameter: nothing would be trained.")
+    for selector in stage.learning_rate_scales:
+        with named(f"learning_rate_scales of {where}"):
+            train_only(torch.nn.Module(), [selector])
+        trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        seen = selector.partition("/")[0] not in ("vision_tower", "connector")
+        if seen and not any(selects(selector, name, part_of(name)) for name in trained):
+            raise ValueError(f"learning_rate_scales of {where}: {selector!r} selects nothing that is trained there.")

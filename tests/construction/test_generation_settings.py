@@ -1,0 +1,34 @@
+"""A decoder's generation settings, as they come, never keep a model from being saved."""
+
+import pytest
+from transformers import GenerationConfig
+
+from hf_moe.construction.generation import savable
+
+
+def config_of(**settings) -> GenerationConfig:
+    generation = GenerationConfig()
+    for name, value in settings.items():
+        setattr(generation, name, value)
+    return generation
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False}),
+        ({"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"top_k": 20, "typical_p": 0.5, "min_p": 0.1}, {}),
+        ({"num_beams": 1, "early_stopping": True, "length_penalty": 0.5}, {"num_beams": 1}),
+        ({"num_return_sequences": 3}, {}),
+        ({"temperature": 0.6, "do_sample": True}, {"temperature": 0.6, "do_sample": True}),
+        ({"length_penalty": 0.5, "num_beams": 4}, {"length_penalty": 0.5, "num_beams": 4}),
+        ({"eos_token_id": [2, 7], "suppress_tokens": [5]}, {"eos_token_id": [2, 7], "suppress_tokens": [5]}),
+    ],
+)
+def test_settings_without_effect_are_left_out_and_the_rest_kept(settings, kept, tmp_path, caplog):
+    saved = savable(config_of(**settings))
+    saved.save_pretrained(tmp_path)
+    found = {name: getattr(saved, name) for name in settings if getattr(saved, name) is not None}
+    assert found == kept
+    assert bool(caplog.text) == (kept != settings)
