@@ -238,6 +238,7 @@ def test_offline_mode_is_named(hub, checkpoint, monkeypatch):
     ("name", "text", "message"),
     [
         ("optimizer.pt", "x", r"optimizer.pt: a state of the trainer"),
+        ("optimizer_1", "x", r"optimizer_1: a state of the trainer"),
         ("rng_state_0.pth", "x", r"rng_state_0.pth: a state of the trainer"),
         ("training_args.bin", "x", r"training_args.bin: a state of the trainer"),
         ("checkpoint-10/model.safetensors", "x", r"checkpoint-10/model.safetensors: a folder of the trainer"),

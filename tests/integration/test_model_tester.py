@@ -1,24 +1,13 @@
 """Transformers' own common model tests, from its source distribution, against our model class."""
 
-import importlib
-import subprocess
-import sys
-import tarfile
-import types
 import unittest
-from pathlib import Path
 
-import pytest
 import torch
-import transformers
 from transformers import CLIPVisionConfig, LlamaConfig
+from transformers_suites import import_suite
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 
-
-CACHE = Path(__file__).parents[2] / ".cache"
-PACKAGE = "transformers_common_tests"
-UNREACHABLE = ("No matching distribution found", "Failed to establish a new connection", "Temporary failure in name")
 
 # Tests of the mixin that do not apply to this model, and why.
 NOT_APPLICABLE = {
@@ -32,43 +21,7 @@ NOT_APPLICABLE = {
 }
 
 
-def common_tests() -> types.ModuleType:
-    """Import the installed release's `tests/test_modeling_common.py`, fetching it once."""
-    name = f"transformers-{transformers.__version__}"
-    folder = CACHE / name / "tests"
-    if not folder.is_dir():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        fetched = subprocess.run(
-            [*command, f"transformers=={transformers.__version__}", "--dest", str(CACHE)],
-            capture_output=True,
-            text=True,
-        )
-        if any(symptom in fetched.stderr for symptom in UNREACHABLE):
-            pytest.skip(
-                "TRANSFORMERS' COMMON MODEL TESTS DID NOT RUN: the package registry cannot be reached for the source "
-                f"distribution of {name}.",
-                allow_module_level=True,
-            )
-        assert fetched.returncode == 0, fetched.stderr
-        with tarfile.open(CACHE / f"{name}.tar.gz") as archive:
-            wanted = [item for item in archive.getmembers() if item.name.startswith(f"{name}/tests/")]
-            archive.extractall(CACHE, wanted, filter="data")
-    package = types.ModuleType(PACKAGE)
-    package.__path__ = [str(folder)]
-    sys.modules[PACKAGE] = package
-    # Two mixins live in folders that the source distribution leaves out.
-    for module, mixin in (
-        ("exporters.test_export", "ExportTesterMixin"),
-        ("generation.test_utils", "GenerationTesterMixin"),
-    ):
-        stub = types.ModuleType(f"{PACKAGE}.{module}")
-        setattr(stub, mixin, type(mixin, (), {}))
-        sys.modules[f"{PACKAGE}.{module.split('.')[0]}"] = types.ModuleType(f"{PACKAGE}.{module.split('.')[0]}")
-        sys.modules[f"{PACKAGE}.{module}"] = stub
-    return importlib.import_module(f"{PACKAGE}.test_modeling_common")
-
-
-common = common_tests()
+common = import_suite("test_modeling_common")
 
 
 class HfMoeModelTester:

@@ -72,6 +72,11 @@ def test_outputs_hold_the_fields_of_transformers(ours, theirs):
     assert [field.name for field in fields(ours)][: len(fields(theirs))] == [field.name for field in fields(theirs)]
 
 
+def test_predictions_leave_out_every_field_but_logits(tiny_config):
+    names = {field.name for field in fields(HfMoeCausalLMOutputWithPast)}
+    assert names - set(tiny_config().keys_to_ignore_at_inference) == {"loss", "logits"}
+
+
 @pytest.mark.parametrize("headless", [False, True], ids=["with head", "headless"])
 def test_outputs_hold_the_images_as_transformers_has_it(tiny_model, batch, headless):
     model = tiny_model()

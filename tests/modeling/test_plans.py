@@ -48,3 +48,26 @@ def test_patterns_name_the_layers_and_the_star(tiny_model, layer):
     assert bool(pattern.search(name.format(layer))) == (layer in (0, 2, 12))
     assert pattern.search(name.format("*"))
     assert not pattern.search("model.language_model.layers.2.mlp.gate_proj.weight")
+
+
+def starred(model):
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
+    return {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
+
+
+@pytest.mark.parametrize("host", ["llama", "qwen2", "gpt2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("layers", ["all", "from_1"])
+def test_plans_name_what_the_model_has(tiny_model, host, layers):
+    fields = {"gemma3_text": {"head_dim": 8}, "mixtral": {"num_local_experts": 4}}.get(host)
+    model = tiny_model(host, fields, tower=False, moe_config={"layers": layers})
+    assert set(model.tp_plan) <= starred(model)
+    dense = "model.language_model.layers.*.mlp.down_proj"
+    if host in ("llama", "qwen2", "gemma3_text"):
+        assert (dense in model.tp_plan) == (layers == "from_1")
+        assert "model.language_model.layers.*.self_attn.q_proj" in model.tp_plan
+
+
+def test_the_head_has_its_place_in_every_plan(tiny_model):
+    model = tiny_model()
+    assert model.fsdp_plan["lm_head"] == "keep_full_weight"
+    assert "lm_head" in model.tp_plan and "lm_head" in model.pp_plan

@@ -268,7 +268,8 @@ class HfMoeConfig(PreTrainedConfig):
         """What `Trainer` leaves out of predictions: `compute_metrics` gets the logits alone."""
         # Transformers names the fields, its cache under a name that depends on the version.
         outputs = importlib.import_module("transformers.modeling_outputs")
-        theirs = {item.name for item in fields(outputs.MoeCausalLMOutputWithPast)}
+        plain = outputs.MoeCausalLMOutputWithPast
+        theirs = {item.name for item in fields(getattr(outputs, "MultimodalMoeCausalLMOutputWithPast", plain))}
         return sorted(theirs - {"loss", "logits"} | {"image_hidden_states", "objective_values", "routing"})
 
     @classmethod

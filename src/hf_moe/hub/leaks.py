@@ -14,7 +14,7 @@ TRAINER_FILES = (
     "rng_state*",
     "training_args.bin",
     "trainer_state.json",
-    "optimizer_*",
+    "optimizer_[0-9]*",
     "pytorch_model_fsdp*",
     "*.ckpt",
 )

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers.utils.import_utils import is_torchdynamo_compiling
 
 
 # Models whose steps are followed, and whether a torch optimizer holds their parameters, once that is known.
@@ -49,7 +48,7 @@ def end_step(model: nn.Module) -> None:
 
 def end_cleared_step(model: nn.Module) -> None:
     """Close the last step where no torch optimizer tells of its end: at the first forward with cleared gradients."""
-    if is_torchdynamo_compiling():
+    if torch.compiler.is_compiling():
         return
     follow_steps(model)
     if not vars(model).get("counted_statistics") or _FOLLOWED[model]:
@@ -72,7 +71,7 @@ def count_in_backward(model: nn.Module, output: Any, statistics: Statistics) -> 
         output: what it returned; where nothing in it has a gradient, the pass never counts.
         statistics: what to count.
     """
-    if is_torchdynamo_compiling():
+    if torch.compiler.is_compiling():
         for part, args in statistics:
             part.accumulate(*args)
         model.counted_statistics = [part for part, _ in statistics]

@@ -243,7 +243,7 @@ class KeepsBufferTypes(nn.Module):
             owner, _, own_name = name.rpartition(".")
             moved = self.get_buffer(name)
             if moved.dtype != buffer.dtype:
-                self.get_submodule(owner)._buffers[own_name] = buffer.to(moved.device)
+                setattr(self.get_submodule(owner), own_name, buffer.to(moved.device))
         return self
 
 
