@@ -355,7 +355,10 @@ class MoeLoraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.hf_moe_version is not None:  # a saved adapter; into a new one, parts of another may be loaded
             own = re.compile(rf"\.{cls.prefix}(?!objectives)[^.]+\.{re.escape(adapter_name)}(\.|$)")
-            check_complete({key for key in model.state_dict() if own.search(key)}, set(remapped), config)
+            # What the model does not have keeps the name that it was saved under, without the adapter's.
+            others = re.compile(rf"\.{cls.prefix}(?!objectives)")
+            expected = {key for key in model.state_dict() if own.search(key)}
+            check_complete(expected, {key for key in remapped if others.search(key)}, config)
         return remapped
 
     @classmethod

@@ -212,7 +212,8 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
 
 def _index_and_weight(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """Return index and weight (T, K) of what a stack of experts is called with."""
-    if len(args) == 1 and isinstance(args[0], ExpertAssignment):  # our own experts
+    # Our own experts; a checkpoint that carries its code has an assignment class of its own.
+    if len(args) == 1 and hasattr(args[0], "expert_index"):
         return args[0].expert_index, args[0].expert_weight
     if len(args) == 2:
         return args

@@ -1,0 +1,24 @@
+"""What names and expressions in a configuration of LoRA experts may be, besides their types."""
+
+import re
+from typing import Any
+
+
+def check_names(name: str, value: Any) -> None:
+    """Refuse a name that is empty, among several or as the one expression that stands for them."""
+    if isinstance(value, str):
+        check_expression(name, value)
+    if value == "" or (isinstance(value, list | set | tuple) and "" in value):
+        raise ValueError(f"{name}={value!r} has an empty name in it, which nothing has.")
+
+
+def check_expression(name: str, value: str) -> None:
+    """Refuse a text that is no regular expression.
+
+    Raises:
+        ValueError: with the text and what is wrong with it.
+    """
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name}: {value!r} is no regular expression: {error}.") from error
