@@ -22,3 +22,12 @@ def check_expression(name: str, value: str) -> None:
         re.compile(value)
     except re.error as error:
         raise ValueError(f"{name}: {value!r} is no regular expression: {error}.") from error
+
+
+def refusal(refused: dict[str, list[str]]) -> str:
+    """Return the message about all targets that cannot be adapted, with `*` for the numbers of layers."""
+    lines = []
+    for reason, keys in refused.items():
+        names = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", key) for key in keys)
+        lines.append(f"{', '.join(names)}: {reason}")
+    return "\n".join([*lines, "Or leave these targets out, by target_modules or exclude_modules."])

@@ -15,14 +15,13 @@ from ..configuration.checks import Interval, NonNegativeInt, Positive, PositiveI
 from ..hub.adapter import WEIGHTS_FILE, check_weights, is_path
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
-from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
 from .checkpoints import EARLIER_TYPE, check_version, complete_saved_config
 from .checks import check_expression, check_names
 from .experts import EXPERT_KINDS, Target, build_kind
 from .parts import PARTS
-from .routers import ADAPTER_ROUTERS
+from .routers import router_class
 from .systems import load_system, merge_fields
 
 
@@ -318,9 +317,7 @@ class MoeLoraConfig(PeftConfig):
         """Return a router as configured; its parameters are not initialised."""
         options = dict(settings.router)
         name = options.pop("name")
-        if name not in ADAPTER_ROUTERS and name not in mechanism_names("router"):
-            raise ValueError(unknown_name_message("router", name, [*ADAPTER_ROUTERS, *mechanism_names("router")]))
-        cls = ADAPTER_ROUTERS[name] if name in ADAPTER_ROUTERS else get_mechanism("router", name)
+        cls = router_class(name)
         return build("router", cls, options, spec)
 
     @classmethod

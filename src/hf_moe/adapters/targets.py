@@ -193,6 +193,7 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
         self, output: torch.Tensor, rows: torch.Tensor, hidden_states: torch.Tensor, host_slots: ExpertSlots
     ) -> torch.Tensor:
         """Add the experts of the active adapters to what the host's experts computed of `rows` (M, in)."""
+        self.has_acted = True
         token, _, offsets = host_slots.by_expert
         experts = torch.arange(self.num_host_experts, device=token.device)
         host_expert = experts.repeat_interleave(torch.diff(offsets, prepend=offsets.new_zeros(1)))  # (M,)
