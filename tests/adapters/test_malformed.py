@@ -63,7 +63,7 @@ OPTIONS = {
         {"target_overrides": {"(": {"r": 2}}},
         {"layers_to_transform": [0], "layers_pattern": "("},
     ],
-    "must be finite": [
+    r"(inf|nan\}?) must be (float|dict)": [
         {"lora_alpha": math.inf},
         {"objectives": {"load_balance": math.nan}},
         {"router": {"name": "smora", "bias_update_rate": math.nan}},

@@ -60,8 +60,8 @@ def warn_of_idle_targets(model: nn.Module, *_: Any) -> None:
     if idle:
         warnings.warn(
             f"LoRA experts on {', '.join(idle)} did nothing in the first training step: either the batch did not reach"
-            " this part of the model, or the model reads the weight there and never calls the layer. Experts on such a "
-            "layer never learn: leave it out by exclude_modules.",
+            " this part of the model, or the model reads the weight there and never calls the layer. Experts on such "
+            "a layer never learn: leave it out by exclude_modules.",
             stacklevel=2,
         )
 
