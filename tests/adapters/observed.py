@@ -9,8 +9,9 @@ from hf_moe.adapters.memory import cache_of
 
 
 def assert_near(found, expected, share=1e-6):
-    """Assert that two tensors differ by less than a share of the largest value: sums in another order do by more."""
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    """Assert that two tensors, or lists of them, differ by less than a share of the largest value."""
+    parts = expected if isinstance(expected, list | tuple) else [expected]
+    scale = max([1.0, *(float(part.detach().abs().max()) for part in parts if part.numel())])
     torch.testing.assert_close(found, expected, atol=share * scale, rtol=0)
 
 

@@ -1,11 +1,19 @@
-"""Whether a router is constant is asked of its decision as a whole, not only of what it did on a few hidden states."""
+"""Whether a router is constant is asked of what it says that it reads, not of what it did on a few hidden states."""
 
 import pytest
 import torch
 from torch import nn
 
+from hf_moe import MoeLoraConfig
 from hf_moe.adapters.constant_routing import RoutingVaries, constant_gates
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, Router
+from hf_moe.adapters.routers import ADAPTER_ROUTERS
+from hf_moe.modeling.mechanisms import get_mechanism, mechanism_names
+from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+
+
+CONSTANT = {"constant", "condition", "modality"}
+NAMES = sorted({*ADAPTER_ROUTERS, *mechanism_names("router")} - {"host"})
+OPTIONS = {"soft_moa": {"slots_per_expert": 1}, "modality": {"modalities": ["text", "image", "video", "audio"]}}
 
 
 class FavouringRouter(Router):
@@ -26,5 +34,29 @@ def test_a_choice_that_hidden_states_rarely_change_is_no_constant_one():
     router = FavouringRouter(MoELayerSpec(0, 8, 4, 1, 2))
     with pytest.raises(RoutingVaries, match="decides by the hidden state of a token"):
         constant_gates(router)
-    nn.init.zeros_(router.weight)  # then the bias alone decides
-    torch.testing.assert_close(constant_gates(router), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_router_says_that_it_reads_is_what_it_reads(name):
+    cls = ADAPTER_ROUTERS.get(name) or get_mechanism("router", name)
+    slots = 1 if name == "switch_transformer" else 2
+    router = cls(MoELayerSpec(0, 8, 4, slots, 2), **OPTIONS.get(name, {})).eval()
+    router.initialize(1.0)
+    assert ("hidden_states" in router.reads) == (name not in CONSTANT)
+    if name not in CONSTANT:
+        with pytest.raises(RoutingVaries, match="by the hidden state"):
+            constant_gates(router, "text", {"task": 0})
+        return
+    gates = constant_gates(router, "image", {"task": 1})
+    ids = torch.ones(2, 3, dtype=torch.long)
+    context = RoutingContext(ids, ids.bool(), ids, {"task": torch.ones(2, dtype=torch.long)})
+    decision = router(torch.randn(6, 8), context)
+    found = torch.zeros(6, 5).scatter_add(1, decision.expert_index, decision.expert_weight)[:, :4]
+    assert torch.equal(found, gates.expand(6, -1))
+
+
+def test_the_routing_of_a_host_is_never_constant():
+    config = MoeLoraConfig(router="host", target_modules=["mlp.experts"])
+    router = config.build_router(config.spec(0, 8, config.settings("")), config.settings(""))
+    with pytest.raises(RoutingVaries, match="follows the routing of the model"):
+        constant_gates(router)

@@ -30,7 +30,7 @@ for model in (
     AutoPeftModelForCausalLM.from_pretrained(adapter),
 ):
     with torch.no_grad():
-        assert_near(model.eval()(input_ids=input_ids).logits, expected, 1e-6)
+        torch.testing.assert_close(model.eval()(input_ids=input_ids).logits, expected, atol=1e-6, rtol=1e-5)
 """
 
 
@@ -76,7 +76,7 @@ def test_the_folder_holds_the_adapter_alone_without_its_name(saved):
 def test_what_the_router_reads_and_the_base_are_recorded(saved):
     _, base, adapter = saved
     config = json.loads((adapter / "adapter_config.json").read_text())
-    assert config["peft_type"].startswith("MOE_LORA") and config["router_input"] == "decoder_layer"
+    assert config["peft_type"] == "MOE_LORA" and config["router_input"] == "decoder_layer"
     assert config["router"] == {"name": "adamoe"} and config["base_model_name_or_path"] == str(base)
 
 

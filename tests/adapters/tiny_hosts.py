@@ -195,7 +195,7 @@ HOSTS = {
             tf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=64, pad_token_id=0)
         ),
         words,
-        r".*\.(in_proj|out_proj)",
+        r".*\.(in_proj|x_proj)",
     ),
     "gemma3": Host(_gemma3, lambda: pictured(pixel_values=pixels()), LANGUAGE),
     "qwen2_vl": Host(_qwen2_vl, packed_images, LANGUAGE),

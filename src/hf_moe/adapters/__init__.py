@@ -5,7 +5,7 @@ from peft.utils import register_peft_method
 from .adaptation import TestTimeAdapter
 from .alignment import gromov_wasserstein_init
 from .assembly import assemble_lora_experts
-from .checkpoints import accept_saved_type
+from .checkpoints import accept_earlier_type
 from .conditions import ConditionCollator, routing_inputs
 from .config import MoeLoraConfig
 from .editing import add_expert, expert_names, freeze_experts, remove_expert, rename_expert
@@ -52,4 +52,4 @@ __all__ = [
 ]
 
 register_peft_method(name="moe_lora", config_cls=MoeLoraConfig, model_cls=MoeLoraModel, prefix=MoeLoraModel.prefix)
-accept_saved_type("MOE_LORA", MoeLoraConfig)
+accept_earlier_type(MoeLoraConfig)

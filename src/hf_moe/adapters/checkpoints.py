@@ -1,50 +1,38 @@
 """Adapter folders that say what they need.
 
-PEFT looks an adapter's method up by the `peft_type` of its config before any other code could run, and names in its
-error what it did not find. So the config on disk says there which package knows the method: a process without it
-fails with `KeyError: 'MOE_LORA: run pip install ...'`.
-
-A push is refused while the base is a folder that nobody else has. And a folder that is damaged, or was written by a
-newer version, says so when it is loaded.
+The config records the version that wrote it and where its base lies. A folder that is damaged, that was written by a
+newer version, or whose weights and config do not belong together says so when it is loaded.
 """
 
 import json
-import sys
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
-from transformers.trainer_utils import HubStrategy
 
 from .. import __version__
 from ..hub.adapter import cached_commit, portable_name
 
 
-INSTRUCTIONS = 'run `pip install "hf-moe[train]"` and `import hf_moe.adapters`'
+# What configs that were saved before 0.1.0 have in place of the method's name.
+EARLIER_TYPE = 'MOE_LORA: run `pip install "hf-moe[train]"` and `import hf_moe.adapters`'
 
 
-def saved_peft_type(name: str) -> str:
-    """Return what stands for a method of this package in the configs of saved adapters."""
-    return f"{name}: {INSTRUCTIONS}"
+def accept_earlier_type(config_cls: Any) -> None:
+    """Let PEFT find the method under what stands in earlier configs, too; safe to call again."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[EARLIER_TYPE] = config_cls
 
 
-def accept_saved_type(name: str, config_cls: Any) -> None:
-    """Let PEFT find a registered method under what stands in saved configs, too; safe to call again."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[saved_peft_type(name)] = config_cls
-
-
-def complete_saved_config(folder: str | Path, name: str) -> None:
-    """Make the config in `folder` name the version that wrote it and where its base lies, and say what it needs."""
+def complete_saved_config(folder: str | Path) -> None:
+    """Make the config in `folder` name the version that wrote it and where its base lies."""
     path = Path(folder) / CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8"))
     config["hf_moe_version"] = __version__
     config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
     config["revision"] = config["revision"] or cached_commit(config["base_model_name_or_path"])
-    config["peft_type"] = saved_peft_type(name)
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -67,34 +55,22 @@ def check_version(version: str | None) -> None:
 
 
 def check_complete(expected: set[str], found: set[str], config: Any) -> None:
-    """Refuse weights that lack some of an adapter's, which would be left as they were drawn.
+    """Refuse weights that lack some of an adapter's, which would stay as drawn, or have others, which would be lost.
 
     Raises:
         ValueError: naming the keys, and the file where it is known.
     """
+    where = getattr(config, "weights_file", None) or "The adapter's weights"
+    others = sorted(found - expected)
+    if others:
+        raise ValueError(
+            f"{where} hold {len(others)} of {len(found)} tensors that the adapter has no place for, among them "
+            f"{others[:3]}: adapter_config.json names fewer targets or routers than it was saved with, or the file "
+            "belongs to another adapter or base."
+        )
     missing = sorted(expected - found)
     if missing:
-        where = getattr(config, "weights_file", None) or "The adapter's weights"
         raise ValueError(
             f"{where} lack {len(missing)} of {len(expected)} tensors of the adapter, among them {missing[:3]}: the "
             "file is damaged, or belongs to another adapter_config.json or another base."
         )
-
-
-def is_saved_for_a_push() -> bool:
-    """Whether a calling frame is a push: a method `push_to_hub`, or `Trainer` at a checkpoint that it will push.
-
-    Models and `Trainer` push what `save_pretrained` has written, and tell it nothing of that: no argument, no hook and
-    no state says so. What must not leave the machine can be refused there only by looking at who calls, short of
-    replacing their methods.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_name
-        if name == "push_to_hub" and "self" in frame.f_locals:
-            return True
-        if name == "_save_checkpoint" and frame.f_globals["__name__"] == "transformers.trainer":
-            args = frame.f_locals["self"].args
-            return args.push_to_hub and args.hub_strategy != HubStrategy.END
-        frame = frame.f_back
-    return False

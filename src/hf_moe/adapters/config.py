@@ -12,20 +12,30 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from ..configuration.checks import Interval, NonNegativeInt, Positive, PositiveInt, check, unknown_name_message
-from ..hub.adapter import WEIGHTS_FILE, check_base, check_weights, is_path
+from ..hub.adapter import WEIGHTS_FILE, check_weights, is_path
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
-from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
-from .checkpoints import check_version, complete_saved_config, is_saved_for_a_push
+from .checkpoints import EARLIER_TYPE, check_version, complete_saved_config
+from .checks import check_expression, check_names
 from .experts import EXPERT_KINDS, Target, build_kind
 from .parts import PARTS
-from .routers import ADAPTER_ROUTERS
+from .routers import router_class
 from .systems import load_system, merge_fields
 
 
 ROUTER_INPUTS = ("decoder_layer", "model", "target")
+# Fields of every PEFT method, which PEFT does not check.
+OF_PEFT = {
+    "base_model_name_or_path": str | None,
+    "revision": str | None,
+    "inference_mode": bool,
+    "auto_mapping": dict | None,
+    "peft_version": str | None,
+}
+# Fields that hold names, or one regular expression.
+NAMES = ("target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save", "expert_names")
 # What `target_overrides` may set for single targets.
 OVERRIDABLE = ("experts", "router", "router_input", "num_experts", "num_experts_per_tok", "r", "lora_alpha")
 
@@ -168,7 +178,9 @@ class MoeLoraConfig(PeftConfig):
     target_overrides: dict[str, dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "Module name to other experts, router, numbers of experts, ..."}
     )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
+    layers_to_transform: list[NonNegativeInt] | NonNegativeInt | None = field(
+        default=None, metadata={"help": "Layers to adapt."}
+    )
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
     system: str | None = field(default=None, metadata={"help": "Published system, all targets of which are needed."})
@@ -176,9 +188,9 @@ class MoeLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_types()
         self.peft_type = MOE_LORA
         check_version(self.hf_moe_version)
-        self._check_types()
         if self.ffn_experts and self.shared_r:
             raise ValueError("shared_r has no place beside whole feed-forward experts: set ffn_experts=False.")
         for name in ("target_modules", "exclude_modules"):
@@ -213,8 +225,23 @@ class MoeLoraConfig(PeftConfig):
         own = cls.__annotations__
         hints = {name: hint for name, hint in get_type_hints(cls, include_extras=True).items() if name in own}
         for name, hint in hints.items():
-            purpose = cls.__dataclass_fields__[name].metadata["help"]
-            check(name, getattr(self, name), hint, purpose)
+            check(name, getattr(self, name), hint, cls.__dataclass_fields__[name].metadata["help"])
+        for name, hint in OF_PEFT.items():
+            check(name, getattr(self, name), hint)
+        if self.peft_type not in (None, MOE_LORA, EARLIER_TYPE):
+            raise ValueError(f"peft_type={self.peft_type!r}: LoRA experts are {MOE_LORA.value!r}; leave it out.")
+        for name in NAMES:
+            check_names(name, getattr(self, name))
+        for name in ("rank_pattern", "alpha_pattern", "target_overrides"):
+            for key in getattr(self, name):
+                check_expression(name, key)
+        if self.layers_to_transform == []:
+            raise ValueError("layers_to_transform=[] names no layer: leave it out for all of them.")
+        if self.system is not None:
+            load_system(self.system)
+        for name, value in self.objectives.items():
+            if isinstance(value, dict) and "coef" in value:
+                check(f"objectives[{name!r}]['coef']", value["coef"], float)
         for pattern, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
             for key, value in getattr(self, pattern).items():
                 check(f"{pattern}[{key!r}]", value, hints[name])
@@ -240,17 +267,11 @@ class MoeLoraConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config, with a warning where the base is a folder of this machine.
-
-        Raises:
-            ValueError: if the folder is saved for a push, and nobody else could load the base; it is complete then.
-        """
+        """Write the config, with a warning where the base is a folder of this machine."""
         super().save_pretrained(save_directory, **kwargs)
-        complete_saved_config(save_directory, MOE_LORA.value)
+        complete_saved_config(save_directory)
         base = self.base_model_name_or_path
-        if is_saved_for_a_push():
-            check_base(base)
-        elif base and is_path(base):
+        if base and is_path(base):
             warnings.warn(
                 f"The adapter's config names its base by a folder of this machine, {base!r}, which nobody else has: "
                 "name it by its id on the Hub, with set_base of hf_moe.hub.adapter, before you share the adapter.",
@@ -296,9 +317,7 @@ class MoeLoraConfig(PeftConfig):
         """Return a router as configured; its parameters are not initialised."""
         options = dict(settings.router)
         name = options.pop("name")
-        if name not in ADAPTER_ROUTERS and name not in mechanism_names("router"):
-            raise ValueError(unknown_name_message("router", name, [*ADAPTER_ROUTERS, *mechanism_names("router")]))
-        cls = ADAPTER_ROUTERS[name] if name in ADAPTER_ROUTERS else get_mechanism("router", name)
+        cls = router_class(name)
         return build("router", cls, options, spec)
 
     @classmethod
@@ -338,6 +357,6 @@ def _named(field_name: str, value: str | dict[str, Any]) -> dict[str, Any]:
         ValueError: if there is no name.
     """
     options = {"name": value} if isinstance(value, str) else dict(value)
-    if "name" not in options:
-        raise ValueError(f"{field_name}={options} needs the key 'name'.")
+    if not isinstance(options.get("name"), str):
+        raise ValueError(f"{field_name}={options} needs the key 'name', with a text.")
     return options

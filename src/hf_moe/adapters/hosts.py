@@ -2,9 +2,12 @@
 
 import inspect
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 
 def enclosing_layer(model: nn.Module, key: str) -> str | None:
@@ -89,6 +92,25 @@ def _configured_width(model: nn.Module, name: str) -> int | None:
 
 def _is_norm(key: str, parameter: nn.Parameter) -> bool:
     return key.endswith("weight") and parameter.dim() == 1
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: PyTorch's, Transformers' `Conv1D`, or one that a quantiser has put there."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(isinstance(width, int) for width in widths) and not module._modules
+
+
+@torch.no_grad()
+def computes_linear(layer: nn.Module) -> bool:
+    """Whether a layer computes its weight's product and nothing else, as subclasses of `nn.Linear` need not."""
+    if type(layer) in (nn.Linear, Conv1D):
+        return True
+    if not layer.weight.is_floating_point() or layer.weight.is_meta:
+        return False
+    probe = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]  # type: ignore[call-overload]
+    return torch.allclose(layer(probe), F.linear(probe, layer.weight, layer.bias), rtol=1e-2, atol=1e-3)  # type: ignore[arg-type]
 
 
 def is_expert_stack(module: nn.Module) -> bool:

@@ -24,6 +24,8 @@ class TargetIndex:
         self.root = root
         self.targets: list[MoeLoraLayer] = []
         self.knows_tokens = False
+        # Whether a training step has shown which targets act.
+        self.asked_for_idle = False
         # Parent, name and child on the way from the root to the targets.
         self._steps: list[tuple[nn.Module, str, nn.Module]] = []
         # Of routers that are the model's own.
@@ -55,6 +57,15 @@ class TargetIndex:
     def active(self) -> Iterator[MoeLoraLayer]:
         """Yield the targets that compute with their adapters."""
         return (layer for layer in self.targets if not (layer.disable_adapters or layer.merged))
+
+    def idle(self) -> Iterator[MoeLoraLayer]:
+        """Yield the active targets that have not been called yet; of stacked weights the outer one is."""
+        for layer in self.active():
+            names = [name for name in layer.active_adapters if name in layer.experts]
+            # Whole feed-forwards are mixed around their targets, and the outer of two wrappers calls the inner one.
+            others = any(layer.ffn_experts[name] for name in names) or isinstance(layer.base_layer, MoeLoraLayer)
+            if names and not others and not layer.has_acted:
+                yield layer
 
     def routers(self) -> Iterator[Router]:
         """Yield all routers, those of the model itself included."""

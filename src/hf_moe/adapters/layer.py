@@ -20,6 +20,7 @@ from .dispatched import Stacks
 from .experts import ExpertKind, Target, build_kind
 from .experts.base import low_rank_pair
 from .experts.lora import LoraExperts
+from .hosts import computes_linear
 from .low_rank import ExpertSlots, MixedSlots
 from .ranks import UnequalRanks
 from .routers import HostRouter
@@ -85,6 +86,8 @@ class MoeLoraLayer(BaseTunerLayer):
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        # Whether the target has been called: a host may read its weight, and leave its forward and the experts out.
+        self.has_acted = False
         # Of the attention around the target.
         self.head_dim: int | None = None
         # adapter -> the gates (E,) it was merged with, which take it out again.
@@ -193,6 +196,7 @@ class MoeLoraLayer(BaseTunerLayer):
             x (`torch.Tensor` of shape `(..., in)`).
             args: further arguments of the target's call.
         """
+        self.has_acted = True
         for adapter_name in self.active_adapters:
             if adapter_name in self.experts:
                 call = partial(self._adapt, adapter_name, call, args)
@@ -302,8 +306,8 @@ class MoeLoraLayer(BaseTunerLayer):
             ValueError: if the target has none, or holds it quantised or distributed.
         """
         base = self.get_base_layer()
-        weight = base.weight if type(base) in (nn.Linear, Conv1D) else None
-        if weight is None or type(weight.data) is not torch.Tensor:
+        weight = base.weight if isinstance(base, (nn.Linear, Conv1D)) else None
+        if weight is None or type(weight.data) is not torch.Tensor or not computes_linear(base):
             raise ValueError(
                 f"LoRA experts merge into the plain weight of a linear layer, and a target is a {type(base).__name__}"
                 f"{'' if weight is None else f' with a {type(weight.data).__name__}'}: keep the adapter, or load the "

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
 from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
 from .checkpoints import check_complete
+from .checks import refusal
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
 from .contexts import TokenlessContext
@@ -24,7 +26,7 @@ from .dispatched import swap_class
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards
 from .frozen import FrozenExperts, numbered_layers
-from .hosts import enclosing_layer, is_bidirectional, is_layer, known_tokens, layer_width, reads_text
+from .hosts import enclosing_layer, is_bidirectional, is_layer, is_linear, known_tokens, layer_width, reads_text
 from .index import drop_indices
 from .layer import Linear, MoeLoraLayer, tuner_layers
 from .objectives import install_hooks
@@ -45,15 +47,6 @@ MERGE_REFUSED = (
 
 class TargetRefused(ValueError):
     """A target that cannot be adapted as configured, where others can."""
-
-
-def refusal(refused: dict[str, list[str]]) -> str:
-    """Return the message about all targets that cannot be adapted, with `*` for the numbers of layers."""
-    lines = []
-    for reason, keys in refused.items():
-        names = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", key) for key in keys)
-        lines.append(f"{', '.join(names)}: {reason}")
-    return "\n".join([*lines, "Or leave these targets out, by target_modules or exclude_modules."])
 
 
 class MoeLoraModel(BaseTuner):
@@ -130,6 +123,10 @@ class MoeLoraModel(BaseTuner):
         """Whether `key` lies in the part of a multimodal model that is adapted."""
         return peft_config.model_part is None or part_of(self.model, key) in (None, peft_config.model_part)
 
+    def _check_target_module_compatiblity(self, config: MoeLoraConfig, model: nn.Module, target_name: str) -> None:
+        # PEFT knows modules whose weights kernels take, and asks it of its own methods alone.
+        super()._check_target_module_compatiblity(SimpleNamespace(peft_type="LORA"), model, target_name)
+
     def _create_and_replace(
         self,
         peft_config: MoeLoraConfig,
@@ -157,7 +154,7 @@ class MoeLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None,
     ) -> None:
-        plain = not isinstance(target, (nn.Linear, Conv1D, MoeLoraLayer))
+        plain = not (isinstance(target, MoeLoraLayer) or is_linear(target))
         if parameter_name is None and plain and is_layer(self.model, current_key):
             layer_name: str | None = current_key
             parent, target_name = target, OUTPUT_EXPERTS
@@ -166,7 +163,9 @@ class MoeLoraModel(BaseTuner):
             layer_name = enclosing_layer(self.model, current_key)
         base = target.get_base_layer() if isinstance(target, MoeLoraLayer) else target
         layer = None if layer_name is None else self.model.get_submodule(layer_name)
-        linear = isinstance(base, (nn.Linear, Conv1D))
+        linear = is_linear(base)
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TargetRefused("nn.MultiheadAttention reads its weight and never calls it: experts would not act.")
         if hasattr(base, "_hf_hook") and any(parameter.is_meta for parameter in base.parameters()):
             raise TargetRefused("Experts are put where the weights are, and these are offloaded: offload afterwards.")
         if not linear:
@@ -355,7 +354,10 @@ class MoeLoraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.hf_moe_version is not None:  # a saved adapter; into a new one, parts of another may be loaded
             own = re.compile(rf"\.{cls.prefix}(?!objectives)[^.]+\.{re.escape(adapter_name)}(\.|$)")
-            check_complete({key for key in model.state_dict() if own.search(key)}, set(remapped), config)
+            # What the model does not have keeps the name that it was saved under, without the adapter's.
+            others = re.compile(rf"\.{cls.prefix}(?!objectives)")
+            expected = {key for key in model.state_dict() if own.search(key)}
+            check_complete(expected, {key for key in remapped if others.search(key)}, config)
         return remapped
 
     @classmethod

@@ -7,6 +7,8 @@ and as there through the gradient of the log-probabilities where a trainer makes
 one per token, as in classification, count one a row. With gradients off the loss stays the base model's.
 """
 
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +35,7 @@ def install_hooks(model: nn.Module) -> list[Any]:
     if any(hook is pass_context for hook in model._forward_pre_hooks.values()):
         return []
     backbone = getattr(model, "base_model", model)
-    handles = install_frozen_hooks(model)
+    handles = [*install_frozen_hooks(model), model.register_forward_hook(warn_of_idle_targets)]
     for module in [model] if backbone is model else [model, backbone]:
         follow_steps(module)
         handles += [
@@ -46,6 +48,22 @@ def install_hooks(model: nn.Module) -> list[Any]:
         if isinstance(module, PreTrainedModel):
             module.__class__ = root_class(type(module))  # type: ignore[arg-type]
     return handles
+
+
+def warn_of_idle_targets(model: nn.Module, *_: Any) -> None:
+    """Hook after the root's forward: warn, after the first one that is trained, of targets that were not called."""
+    index = index_of(model)
+    if index.asked_for_idle or not is_learning(model):
+        return
+    index.asked_for_idle = True
+    idle = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", key) for layer in index.idle() for key in layer.key.values()})
+    if idle:
+        warnings.warn(
+            f"LoRA experts on {', '.join(idle)} did nothing in the first training step: either the batch did not reach"
+            " this part of the model, or the model reads the weight there and never calls the layer. Experts on such "
+            "a layer never learn: leave it out by exclude_modules.",
+            stacklevel=2,
+        )
 
 
 def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -193,6 +193,7 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
         self, output: torch.Tensor, rows: torch.Tensor, hidden_states: torch.Tensor, host_slots: ExpertSlots
     ) -> torch.Tensor:
         """Add the experts of the active adapters to what the host's experts computed of `rows` (M, in)."""
+        self.has_acted = True
         token, _, offsets = host_slots.by_expert
         experts = torch.arange(self.num_host_experts, device=token.device)
         host_expert = experts.repeat_interleave(torch.diff(offsets, prepend=offsets.new_zeros(1)))  # (M,)
@@ -212,7 +213,8 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
 
 def _index_and_weight(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """Return index and weight (T, K) of what a stack of experts is called with."""
-    if len(args) == 1 and isinstance(args[0], ExpertAssignment):  # our own experts
+    # Our own experts; a checkpoint that carries its code has an assignment class of its own.
+    if len(args) == 1 and hasattr(args[0], "expert_index"):
         return args[0].expert_index, args[0].expert_weight
     if len(args) == 2:
         return args

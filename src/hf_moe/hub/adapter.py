@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# How a process that lacks the package, or has not imported it, is told what to do; see `adapters/checkpoints.py`.
+# In configs saved before 0.1.0 a sentence follows.
 LORA_EXPERTS = "MOE_LORA"
 
 SNIPPET = """\

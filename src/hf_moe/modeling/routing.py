@@ -253,6 +253,10 @@ class Router(KeepsBufferTypes):
     Options are the keyword arguments of the constructor after `spec`, typed, with the paper's defaults.
     """
 
+    # What the decision depends on: "hidden_states", "input_ids", "modality", "condition" or "call", that of the host's
+    # experts. One that depends on less than all of them says so, and can be merged for what it does depend on.
+    reads: frozenset[str] = frozenset({"hidden_states"})
+
     # The gate that serves each modality, for routers with several.
     gate_of_modality: Sequence[int] = (0,) * NUM_MODALITIES
 

@@ -51,6 +51,8 @@ class BecottaRouter(PooledRouter):
         super().__init__(spec, modalities, end_token_id, end, pooling)
         check_slots(spec, spec.num_experts, "becotta")
         self.num_domains = self.num_conditions = num_domains
+        if not condition:
+            raise ValueError("condition='' has no name, by which the call of the model could give it.")
         self.condition = condition
         self.weight = nn.Parameter(torch.empty(num_domains, 2 * spec.num_experts, spec.hidden_size))
 

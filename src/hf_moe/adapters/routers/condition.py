@@ -47,9 +47,12 @@ class ConditionRouter(Router):
     """
 
     mechanism_name = "condition"
+    reads = frozenset({"condition"})
 
     def __init__(self, spec: MoELayerSpec, *, condition: str = "task"):
         super().__init__(spec)
+        if not condition:
+            raise ValueError("condition='' has no name, by which the call of the model could give it.")
         self.condition = condition
         self.num_conditions = spec.num_experts
 

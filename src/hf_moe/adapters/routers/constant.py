@@ -9,6 +9,7 @@ class ConstantRouter(Router):
     """All experts, always; no parameters. `num_experts_per_tok` does not matter."""
 
     mechanism_name = "constant"
+    reads = frozenset()
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         experts = torch.arange(self.spec.num_experts, device=hidden_states.device)

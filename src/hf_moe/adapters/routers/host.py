@@ -16,6 +16,7 @@ class HostRouter(Router):
     """Takes the decision that the target, the host's stack of experts, is called with; no parameters."""
 
     mechanism_name = "host"
+    reads = frozenset({"call"})
 
     def from_call(self, *args: Any) -> ExpertAssignment:
         """Return the decision among the arguments behind the hidden states, in the call of a stack of experts.
@@ -23,7 +24,8 @@ class HostRouter(Router):
         Raises:
             ValueError: if the target is called with something else.
         """
-        if len(args) == 1 and isinstance(args[0], ExpertAssignment):  # our own experts
+        # Our own experts; a checkpoint that carries its code has an assignment class of its own.
+        if len(args) == 1 and hasattr(args[0], "expert_index"):
             return ExpertAssignment(args[0].expert_index, args[0].expert_weight, self.spec.num_experts)
         if len(args) == 2 and all(isinstance(item, torch.Tensor) and item.dim() == 2 for item in args):
             return ExpertAssignment(args[0], args[1], self.spec.num_experts)

@@ -19,6 +19,7 @@ class ModalityRouter(Router):
     """
 
     mechanism_name = "modality"
+    reads = frozenset({"modality"})
 
     def __init__(self, spec: MoELayerSpec, *, modalities: list[str] | tuple[str, ...] = ("text", "image")):
         super().__init__(spec)

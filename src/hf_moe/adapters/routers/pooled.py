@@ -97,7 +97,7 @@ class PooledRouter(Router):
         check_choice("end", end, ("last", "first"))
         self.pooling = pooling
         if modalities is not None and not modalities:
-            raise ValueError("modalities=[] pools nothing: name one, or leave it out to pool all tokens.")
+            raise ValueError("modalities=[] pools nothing: leave it out to pool the tokens of all modalities.")
         for name in modalities or ():
             check_choice("modalities", name, MODALITIES)
         self.modalities = None if modalities is None else [MODALITIES.index(name) for name in modalities]

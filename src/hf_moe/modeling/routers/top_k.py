@@ -65,6 +65,8 @@ class TopKRouter(Router):
         self.routed_scaling_factor = routed_scaling_factor
         self.capacity_factor = capacity_factor
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
+        if spec.num_experts == 1 and score_function == "softmax":
+            self.reads = frozenset()  # the one expert always has all of it
 
     def initialize(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)
