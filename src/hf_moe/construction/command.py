@@ -17,9 +17,9 @@ from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..hub.card import write_card
 from ..modeling.vision import dummy_pixels
 from .build import StepZero, build_model
-from .saving import save_and_empty
 
 
+LARGEST_SHARD = 5_000_000_000  # in bytes
 # From malloc.h: blocks of this many bytes and more get a mapping of their own.
 M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2**18
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +61,7 @@ def build_checkpoint(output: str | Path, overwrite: bool = False, **options: Any
         for part in filter(None, (model.config.text_config, model.config.vision_config)):
             if not _is_hub_id(part.name_or_path):
                 part.name_or_path = ""  # a folder of this machine means nothing elsewhere
-        save_and_empty(model, fresh)
+        model.save_pretrained(fresh, max_shard_size=LARGEST_SHARD)
         processor.save_pretrained(fresh)
         # The card, by which the folder can be pushed, needs a package that a build alone does not.
         if importlib.util.find_spec("jinja2") is not None:

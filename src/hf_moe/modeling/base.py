@@ -43,6 +43,12 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 "Copy or download it again."
             ) from error
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        # The names of the modules, which `Trainer` reads back with `load_state_dict`: a host's own names for its
+        # files, such as Mixtral's, are undone by `from_pretrained` alone.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         # LoRA experts are a PEFT method of the package, which PEFT knows once it is imported; no model needs it.
         try:
