@@ -1,4 +1,4 @@
-"""The command line: `hf-moe build`, `train`, `inspect`, `push`, `space`, `demo` and `list`."""
+"""The command line: `hf-moe build`, `train`, `inspect`, `refresh`, `push`, `space`, `demo` and `list`."""
 
 import argparse
 import importlib
@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("hf_moe.hub.demo", "open a page that asks a checkpoint and shows its routing"),
     "inspect": ("hf_moe.hub.inspection", "show what a checkpoint is, without loading it"),
     "push": ("hf_moe.hub.push", "upload a checkpoint to the Hub, in one commit"),
+    "refresh": ("hf_moe.hub.refresh", "write the code of a checkpoint anew, and check that it answers as before"),
     "space": ("hf_moe.hub.space", "write that page as a Space of the Hub, and upload it"),
     "train": ("hf_moe.training.run", "run a recipe: data, model, training, evaluation, checkpoint"),
 }

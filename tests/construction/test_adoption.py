@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file
+from trainer_loads import assert_trainer_reads_back
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.construction.adoption import adopt
@@ -56,6 +58,15 @@ def model_of(dense, moe_config):
     return HfMoeForConditionalGeneration(HfMoeConfig(text_config=dense.config.to_dict(), moe_config=moe_config))
 
 
+def adopted(host):
+    """Return a model with the weights of a MoE decoder, and the decoder."""
+    dense = moe_decoder(HOSTS[host][0], **HOSTS[host][1])
+    moe_config, copy = adopt(dense)
+    model = model_of(dense, moe_config)
+    copy(model)
+    return model, dense
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_adopted_decoder_keeps_its_logits(host):
     model_type, fields, layers = HOSTS[host]
@@ -67,6 +78,72 @@ def test_adopted_decoder_keeps_its_logits(host):
     copy(model)
     assert logit_difference(model, dense) < 1e-5
     check_host_logits(model, dense)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_trainer_reads_back_every_tensor_of_a_host(tmp_path, host):
+    model, _ = adopted(host)
+    assert_trainer_reads_back(model, tmp_path)
+
+
+def test_trainer_reads_back_every_shard(tmp_path):
+    model, _ = adopted("mixtral")
+    assert_trainer_reads_back(model, tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_checkpoints_under_the_hosts_own_names_still_load(tmp_path, host):
+    """Versions before this one saved so."""
+    model, _ = adopted(host)
+    model.save_pretrained(tmp_path / "old", save_original_format=True)
+    assert load_file(tmp_path / "old" / "model.safetensors").keys() != model.state_dict().keys()
+    opened, report = HfMoeForConditionalGeneration.from_pretrained(tmp_path / "old", output_loading_info=True)
+    assert not any(report.values())
+    opened.save_pretrained(tmp_path / "new")
+    stored = load_file(tmp_path / "new" / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Scores(TrainerCallback):
+    """Makes the evaluation at step 2 the best one."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = 0.0 if state.global_step == 2 else 1.0
+
+
+def train(folder, **options):
+    model, _ = adopted("mixtral")
+    ids = torch.arange(8 * 6).reshape(8, 6)
+    arguments = TrainingArguments(
+        str(folder), max_steps=4, save_steps=2, learning_rate=1e-2, per_device_train_batch_size=2, use_cpu=True,
+        report_to=[], logging_steps=1, seed=0, **options,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:1], callbacks=[Scores()])
+
+
+def test_an_adopted_run_resumes_as_if_it_had_not_stopped(tmp_path):
+    whole, resumed = train(tmp_path), train(tmp_path)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    first, second = (
+        {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+        for run in (whole, resumed)
+    )
+    assert first == second and set(first) == {1, 2, 3, 4}
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
+
+
+def test_the_best_model_of_an_adopted_run_is_that_of_its_step(tmp_path):
+    run = train(tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    last = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in run.model.state_dict().items())
+    assert not all(torch.equal(tensor, last[name]) for name, tensor in run.model.state_dict().items())
 
 
 def test_normalisation_is_told_apart():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from hub_server import OWNER_TOKEN
 from open_checkpoint import REFERENCE, sample_image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -18,7 +19,8 @@ from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor
 
 TEXT = "<image> what is this"
 WORDS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "what", "is", "this", *(f"word{index}" for index in range(24)))
-OPENER = Path(__file__).with_name("open_checkpoint.py")
+HERE = Path(__file__).parent
+OPENER = HERE / "open_checkpoint.py"
 
 
 def tiny_config(**moe) -> HfMoeConfig:
@@ -83,3 +85,29 @@ def open_without_package(folders: list[Path], modules_cache: Path, python: str =
     assert result.returncode == 0, result.stderr
     findings = json.loads(result.stdout.splitlines()[-1])
     return {Path(folder).name: found for folder, found in findings.items()}
+
+
+def run(script, argument, endpoint, home, **environment):
+    """Start a script with the Hub at `endpoint`, everything cached in `home`."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_TOKEN": OWNER_TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    command = [sys.executable, str(HERE / script), argument]
+    return subprocess.Popen(
+        command,
+        env={**inherited, **settings, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result_of(process):
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return output.splitlines()[-1] if output else ""

@@ -2,49 +2,18 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from hub_checkpoints import record, tiny_config, tiny_model, tiny_processor
+from hub_checkpoints import record, result_of, run, tiny_config, tiny_model, tiny_processor
 from hub_server import OWNER_TOKEN, VISITOR_TOKEN, HubServer
 from huggingface_hub import constants
 
 from hf_moe.hub.push import push_checkpoint
 
 
-HERE = Path(__file__).parent
 TOLERANCE = 1e-6
 DEAD = "http://127.0.0.1:9"
-
-
-def run(script, argument, endpoint, home, **environment):
-    """Start a script with the Hub at `endpoint`, everything cached in `home`."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    settings = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_TOKEN": OWNER_TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    command = [sys.executable, str(HERE / script), argument]
-    return subprocess.Popen(
-        command,
-        env={**inherited, **settings, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result_of(process):
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return output.splitlines()[-1] if output else ""
 
 
 def save(folder, number, processor):

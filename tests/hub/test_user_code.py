@@ -5,7 +5,7 @@ import sys
 import warnings
 
 import pytest
-from hub_checkpoints import tiny_config, tiny_processor
+from hub_checkpoints import open_without_package, record, tiny_config, tiny_model, tiny_processor
 
 from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.hub.bundle import bundle_files
@@ -132,3 +132,36 @@ def test_a_subclass_that_would_open_as_its_base_is_said(tmp_path):
         warnings.simplefilter("error", UserWarning)
         HfMoeForConditionalGeneration(tiny_config()).save_pretrained(tmp_path / "plain")
         tiny_processor().save_pretrained(tmp_path / "plain")
+
+
+OUTER_ROUTER = """
+from hf_moe import Router, register_router
+from hf_moe.modeling.mechanisms import get_mechanism
+from hf_moe.modeling.registry import build
+
+
+@register_router("outer")
+class OuterRouter(Router):
+    def __init__(self, spec, inner):
+        super().__init__(spec)
+        options = dict(inner)
+        self.inner = build("router", get_mechanism("router", options.pop("name")), options, spec)
+
+    def initialize(self, std):
+        self.inner.initialize(std)
+
+    def forward(self, hidden_states, context):
+        return self.inner(hidden_states, context)
+"""
+
+
+def test_a_mechanism_that_builds_others_travels_with_them(write_router, tmp_path):
+    (tmp_path / "outer_router.py").write_text(OUTER_ROUTER)
+    importlib.import_module("outer_router")
+    folder, processor = tmp_path / "outer", tiny_processor()
+    model = tiny_model(tiny_config(router={"name": "outer", "inner": {"name": "moiie"}}))
+    model.save_pretrained(folder)
+    assert {path.name for path in folder.glob("*router*.py")} == {"outer_router.py", "router_moiie.py"}
+    record(folder, model, processor)
+    found = open_without_package([folder], tmp_path / "modules")["outer"]
+    assert found["difference"] < 1e-6 and found["ids_equal"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from trainer_loads import assert_trainer_reads_back
 from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, T5Config
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
@@ -79,6 +80,11 @@ def test_upcycled_host_reproduces_the_dense_logits(host):
     assert model.config.tie_word_embeddings == dense.config.tie_word_embeddings
     tied = model.lm_head.weight is model.get_input_embeddings().weight
     assert tied == dense.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_trainer_reads_back_every_tensor_of_a_host(tmp_path, host):
+    assert_trainer_reads_back(moe_of(dense_model(HOSTS[host][0], **HOSTS[host][1])), tmp_path)
 
 
 @pytest.mark.parametrize("host", ["llama_mlp_bias", "phi3", "gpt_neox"])

@@ -322,14 +322,10 @@ def test_saved_model_loads_with_equal_logits(tiny_model, batch, tmp_path, host, 
         assert torch.equal(again(**batch).logits, expected)
 
 
-def test_a_moe_host_keeps_its_own_names_on_disk(tiny_model, tmp_path):
-    tiny_model("mixtral", {"num_local_experts": 4}, moe_config={"num_shared_experts": 1}).save_pretrained(tmp_path)
-    names = {
-        name for name in load_file(tmp_path / "model.safetensors") if ".layers.1." in name and "vision" not in name
-    }
-    block = "model.language_model.layers.1.block_sparse_moe."
-    assert {f"{block}gate.weight", f"{block}experts.0.w1.weight", f"{block}experts.3.w2.weight"} < names
-    assert f"{block}shared_expert.down_proj.weight" in names
+def test_a_moe_host_is_saved_under_the_names_of_its_modules(tiny_model, tmp_path):
+    model = tiny_model("mixtral", {"num_local_experts": 4}, moe_config={"num_shared_experts": 1})
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
 def test_base_model_loads_from_the_checkpoint_of_the_full_model(tiny_model, batch, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from trainer_loads import assert_trainer_reads_back
 from transformers import AutoConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
@@ -147,6 +148,11 @@ def test_tower_fields_are_derived_and_images_reach_the_logits(tower):
     assert torch.isfinite(outputs.logits).all()
     assert (outputs.logits[:, -1] - other[:, -1]).abs().max() > 1e-4
     assert torch.allclose(outputs.logits[:, :2], other[:, :2], atol=1e-6), "text before the images cannot see them"
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_trainer_reads_back_every_tensor_of_a_tower(tmp_path, tower):
+    assert_trainer_reads_back(model_with(tower), tmp_path)
 
 
 @pytest.mark.parametrize("tower", TOWERS)

@@ -8,12 +8,10 @@ import copy
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any
 
-import transformers
-from packaging.version import Version
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
@@ -22,16 +20,12 @@ from transformers.utils import logging
 from .checks import Interval, strict, unknown_name_message, within
 from .layer_maps import is_layer_map, layers_named
 from .moe_config import MoeConfig, take_copies, unknown_fields
+from .reading import check_config, check_files
+from .saving import save_with_hooks
 
 
 logger = logging.get_logger(__name__)
 
-MINIMUM_TRANSFORMERS = "5.23.0"
-if Version(transformers.__version__) < Version(MINIMUM_TRANSFORMERS):
-    raise ImportError(
-        f"hf_moe models need transformers >= {MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
-        f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
-    )
 
 # Raised when a field changes its meaning; a checkpoint of a newer format is refused with a clear error.
 CONFIG_FORMAT = 1
@@ -46,25 +40,6 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_hf_moe.HfMoeForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_hf_moe.HfMoeForConditionalGeneration",
 }
-
-# Called as `hook(saved_object, folder)` before a config or a processor is written, so that a refused save leaves the
-# old checkpoint whole; what it returns is called afterwards. The package fills it with the function that writes the
-# code bundle; in a bundle it stays empty, since Transformers copies bundled code by itself.
-SAVE_HOOKS: list[Callable[[Any, str], Callable[[], None]]] = []
-# Called as `hook(model, repo_id, **options)` in place of Transformers' own upload of a model. The package puts one
-# here that writes the card and names the version; in a bundle it stays empty.
-PUSH_HOOKS: list[Callable[..., Any]] = []
-
-
-def save_with_hooks(obj: Any, save: Callable[..., Any], folder: Any, push_to_hub: bool, kwargs: dict) -> Any:
-    """Save `obj`, run the hooks, and only then upload: Transformers would upload before the code is written."""
-    finish = [hook(obj, str(folder)) for hook in SAVE_HOOKS]
-    result = save(folder, **({} if push_to_hub else kwargs))
-    for write in finish:
-        write()
-    if push_to_hub:
-        obj.push_to_hub(kwargs.pop("repo_id", str(folder).rstrip("/").rsplit("/", 1)[-1]), **kwargs)
-    return result
 
 
 @strict
@@ -106,6 +81,8 @@ class HfMoeConfig(PreTrainedConfig):
             Format of the config; written by the library.
         system (`str`, *optional*):
             The catalogue key that `from_system` took the `moe_config` from.
+        hf_moe_version (`str`, *optional*):
+            The version of the library that wrote the checkpoint and its code; `transformers_version` is beside it.
 
     Example:
 
@@ -153,6 +130,7 @@ class HfMoeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     config_format: int = within(Interval(1), default=CONFIG_FORMAT)
     system: str | None = None
+    hf_moe_version: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.config_format > CONFIG_FORMAT:
@@ -297,6 +275,17 @@ class HfMoeConfig(PreTrainedConfig):
         if not isinstance(overrides, dict):
             raise ValueError(f"moe_config={overrides!r} must be a dict of fields, or a MoeConfig.")
         return cls(moe_config={**preset["moe_config"], **overrides}, system=key, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "HfMoeConfig":
+        check_files(pretrained_model_name_or_path, ())
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_config(folder / "config.json")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"The config.json of {pretrained_model_name_or_path} cannot be read: {error}") from error
 
     def moe_layers(self) -> list[int]:
         """Return the indices of the MoE layers."""

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..hub.card import write_card
-from ..modeling.vision import dummy_pixels
+from ..hub.probe import probe_inputs
 from .build import StepZero, build_model
-from .saving import save_and_empty
 
 
+LARGEST_SHARD = 5_000_000_000  # in bytes
 # From malloc.h: blocks of this many bytes and more get a mapping of their own.
 M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2**18
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +61,7 @@ def build_checkpoint(output: str | Path, overwrite: bool = False, **options: Any
         for part in filter(None, (model.config.text_config, model.config.vision_config)):
             if not _is_hub_id(part.name_or_path):
                 part.name_or_path = ""  # a folder of this machine means nothing elsewhere
-        save_and_empty(model, fresh)
+        model.save_pretrained(fresh, max_shard_size=LARGEST_SHARD)
         processor.save_pretrained(fresh)
         # The card, by which the folder can be pushed, needs a package that a build alone does not.
         if importlib.util.find_spec("jinja2") is not None:
@@ -93,18 +93,10 @@ def _return_freed_memory() -> None:
 @torch.no_grad()
 def probe_active_parameters(model: PreTrainedModel, seed: int = 0) -> dict[str, int]:
     """Return the decoder parameters that an average token of text, and of an image, uses at random inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    config, device = model.config, model.device
-    ids = torch.randint(config.text_config.vocab_size, (1, 64), generator=generator).to(device)
-    inputs: dict[str, Any] = {}
-    if config.vision_config is not None:
-        inputs = dummy_pixels(config, device, model.dtype)
-        inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape, generator=generator).to(device, model.dtype)
-        image = ids.new_full((1, config.image_seq_length), config.image_token_id)
-        text = ids[ids != config.image_token_id][None]
-        ids = torch.cat([image, text], dim=1)
+    inputs = {name: tensor.to(model.device) for name, tensor in probe_inputs(model.config, seed).items()}
+    floating = {name: tensor.to(model.dtype) for name, tensor in inputs.items() if tensor.is_floating_point()}
     statistics = RoutingStatistics()
-    statistics.update(model(input_ids=ids, output_routing=True, **inputs).routing)
+    statistics.update(model(output_routing=True, **inputs | floating).routing)
     return active_parameters(model, statistics)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..configuration.configuration_hf_moe import PUSH_HOOKS, SAVE_HOOKS
+from ..configuration.saving import PUSH_HOOKS, SAVE_HOOKS
 
 
 def install() -> None:

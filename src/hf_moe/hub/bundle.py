@@ -5,27 +5,34 @@ the config names, and a generated `mechanisms.py` that lists them. Transformers 
 model that was loaded from them is saved again.
 """
 
+import functools
+import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
+from .. import __version__
 from ..configuration.configuration_hf_moe import AUTO_MAP
 from ..configuration.layer_maps import at_layer
 from ..configuration.moe_config import objective_entry
-from ..modeling.mechanisms import get_mechanism
+from ..configuration.reading import read_object
+from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import KINDS
-from .flatten import PACKAGE, flat_name, flatten, top_level_effects
+from .flatten import PACKAGE, TRAVELLING_FOLDERS, flat_name, flatten, top_level_effects
 
 
 MARK = "# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file."
+DIGEST = "# SHA-256 of the model's code: "
 
 CONFIGURATION = PACKAGE / "configuration" / "configuration_hf_moe.py"
 MODELING = PACKAGE / "modeling" / "modeling_hf_moe.py"
@@ -44,13 +51,19 @@ PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_hf_moe.HfMoeProcessor"}
 GENERATED_MECHANISMS = '''\
 """The mechanisms that this checkpoint carries."""
 
+import functools
+
 from .configuration_hf_moe import unknown_name_message
+
+
+@functools.cache
+def _mechanisms() -> dict[str, dict[str, type]]:
+    # Imported when the first one is asked for: a mechanism that builds others imports this file.
 {imports}
 
-
-MECHANISMS: dict[str, dict[str, type]] = {{
+    return {{
 {entries}
-}}
+    }}
 
 
 def mechanism_names(kind: str) -> list[str]:
@@ -59,9 +72,9 @@ def mechanism_names(kind: str) -> list[str]:
     Raises:
         ValueError: if there is no such kind.
     """
-    if kind not in MECHANISMS:
-        raise ValueError(unknown_name_message("kind of mechanism", kind, list(MECHANISMS)))
-    return sorted(MECHANISMS[kind])
+    if kind not in _mechanisms():
+        raise ValueError(unknown_name_message("kind of mechanism", kind, list(_mechanisms())))
+    return sorted(_mechanisms()[kind])
 
 
 def get_mechanism(kind: str, name: str) -> type:
@@ -76,7 +89,7 @@ def get_mechanism(kind: str, name: str) -> type:
             f"{{', '.join(mechanism_names(kind)) or 'none'}}. Restore config.json, or build and save the model with "
             "the package: pip install hf-moe"
         )
-    return MECHANISMS[kind][name]
+    return _mechanisms()[kind][name]
 '''
 
 
@@ -99,16 +112,17 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
     _warn_of_subclasses(obj)
     if is_config:
         obj.auto_map = {**(getattr(obj, "auto_map", None) or {}), **AUTO_MAP}
+        obj.hf_moe_version = __version__
         entry_files = [CONFIGURATION, MODELING]
         if (target / PROCESSING.name).is_file():
             entry_files.append(PROCESSING)
-        files = bundle_files(entry_files, used_mechanisms(obj))
-        stale = {path.name for path in target.glob("*.py") if _is_marked(path)} - set(files)
+        files = seal(bundle_files(entry_files, used_mechanisms(obj)))
+        stale = {path.name for path in target.glob("*.py") if is_marked(path)} - set(files)
     else:
         files = bundle_files([PROCESSING], {})
         stale = set()
     for name in files:
-        if (target / name).exists() and not _is_marked(target / name):
+        if (target / name).exists() and not is_marked(target / name):
             raise ValueError(
                 f"{target / name} is in the way of the checkpoint's code and was not written by hf_moe: save to "
                 "another folder, or rename that file."
@@ -116,12 +130,11 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
 
     def write() -> None:
         for name, text in files.items():
-            _replace(target / name, text)
+            replace_text(target / name, text)
         for name in stale:
             (target / name).unlink()
         if not is_config:
-            for name in ("processor_config.json", "tokenizer_config.json"):
-                _add_auto_map(target / name)
+            add_processor_auto_map(target)
 
     return write
 
@@ -143,13 +156,31 @@ def _warn_of_subclasses(obj: Any) -> None:
 def used_names(config: Any) -> dict[str, list[str]]:
     """Return the names of the mechanisms that a model of this config builds, by kind."""
     names: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    built: list[Any] = [config.moe_config.objectives or {}]
     for layer in config.moe_layers():
         for kind in ("router", "experts"):
-            names[kind].add(at_layer(getattr(config.moe_config, kind), layer)["name"])
+            built.append(at_layer(getattr(config.moe_config, kind), layer))
+            names[kind].add(built[-1]["name"])
     names["objective"] = {objective_entry(*entry)[0] for entry in (config.moe_config.objectives or {}).items()}
     if config.vision_config is not None:
+        built.append(config.connector)
         names["connector"].add(config.connector["name"])
+    # A mechanism may build others, of any kind, from entries in its own options.
+    for name in (name for options in built for value in options.values() for name in _nested_names(value)):
+        for kind in KINDS:
+            names[kind] |= {name} & set(mechanism_names(kind))
     return {kind: sorted(used) for kind, used in names.items()}
+
+
+def _nested_names(value: Any) -> Iterator[str]:
+    """Yield the `name` of every mapping in an option of a mechanism."""
+    if isinstance(value, dict):
+        if isinstance(value.get("name"), str):
+            yield value["name"]
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _nested_names(item)
 
 
 def used_mechanisms(config: Any) -> dict[str, dict[str, type]]:
@@ -157,20 +188,44 @@ def used_mechanisms(config: Any) -> dict[str, dict[str, type]]:
     return {kind: {name: get_mechanism(kind, name) for name in names} for kind, names in used_names(config).items()}
 
 
-def bundle_files(entry_files: list[Path], mechanisms: dict[str, dict[str, type]]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Carried:
+    """Mechanisms of a user that are known from a checkpoint alone.
+
+    Attributes:
+        classes: kind to name to module and class.
+        files: the files that define them and what these import of their own, name to text.
+    """
+
+    classes: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def bundle_files(
+    entry_files: list[Path], mechanisms: dict[str, dict[str, type]], carried: Carried | None = None
+) -> dict[str, str]:
     """Return the files of a bundle, name to text: everything that the entry files and the mechanisms import.
 
     Raises:
         ValueError: as [`prepare_bundle`].
     """
+    carried = carried or Carried()
     sources = {cls: _source_file(kind, name, cls) for kind in mechanisms for name, cls in mechanisms[kind].items()}
-    pending, found = [*entry_files, *sources.values()], {}
+    classes = {
+        kind: {name: (flat_name(sources[cls]), cls.__name__) for name, cls in named.items()}
+        | carried.classes.get(kind, {})
+        for kind, named in mechanisms.items()
+    }
+    imported_by_carried = [module for text in carried.files.values() for module in relative_imports(text)]
+    library = library_files()
+    pending = [*entry_files, *sources.values(), *(library[name] for name in imported_by_carried if name in library)]
+    found: dict[Path, str] = {}
     while pending:
         path = pending.pop()
         if path in found:
             continue
         if path == MECHANISMS:
-            found[path] = _generated_mechanisms(mechanisms, sources)
+            found[path] = _generated_mechanisms(classes)
             continue
         text, imported = flatten(path)
         if path in REGISTRATION:
@@ -191,6 +246,7 @@ def bundle_files(entry_files: list[Path], mechanisms: dict[str, dict[str, type]]
             raise ValueError(f"{origin[name]} and {path} would both be {name} in the checkpoint: rename one of them.")
         origin[name] = path
         files[name] = f"{MARK}\n{text}"
+    files |= carried.files
     _check_scan(files, origin)
     return files
 
@@ -207,13 +263,52 @@ def _source_file(kind: str, name: str, cls: type) -> Path:
     return Path(file).resolve()
 
 
-def _generated_mechanisms(mechanisms: dict[str, dict[str, type]], sources: dict[type, Path]) -> str:
-    imports = [f"from .{flat_name(path)} import {cls.__name__}" for cls, path in sources.items()]
+def relative_imports(text: str) -> list[str]:
+    """Return the modules that a file of a bundle imports from beside it."""
+    return re.findall(r"^\s*from \.(\w+) import", text, flags=re.MULTILINE)
+
+
+@functools.cache
+def library_files() -> dict[str, Path]:
+    """Return the files of the package that can travel, by their names in a checkpoint."""
+    paths = (path for folder in TRAVELLING_FOLDERS for path in folder.rglob("*.py") if path.stem != "__init__")
+    return {flat_name(path): path for path in paths}
+
+
+def _generated_mechanisms(classes: dict[str, dict[str, tuple[str, str]]]) -> str:
+    imports = {f"    from .{module} import {cls}" for named in classes.values() for module, cls in named.values()}
     entries = [
-        f'    "{kind}": {{' + ", ".join(f'"{name}": {cls.__name__}' for name, cls in classes.items()) + "},"
-        for kind, classes in mechanisms.items()
+        f'        "{kind}": {{' + ", ".join(f'"{name}": {cls}' for name, (_, cls) in sorted(named.items())) + "},"
+        for kind, named in classes.items()
     ]
     return GENERATED_MECHANISMS.format(imports="\n".join(sorted(imports)), entries="\n".join(entries))
+
+
+def seal(files: dict[str, str]) -> dict[str, str]:
+    """Write the digest of a model's code into each of its files.
+
+    In a process that opens two checkpoints Transformers takes a file of equal content, in folders of one last name,
+    for the same module, and the first model that was opened with a class of config for that of all others. With the
+    digest no file of two models with different code is equal. The processor's files carry none: they are saved
+    without a model too, and nothing is found by their classes.
+    """
+    own = {name: unsealed(text) for name, text in files.items() if name not in processor_files()}
+    digest = hashlib.sha256()
+    for name in sorted(own):
+        digest.update(f"{name}\0{len(own[name].encode())}\0{own[name]}".encode())
+    line = f"{MARK}\n{DIGEST}{digest.hexdigest()}\n"
+    return files | {name: line + text.removeprefix(f"{MARK}\n") for name, text in own.items()}
+
+
+def unsealed(text: str) -> str:
+    """Return a file of a bundle without the digest."""
+    return re.sub(rf"\A{re.escape(MARK)}\n{re.escape(DIGEST)}[0-9a-f]*\n", f"{MARK}\n", text)
+
+
+@functools.cache
+def processor_files() -> frozenset[str]:
+    """Return the names of the files that a processor travels with."""
+    return frozenset(bundle_files([PROCESSING], {}))
 
 
 def _check_scan(files: dict[str, str], origin: dict[str, Path]) -> None:
@@ -225,25 +320,29 @@ def _check_scan(files: dict[str, str], origin: dict[str, Path]) -> None:
             for module in get_relative_imports(copy):
                 if f"{module}.py" not in files:
                     raise ValueError(
-                        f"{origin[name]} has a line that begins with `from .{module} import` and is not an import, in "
-                        "a docstring perhaps; Transformers would look for that file: reword the line."
+                        f"{origin.get(name, name)} has a line that begins with `from .{module} import` and is not an "
+                        "import, in a docstring perhaps; Transformers would look for that file: reword the line."
                     )
 
 
-def _is_marked(path: Path) -> bool:
+def is_marked(path: Path) -> bool:
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.readline().rstrip("\n") == MARK
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a file such that a reader, or a crash, sees the old text or the new one."""
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, path)
 
 
-def _add_auto_map(path: Path) -> None:
-    if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["auto_map"] = {**content.get("auto_map", {}), **PROCESSOR_AUTO_MAP}
-        _replace(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+def add_processor_auto_map(folder: Path) -> None:
+    """Name the processor's class in the files by which `AutoProcessor` and `AutoTokenizer` look for it."""
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file():
+            content = read_object(path)
+            if content.get("auto_map", {}) | PROCESSOR_AUTO_MAP != content.get("auto_map"):
+                content["auto_map"] = {**content.get("auto_map", {}), **PROCESSOR_AUTO_MAP}
+                replace_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

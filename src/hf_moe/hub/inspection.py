@@ -21,12 +21,14 @@ from huggingface_hub import HfApi, constants, hf_hub_download, parse_local_safet
 from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 
-from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.layer_maps import at_layer
+from ..configuration.reading import is_path, read_text
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
-from .bundle import CONFIGURATION, MODELING, PROCESSING, bundle_files, used_names
+from .bundle import PROCESSING, unsealed, used_names
+from .carried import Renewed, listed_mechanisms, parsed, reasons_to_refresh, renew
+from .files import parse_config, tensor_problems
 
 
 # The first that matches gives the group of a tensor.
@@ -70,8 +72,9 @@ def inspect_checkpoint(
         `commit`, `system`, `num_hidden_layers`, `layers` (the kinds of MoE layer), `parameters_total`,
         `parameters_active` (of the decoder, at most at work on a token: by modality, or by bank where the layers have
         isolated banks), `bytes` and `parameters` by group, `mechanisms` with their sources, `code` (file, SHA-256, how
-        it compares with the installed package) and `problems`. Of a router that is not installed all parameters count
-        as active, its buffers too, and `num_experts_per_tok` experts.
+        it compares with the installed package), `problems`, the versions it was `written_by`, and the reasons to
+        `refresh` its code. Of a router that is not installed all parameters count as active, its buffers too, and
+        `num_experts_per_tok` experts.
 
     Raises:
         FileNotFoundError: if there is no such folder or no config in it.
@@ -79,7 +82,7 @@ def inspect_checkpoint(
         OSError: if the Hub refuses or cannot be reached.
     """
     try:
-        files = _local(Path(source)) if _is_path(str(source)) else _remote(str(source), revision, token)
+        files = _local(Path(source)) if is_path(str(source)) else _remote(str(source), revision, token)
         return {"source": str(source), "commit": files.commit, **_describe(str(source), files)}
     except httpx.TransportError as error:
         raise OSError(
@@ -93,13 +96,7 @@ def inspect_checkpoint(
 def _describe(source: str, files: _Files) -> dict[str, Any]:
     if "config.json" not in files.names:
         raise FileNotFoundError(f"{source} holds no config.json: it is no checkpoint.")
-    plain = json.loads(files.text("config.json"))
-    if plain.get("model_type") != HfMoeConfig.model_type:
-        raise ValueError(
-            f"{source} is a checkpoint of model_type {plain.get('model_type')!r}; hf-moe inspects "
-            f"{HfMoeConfig.model_type!r}."
-        )
-    config = HfMoeConfig.from_dict(plain)
+    config = parse_config(f"{source}/config.json", files.text("config.json"))
     tensors = {
         name: tensor
         for file in files.names
@@ -115,7 +112,12 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         is_state = STATE.search(name) or name.partition(".gate.")[2] in buffers
         group["parameters"] += 0 if is_state else math.prod(tensor.shape)
     groups = {name: group for name, group in groups.items() if group["bytes"]}
-    code, problems = _code(files, config)
+    code = {name: files.text(name) for name in files.names if re.fullmatch(r"[^/]+\.py", name)}
+    renewed = renew(config, code, PROCESSING.name in code)
+    rows, problems = _compare_code(files, config, code, renewed)
+    if not tensors:
+        problems.append("there is no weights file (.safetensors)")
+    problems += tensor_problems(config, tensors)
     return {
         "system": config.system,
         "num_hidden_layers": config.text_config.num_hidden_layers,
@@ -123,14 +125,12 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         "parameters_total": sum(group["parameters"] for group in groups.values()),
         "parameters_active": _active(config, tensors, groups, routers),
         "groups": groups,
-        "mechanisms": _mechanisms(files),
-        "code": code,
+        "mechanisms": _mechanisms(code),
+        "code": rows,
         "problems": problems,
+        "written_by": {"hf_moe": config.hf_moe_version, "transformers": config.transformers_version},
+        "refresh": reasons_to_refresh(code, renewed),
     }
-
-
-def _is_path(source: str) -> bool:
-    return Path(source).is_dir() or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
 def _local(folder: Path) -> _Files:
@@ -139,7 +139,7 @@ def _local(folder: Path) -> _Files:
     return _Files(
         names=sorted(path.name for path in folder.iterdir() if path.is_file()),
         commit=None,
-        text=lambda name: (folder / name).read_text(encoding="utf-8"),
+        text=lambda name: read_text(folder / name),
         header=lambda name: parse_local_safetensors_file_metadata(folder / name),
     )
 
@@ -239,60 +239,41 @@ def _active(
     return active
 
 
-def _mechanisms(files: _Files) -> list[dict[str, str]]:
+def _mechanisms(code: dict[str, str]) -> list[dict[str, str]]:
     """Return what the checkpoint's own list of mechanisms names, with the source that each file's docstring gives."""
-    if "mechanisms.py" not in files.names:
-        return []
-    tree = ast.parse(files.text("mechanisms.py"))
-    module_of = {
-        alias.name: f"{node.module}.py"
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    table = next(
-        node.value for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
-    )
     found = []
-    for kind, classes in zip(table.keys, table.values, strict=True):
-        assert isinstance(kind, ast.Constant) and isinstance(classes, ast.Dict)
-        for name, cls in zip(classes.keys, classes.values, strict=True):
-            assert isinstance(name, ast.Constant) and isinstance(cls, ast.Name)
-            file = module_of[cls.id]
-            docstring = (ast.get_docstring(ast.parse(files.text(file))) or "") if file in files.names else ""
-            source = " ".join(docstring.partition("\nSource")[2].lstrip("s:").split())
-            found.append({"kind": str(kind.value), "name": str(name.value), "file": file, "source": source})
+    for item in listed_mechanisms(code):
+        file = f"{item.module}.py"
+        docstring = (ast.get_docstring(parsed(file, code[file])) or "") if file in code else ""
+        source = " ".join(docstring.partition("\nSource")[2].lstrip("s:").split())
+        found.append({"kind": item.kind, "name": item.name, "file": file, "source": source})
     return found
 
 
-def _code(files: _Files, config: Any) -> tuple[list[dict[str, str]], list[str]]:
+def _compare_code(
+    files: _Files, config: Any, code: dict[str, str], renewed: Renewed
+) -> tuple[list[dict[str, str]], list[str]]:
     """Compare the bundled files with what the installed package would write, and with what the card lists."""
-    present = [name for name in files.names if re.fullmatch(r"[^/]+\.py", name)]
-    entries = [CONFIGURATION, MODELING, *([PROCESSING] if PROCESSING.name in present else [])]
-    names = used_names(config)
-    known = {
-        kind: {name: get_mechanism(kind, name) for name in used if name in mechanism_names(kind)}
-        for kind, used in names.items()
-    }
-    expected = bundle_files(entries, known)
     problems = [
         f"the installed package has no {kind} {name!r}"
-        for kind in names
-        for name in names[kind]
-        if name not in known[kind]
+        for kind, names in used_names(config).items()
+        for name in names
+        if name not in mechanism_names(kind)
     ]
-    problems += [f"{name} is missing" for name in sorted(set(expected) - set(present))]
+    problems += [f"{name} is missing" for name in sorted(set(renewed.files) - set(code))]
     card = files.text("README.md") if "README.md" in files.names else ""
     listed = dict(re.findall(r"^\| `([^`]+\.py)` \| `([0-9a-f]{64})` \|$", card, flags=re.MULTILINE))
-    code = []
-    for name in present:
-        text = files.text(name)
+    rows = []
+    for name, text in code.items():
         digest = hashlib.sha256(text.encode()).hexdigest()
-        state = UNKNOWN if name not in expected else SAME if text == expected[name] else OTHER
-        code.append({"file": name, "sha256": digest, "state": state})
+        if name not in renewed.files or name in renewed.carried:
+            state = UNKNOWN
+        else:
+            state = SAME if unsealed(text) == unsealed(renewed.files[name]) else OTHER
+        rows.append({"file": name, "sha256": digest, "state": state})
         if listed.get(name, digest) != digest:
             problems.append(f"{name} is not the file whose SHA-256 the card lists")
-    return code, problems
+    return rows, problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -333,4 +314,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {item['sha256']}  {item['file']}: {item['state']}")
     for problem in found["problems"]:
         print(f"  ! {problem}")
+    by = found["written_by"]
+    versions = [by[name] or "(version unknown)" for name in ("hf_moe", "transformers")]
+    print("Written by hf-moe {} with Transformers {}.".format(*versions))
+    if found["refresh"]:
+        print(f"The code should be written anew, with `hf-moe refresh {found['source']}`:")
+        for reason in found["refresh"]:
+            print(f"  {reason}")
     return 0

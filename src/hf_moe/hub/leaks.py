@@ -67,7 +67,8 @@ def _forbidden_name(name: str) -> str | None:
     *folders, file = Path(name).parts
     if any(fnmatchcase(part, form) for part in folders for form in TRAINER_FOLDERS):
         return "a folder of the trainer"
-    if any(fnmatchcase(file, form) for form in TRAINER_FILES):
+    # A file of code may be called after an optimizer.
+    if not file.endswith(".py") and any(fnmatchcase(file, form) for form in TRAINER_FILES):
         return "a state of the trainer"
     if any(fnmatchcase(file, form) for form in SECRET_FILES):
         return "a file of secrets"

@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,8 +13,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
+from ..configuration.reading import check_config_fields, read_object
 from .adapter import adapter_snippet, is_adapter, needed_files
 from .evaluation import check_evaluation
+from .files import check_whole, weights_files
 from .leaks import find_leaks
 
 
@@ -25,6 +27,8 @@ RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 RETRY_WAITS = (1, 2, 4, 8)  # seconds
 # The client wraps what stops the upload of one file in a RuntimeError.
 FAILURES = (HfHubHTTPError, httpx.TransportError, RuntimeError, OfflineModeIsEnabled)
+
+Operation = CommitOperationAdd | CommitOperationDelete
 
 SNIPPET = """\
 from transformers import {auto_class}, {auto_processor}
@@ -117,7 +121,14 @@ def push_checkpoint(
     except FAILURES as error:
         raise PushError(f"{failure_reason(error, api, repo_id)} Nothing has been uploaded.") from error
     try:
-        commit = _commit(api, folder, files, repo_id, revision, create_pr, message)
+        commit = commit_operations(
+            api,
+            repo_id,
+            lambda remote: _operations(folder, files, repo_id, remote),
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+        )
     except FAILURES as error:
         raise PushError(
             f"{failure_reason(error, api, repo_id)} No new commit is known: {revision or 'main'} of {repo_id} was at "
@@ -140,7 +151,10 @@ def checkpoint_files(folder: Path) -> dict[str, int]:
 
     Raises:
         FileNotFoundError: if something is missing without which nobody could load or understand it.
+        ValueError: if a file is damaged, naming it.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     inside = {path.relative_to(folder).as_posix(): path for path in paths}
     files = {name: path.stat().st_size for name, path in inside.items() if not IGNORED & set(Path(name).parts)}
@@ -152,6 +166,8 @@ def checkpoint_files(folder: Path) -> dict[str, int]:
             f"{folder} is no complete checkpoint, it lacks {', '.join(missing)}. Save the model and the processor to "
             "it with save_pretrained, and write the card with hf_moe.hub.card.write_card."
         )
+    if not is_adapter(folder):
+        check_whole(folder)
     return files
 
 
@@ -160,13 +176,11 @@ def _needed(folder: Path) -> Iterator[str]:
     if is_adapter(folder):
         yield from needed_files(folder)
         return
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    config = read_object(path)
+    check_config_fields(str(path), config)
     yield from sorted({f"{target.partition('.')[0]}.py" for target in config.get("auto_map", {}).values()})
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        yield from sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        yield "model.safetensors"
+    yield from weights_files(folder)
     if config.get("vision_config") is not None:
         yield "processor_config.json"
     yield "tokenizer_config.json"
@@ -190,27 +204,30 @@ def _prepare(api: HfApi, repo_id: str, private: bool | None, gated: str | None, 
     return str(api.model_info(repo_id, revision=revision).sha)
 
 
-def _commit(
+def commit_operations(
     api: HfApi,
-    folder: Path,
-    files: dict[str, int],
     repo_id: str,
+    operations: Callable[[list[str]], list[Operation]],
+    *,
     revision: str | None,
-    create_pr: bool,
+    create_pr: bool = False,
     message: str,
 ) -> CommitInfo:
-    """Make the commit, again where the Hub is busy or the connection breaks.
+    """Make a commit, again where the Hub is busy or the connection breaks.
 
     The client repeats its uploads by itself, but not the commit: an answer may be lost after it was made. Here every
     attempt begins by asking what the repository holds, so such a commit is found and not made twice. A pull request
     could not be found so, and is repeated only after the Hub has answered that it is not there.
+
+    Args:
+        operations: gives the operations for the paths that the repository holds.
     """
     for wait in (*RETRY_WAITS, None):
         try:
             info = api.model_info(repo_id, revision=revision)
             return api.create_commit(
                 repo_id,
-                _operations(folder, files, repo_id, [sibling.rfilename for sibling in info.siblings or []]),
+                operations([sibling.rfilename for sibling in info.siblings or []]),
                 commit_message=message,
                 revision=revision,
                 create_pr=create_pr,
@@ -226,9 +243,7 @@ def _commit(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _operations(
-    folder: Path, files: dict[str, int], repo_id: str, remote: list[str]
-) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(folder: Path, files: dict[str, int], repo_id: str, remote: list[str]) -> list[Operation]:
     stale = [name for name in remote if name not in files and any(fnmatchcase(name, pattern) for pattern in REPLACED)]
     contents = {name: folder / name for name in files} | {"README.md": _card(folder, repo_id).encode()}
     return [

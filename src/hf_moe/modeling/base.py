@@ -1,6 +1,7 @@
 """The base of the model's classes: loading, initialisation and what Transformers may do with them."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..configuration.configuration_hf_moe import PUSH_HOOKS, HfMoeConfig
+from ..configuration.configuration_hf_moe import HfMoeConfig
+from ..configuration.saving import PUSH_HOOKS
 from .dispatch import RAGGED
+from .loading import check_checkpoint_files, check_tensors, damaged_weights, refuse_edited_code
 from .routing import Connector, Experts, Objective, Router
 
 
@@ -34,14 +37,31 @@ class HfMoePreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "HfMoePreTrainedModel":
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        source = pretrained_model_name_or_path
+        if source is None:
+            return super().from_pretrained(source, *args, **kwargs)
+        check_checkpoint_files(source)
+        if cls.is_remote_code():
+            refuse_edited_code(Path(source))
+        wants_report = kwargs.pop("output_loading_info", False)
+        ignore_shapes = kwargs.pop("ignore_mismatched_sizes", False)
+        # Transformers names a tensor of another shape in a log alone; `check_tensors` names it in the error.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model, report = super().from_pretrained(source, *args, **kwargs)
         except SafetensorError as error:
-            raise OSError(
-                f"A weights file (.safetensors) of {pretrained_model_name_or_path} is damaged or cut short: {error}. "
-                "Copy or download it again."
-            ) from error
+            raise damaged_weights(source, error) from error
+        # With an adapter the report is the adapter's, which `load_adapter` has checked.
+        if not model._hf_peft_config_loaded:
+            check_tensors(source, report, model.can_generate(), ignore_shapes)
+        return (model, report) if wants_report else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        # The names of the modules, which `Trainer` reads back with `load_state_dict`: a host's own names for its
+        # files, such as Mixtral's, are undone by `from_pretrained` alone.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         # LoRA experts are a PEFT method of the package, which PEFT knows once it is imported; no model needs it.

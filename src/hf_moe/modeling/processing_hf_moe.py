@@ -1,11 +1,13 @@
 """The processor: images and text in, placeholders expanded, modality ids beside the tokens."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from ..configuration.configuration_hf_moe import save_with_hooks
+from ..configuration.reading import PROCESSOR_FILES, check_files, processor_problem
+from ..configuration.saving import save_with_hooks
 from .image_loading import IMAGE_SOURCES, is_list, open_image, open_image_lists
 
 
@@ -161,6 +163,19 @@ class HfMoeProcessor(ProcessorMixin):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        source = pretrained_model_name_or_path
+        check_files(source, (*PROCESSOR_FILES, "config.json"))
+        try:
+            return super().from_pretrained(source, **kwargs)
+        # The library of the tokenizers raises plain `Exception`.
+        except Exception as error:
+            reason = processor_problem(Path(source))
+            if reason is None and isinstance(error, ValueError | OSError | ImportError):
+                raise
+            raise ValueError(f"The processor of {source} cannot be read: {reason or error}") from error
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,127 @@
+"""Reads the files of a checkpoint as the commands need them; a damaged one is an error that names it."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
+
+from ..configuration.configuration_hf_moe import HfMoeConfig
+from ..configuration.reading import check_config_fields, parse_object, read_object, read_text
+from ..modeling.loading import INDEX, files_of_index
+from ..modeling.mechanisms import mechanism_names
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from .bundle import relative_imports, used_names
+
+
+OTHER_JSON_FILES = ("generation_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def read_config(folder: Path) -> Any:
+    """Return the config of a model of this library.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged, or that of another model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint.")
+    return parse_config(str(path), read_text(path))
+
+
+def parse_config(name: str, text: str) -> Any:
+    """Return the config in the text of a file, see [`read_config`]."""
+    plain = parse_object(name, text)
+    if plain.get("model_type") != HfMoeConfig.model_type:
+        raise ValueError(
+            f"{name} is that of a checkpoint of model_type {plain.get('model_type')!r}; this command is for "
+            f"{HfMoeConfig.model_type!r}."
+        )
+    check_config_fields(name, plain)
+    try:
+        return HfMoeConfig.from_dict(plain)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def weights_files(folder: Path) -> list[str]:
+    """Return the names of the weights files that a checkpoint must hold."""
+    return files_of_index(folder / INDEX) if (folder / INDEX).is_file() else ["model.safetensors"]
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a checkpoint with a damaged file; of the weights the headers and the sizes are read.
+
+    Raises:
+        FileNotFoundError: if a file of the weights is missing.
+        ValueError: naming the file.
+    """
+    for name in OTHER_JSON_FILES:
+        if (folder / name).is_file():
+            read_object(folder / name)
+    tensors: dict[str, Any] = {}
+    home: dict[str, str] = {}
+    for name in weights_files(folder):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks {name}, which its index names.")
+        own = _tensors(folder / name)
+        tensors |= own
+        home |= dict.fromkeys(own, name)
+    if (folder / INDEX).is_file() and read_object(folder / INDEX)["weight_map"] != home:
+        raise ValueError(f"{folder / INDEX} does not name the tensors that the weights files hold: save them again.")
+    for path in sorted(folder.glob("*.py")):
+        try:
+            compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: it is no Python code ({error}).") from error
+        for module in relative_imports(read_text(path)):
+            if not (folder / f"{module}.py").is_file():
+                raise FileNotFoundError(f"{folder} lacks {module}.py, which {path.name} imports.")
+    problems = tensor_problems(read_config(folder), tensors)
+    if problems:
+        raise ValueError(f"{folder} does not hold the weights of the model in its config.json: {'; '.join(problems)}.")
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """Return what the header of a weights file that is whole says of each tensor."""
+    try:
+        tensors = parse_local_safetensors_file_metadata(path).tensors
+    except SafetensorsParsingError as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from error
+    with path.open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    end = max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
+    if not tensors or path.stat().st_size != header + end:
+        raise ValueError(
+            f"{path} is damaged or cut short: its header names {end:,} bytes of weights, and it holds "
+            f"{path.stat().st_size - header:,}."
+        )
+    return tensors
+
+
+def tensor_problems(config: Any, tensors: dict[str, Any]) -> list[str]:
+    """Return what the weights lack of the model of a config, and what they have beside it.
+
+    Nothing is said of a model whose mechanisms are not all installed, nor of a host's own names, under which older
+    versions saved the experts one by one.
+    """
+    known = all(name in mechanism_names(kind) for kind, names in used_names(config).items() for name in names)
+    if not known or any(re.search(r"\.experts\.\d+\.", name) for name in tensors):
+        return []
+    with torch.device("meta"):
+        model = HfMoeForConditionalGeneration(config)
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    lacking = [name for name in own if name not in stored and name not in tied and not name.startswith("objectives.")]
+    extra = [name for name in stored if name not in own and not name.startswith("objectives.")]
+    other = [name for name in own if name in stored and math.prod(own[name]) and own[name] != stored[name]]
+    return [
+        f"the weights {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in {"lack": lacking, "hold, and the model has not,": extra, "differ in shape:": other}.items()
+        if names
+    ]

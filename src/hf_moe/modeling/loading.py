@@ -1,0 +1,108 @@
+"""Checks of a load: every tensor was read, no file is damaged, and the code that runs is the checkpoint's."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..configuration.reading import check_files, read_object
+
+
+INDEX = "model.safetensors.index.json"
+JSON_FILES = ("config.json", "generation_config.json", INDEX)
+
+
+def check_checkpoint_files(source: Any) -> None:
+    """Refuse a folder whose JSON files, or whose list of weights files, are damaged.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: naming the file.
+    """
+    check_files(source, JSON_FILES)
+    index = Path(source) / INDEX
+    if index.is_file():
+        files_of_index(index)
+
+
+def files_of_index(index: Path) -> list[str]:
+    """Return the weights files that an index names.
+
+    Raises:
+        ValueError: if it names none, or something else.
+    """
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} is damaged: its 'weight_map' must name a file for every tensor. Download it again.")
+    return sorted(set(names.values()))
+
+
+def damaged_weights(source: Any, error: SafetensorError) -> OSError:
+    """Return the error that names the damaged weights file."""
+    damaged = [path.name for path in sorted(Path(source).glob("*.safetensors")) if not _is_readable(path)]
+    return OSError(
+        f"A weights file (.safetensors) of {source} is damaged or cut short"
+        f"{': ' + ', '.join(damaged) if damaged else ''}: {error}. Copy or download it again."
+    )
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(file.keys())
+    except (SafetensorError, OSError):
+        return False
+
+
+def check_tensors(source: Any, report: dict[str, Any], has_head: bool, ignore_shapes: bool) -> None:
+    """Refuse weights that are not those of the model; a missing tensor would be drawn at random.
+
+    Args:
+        source: the checkpoint.
+        report: what `from_pretrained` returns with `output_loading_info`.
+        has_head: whether the model has all parts of a checkpoint; without its head it leaves the head's tensors.
+        ignore_shapes: the user's `ignore_mismatched_sizes`.
+
+    Raises:
+        ValueError: naming the first tensors of each kind.
+    """
+    wrong = []
+    if report["missing_keys"]:
+        wrong.append(_listed("lack", report["missing_keys"]))
+    if report["unexpected_keys"] and has_head:
+        wrong.append(_listed("hold tensors that the model does not have:", report["unexpected_keys"]))
+    if report["mismatched_keys"] and not ignore_shapes:
+        shapes = [
+            f"{key} of shape {tuple(stored)}, not {tuple(own)}" for key, stored, own in report["mismatched_keys"]
+        ]
+        wrong.append(_listed("hold", shapes))
+    if wrong:
+        raise ValueError(
+            f"The weights of {source} are not those of the model in its config.json: they {'; they '.join(wrong)}. "
+            "Restore the files of the checkpoint."
+        )
+
+
+def _listed(verb: str, names: Any) -> str:
+    shown = sorted(map(str, names))
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return f"{verb} {', '.join(shown[:3])}{more}"
+
+
+def refuse_edited_code(folder: Path) -> None:
+    """Refuse a folder whose code was edited after its save if this process runs the code as it was before.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    for running in sorted(Path(__file__).parent.glob("*.py")):
+        edited = folder / running.name
+        if edited.is_file() and edited.read_bytes() != running.read_bytes():
+            # The second line is the digest of all files, which tells the code of two checkpoints apart.
+            digests = [path.read_bytes().split(b"\n", 2)[1:2] for path in (running, edited)]
+            if digests[0] == digests[1]:
+                raise ValueError(
+                    f"{edited} was edited after its checkpoint was saved, and this process has opened a checkpoint "
+                    "with the code as it was before: Transformers cannot tell them apart. Open the edited one in a "
+                    "process of its own."
+                )

@@ -1,0 +1,90 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+"""MLP connector: every patch feature becomes one token of the decoder.
+
+    y = W_n act(... act(W_1 norm(pool(x))))
+
+Two layers with GELU are LLaVA-1.5's (Improved Baselines with Visual Instruction Tuning, arXiv:2310.03744).
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .registry import register_connector
+from .routing import Connector
+
+
+@register_connector("mlp")
+class MlpConnector(Connector):
+    """`num_layers` linear layers with an activation between them.
+
+    Args:
+        feature_size: C, the width of the tower's features.
+        hidden_size: d, the width of the decoder.
+        num_layers: number of linear layers, >= 1; one is LLaVA's plain projection.
+        act: activation between them, as in Transformers' `ACT2FN`.
+        norm: apply a LayerNorm to the features first.
+        pool: average `pool` x `pool` neighbouring patches of a square grid into one token.
+
+    Raises:
+        ValueError: if `num_layers` or `pool` is below 1; if, with `pool` > 1, the patches do not form a square whose
+            side `pool` divides.
+    """
+
+    def __init__(
+        self,
+        feature_size: int,
+        hidden_size: int,
+        *,
+        num_layers: int = 2,
+        act: str = "gelu",
+        norm: bool = False,
+        pool: int = 1,
+    ):
+        super().__init__(feature_size, hidden_size)
+        if num_layers < 1 or pool < 1:
+            raise ValueError(f"Connector 'mlp': num_layers={num_layers} and pool={pool} must be at least 1.")
+        self.pool = pool
+        self.norm = nn.LayerNorm(feature_size) if norm else None
+        widths = [feature_size] + [hidden_size] * num_layers
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+        self.act_fn = ACT2FN[act]
+
+    def initialize(self, std: float) -> None:
+        if self.norm is not None:
+            init.ones_(self.norm.weight)
+            init.zeros_(self.norm.bias)
+        for layer in self.layers:
+            init.normal_(layer.weight, mean=0.0, std=std)
+            init.zeros_(layer.bias)
+
+    def num_tokens(self, num_patches: int) -> int:
+        if self.pool == 1:
+            return num_patches
+        side = math.isqrt(num_patches)
+        if side * side != num_patches or side % self.pool:
+            raise ValueError(
+                f"Connector 'mlp' with pool={self.pool} needs a square grid of patches whose side is a multiple of "
+                f"{self.pool}; got {num_patches} patches. Change pool or the image size."
+            )
+        return (side // self.pool) ** 2
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        images, patches, width = features.shape
+        self.num_tokens(patches)
+        if self.pool > 1:
+            side = math.isqrt(patches)
+            grid = features.transpose(1, 2).reshape(images, width, side, side)
+            features = F.avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)  # (N, P', C)
+        if self.norm is not None:
+            features = self.norm(features)
+        features = self.layers[0](features)
+        for layer in self.layers[1:]:
+            features = layer(self.act_fn(features))
+        return features

@@ -1,0 +1,161 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+"""Vision towers: patch features out of any tower, and what a tower's type does not tell."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto import AutoModel
+
+
+def run_tower(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
+    """Run a tower on N images; `last_hidden_state` holds their patch features (N, P, C).
+
+    Takes the hidden state that `config.vision_feature_layer` names, or the last one; flattens feature maps
+    (N, C, H, W) row by row and drops the prefix tokens (class, registers).
+
+    Args:
+        kwargs: further inputs of towers that take packed patches, such as SigLIP2's `spatial_shapes`, and
+            `output_hidden_states` and `output_attentions`.
+    """
+    layer = config.vision_feature_layer
+    accepted = inspect.signature(tower.forward).parameters
+    kwargs = {name: value for name, value in kwargs.items() if name in accepted or name.startswith("output_")}
+    if layer is not None:
+        kwargs["output_hidden_states"] = True
+    outputs = tower(pixel_values, return_dict=True, **kwargs)
+    features = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+    if isinstance(features, list | tuple):
+        features = features[-1]
+    if features.dim() == 4:
+        features = features.flatten(2).transpose(1, 2)
+    else:
+        features = features[:, config.vision_prefix_tokens or 0 :]
+    return BaseModelOutput(
+        last_hidden_state=features,
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
+
+
+def tower_features(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Return the patch features (N, P, C) of N images, see [`run_tower`]."""
+    return run_tower(tower, config, pixel_values, **kwargs).last_hidden_state
+
+
+def dummy_pixels(config, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
+    """Return one black image in the form the tower takes.
+
+    Raises:
+        ValueError: if neither `image_size` nor the tower's config tells the size of an image.
+    """
+    vision = config.vision_config
+    channels = getattr(vision, "num_channels", None) or 3
+    if takes_packed_patches(vision):
+        side = int(vision.num_patches**0.5)
+        pixels = torch.zeros(1, side * side, channels * vision.patch_size**2, device=device, dtype=dtype)
+        return {
+            "pixel_values": pixels,
+            "pixel_attention_mask": None,
+            # The tower reads the numbers themselves: the meta device has none.
+            "spatial_shapes": torch.tensor([[side, side]], device="cpu"),
+        }
+    size = config.image_size
+    if size is None:
+        raise ValueError(
+            f"The size of an image is not in the config of the tower ({vision.model_type}): set image_size, in pixels."
+        )
+    return {"pixel_values": torch.zeros(1, channels, size, size, device=device, dtype=dtype)}
+
+
+def takes_packed_patches(vision_config) -> bool:
+    """Whether the tower takes patches of any grid, as SigLIP2 does: it has a number of positions and no image size."""
+    return bool(getattr(vision_config, "num_patches", None)) and not getattr(vision_config, "image_size", None)
+
+
+@dataclass(frozen=True)
+class TowerProbe:
+    """What one run of a tower on the meta device tells.
+
+    Attributes:
+        num_patches: P, the features of one image of `image_size`.
+        unreachable: names of the parameters that have no part in the features, such as CLIP's `post_layernorm` and
+            SigLIP's pooling head.
+    """
+
+    num_patches: int
+    unreachable: tuple[str, ...]
+
+
+def probe_tower(config) -> TowerProbe:
+    """Run a tower of `config.vision_config` once, without memory or data, and fill the config's `vision_feature_size`
+    and `vision_prefix_tokens` where they are absent."""
+    meta = torch.device("meta")
+    with meta:
+        tower = AutoModel.from_config(config.vision_config).eval()
+    names, parameters = zip(*tower.named_parameters(), strict=True)
+    inputs = dummy_pixels(config, meta, parameters[0].dtype)
+    with torch.enable_grad():
+        features = tower_features(tower, config, **inputs)  # (1, P, C)
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    num_patches = features.shape[1]
+    config.vision_feature_size = config.vision_feature_size or features.shape[-1]
+    if config.vision_prefix_tokens is None:
+        config.vision_prefix_tokens = _prefix_tokens(tower, config, num_patches)
+        num_patches -= config.vision_prefix_tokens
+    unreachable = tuple(name for name, gradient in zip(names, gradients, strict=True) if gradient is None)
+    return TowerProbe(num_patches, unreachable)
+
+
+def _prefix_tokens(tower: PreTrainedModel, config, num_tokens: int) -> int:
+    """Return how many of the tower's tokens are no patches; 0 where it returns a map or merges patches."""
+    patch_size = getattr(config.vision_config, "patch_size", None)
+    timm_model = getattr(tower, "timm_model", None)
+    if timm_model is not None:
+        # timm's feature maps come without their prefix tokens.
+        returns_maps = getattr(tower, "features_only", False) or config.vision_feature_layer is not None
+        return 0 if returns_maps else getattr(timm_model, "num_prefix_tokens", 0)
+    if isinstance(patch_size, int) and config.image_size is not None:
+        return max(0, num_tokens - (config.image_size // patch_size) ** 2)
+    return 0
+
+
+def insert_images(
+    inputs_embeds: torch.Tensor, placeholders: torch.Tensor, images: list[torch.Tensor], image_seq_length: int
+) -> torch.Tensor:
+    """Replace the placeholders' embeddings by the images, in order.
+
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `(B, S, d)`).
+        placeholders (`torch.Tensor` of shape `(B, S)`, bool).
+        images: the connected features of every image, (P', d) each.
+        image_seq_length: placeholders that the processor writes per image, for the error.
+
+    Raises:
+        ValueError: if there are more or fewer placeholders than image features.
+    """
+    features = torch.cat(list(images)).to(inputs_embeds.device, inputs_embeds.dtype)  # (sum P', d)
+    if not torch.compiler.is_compiling() and int(placeholders.sum()) != features.shape[0]:
+        raise ValueError(
+            f"Image features and image tokens do not match: {int(placeholders.sum())} placeholder tokens in the text, "
+            f"{features.shape[0]} features from {len(images)} images. The processor writes {image_seq_length} "
+            "placeholders per image; truncation may have cut some."
+        )
+    return inputs_embeds.masked_scatter(placeholders[..., None], features)
+
+
+def touch_vision(tower: PreTrainedModel, connector: nn.Module, config, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Return `inputs_embeds`, depending on the connector, and on a trainable tower, by a zero.
+
+    A batch of text alone must leave a gradient of zeros on them, or distributed training waits for ever.
+    """
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        features = tower_features(tower, config, **dummy_pixels(config, inputs_embeds.device, tower.dtype))
+    else:
+        features = inputs_embeds.new_zeros(1, 1, config.vision_feature_size)
+    return inputs_embeds + 0.0 * connector(features).sum()

@@ -1,0 +1,120 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+"""The base of the model's classes: loading, initialisation and what Transformers may do with them."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .configuration_hf_moe import HfMoeConfig
+from .saving import PUSH_HOOKS
+from .dispatch import RAGGED
+from .loading import check_checkpoint_files, check_tensors, damaged_weights, refuse_edited_code
+from .routing import Connector, Experts, Objective, Router
+
+
+class HfMoePreTrainedModel(PreTrainedModel):
+    """Base of the model's classes: weight initialisation and what Transformers may do with them."""
+
+    config: HfMoeConfig
+    config_class = HfMoeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Transformers greps this file for a decorator to see whether the experts backend can be set; ours read the
+    # interface themselves, in another file.
+    _can_set_experts_implementation_cached_value = True
+    # Objectives may change between two runs; their statistics build up again within a step.
+    _keys_to_ignore_on_load_missing = [r"^objectives\."]
+    _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        source = pretrained_model_name_or_path
+        if source is None:
+            return super().from_pretrained(source, *args, **kwargs)
+        check_checkpoint_files(source)
+        if cls.is_remote_code():
+            refuse_edited_code(Path(source))
+        wants_report = kwargs.pop("output_loading_info", False)
+        ignore_shapes = kwargs.pop("ignore_mismatched_sizes", False)
+        # Transformers names a tensor of another shape in a log alone; `check_tensors` names it in the error.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            model, report = super().from_pretrained(source, *args, **kwargs)
+        except SafetensorError as error:
+            raise damaged_weights(source, error) from error
+        # With an adapter the report is the adapter's, which `load_adapter` has checked.
+        if not model._hf_peft_config_loaded:
+            check_tensors(source, report, model.can_generate(), ignore_shapes)
+        return (model, report) if wants_report else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        # The names of the modules, which `Trainer` reads back with `load_state_dict`: a host's own names for its
+        # files, such as Mixtral's, are undone by `from_pretrained` alone.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # LoRA experts are a PEFT method of the package, which PEFT knows once it is imported; no model needs it.
+        try:
+            importlib.import_module("hf_moe.adapters")
+        except ModuleNotFoundError as error:
+            if error.name not in ("hf_moe", "hf_moe.adapters", "peft"):
+                raise
+        try:
+            loaded = super().load_adapter(peft_model_id, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights file (.safetensors) of the adapter {peft_model_id} is damaged or cut short: {error}. "
+                "Copy or download it again."
+            ) from error
+        missing = sorted(key for key in loaded.missing_keys if "_objectives." not in key)
+        if missing and peft_model_id is not None:
+            raise ValueError(
+                f"The weights file of the adapter {peft_model_id} lacks {len(missing)} of its tensors, among them "
+                f"{missing[:3]}: it is damaged, or belongs to another adapter_config.json or another base."
+            )
+        return loaded
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        for hook in PUSH_HOOKS:
+            return hook(self, repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or RAGGED)
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
+        # parameters: ours are initialised first, and marked.
+        std = self.config.initializer_range
+        for module in self.modules():
+            ours = isinstance(module, Router | Experts | Objective | Connector)
+            if ours and not getattr(module, "_is_hf_initialized", False):
+                module.initialize(std)
+                for part in module.modules():
+                    part._is_hf_initialized = True
+        super().initialize_weights()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        function = kwargs.get("gradient_checkpointing_func")
+        if enable and getattr(function, "keywords", {}).get("use_reentrant") and self.config.moe_config.objectives:
+            raise ValueError(
+                "use_reentrant=True cuts the gradient of the routing objectives "
+                f"({', '.join(self.config.moe_config.objectives)}) without a word: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)

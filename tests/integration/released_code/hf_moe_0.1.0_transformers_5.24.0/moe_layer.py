@@ -1,0 +1,184 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+"""The MoE layer: a router, experts, and an optional branch that every token uses."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_hf_moe import at_layer
+from .dispatch import SortedSlots
+from .mechanisms import get_mechanism
+from .registry import build
+from .routing import ACTIVE_CONTEXT, Decision, ExpertAssignment, Experts, MoELayerSpec, Router, RoutingContext
+
+
+class ExpertBanks(Experts):
+    """Isolated banks of different width behind one numbering: bank 0 holds the first experts, and so on.
+
+    Every bank sees the slots of its own experts and empty ones, so a bank that no token uses costs no matrix work and
+    still receives a gradient of zeros.
+    """
+
+    def __init__(self, banks: dict[str, Experts], sizes: list[int]):
+        super().__init__()
+        self.sizes = sizes
+        self.names = list(banks)
+        for name, bank in banks.items():
+            self.add_module(name, bank)
+
+    def initialize(self, std: float) -> None:
+        for name in self.names:
+            getattr(self, name).initialize(std)
+
+    def forward(self, hidden_states: torch.Tensor, decision: Decision) -> torch.Tensor:
+        if not isinstance(decision, ExpertAssignment):
+            raise ValueError(
+                f"Isolated banks need a router that assigns experts; {type(decision).__name__} mixes experts of one "
+                "width. Leave moe_config.expert_banks out."
+            )
+        banks = [getattr(self, name) for name in self.names]
+        output = torch.zeros_like(hidden_states)
+        if all(isinstance(bank, Experts) and bank.runs_sorted_slots for bank in banks):
+            # Sorted once for all banks; a wrapper of PEFT's takes the other way.
+            slots = SortedSlots.of(decision.expert_index, sum(self.sizes)).split(self.sizes)
+            for bank, part in zip(banks, slots, strict=True):
+                output = output + bank(hidden_states, decision, slots=part)
+            return output
+        start = 0
+        for bank, size in zip(banks, self.sizes, strict=True):
+            local = decision.expert_index - start  # (T, K)
+            inside = (local >= 0) & (local < size)
+            assignment = ExpertAssignment(
+                expert_index=local.masked_fill(~inside, size),
+                expert_weight=decision.expert_weight.masked_fill(~inside, 0.0),
+                num_experts=size,
+            )
+            output = output + bank(hidden_states, assignment)
+            start += size
+        return output
+
+
+class SharedExperts(nn.Module):
+    """The experts that every token uses, kept as one feed-forward of their total width.
+
+    With a gate the output is multiplied by `sigmoid(w . x)` per token, computed in float32.
+    """
+
+    def __init__(self, spec: MoELayerSpec, intermediate_size: int, gate: bool):
+        super().__init__()
+        if spec.gated:
+            self.gate_proj = nn.Linear(spec.hidden_size, intermediate_size, bias=spec.bias)
+        self.up_proj = nn.Linear(spec.hidden_size, intermediate_size, bias=spec.bias)
+        self.down_proj = nn.Linear(intermediate_size, spec.hidden_size, bias=spec.bias)
+        self.shared_expert_gate = nn.Linear(spec.hidden_size, 1, bias=False) if gate else None
+        self.act_fn = ACT2FN[spec.hidden_act]
+        self.gated = spec.gated
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        inner = self.act_fn(self.gate_proj(hidden_states)) * up if self.gated else self.act_fn(up)
+        output = self.down_proj(inner)
+        if self.shared_expert_gate is not None:
+            output = output * torch.sigmoid(self.shared_expert_gate(hidden_states).float()).to(output.dtype)
+        return output
+
+
+class MoELayer(nn.Module):
+    """Takes the place of a decoder layer's feed-forward: `forward(hidden (B, S, d)) -> (B, S, d)`.
+
+    The routing context is not an argument, since hosts pass none to their feed-forward: it is read from the context
+    variable that the decoder layer sets for the duration of its forward (see `host.py`). The modules are named `gate`,
+    `experts` and `shared_expert`, the names other tools look for.
+
+    With a residual mix the output is `c_0 routed(x) + c_1 shared(x)`, c = softmax(W x + b) in float32 (DeepSpeed-MoE,
+    arXiv:2201.05596), else `routed(x) + shared(x)`.
+
+    Args:
+        config: the outer `HfMoeConfig`.
+        spec: facts of this layer.
+
+    Raises:
+        ValueError: for a residual mix without a shared branch.
+    """
+
+    def __init__(self, config, spec: MoELayerSpec):
+        super().__init__()
+        self.layer_idx = spec.layer_idx
+        self.spec = spec
+        moe = config.moe_config
+        router, options = _name_and_options(moe.router, spec.layer_idx)
+        self.gate = build("router", get_mechanism("router", router), options, spec)
+        if torch.finfo(torch.get_default_dtype()).bits < 32:
+            # A model of low precision has float32 routers when it is loaded, so it has when it is built.
+            self.gate.float()
+        self.experts = _build_experts(config, spec)
+        num_shared = at_layer(moe.num_shared_experts, spec.layer_idx)
+        # In the singular: conversion rules of MoE hosts would take `shared_experts.down_proj` for a stack of theirs.
+        self.shared_expert = None
+        if num_shared > 0:
+            width = (
+                at_layer(moe.shared_intermediate_size, spec.layer_idx) or num_shared * spec.expert_intermediate_size
+            )
+            self.shared_expert = SharedExperts(spec, width, at_layer(moe.shared_expert_gate, spec.layer_idx))
+        self.residual_mix = None
+        if at_layer(moe.residual_mix, spec.layer_idx):
+            if self.shared_expert is None:
+                raise ValueError(
+                    f"Layer {spec.layer_idx}: moe_config.residual_mix weighs the routed experts against the shared "
+                    "branch, and there is none: set num_shared_experts."
+                )
+            self.residual_mix = nn.Linear(spec.hidden_size, 2)
+
+    @property
+    def router(self) -> Router:
+        """The router itself, also where PEFT has wrapped `gate` to adapt its parameters."""
+        return self.gate.get_base_layer() if hasattr(self.gate, "get_base_layer") else self.gate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        context = ACTIVE_CONTEXT.get()
+        if context is None:
+            context = RoutingContext.all_text(hidden_states)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, d)
+        decision = self.gate(tokens, context)
+        if isinstance(decision, ExpertAssignment):
+            # Padding is computed by nobody: its slots are empty, and empty slots cost nothing.
+            decision = decision.drop(~context.tokens("token_mask", tokens.device))
+        context.decisions[self.layer_idx] = decision
+        output = self._run_experts(tokens, decision).view_as(hidden_states)
+        if context.keep_outputs:
+            context.outputs[self.layer_idx] = output
+        if self.shared_expert is None:
+            return output
+        shared = self.shared_expert(hidden_states)
+        if self.residual_mix is None:
+            return output + shared
+        mix = self.residual_mix(hidden_states).float().softmax(-1).to(output.dtype)  # (B, S, 2)
+        return output * mix[..., :1] + shared * mix[..., 1:]
+
+    def _run_experts(self, tokens: torch.Tensor, decision: Decision) -> torch.Tensor:
+        if not isinstance(decision, ExpertAssignment):
+            return self.experts(tokens, decision)
+        if decision.input_scale is not None:
+            tokens = tokens * decision.input_scale[:, None].to(tokens.dtype)
+        output = self.experts(tokens, decision)
+        if decision.identity_weight is not None:
+            output = output + tokens * decision.identity_weight[:, None].to(tokens.dtype)
+        return output
+
+
+def _name_and_options(value: dict, layer_idx: int) -> tuple[str, dict]:
+    options = dict(at_layer(value, layer_idx))
+    return options.pop("name"), options
+
+
+def _build_experts(config, spec: MoELayerSpec) -> Experts:
+    name, options = _name_and_options(config.moe_config.experts, spec.layer_idx)
+    cls = get_mechanism("experts", name)
+    if not spec.banks:
+        return build("experts", cls, options, config, spec)
+    banks = {}
+    for bank, num_experts, width in spec.banks:
+        fields = {**vars(spec), "num_experts": num_experts, "expert_intermediate_size": width, "banks": ()}
+        banks[bank] = build("experts", cls, options, config, MoELayerSpec(**fields))
+    return ExpertBanks(banks, [num_experts for _, num_experts, _ in spec.banks])

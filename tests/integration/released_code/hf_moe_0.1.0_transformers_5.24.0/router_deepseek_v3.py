@@ -1,0 +1,85 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+"""DeepSeek-V3 routing: sigmoid scores, a bias that balances the choice, and group-limited selection.
+
+    s = sigmoid(W x)        S = the K largest of s + b among the `topk_group` best of `n_group` expert groups
+    w_i = routed_scaling_factor * s_i / (sum_{j in S} s_j)        for i in S
+
+The bias b moves the choice and never the weight, has no gradient, and follows the load after every optimizer step:
+`b_i += bias_update_rate * sign(mean load - load_i)`. A group's score is the sum of its two best experts.
+
+Sources: DeepSeek-V3 Technical Report, arXiv:2412.19437; Auxiliary-Loss-Free Load Balancing Strategy for
+Mixture-of-Experts, arXiv:2408.15664.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .gating import (
+    BiasBalancedRouter,
+    apply_overrides,
+    check_choice,
+    check_groups,
+    check_slots,
+    gate_logits,
+    renormalise,
+    router_scores,
+    select_experts,
+)
+from .registry import register_router
+from .routing import ExpertAssignment, MoELayerSpec, RoutingContext
+
+
+@register_router("deepseek_v3")
+class DeepseekV3Router(BiasBalancedRouter):
+    """Sigmoid gate with a balancing bias, group-limited top-k.
+
+    Args:
+        spec: facts of the layer.
+        score_function: `"sigmoid"` of every expert by itself, or `"softmax"` over the experts.
+        norm_topk_prob: divide the K weights by their sum.
+        routed_scaling_factor: multiplies the weights (2.5 in the 671B model).
+        n_group: number of expert groups (8 in the 671B model); must divide E.
+        topk_group: groups that a token may choose from (4 in the 671B model).
+        bias_update_rate: step of the bias, >= 0; 0 freezes it.
+
+    Raises:
+        ValueError: if K, the groups or `score_function` do not fit.
+    """
+
+    def __init__(
+        self,
+        spec: MoELayerSpec,
+        *,
+        score_function: str = "sigmoid",
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
+        bias_update_rate: float = 0.001,
+    ):
+        super().__init__(spec, (spec.num_experts,), bias_update_rate)
+        check_slots(spec, spec.num_experts, "deepseek_v3")
+        check_groups(spec, n_group, topk_group, "deepseek_v3")
+        check_choice("score_function", score_function, ("sigmoid", "softmax"))
+        self.score_function = score_function
+        self.norm_topk_prob = norm_topk_prob
+        self.routed_scaling_factor = routed_scaling_factor
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
+
+    def initialize(self, std: float) -> None:
+        super().initialize(std)
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        logits = apply_overrides(gate_logits(hidden_states, self.weight), self.spec, context)  # (T, E)
+        scores, probs = router_scores(logits, self.score_function)
+        index, weight = select_experts(
+            scores, logits, self.spec, self.e_score_correction_bias, self.n_group, self.topk_group
+        )  # (T, K) both
+        weight = renormalise(weight) if self.norm_topk_prob else weight
+        weight = weight * self.routed_scaling_factor
+        return ExpertAssignment(index, weight, self.spec.num_experts, router_logits=logits, router_probs=probs)

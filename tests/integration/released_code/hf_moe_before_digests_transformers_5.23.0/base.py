@@ -1,0 +1,100 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+"""The base of the model's classes: loading, initialisation and what Transformers may do with them."""
+
+import importlib
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .configuration_hf_moe import PUSH_HOOKS, HfMoeConfig
+from .dispatch import RAGGED
+from .routing import Connector, Experts, Objective, Router
+
+
+class HfMoePreTrainedModel(PreTrainedModel):
+    """Base of the model's classes: weight initialisation and what Transformers may do with them."""
+
+    config: HfMoeConfig
+    config_class = HfMoeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Transformers greps this file for a decorator to see whether the experts backend can be set; ours read the
+    # interface themselves, in another file.
+    _can_set_experts_implementation_cached_value = True
+    # Objectives may change between two runs; their statistics build up again within a step.
+    _keys_to_ignore_on_load_missing = [r"^objectives\."]
+    _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "HfMoePreTrainedModel":
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file (.safetensors) of {pretrained_model_name_or_path} is damaged or cut short: {error}. "
+                "Copy or download it again."
+            ) from error
+
+    def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # LoRA experts are a PEFT method of the package, which PEFT knows once it is imported; no model needs it.
+        try:
+            importlib.import_module("hf_moe.adapters")
+        except ModuleNotFoundError as error:
+            if error.name not in ("hf_moe", "hf_moe.adapters", "peft"):
+                raise
+        try:
+            loaded = super().load_adapter(peft_model_id, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights file (.safetensors) of the adapter {peft_model_id} is damaged or cut short: {error}. "
+                "Copy or download it again."
+            ) from error
+        missing = sorted(key for key in loaded.missing_keys if "_objectives." not in key)
+        if missing and peft_model_id is not None:
+            raise ValueError(
+                f"The weights file of the adapter {peft_model_id} lacks {len(missing)} of its tensors, among them "
+                f"{missing[:3]}: it is damaged, or belongs to another adapter_config.json or another base."
+            )
+        return loaded
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        for hook in PUSH_HOOKS:
+            return hook(self, repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or RAGGED)
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
+        # parameters: ours are initialised first, and marked.
+        std = self.config.initializer_range
+        for module in self.modules():
+            ours = isinstance(module, Router | Experts | Objective | Connector)
+            if ours and not getattr(module, "_is_hf_initialized", False):
+                module.initialize(std)
+                for part in module.modules():
+                    part._is_hf_initialized = True
+        super().initialize_weights()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        function = kwargs.get("gradient_checkpointing_func")
+        if enable and getattr(function, "keywords", {}).get("use_reentrant") and self.config.moe_config.objectives:
+            raise ValueError(
+                "use_reentrant=True cuts the gradient of the routing objectives "
+                f"({', '.join(self.config.moe_config.objectives)}) without a word: pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)

@@ -1,0 +1,178 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+"""Ragged dispatch: the experts backend in which an empty slot costs no matrix work.
+
+It registers in Transformers' `ExpertsInterface` as `"ragged"`, beside `eager`, `batched_mm` and `grouped_mm`, with
+their signature: `(experts module, hidden (T, d), index (T, K), weight (T, K)) -> (T, d)`, where the index
+`num_experts` marks an empty slot.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+
+RAGGED = "ragged"
+
+
+def compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
+    """Return the dtype of the expert products: autocast's where it is on, else the hidden states'.
+
+    `grouped_mm` takes no part in autocast, and left alone would compute in the float32 of the master weights.
+    """
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden_states.dtype
+
+
+# Below it the 10 microseconds that a call of oneDNN costs more outweigh what it saves.
+ONEDNN_MULTIPLICATIONS = 2**20
+# Up to it the reading of a weight is the cost of its product, and a cast only adds to it.
+FEW_ROWS = 8
+
+
+def onednn_serves(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether oneDNN takes the float32 product `left @ right.T`: the BLAS behind `mm` may need twice its time on x86.
+
+    An outer product is nothing but the writing of its result, which `mm` writes in place.
+    """
+    return (
+        left.dtype == torch.float32
+        and left.device.type == "cpu"
+        and left.shape[1] > 1
+        and left.numel() * right.shape[0] >= ONEDNN_MULTIPLICATIONS
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def write_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """Write `left @ right.T` into `out`, computed in the dtype of `left`, or a wider one where that costs less."""
+    dtype = left.dtype
+    if left.shape[0] <= FEW_ROWS:
+        dtype = torch.promote_types(dtype, right.dtype)
+    elif left.shape[1] == 1:
+        dtype = torch.promote_types(dtype, out.dtype)
+    left, right = left.to(dtype), right.to(dtype)
+    if onednn_serves(left, right):
+        result = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    else:
+        result = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
+        # Autocast, which may be on, leaves products with `out` alone.
+        torch.mm(left, right.t(), out=result)
+    if result is not out:
+        out.copy_(result)
+
+
+class GroupedProduct(torch.autograd.Function):
+    """One matrix product per group, `rows[g] @ weight[e].T`, with a result in the dtype of the rows.
+
+    The weight of one expert at a time is cast, and only if many rows use it: a cast of the whole stack would cost more
+    than the products where tokens are few, and would be kept for the backward. The gradient of the stack is written in
+    place, expert by expert; autograd would allocate it once per indexed expert, or stack copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.groups = GroupedProduct.groups(offsets)
+        ctx.save_for_backward(rows, weight)
+        output = rows.new_empty(rows.shape[0], weight.shape[1])  # (M, out)
+        for expert, group in ctx.groups:
+            write_product(rows[group], weight[expert], output[group])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        rows, weight = ctx.saved_tensors
+        rows_wanted, weight_wanted, _ = ctx.needs_input_grad
+        grad_rows = torch.empty_like(rows) if rows_wanted else None  # (M, in)
+        grad_weight = weight.new_empty(weight.shape) if weight_wanted else None  # (E, out, in)
+        # Two loops: reading weights and writing gradients in turn is slower.
+        if grad_rows is not None:
+            for expert, group in ctx.groups:
+                write_product(grad_output[group], weight[expert].t(), grad_rows[group])
+        if grad_weight is not None:
+            written = 0
+            for expert, group in ctx.groups:
+                grad_weight[written:expert].zero_()
+                write_product(grad_output[group].t(), rows[group].t(), grad_weight[expert])
+                written = expert + 1
+            grad_weight[written:].zero_()
+        return grad_rows, grad_weight, None
+
+    @staticmethod
+    def groups(offsets: torch.Tensor) -> list[tuple[int, slice]]:
+        """Return every expert in use and the slice of its rows."""
+        bounds = enumerate(pairwise([0, *offsets.tolist()]))
+        return [(expert, slice(start, end)) for expert, (start, end) in bounds if start < end]
+
+
+def grouped_kernel_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the GPU's one-launch kernel takes these operands; elsewhere one product per group is as fast."""
+    if rows.device.type != "cuda" or torch.cuda.get_device_capability(rows.device) < (8, 0) or rows.shape[0] == 0:
+        return False
+    # The kernel reads in steps of 16 bytes; sliced and memory-mapped weights may start anywhere.
+    aligned_sizes = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
+    return aligned_sizes and weight.is_contiguous() and weight.data_ptr() % 16 == 0
+
+
+def grouped_linear(
+    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Apply expert e's linear map to the rows of group e; the result has the dtype of the rows.
+
+    Args:
+        rows (`torch.Tensor` of shape `(M, in)`): sorted by expert; every row belongs to one.
+        weight (`torch.Tensor` of shape `(E, out, in)`).
+        offsets (`torch.Tensor` of shape `(E,)`, int32): end of every expert's rows; the last one is M.
+        bias (`torch.Tensor` of shape `(E, out)`, *optional*).
+
+    Returns:
+        `torch.Tensor` of shape `(M, out)`.
+    """
+    if grouped_kernel_serves(rows, weight):
+        output = F.grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=offsets)  # (M, out)
+    else:
+        output = GroupedProduct.apply(rows, weight, offsets)  # (M, out)
+    if bias is not None:
+        counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
+        output = output + bias.to(output.dtype).repeat_interleave(counts, dim=0, output_size=rows.shape[0])
+    return output
+
+
+# The sizes of the groups are data: traced, every grouped product would break the graph; so it breaks once, around all.
+@torch.compiler.disable
+def ragged_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Sort the filled slots by expert, run one grouped product per projection, scale and add back."""
+    dtype = compute_dtype(hidden_states)
+    slots = top_k_index.shape[-1]
+    sorted_index, order = top_k_index.reshape(-1).sort(stable=True)  # (T * K,) both; empty slots come last
+    experts = torch.arange(self.num_experts, device=order.device)
+    offsets = torch.searchsorted(sorted_index, experts, right=True).int()  # (E,)
+    order = order[: int(offsets[-1])]  # (M,) filled slots
+    token = order // slots  # (M,)
+
+    def project(rows: torch.Tensor, name: str) -> torch.Tensor:
+        weight = getattr(self, name)
+        weight = weight.transpose(1, 2) if self.is_transposed else weight  # (E, out, in)
+        return grouped_linear(rows, weight, offsets, getattr(self, f"{name}_bias") if self.has_bias else None)
+
+    rows = hidden_states.to(dtype).index_select(0, token)  # (M, d)
+    inner = self._apply_gate(project(rows, "gate_up_proj")) if self.has_gate else self.act_fn(project(rows, "up_proj"))
+    output = project(inner, "down_proj")  # (M, d)
+    if self.has_post_expert_norm:
+        output = self.post_expert_norm(output)
+    output = output * top_k_weights.reshape(-1).index_select(0, order).to(dtype)[:, None]
+    result = torch.zeros_like(hidden_states, dtype=dtype)
+    return result.index_add(0, token, output).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(RAGGED, ragged_experts_forward)

@@ -1,0 +1,243 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+"""Gate arithmetic shared by the routers, in float32 whatever the model's dtype."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .routing import Decision, ExpertAssignment, MoELayerSpec, Router, RoutingContext, sum_over_ranks
+
+
+def gate_logits(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the router logits (T, C) float32 of hidden states (T, d) and gate rows (C, d).
+
+    Autocast is switched off: bf16 logits flip experts between two runs that should agree.
+    """
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())
+
+
+def per_gate_logits(hidden_states: torch.Tensor, weight: torch.Tensor, gate_index: torch.Tensor) -> torch.Tensor:
+    """Return the logits (T, C) of the gate that each token uses, from stacked gates (G, C, d) and `gate_index` (T,).
+
+    All gates are evaluated and one is picked: G is at most the number of modalities, so this costs less than a split
+    by modality, and a gate without tokens still receives a gradient of zeros.
+    """
+    num_gates, candidates, width = weight.shape
+    logits = gate_logits(hidden_states, weight.reshape(num_gates * candidates, width))  # (T, G * C)
+    index = gate_index[:, None, None].expand(-1, 1, candidates)
+    return logits.view(-1, num_gates, candidates).gather(1, index).squeeze(1)  # (T, C)
+
+
+def apply_overrides(logits: torch.Tensor, spec: MoELayerSpec, context: RoutingContext) -> torch.Tensor:
+    """Return `logits` (T, C >= E) after the context's test-time offsets and disabled experts of this layer."""
+    if context.overrides is None:
+        return logits
+    offset = context.overrides.logit_offset.get(spec.layer_idx)
+    if offset is not None:
+        logits = logits + F.pad(offset.to(logits), (0, logits.shape[-1] - offset.shape[-1]))
+    disabled = context.overrides.disabled_experts.get(spec.layer_idx)
+    if disabled:
+        columns = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        columns[disabled] = True
+        logits = logits.masked_fill(columns, float("-inf"))
+    return logits
+
+
+def jitter(hidden_states: torch.Tensor, eps: float, training: bool) -> torch.Tensor:
+    """Multiply by uniform(1 - eps, 1 + eps) while training."""
+    if not training or eps == 0.0:
+        return hidden_states
+    return hidden_states * torch.empty_like(hidden_states).uniform_(1.0 - eps, 1.0 + eps)
+
+
+def renormalise(weight: torch.Tensor, minimum: float = 1e-20) -> torch.Tensor:
+    """Divide the slot weights (T, K) by their sum, at least `minimum`."""
+    return weight / weight.sum(-1, keepdim=True).clamp(min=minimum)
+
+
+def limit_groups(scores: torch.Tensor, n_group: int, topk_group: int) -> torch.Tensor:
+    """Keep the `topk_group` best of `n_group` expert groups, the rest becomes -inf.
+
+    The score of a group is the sum of its two best experts (DeepSeek-V3, arXiv:2412.19437).
+    """
+    if n_group <= 1:
+        return scores
+    grouped = scores.view(scores.shape[0], n_group, -1)  # (T, G, E / G)
+    best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values  # (T, G, 2)
+    # A group of which one expert is left still counts by that one.
+    second = best[..., 1:].masked_fill(best[..., 1:] == float("-inf"), 0.0)
+    group_score = best[..., 0] + second.sum(-1)  # (T, G)
+    kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(
+        1, group_score.topk(topk_group, dim=-1).indices, True
+    )
+    return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+
+
+def check_slots(spec: MoELayerSpec, candidates: int, name: str) -> None:
+    """Refuse more slots than candidates.
+
+    Raises:
+        ValueError: if `num_experts_per_tok` does not lie in [1, candidates].
+    """
+    if not 1 <= spec.num_experts_per_tok <= candidates:
+        raise ValueError(
+            f"Router {name!r} of layer {spec.layer_idx}: num_experts_per_tok={spec.num_experts_per_tok} must lie in "
+            f"[1, {candidates}], the number of experts that a token can choose."
+        )
+
+
+def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the `allowed` ones.
+
+    Raises:
+        ValueError: with the allowed values.
+    """
+    if value not in allowed:
+        raise ValueError(f"{option}={value!r}: allowed are {', '.join(repr(item) for item in allowed)}.")
+
+
+def check_groups(spec: MoELayerSpec, n_group: int, topk_group: int, name: str) -> None:
+    """Refuse expert groups that do not divide E, or that leave a token fewer than K experts.
+
+    Raises:
+        ValueError: with the three numbers.
+    """
+    fits = n_group >= 1 and spec.num_experts % n_group == 0 and 1 <= topk_group <= n_group
+    if not fits or topk_group * (spec.num_experts // n_group) < spec.num_experts_per_tok:
+        raise ValueError(
+            f"Router {name!r} of layer {spec.layer_idx}: n_group={n_group} must divide num_experts="
+            f"{spec.num_experts}, and topk_group={topk_group} of these groups must hold at least "
+            f"num_experts_per_tok={spec.num_experts_per_tok} experts."
+        )
+
+
+def is_vision(context: RoutingContext, device: torch.device) -> torch.Tensor:
+    """Return True for image and video tokens, (T,) bool."""
+    modality = context.tokens("modality_ids", device)
+    return (modality == 1) | (modality == 2)
+
+
+def router_scores(logits: torch.Tensor, score_function: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores (T, C) of a softmax or sigmoid gate, and the probabilities; a logit of -inf gives 0."""
+    if score_function == "softmax":
+        scores = logits.softmax(dim=-1)
+        return scores, scores
+    scores = logits.sigmoid()
+    return scores, renormalise(scores)
+
+
+def select_experts(
+    scores: torch.Tensor,
+    logits: torch.Tensor,
+    spec: MoELayerSpec,
+    bias: torch.Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the K candidates with the highest `scores + bias`; a chosen expert weighs its unbiased score.
+
+    Args:
+        scores (`torch.Tensor` of shape `(T, C)`): non-negative; C >= E, the real experts first.
+        logits (`torch.Tensor` of shape `(T, C)`): -inf where a token may not choose.
+        bias (`torch.Tensor` broadcast to `(T, C)`, *optional*): moves the choice, not the weight.
+
+    Returns:
+        Index (T, K) and weight (T, K). A slot is empty (index E, weight 0) where it would go to a candidate beyond the
+        real experts, or where a token has fewer than K candidates left.
+    """
+    choice = scores.detach() if bias is None else scores.detach() + bias
+    choice = limit_groups(choice.masked_fill(logits == float("-inf"), float("-inf")), n_group, topk_group)
+    value, index = choice.topk(spec.num_experts_per_tok, dim=-1)
+    weight = scores.gather(1, index)
+    empty = (index >= spec.num_experts) | (value == float("-inf"))
+    return index.masked_fill(empty, spec.num_experts), weight.masked_fill(empty, 0.0)
+
+
+def limit_capacity(
+    assignment: ExpertAssignment, capacity_factor: float | None, spec: MoELayerSpec, context: RoutingContext
+) -> ExpertAssignment:
+    """Empty the slots that an expert has no room for; earlier positions go first.
+
+    An expert takes `ceil(capacity_factor * n * K / E)` slots of a sequence with n real tokens; `None` is dropless. The
+    weights that remain keep their size, the signal `dropped` is the share of a token's slots that was emptied.
+    """
+    if capacity_factor is None:
+        return assignment
+    mask = context.token_mask.to(assignment.expert_index.device)  # (B, S)
+    slots = assignment.expert_index.view(mask.shape[0], -1)  # (B, S * K)
+    real = mask.repeat_interleave(spec.num_experts_per_tok, dim=1)
+    queued = F.one_hot(slots.masked_fill(~real, spec.num_experts), spec.num_experts + 1)  # (B, S * K, E + 1)
+    place = queued.cumsum(1).gather(2, slots[..., None]).squeeze(-1)  # from 1
+    # The margin keeps a product such as 1.1 * 10 from rounding up past the integer it stands for.
+    share = capacity_factor * spec.num_experts_per_tok / spec.num_experts
+    capacity = (mask.sum(-1, keepdim=True) * share - 1e-4).ceil()  # (B, 1)
+    overflow = (place > capacity).view_as(assignment.expert_index) & (assignment.expert_index < spec.num_experts)
+    assignment.chosen_index = assignment.expert_index
+    assignment.expert_index = assignment.expert_index.masked_fill(overflow, spec.num_experts)
+    assignment.expert_weight = assignment.expert_weight.masked_fill(overflow, 0.0)
+    assignment.signals["dropped"] = overflow.float().mean(-1)
+    return assignment
+
+
+class BiasBalancedRouter(Router):
+    """Base of the routers that balance their experts by a bias on the choice (arXiv:2408.15664).
+
+    After every optimizer step `b_i += rate * sign(mean load - load_i)`, load being the chosen slots of the whole step
+    over micro-batches and processes. The bias has no gradient, is saved, and does not move at inference.
+
+    Args:
+        bias_shape: `(E,)`, or `(G, E)` where each of G gates has a bias of its own.
+        bias_update_rate: the step, >= 0; 0 freezes the bias.
+    """
+
+    e_score_correction_bias: torch.Tensor
+    load: torch.Tensor
+
+    def __init__(self, spec: MoELayerSpec, bias_shape: tuple[int, ...], bias_update_rate: float):
+        super().__init__(spec)
+        if bias_update_rate < 0:
+            raise ValueError(f"bias_update_rate={bias_update_rate} must be >= 0.")
+        self.bias_update_rate = bias_update_rate
+        self.register_buffer("e_score_correction_bias", torch.zeros(bias_shape, dtype=torch.float32))
+        load = torch.zeros(bias_shape, dtype=torch.long).view(-1, spec.num_experts)  # (G, E)
+        # Saved too: a checkpoint is written before the next step's first forward closes this one.
+        self.register_buffer("load", load)
+
+    def initialize(self, std: float) -> None:
+        init.zeros_(self.e_score_correction_bias)
+        init.zeros_(self.load)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BiasBalancedRouter":
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        # In bf16 a step of 0.001 would vanish beside a bias of 0.3.
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+    def balanced_together(self, load: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Split `load` (G, E) along the experts into sets that share one mean load."""
+        return (load,)
+
+    def accumulate(self, decision: Decision, context: RoutingContext) -> None:
+        if self.bias_update_rate == 0.0 or not isinstance(decision, ExpertAssignment):
+            return
+        index = decision.expert_index
+        group = decision.gate_index
+        if group is None or len(self.load) == 1:
+            group = torch.zeros_like(index[:, 0])
+        counts = decision.slot_counts(group, len(self.load), context.tokens("token_mask", index.device))
+        # Summed over processes at once: DDP overwrites buffers by those of its first process at every forward.
+        self.load += sum_over_ranks(counts)
+
+    def end_step(self) -> None:
+        if self.bias_update_rate == 0.0:
+            return
+        # E * mean - E * load, in integers: a balanced expert must compare as exactly equal.
+        ahead = [part.sum(-1, keepdim=True) - part * part.shape[-1] for part in self.balanced_together(self.load)]
+        step = torch.cat(ahead, dim=-1).sign().view_as(self.e_score_correction_bias)
+        self.e_score_correction_bias += self.bias_update_rate * step
+        self.load.zero_()

@@ -1,0 +1,270 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+"""The host: how a Transformers decoder is read, and how its feed-forwards become MoE layers.
+
+Two things are done to a host. The feed-forward of every MoE layer is replaced by a `MoELayer`. The class of every
+decoder layer is swapped for a subclass of the same name whose `forward` takes `routing_context` and holds it in a
+context variable while the host's own forward runs. The context stays an argument of the layer, the one thing that
+survives every kind of recomputation, and the variable reaches a block that PEFT or a compiler has wrapped.
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration_hf_moe import at_layer
+from .moe_layer import MoELayer
+from .routing import ACTIVE_CONTEXT, MoELayerSpec
+
+
+@dataclass(frozen=True)
+class FfnLayout:
+    """The names under which a dense feed-forward keeps its projections.
+
+    Attributes:
+        up: the projection into the inner width; with the gate in its first half if `fused`.
+        down: the projection back.
+        gate: the gate's projection, if it has one of its own.
+        fused: whether `up` holds gate and up.
+        transposed: whether weights are stored (in, out), as GPT-2's `Conv1D` does.
+    """
+
+    up: str
+    down: str
+    gate: str | None = None
+    fused: bool = False
+    transposed: bool = False
+
+
+LAYOUTS = (
+    FfnLayout(gate="gate_proj", up="up_proj", down="down_proj"),
+    FfnLayout(up="gate_up_proj", down="down_proj", fused=True),
+    FfnLayout(up="up_proj", down="down_proj"),
+    FfnLayout(up="dense_h_to_4h", down="dense_4h_to_h"),
+    FfnLayout(up="fc1", down="fc2"),
+    FfnLayout(up="c_fc", down="c_proj", transposed=True),
+    FfnLayout(gate="w1", up="w3", down="w2"),
+)
+
+FFN_NAMES = ("mlp", "feed_forward", "ffn")
+ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation_function")
+LAYER_LIST_NAMES = ("layers", "h")
+
+
+@dataclass(frozen=True)
+class HostFfn:
+    """What a host's feed-forward is.
+
+    Attributes:
+        intermediate_size: f, of one expert if the host's layer is a MoE.
+        gated, bias: see [`MoELayerSpec`].
+        layout: how a dense feed-forward names its projections; `None` for a MoE layer.
+    """
+
+    intermediate_size: int
+    gated: bool
+    bias: bool
+    layout: FfnLayout | None
+
+
+def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers of a host.
+
+    Raises:
+        ValueError: if the model is no decoder, or keeps its layers under no known name.
+    """
+    name = type(language_model).__name__
+    if getattr(language_model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} cannot host MoE layers: it is an encoder-decoder, and the host must be a decoder.")
+    for attribute in LAYER_LIST_NAMES:
+        layers = getattr(language_model, attribute, None)
+        if isinstance(layers, nn.ModuleList):
+            return layers
+    raise ValueError(
+        f"{name} cannot host MoE layers: no list of decoder layers under {' or '.join(LAYER_LIST_NAMES)}; it has "
+        f"{[child for child, _ in language_model.named_children()]}."
+    )
+
+
+def ffn_name(layer: nn.Module) -> str:
+    """Return the attribute under which a decoder layer keeps its feed-forward.
+
+    Raises:
+        ValueError: if it keeps it under no known name.
+    """
+    for name in FFN_NAMES:
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return name
+    raise ValueError(
+        f"{type(layer).__name__} cannot host a MoE layer: no feed-forward under {' or '.join(FFN_NAMES)}; it has "
+        f"{[name for name, _ in layer.named_children()]}."
+    )
+
+
+def read_ffn(ffn: nn.Module) -> HostFfn:
+    """Return what a host's feed-forward is, dense or MoE.
+
+    Raises:
+        ValueError: if its projections have no known names, or it is more than its projections.
+    """
+    name = type(ffn).__name__
+    inputs = [p.name for p in inspect.signature(ffn.forward).parameters.values() if p.default is p.empty]
+    if len(inputs) != 1:
+        raise ValueError(f"{name} cannot become a MoE layer: it takes {inputs}, not the hidden states alone.")
+    if hasattr(ffn, "experts"):
+        return _read_experts(ffn)
+    for layout in LAYOUTS:
+        projections = [item for item in (layout.gate, layout.up, layout.down) if item is not None]
+        if not all(hasattr(getattr(ffn, item, None), "weight") for item in projections):
+            continue
+        biases = {getattr(ffn, item).bias is not None for item in projections}
+        held = {parameter for parameter, _ in ffn.named_parameters()}
+        extra = held - {f"{item}.{kind}" for item in projections for kind in ("weight", "bias")}
+        if extra or len(biases) > 1:
+            raise ValueError(
+                f"{name} cannot become a MoE layer: experts have no place for {sorted(extra)}."
+                if extra
+                else f"{name} cannot become a MoE layer: only some of its projections {projections} have a bias."
+            )
+        width = getattr(ffn, layout.down).weight.shape[0 if layout.transposed else 1]
+        return HostFfn(width, gated=layout.fused or layout.gate is not None, bias=biases.pop(), layout=layout)
+    raise ValueError(
+        f"{name} cannot become a MoE layer: its projections {[child for child, _ in ffn.named_children()]} are none "
+        f"of {[(layout.gate, layout.up, layout.down) for layout in LAYOUTS]}."
+    )
+
+
+def _read_experts(ffn: nn.Module) -> HostFfn:
+    stack, down = getattr(ffn.experts, "gate_up_proj", None), getattr(ffn.experts, "down_proj", None)
+    if stack is None or stack.dim() != 3 or stack.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
+        raise ValueError(
+            f"{type(ffn).__name__} cannot become a MoE layer: its experts are not stacked as gate_up_proj (E, 2f, d) "
+            "and down_proj (E, d, f)."
+        )
+    return HostFfn(down.shape[2], gated=True, bias=hasattr(ffn.experts, "down_proj_bias"), layout=None)
+
+
+def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
+    """Resolve the facts of one MoE layer from the config and the feed-forward it replaces.
+
+    Raises:
+        ValueError: if the host names no activation function.
+    """
+    moe, text = config.moe_config, config.text_config
+    activation = next((getattr(text, name) for name in ACTIVATION_FIELDS if getattr(text, name, None)), None)
+    if activation is None:
+        raise ValueError(f"{type(text).__name__} names no activation under {' or '.join(ACTIVATION_FIELDS)}.")
+    granularity = at_layer(moe.granularity, layer_idx)
+    width = at_layer(moe.expert_intermediate_size, layer_idx) or host_ffn.intermediate_size // granularity
+    banks = tuple(
+        (name, bank["num_experts"], bank.get("intermediate_size") or width)
+        for name, bank in (at_layer(moe.expert_banks, layer_idx) or {}).items()
+    )
+    return MoELayerSpec(
+        layer_idx=layer_idx,
+        hidden_size=text.hidden_size,
+        num_experts=at_layer(moe.num_experts, layer_idx),
+        num_experts_per_tok=at_layer(moe.num_experts_per_tok, layer_idx),
+        expert_intermediate_size=width,
+        hidden_act=activation,
+        gated=host_ffn.gated,
+        bias=host_ffn.bias,
+        banks=banks,
+    )
+
+
+def install_moe_layers(language_model: PreTrainedModel, config) -> dict[int, MoELayer]:
+    """Replace the feed-forwards that the config names and make every decoder layer carry the routing context.
+
+    Returns:
+        The MoE layers by layer index.
+    """
+    installed = {}
+    layers = decoder_layers(language_model)
+    for layer_idx in config.moe_layers():
+        layer = layers[layer_idx]
+        name = ffn_name(layer)
+        spec = layer_spec(config, layer_idx, read_ffn(getattr(layer, name)))
+        installed[layer_idx] = MoELayer(config, spec)
+        setattr(layer, name, installed[layer_idx])
+    for layer in layers:
+        layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]
+    _check_context_arrives(language_model, layers[0])
+    return installed
+
+
+class _Arrived(Exception):
+    """Ends the probe of `_check_context_arrives` at the first layer; holds the layer's keyword arguments."""
+
+
+def _check_context_arrives(language_model: PreTrainedModel, first_layer: nn.Module) -> None:
+    """Refuse a host that drops the routing context on the way to its layers: its routers would see text only.
+
+    Raises:
+        ValueError: if the context does not arrive.
+    """
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise _Arrived(kwargs)
+
+    embedding = next(language_model.parameters()).new_zeros(1, 1, language_model.config.hidden_size)
+    handle, received = first_layer.register_forward_pre_hook(stop, with_kwargs=True), {}
+    try:
+        if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(language_model.forward).parameters.values()):
+            # A 4-D mask is passed on unread: on the meta device, where models are loaded, it has no values to read.
+            mask = embedding.new_ones(1, 1, 1, 1)
+            language_model(
+                inputs_embeds=embedding, attention_mask=mask, routing_context=language_model, use_cache=False
+            )
+    except _Arrived as arrived:
+        received = arrived.args[0]
+    finally:
+        handle.remove()
+    if received.get("routing_context") is not language_model:
+        raise ValueError(
+            f"{type(language_model).__name__} cannot host MoE layers: it does not pass further keyword arguments, "
+            f"such as the routing context, on to its layers ({type(first_layer).__name__})."
+        )
+
+
+@functools.cache
+def routed_layer_class(host_class: Any) -> Any:
+    """Return the subclass of a decoder layer's class that takes `routing_context`.
+
+    It keeps the host's name, by which device maps and FSDP wrapping policies find it, and pickles.
+    """
+
+    def forward(self, *args: Any, routing_context: Any = None, **kwargs: Any) -> Any:
+        token = ACTIVE_CONTEXT.set(routing_context)
+        try:
+            return host_class.forward(self, *args, **kwargs)
+        finally:
+            ACTIVE_CONTEXT.reset(token)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _new_routed_layer, (host_class,), self.__dict__
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": host_class.__module__}
+    return type(host_class.__name__, (host_class,), body)
+
+
+def _new_routed_layer(host_class: Any) -> nn.Module:
+    cls = routed_layer_class(host_class)
+    return cls.__new__(cls)
+
+
+def scale_logits(logits, text_config):
+    """Apply what the host's own `ForCausalLM` does to its logits: scaling (Cohere, Granite), soft-capping (Gemma)."""
+    scale = getattr(text_config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(text_config, "logits_scaling", None)
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * (logits / cap).tanh()
+    return logits

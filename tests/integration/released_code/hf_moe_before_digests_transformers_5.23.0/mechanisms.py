@@ -1,0 +1,44 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+"""The mechanisms that this checkpoint carries."""
+
+from .configuration_hf_moe import unknown_name_message
+from .connector_mlp import MlpConnector
+from .experts_ffn import FfnExperts
+from .objective_load_balance import LoadBalance
+from .objective_router_z import RouterZ
+from .router_deepseek_v3 import DeepseekV3Router
+from .router_moiie import MoIIERouter
+
+
+MECHANISMS: dict[str, dict[str, type]] = {
+    "router": {"deepseek_v3": DeepseekV3Router, "moiie": MoIIERouter},
+    "experts": {"ffn": FfnExperts},
+    "objective": {"load_balance": LoadBalance, "router_z": RouterZ},
+    "connector": {"mlp": MlpConnector},
+}
+
+
+def mechanism_names(kind: str) -> list[str]:
+    """Return the names of the mechanisms of `kind` that this checkpoint carries.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
+    if kind not in MECHANISMS:
+        raise ValueError(unknown_name_message("kind of mechanism", kind, list(MECHANISMS)))
+    return sorted(MECHANISMS[kind])
+
+
+def get_mechanism(kind: str, name: str) -> type:
+    """Return the class of a mechanism.
+
+    Raises:
+        ValueError: if this checkpoint does not carry it.
+    """
+    if name not in mechanism_names(kind):
+        raise ValueError(
+            f"This checkpoint does not carry the {kind} {name!r} that its config.json asks for, only: "
+            f"{', '.join(mechanism_names(kind)) or 'none'}. Restore config.json, or build and save the model with "
+            "the package: pip install hf-moe"
+        )
+    return MECHANISMS[kind][name]
