@@ -74,7 +74,7 @@ def test_a_sum_over_layers_is_the_mean_times_the_layers(name):
 
 
 def test_an_unknown_reduction_is_named():
-    with pytest.raises(ValueError, match=r"layer_reduction='max' must be 'mean' or 'sum'"):
+    with pytest.raises(ValueError, match=r"layer_reduction='max' must be one of 'mean', 'sum'"):
         losses({"router_z": {"coef": 1.0, "layer_reduction": "max"}})
 
 

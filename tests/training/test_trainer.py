@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor, MoeLoraConfig
 from hf_moe.construction.tokenizer import train_word_tokenizer
+from hf_moe.modeling.outputs import HfMoeCausalLMOutputWithPast
 from hf_moe.training.trainer import HfMoeTrainer
 
 
@@ -103,9 +105,14 @@ def evaluation(model, folder, rows=None, trainer_class=Trainer, **options) -> Tr
     return trainer_class(model, arguments, eval_dataset=rows or make_rows(5), **options)
 
 
-@pytest.mark.parametrize("fields", [{}, {"output_router_logits": True}, {"output_hidden_states": True}], ids=str)
+def test_every_field_but_the_logits_is_ignored_at_inference():
+    names = {field.name for field in fields(HfMoeCausalLMOutputWithPast)}
+    assert set(make_model().config.keys_to_ignore_at_inference) == names - {"loss", "logits"}
+
+
+@pytest.mark.parametrize("options", [{}, {"output_router_logits": True}, {"output_hidden_states": True}], ids=str)
 @pytest.mark.parametrize("trainer_class", [Trainer, HfMoeTrainer])
-def test_metrics_get_the_logits_alone(tmp_path, trainer_class, fields):
+def test_metrics_get_the_logits_alone(tmp_path, trainer_class, options):
     seen = {}
 
     def keep(logits, labels):
@@ -117,7 +124,7 @@ def test_metrics_get_the_logits_alone(tmp_path, trainer_class, fields):
         return {}
 
     for preprocess in (None, keep):
-        model = make_model(**fields)
+        model = make_model(**options)
         trainer = evaluation(
             model,
             tmp_path,

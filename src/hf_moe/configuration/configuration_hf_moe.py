@@ -244,10 +244,10 @@ class HfMoeConfig(PreTrainedConfig):
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
         """What `Trainer` leaves out of predictions: `compute_metrics` gets the logits alone."""
-        # Transformers names the fields, its cache under a name that depends on the version.
+        # Transformers names the fields, which depend on its version; `modeling/outputs.py` has the same base.
         outputs = importlib.import_module("transformers.modeling_outputs")
-        plain = outputs.MoeCausalLMOutputWithPast
-        theirs = {item.name for item in fields(getattr(outputs, "MultimodalMoeCausalLMOutputWithPast", plain))}
+        base = getattr(outputs, "MultimodalMoeCausalLMOutputWithPast", outputs.MoeCausalLMOutputWithPast)
+        theirs = {item.name for item in fields(base)}
         return sorted(theirs - {"loss", "logits"} | {"image_hidden_states", "objective_values", "routing"})
 
     @classmethod
