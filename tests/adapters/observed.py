@@ -20,7 +20,9 @@ def with_cache(model, output):
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = ("cache", "past_key_values", "cache_params")
     known = inspect.signature(base.forward).parameters
-    return {next(name for name in names if name in known): cache_of(output)}
+    found = next((name for name in names if name in known), None)
+    # Our own models pass on what they do not name.
+    return {found or next(name for name in names if name in output): cache_of(output)}
 
 
 def logits(model, inputs, **extra):

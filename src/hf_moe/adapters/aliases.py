@@ -87,7 +87,7 @@ def is_other_norm(model: nn.Module, key: str) -> bool:
 
 
 def _without_adapters(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def check_all_found(model: nn.Module, adapter_name: str, config: MoeLoraConfig, names: Iterable[str]) -> None:

@@ -109,8 +109,8 @@ def computes_linear(layer: nn.Module) -> bool:
         return True
     if not layer.weight.is_floating_point() or layer.weight.is_meta:
         return False
-    probe = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]  # type: ignore[call-overload]
-    return torch.allclose(layer(probe), F.linear(probe, layer.weight, layer.bias), rtol=1e-2, atol=1e-3)  # type: ignore[arg-type]
+    probe = torch.linspace(-1, 1, layer.in_features).to(layer.weight)[None]
+    return torch.allclose(layer(probe), F.linear(probe, layer.weight, layer.bias), rtol=1e-2, atol=1e-3)
 
 
 def is_expert_stack(module: nn.Module) -> bool:
