@@ -18,6 +18,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent))
 
 from config_cases import config_cases, option_cases, override_cases  # noqa: E402
+from input_cases import input_cases, recipe_cases  # noqa: E402
 from outcomes import Case, Outcome, judge  # noqa: E402
 from reader_cases import adapter_cases, file_cases, row_cases  # noqa: E402
 
@@ -30,6 +31,8 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "adapters": adapter_cases,
     "rows": row_cases,
     "files": file_cases,
+    "recipes": recipe_cases,
+    "inputs": input_cases,
 }
 
 
