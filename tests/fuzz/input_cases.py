@@ -12,7 +12,7 @@ import torch
 import yaml
 from outcomes import Case
 from reader_cases import as_json, checkpoint, put
-from values import NONSENSE, count, flag, number, one_of, optional, positive, real, whole
+from values import NONSENSE, count, flag, one_of, optional, positive, real, whole
 
 from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.training.recipe import load_recipe
@@ -42,23 +42,24 @@ RECIPE: dict[str, Any] = {
 
 def yes_or_no(value: Any) -> bool:
     """`yes` and `1` are bools where one is declared."""
-    return flag(value) or value in (0, 1)
+    return flag(value) or (isinstance(value, int) and value in (0, 1))
 
 
 def text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    """YAML reads `1e-3` as a number, also where text is declared."""
+    return isinstance(value, str) and bool(value.strip()) and value != "1e-3"
 
 
 # What may stand in a field, by hand. Text is taken where text is declared, and checked by whoever knows more.
 FIELDS: dict[tuple[str, ...], Callable[[Any], bool]] = {
-    ("name",): lambda value: text(value) or (number(value) is not None and not isinstance(value, float)),
+    ("name",): text,
     ("seed",): lambda value: whole(value, 0),
     ("model",): lambda value: False,
     ("model", "language_model"): text,
     ("model", "vision_tower"): optional(text),
     ("model", "tokenizer"): lambda value: False,
     ("model", "image_size"): optional(count),
-    ("model", "feature_stage"): optional(lambda value: whole(value, 0, 4)),
+    ("model", "feature_stage"): optional(lambda value: whole(value, 0, 4) or (value == 0 and not flag(value))),
     ("model", "system"): optional(lambda value: False),
     ("model", "moe_config"): optional(lambda value: value == {}),
     ("model", "moe_config", "layers"): lambda value: value in ([], [1]),
@@ -66,15 +67,15 @@ FIELDS: dict[tuple[str, ...], Callable[[Any], bool]] = {
     ("data", "train", "limit"): optional(count),
     ("data", "max_length"): optional(count),
     ("training",): optional(lambda value: value == {}),
-    ("training", "max_steps"): lambda value: whole(value, -1) or value == -1,
+    ("training", "max_steps"): lambda value: whole(value, 1) or value == -1,
     ("training", "learning_rate"): lambda value: real(value, 0),
     ("training", "warmup_steps"): lambda value: real(value, 0),
     ("training", "bf16"): yes_or_no,
     ("training", "weight_decay"): lambda value: real(value, 0),
-    ("training", "logging_steps"): positive,
+    ("training", "logging_steps"): lambda value: count(value) or (real(value, 0, 1) and positive(value)),
     ("training", "save_strategy"): one_of("no", "steps"),
     ("training", "lr_scheduler_type"): one_of("cosine", "linear"),
-    ("trainable",): lambda value: value in ([], ()),
+    ("trainable",): optional(lambda value: False),
     ("evaluation",): optional(lambda value: value == {}),
     ("evaluation", "batch_size"): count,
     ("evaluation", "blind"): yes_or_no,

@@ -154,7 +154,13 @@ def square_image_processor(size: int, mean: float = 127.5, std: float = 127.5) -
 
 
 def _efficientnet_lite0(feature_stage: int | None) -> PreTrainedModel:
-    """Build EfficientNet-Lite0 through timm's wrapper and fill it with its ImageNet weights."""
+    """Build EfficientNet-Lite0 through timm's wrapper and fill it with its ImageNet weights.
+
+    Raises:
+        ValueError: if it has no such stage.
+    """
+    if feature_stage is not None and feature_stage not in range(5):
+        raise ValueError(f"feature_stage={feature_stage!r} is no stage of efficientnet-lite0, which has 0 to 4.")
     import timm
 
     weights = torch.load(packaged_file("efficientnet-lite0"), map_location="cpu", weights_only=True)

@@ -140,8 +140,6 @@ def check_mask_and_positions(
     seen = cache.get_seq_length() if cache is not None and not torch.compiler.is_compiling() else 0
     length = positions + seen if isinstance(seen, int) else None
     if isinstance(attention_mask, torch.Tensor):
-        if attention_mask.dim() not in (2, 4):
-            raise ValueError(f"attention_mask must have 2 or 4 dimensions, got {given(attention_mask)}.")
         if attention_mask.dim() == 2:
             _check_2d_mask(attention_mask, batch, length)
     if position_ids is not None:
@@ -158,13 +156,36 @@ def check_mask_and_positions(
         )
 
 
+def check_mask(attention_mask: Any, tokens: torch.Tensor) -> None:
+    """Refuse what is no mask of `tokens` (B, S, ...): a tensor of 2 or 4 dimensions, a dict of such, or flex's own.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    if isinstance(attention_mask, Mapping) and attention_mask:
+        for mask in attention_mask.values():
+            check_mask(mask, tokens)
+    elif isinstance(attention_mask, torch.Tensor):
+        batch, positions = tokens.shape[:2]
+        if attention_mask.dim() not in (2, 4):
+            raise ValueError(f"attention_mask must have 2 or 4 dimensions, got {given(attention_mask)}.")
+        fits = attention_mask.shape[-1] >= positions and attention_mask.shape[0] in (1, batch)
+        if not fits or (attention_mask.dim() == 4 and attention_mask.shape[2] not in (1, positions)):
+            raise ValueError(
+                f"attention_mask must cover {batch} rows of {positions} tokens, those in the cache included, got "
+                f"{given(attention_mask)}."
+            )
+    elif attention_mask is not None and type(attention_mask).__name__ != "BlockMask":
+        raise ValueError(f"attention_mask must be a tensor (rows, tokens), got {given(attention_mask)}.")
+
+
 def _check_2d_mask(mask: torch.Tensor, batch: int, length: int | None) -> None:
     if mask.shape[0] != batch or (length is not None and mask.shape[1] != length):
         raise ValueError(
             f"attention_mask must have the shape ({batch}, {length or 'tokens'}) of the tokens, those in the cache "
             f"included, got {given(mask)}."
         )
-    if _readable(mask) and mask.numel() and not ((mask == 0) | (mask == 1)).all():
+    if readable(mask) and mask.numel() and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"attention_mask must hold 1 for tokens and 0 for padding, got {mask.unique()[:5].tolist()}.")
 
 
@@ -186,7 +207,7 @@ def refuse_missing_images(config, input_ids: torch.Tensor | None) -> None:
     Raises:
         ValueError: with the number of placeholders.
     """
-    if input_ids is None or not _readable(input_ids):
+    if input_ids is None or not readable(input_ids):
         return
     count = int((input_ids == config.image_token_id).sum())
     if count:
@@ -207,7 +228,7 @@ def check_integers(name: str, value: Any, shape: tuple[int, ...] | None, of: str
 def _check_range(
     name: str, value: torch.Tensor, low: int, high: int | None, limit: str, masked: int | None = None
 ) -> None:
-    if not _readable(value) or not value.numel():
+    if not readable(value) or not value.numel():
         return
     wrong = (value < low) if high is None else (value < low) | (value >= high)
     wrong = wrong if masked is None else wrong & (value != masked)
@@ -217,7 +238,8 @@ def _check_range(
         raise ValueError(f"{name} must be {allowed}, got {int(value[where])} at {where}.")
 
 
-def _readable(value: torch.Tensor) -> bool:
+def readable(value: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be read: that costs nothing on the CPU, outside of a compiled graph."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -17,6 +17,7 @@ from .generation import ImageGenerationMixin
 from .host import install_moe_layers, scale_logits
 from .inputs import (
     check_ids,
+    check_mask,
     check_mask_and_positions,
     check_placeholders,
     check_tokens,
@@ -143,11 +144,16 @@ class HfMoeModel(HfMoePreTrainedModel):
             ValueError: if an argument does not fit the others or the model.
         """
         tokens = check_tokens(self.config, input_ids, inputs_embeds)
+        check_mask(attention_mask, tokens)
         check_ids(tokens, mm_token_type_ids, condition_ids)
         if mm_token_type_ids is None:
             placeholders = functools.partial(self._placeholders, input_ids, inputs_embeds)
             mm_token_type_ids = modality_ids(self.config, placeholders, tokens)
         if routing_overrides is not None:
+            if not isinstance(routing_overrides, RoutingOverrides):
+                raise ValueError(
+                    f"routing_overrides must be RoutingOverrides(...), got {type(routing_overrides).__name__}."
+                )
             routing_overrides.check_layers({index: layer.router for index, layer in self.moe_layers().items()})
         return RoutingContext(
             modality_ids=mm_token_type_ids.long(),
@@ -202,7 +208,8 @@ class HfMoeModel(HfMoePreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         images = encoded_images(mm_encoder_outputs)
-        has_pixels = pixel_values is not None and len(pixel_values) > 0
+        empty = isinstance(pixel_values, torch.Tensor) and pixel_values.shape[:1] == (0,)
+        has_pixels = pixel_values is not None and not empty
         if has_pixels or image_features is not None:
             if images is not None:
                 raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")

@@ -38,12 +38,11 @@ class RoutedForward:
         Raises:
             ValueError: if an input does not fit the others or the model.
         """
+        context = self.model.routing_context(**{name: inputs.get(name) for name in CONTEXT_INPUTS})
         if inputs.get("labels") is not None:
-            tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-            check_labels(self.model.config, tokens, inputs["labels"])
+            check_labels(self.model.config, context.modality_ids, inputs["labels"])
         if is_learning(self):
             end_cleared_step(self)
-        context = self.model.routing_context(**{name: inputs.get(name) for name in CONTEXT_INPUTS})
         labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
         context.keep_outputs = labelled and self.objectives.reads_outputs
         context.keep_gate_overlap = labelled and self.objectives.reads_gate_overlap

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 
-from .inputs import check_integers, given
+from .inputs import check_integers, given, readable
 
 
 def encode_images(
@@ -69,6 +69,8 @@ def _check_pixels(config, pixel_values: Any, pixel_attention_mask: Any, spatial_
             f"pixel_values must be floating point of the shape {form}, as the image processor returns them, got "
             f"{given(pixel_values)}."
         )
+    if readable(pixel_values) and not pixel_values.isfinite().all():
+        raise ValueError("pixel_values must be finite, got NaN or infinite ones.")
     if packed:
         count, patches = pixel_values.shape[:2]
         check_integers("pixel_attention_mask", pixel_attention_mask, (count, patches), "patches")

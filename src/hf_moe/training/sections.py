@@ -23,7 +23,7 @@ class Model(TypedDict, total=False):
     chat_template: str | None
     image_token: str
     image_size: Count | None
-    feature_stage: Annotated[int, Range(low=0)] | None
+    feature_stage: Annotated[int, Range(low=0, high=4)] | None
     noise_std: Annotated[float, Range(low=0)]
     dtype: Dtype
 
