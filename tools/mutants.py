@@ -32,8 +32,34 @@ OPPOSITE: dict[type, str] = {
 }
 BOUNDARY: dict[type, str] = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
 # Calls that an argument cannot replace without a crash, or without which nothing differs on a CPU in float32.
-KEPT_CALLS = {"isinstance", "len", "range", "super", "float", "int", "max", "min", "zip", "list", "dict", "sorted", "getattr"}
-KEPT_CALLS |= {"to", "double", "contiguous", "view", "view_as", "expand_as", "items", "values", "get", "size", "check_choice"}
+KEPT_CALLS = {
+    "isinstance",
+    "len",
+    "range",
+    "super",
+    "float",
+    "int",
+    "max",
+    "min",
+    "zip",
+    "list",
+    "dict",
+    "sorted",
+    "getattr",
+}
+KEPT_CALLS |= {
+    "to",
+    "double",
+    "contiguous",
+    "view",
+    "view_as",
+    "expand_as",
+    "items",
+    "values",
+    "get",
+    "size",
+    "check_choice",
+}
 KEPT_KEYWORDS = {"device", "dtype", "keepdim", "strict", "persistent"}
 MODULES = {"torch", "F", "nn", "init", "math", "self", "cls"}
 

@@ -208,7 +208,9 @@ def main() -> None:
     chosen = {key: one for key, one in known.items() if {key, key.partition("/")[2]} & set(arguments.mechanisms)}
     unknown = set(arguments.mechanisms) - {name for key in chosen for name in (key, key.partition("/")[2])}
     if unknown or arguments.mutants < KILLED_AT_LEAST:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}" if unknown else "--mutants < 3")
+        parser.error(
+            f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}" if unknown else "--mutants < 3"
+        )
     os.chdir(ROOT)
     print("| mechanism | test files | mutants | killed | survivors |\n|---|---|---|---|---|")
     weak = []
@@ -218,7 +220,9 @@ def main() -> None:
         where = " ".join(f"{mechanism.source.name}:{mutant.line}" for mutant in survivors)
         print(f"| {mechanism.key} | {files} | {killed + len(survivors)} | {killed} | {where} |", flush=True)
         for mutant in survivors:
-            print(f"    {mechanism.source.relative_to(ROOT)}:{mutant.line}\n    - {mutant.before}\n    + {mutant.after}")
+            print(
+                f"    {mechanism.source.relative_to(ROOT)}:{mutant.line}\n    - {mutant.before}\n    + {mutant.after}"
+            )
         if killed < KILLED_AT_LEAST:
             weak.append(mechanism.key)
     if weak:
