@@ -117,10 +117,14 @@ def _changes(node: ast.AST, source: str) -> Iterator[tuple[ast.AST, str]]:
             below = list(node.orelse)
         case ast.AnnAssign():
             below = [node.value] if node.value else []
+        case ast.comprehension():
+            below = [node.iter, *node.ifs]
         case _:
             below = list(ast.iter_child_nodes(node))
             for after in _alternatives(node, lambda part: f"({ast.get_source_segment(source, part)})"):
                 yield node, after
+    if isinstance(node, ast.For | ast.comprehension):
+        yield node.iter, f"list({ast.get_source_segment(source, node.iter)})[:1]"
     for child in below:
         yield from _changes(child, source)
 
@@ -153,6 +157,11 @@ def _alternatives(node: ast.AST, text) -> Iterator[str]:
             yield str(2 * value or 1.0)
         case ast.Call():
             yield from _of_call(node, text)
+        case ast.Return(ast.Call(ast.Name(name))) if name[:1].isupper():
+            return
+        case ast.Return(ast.Call() | ast.BinOp() as value):
+            yield f"return {text(value)} * 0"
+            yield f"return {text(value)} * 2"
         case ast.Subscript(value, ast.Name() as index):
             yield f"{text(value)}[{index.id} * 0]"
         case ast.Assign([ast.Name(name)], ast.Call() | ast.BinOp() | ast.Subscript() as value):
@@ -162,8 +171,6 @@ def _alternatives(node: ast.AST, text) -> Iterator[str]:
             return
         case ast.Expr() | ast.AugAssign():
             yield "pass"
-        case ast.comprehension(_, _, [condition]):
-            return
         case _:
             return
 

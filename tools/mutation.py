@@ -2,9 +2,9 @@
 
 python tools/mutation.py [MECHANISM ...] [--mutants N] [--seed S]
 
-A mechanism is `kind/name` or a name of `tools/mutation.yaml`, which says what its test files are. Fails unless at least
-three mutants of every mechanism are killed: a test fails by an assertion. A mutant under which the tests only crash
-says nothing about what they check: it is not counted, and the next one is drawn. Survivors are printed; some are
+A mechanism is `kind/name` or a name of `tools/mutation.yaml`, which says what its test files are. Fails unless at
+least three mutants of every mechanism are killed: a test fails by an assertion. A mutant under which the tests only
+crash says nothing about what they check: it is not counted, and the next one is drawn. Survivors are printed; some are
 equivalent to what they were made from.
 
 Why no mutation tester is used: mutmut 3.8 and cosmic-ray 8.7 swap operators and constants, but neither drops a factor
