@@ -18,8 +18,8 @@ import argparse
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
-import time
 from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
 from importlib.util import spec_from_file_location
@@ -45,9 +45,9 @@ FOLDERS = {
     "shared": "modeling",
 }
 KILLED_AT_LEAST = 3
-# Tests that train longer than this, in seconds of CPU, are left out: an exact check has to kill.
+# A test that takes longer than this, in seconds of CPU, is left out: an exact check has to kill.
 LONGEST_TEST = 2.0
-TIMEOUT = 300.0
+TIMEOUT = 300.0  # of a run, in seconds
 FORK = multiprocessing.get_context("fork")
 
 
@@ -75,28 +75,35 @@ class Watch:
     """What a run of pytest tells.
 
     Attributes:
-        left_out: node ids of tests that do not run.
+        long: node ids of tests that are left out; those that prove too long are added.
         outcome: `"survived"`, `"killed"` or `"crashed"`.
-        seconds: of CPU, by test.
+        finished: how many tests came to their end.
         modules: of other libraries that were imported.
     """
 
-    left_out: set[str]
+    long: set[str]
     outcome: str = "survived"
-    seconds: dict[str, float] = field(default_factory=dict)
+    finished: int = 0
     modules: list[str] = field(default_factory=list)
     crashes: int = 0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if item.nodeid not in self.left_out]
+        items[:] = [item for item in items if item.nodeid not in self.long]
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
-        start = time.process_time()
+    def pytest_runtest_call(self, item: pytest.Item) -> Any:
+        def leave_out(*_: Any) -> None:
+            self.long.add(item.nodeid)
+            raise pytest.skip.Exception("takes too long")
+
+        signal.signal(signal.SIGPROF, leave_out)
+        signal.setitimer(signal.ITIMER_PROF, LONGEST_TEST)
         try:
-            return (yield)
+            result = yield
         finally:
-            self.seconds[item.nodeid] = time.process_time() - start
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        self.finished += 1
+        return result
 
     def pytest_exception_interact(self, node: Any, call: pytest.CallInfo) -> None:
         if call.excinfo is not None and issubclass(call.excinfo.type, AssertionError | pytest.fail.Exception):
@@ -121,13 +128,13 @@ class MutantLoader(SourceFileLoader):
         return compile(self.source, self.path, "exec")
 
 
-def run_here(mechanism: Mechanism, source: str, left_out: set[str], pipe: Any) -> None:
+def run_here(mechanism: Mechanism, source: str, long: set[str], pipe: Any) -> None:
     """Run the tests of a mechanism with `source` in its file's place, in a process of their own."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     sys.meta_path.insert(0, MutantLoader(mechanism.module, mechanism.source, source))
-    watch = Watch(left_out)
+    watch = Watch(long)
     code = pytest.main(["-q", "-m", "not slow", "-p", "no:cacheprovider", *mechanism.tests], plugins=[watch])
     if mechanism.module not in sys.modules or code not in (0, 1, 2):
         watch.outcome = "crashed"
@@ -139,16 +146,16 @@ def run_here(mechanism: Mechanism, source: str, left_out: set[str], pipe: Any) -
     pipe.send(watch)
 
 
-def run(mechanism: Mechanism, source: str, left_out: set[str] = frozenset()) -> Watch:  # type: ignore[assignment]
+def run(mechanism: Mechanism, source: str, long: set[str]) -> Watch:
     """Return what the tests of a mechanism say of `source`."""
     receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=run_here, args=(mechanism, source, left_out, sender))
+    process = FORK.Process(target=run_here, args=(mechanism, source, long, sender))
     process.start()
     sender.close()
     try:
-        watch = receiver.recv() if receiver.poll(TIMEOUT) else Watch(left_out, "crashed")
+        watch = receiver.recv() if receiver.poll(TIMEOUT) else Watch(long, "crashed")
     except EOFError:
-        watch = Watch(left_out, "crashed")
+        watch = Watch(long, "crashed")
     if process.is_alive():
         process.join(5)
         process.kill()
@@ -182,16 +189,15 @@ def judge(mechanism: Mechanism, count: int, seed: int) -> tuple[int, list[Mutant
         SystemExit: if the tests fail without a mutant.
     """
     source = mechanism.source.read_text()
-    plain = run(mechanism, source)
-    if plain.outcome != "survived" or not plain.seconds:
+    plain = run(mechanism, source, set())
+    if plain.outcome != "survived" or not plain.finished:
         raise SystemExit(f"{mechanism.key}: its tests fail without a mutant: {' '.join(mechanism.tests)}")
     preload(plain.modules)
-    long = {test for test, seconds in plain.seconds.items() if seconds > LONGEST_TEST}
     killed, survivors = 0, []
     for drawn, mutant in enumerate(mutants_of(source, f"{seed} {mechanism.key}")):
         if killed + len(survivors) == count or drawn == 4 * count:
             break
-        outcome = run(mechanism, mutant.source, long).outcome
+        outcome = run(mechanism, mutant.source, plain.long).outcome
         killed += outcome == "killed"
         if outcome == "survived":
             survivors.append(mutant)
