@@ -70,7 +70,7 @@ class Mechanism:
         return ".".join(self.source.relative_to(SOURCE).with_suffix("").parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """What a run of pytest tells.
 
