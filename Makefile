@@ -12,7 +12,7 @@ FLOOR := $(VENV)/floor
 NEWEST := .venv-newest
 EXTRAS := timm,train,demo,eval,space,dev
 
-.PHONY: demo test test-all test-bare test-floor test-newest upgrade lint bench cards docs clean
+.PHONY: demo test test-all test-bare test-floor test-newest upgrade lint mutation bench cards docs clean
 
 $(RUN):
 	$(PYTHON) -m venv $(VENV)
@@ -87,6 +87,10 @@ lint: $(TESTS)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# Mutates every mechanism and runs its tests, which must notice: half an hour. One of them: MECHANISMS=moiie.
+mutation: $(TESTS)
+	$(RUN) tools/mutation.py $(MECHANISMS)
 
 # Regenerates every table under benchmarks/.
 bench: $(TESTS) $(SMOLLM2)

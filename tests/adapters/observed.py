@@ -8,13 +8,6 @@ from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.memory import cache_of
 
 
-def assert_near(found, expected, share=1e-6):
-    """Assert that two tensors, or lists of them, differ by less than a share of the largest value."""
-    parts = expected if isinstance(expected, list | tuple) else [expected]
-    scale = max([1.0, *(float(part.detach().abs().max()) for part in parts if part.numel())])
-    torch.testing.assert_close(found, expected, atol=share * scale, rtol=0)
-
-
 def with_cache(model, output):
     """Return the keyword argument that gives the cache of an output to the next call, by this version's name."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from observed import assert_near
+from near import assert_near
 
 from hf_moe.adapters import gromov_wasserstein_init
 from hf_moe.adapters.alignment import gromov_wasserstein_plan

@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 import transformers as tf
-from observed import assert_near, with_cache
+from near import assert_near
+from observed import with_cache
 from peft import get_peft_model
 from tiny_hosts import HOSTS, TEXT, words
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from observed import assert_near, with_cache
+from near import assert_near
+from observed import with_cache
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from observed import assert_near, real_logits, stacks, step
+from near import assert_near
+from observed import real_logits, stacks, step
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_moe import MoeLoraConfig

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from observed import assert_near, decisions, logits
+from near import assert_near
+from observed import decisions, logits
 from peft import get_peft_model
 from tiny_hosts import HOSTS, pixels
 from transformers import MPNetConfig, MPNetModel, Trainer, TrainingArguments

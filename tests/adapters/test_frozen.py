@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from observed import assert_near, real_logits, stacks, step
+from near import assert_near
+from observed import real_logits, stacks, step
 from peft import PeftModel, get_peft_model
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaForCausalLM

@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 import transformers as tf
-from observed import assert_near, logits
+from near import assert_near
+from observed import logits
 from peft import get_peft_model
 from tiny_hosts import HOSTS, TEXT, VISION, words
 from torch import nn

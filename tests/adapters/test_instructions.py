@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from observed import assert_near, decisions, logits, with_cache
+from near import assert_near
+from observed import decisions, logits, with_cache
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from observed import assert_near, logits
+from near import assert_near
+from observed import logits
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import (

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from observed import assert_near, logits, with_cache
+from near import assert_near
+from observed import logits, with_cache
 from peft import PeftModel, get_peft_model
 from transformers import (
     Gemma3ForCausalLM,

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from observed import assert_near, decisions, logits, with_cache
+from near import assert_near
+from observed import decisions, logits, with_cache
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F

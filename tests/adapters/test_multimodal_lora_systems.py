@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from observed import assert_near, logits
+from near import assert_near
+from observed import logits
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (

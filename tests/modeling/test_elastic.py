@@ -3,6 +3,7 @@
 import pytest
 import torch
 from caches import cache_of
+from near import assert_near
 from peft import LoraConfig, get_peft_model
 
 from hf_moe import HfMoeForConditionalGeneration, RoutingOverrides
@@ -126,7 +127,7 @@ def test_decoding_from_a_cache_equals_the_full_forward(model, make_batch):
                 use_cache=True,
             )
             logits.append(outputs.logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), full, rtol=0, atol=1e-5)
+    assert_near(torch.cat(logits, dim=1), full, 1e-5)
 
 
 def test_a_row_is_routed_alike_alone_and_in_a_batch(model, make_batch):
@@ -135,7 +136,7 @@ def test_a_row_is_routed_alike_alone_and_in_a_batch(model, make_batch):
         together = model(**make_batch(rows), output_routing=True)
         alone = model(**make_batch(rows[:1]), output_routing=True)
     length = alone.logits.shape[1]
-    torch.testing.assert_close(together.logits[:1, -length:], alone.logits, rtol=0, atol=1e-5)
+    assert_near(together.logits[:1, -length:], alone.logits, 1e-5)
     for layer, decision in alone.routing.decisions.items():
         slots = together.routing.decisions[layer].signals["slots"].view(3, -1)[0, -length:]
         assert torch.equal(slots, decision.signals["slots"])
@@ -157,5 +158,5 @@ def test_empty_and_virtual_slots_change_no_output(model, batch):
         assert max(item.signals["virtual_share"].max() for item in expected.routing.decisions.values()) > 0
         for layer in model.moe_layers().values():
             layer.gate.register_forward_hook(widen)
-        torch.testing.assert_close(model(**batch).logits, expected.logits, rtol=0, atol=1e-6)
+        assert_near(model(**batch).logits, expected.logits, 2e-6)
     assert len(widths) == 2
