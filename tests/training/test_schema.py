@@ -135,7 +135,7 @@ def test_every_field_of_training_arguments_refuses_a_set():
         ("data.eval=gone.jsonl", "no such file"),
         ("data.eval={image_folder: gone}", "no such folder"),
         ("data.train={name: easy_vqua}", "'easy_vqa'"),
-        ("data.train={}", "one of name, path"),
+        ("data.train={}", "data.train .*one of the keys"),
         ("data.train.limit=0", "at least 1"),
         ("data.eval=null", "no data.eval to score"),
         ("card.datasets=easy-vqa", "a list"),
