@@ -108,7 +108,7 @@ def _all_zero(weights: Any) -> bool:
 def _archive_damage(path: Path) -> str | None:
     # torch.save writes archives, whose list of contents comes last, with a checksum of each.
     if not zipfile.is_zipfile(path):
-        return "is cut off"
+        return "is cut off or overwritten"
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() if get_crc32_options() else None
