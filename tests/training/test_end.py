@@ -170,8 +170,12 @@ def test_a_resumed_end_does_the_rest_and_trains_nothing(failed, recipe, tmp_path
 
 
 PHASES = (
-    "Reading the data", "Rehearsing the end", "Training", "Writing the weights to", "Scoring answers, and writing the report"
-)  # fmt: skip
+    "Reading the data",
+    "Rehearsing the end",
+    "Training",
+    "Writing the weights to",
+    "Scoring answers, and writing",
+)
 
 
 def test_a_run_says_what_it_is_at(failed, recipe):

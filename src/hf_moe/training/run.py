@@ -27,7 +27,16 @@ from ..modeling.processing_hf_moe import HfMoeProcessor
 from .adapter import AdapterJob
 from .checks import check_stages
 from .job import (
-    CHECKPOINT, RECORD_FILE, Job, autocast, finish, finished_training, rehearse, save_weights, say, weights_named
+    CHECKPOINT,
+    RECORD_FILE,
+    Job,
+    autocast,
+    finish,
+    finished_training,
+    rehearse,
+    save_weights,
+    say,
+    weights_named,
 )  # fmt: skip
 from .parts import refuse_strayed
 from .recipe import load_recipe, recipe_names
