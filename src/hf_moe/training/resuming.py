@@ -55,7 +55,8 @@ def find_damage(folder: Path, needed: Sequence[str] = ()) -> str | None:
     """Return what is missing or damaged in a checkpoint of a trainer; `None` where it is whole."""
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     names = {path.name for path in files}
-    sharded = any(any(folder.glob(pattern)) for pattern in SHARDED)
+    # Folders alone: a file of code that goes with a checkpoint may be called so too.
+    sharded = any(path.is_dir() for pattern in SHARDED for path in folder.glob(pattern))
     for name in (STATE_FILE, *(() if sharded else NEEDED), *needed):
         if name not in names:
             return f"it has no {name}"
