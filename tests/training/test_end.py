@@ -1,12 +1,14 @@
 """The end of a run: weights first, then whatever fails; a resumed run does what is left and trains nothing again."""
 
+import io
 import json
 import shutil
+from contextlib import redirect_stderr
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
@@ -61,8 +63,8 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["model", "stages", "adapter"])
-def recipe(request, rows, base, tmp_path):
+@pytest.fixture(scope="module", params=["model", "stages", "adapter"])
+def recipe(request, rows, base, tmp_path_factory):
     content = {
         "name": "tiny",
         "data": {"train": {"path": str(rows)}, "eval": {"path": str(rows)}},
@@ -87,9 +89,17 @@ def recipe(request, rows, base, tmp_path):
                 "construct": {"assemble": {"moe_config": {"layers": "every_2", "num_experts": 2}}},
             },
         ]
-    path = tmp_path / "tiny.yaml"
+    path = tmp_path_factory.mktemp(request.param) / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return request.param, path
+
+
+@pytest.fixture(scope="module")
+def whole(recipe):
+    """The folder of a run that nothing stopped."""
+    folder = recipe[1].parent / "whole"
+    assert train(recipe[1], folder) == 0
+    return folder
 
 
 def weights(folder):
@@ -101,18 +111,18 @@ def train(path, folder, *flags):
     return main(["train", str(path), "--output-dir", str(folder), *flags])
 
 
-def break_after_training(monkeypatch, module, name, failure):
+def break_after_training(monkeypatch, module, name, failure, begun=False):
     """Let a function fail once a training has begun, and not in the rehearsal before."""
-    begun, original, inner = [], getattr(module, name), Trainer.train
+    trainings, original, inner = [begun], getattr(module, name), Trainer.train
 
     def note_and_train(self, *args, **kwargs):
-        begun.append(True)
+        trainings.append(True)
         return inner(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "train", note_and_train)
 
     def break_(*args, **kwargs):
-        if not begun:
+        if not any(trainings):
             return original(*args, **kwargs)
         if name == "moved_parameters":
             return [], ["lm_head.weight"]
@@ -121,50 +131,90 @@ def break_after_training(monkeypatch, module, name, failure):
     monkeypatch.setattr(module, name, break_)
 
 
-@pytest.mark.parametrize(
-    ("stage", "failure"),
-    [*((stage, ValueError("broken")) for stage in STAGES), ("evaluation", KeyboardInterrupt())],
-    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+@pytest.fixture(
+    scope="module", params=[ValueError("broken"), KeyboardInterrupt()], ids=lambda value: type(value).__name__
 )
-def test_a_failed_end_leaves_weights_and_resumes_without_training(
-    recipe, stage, failure, tmp_path, monkeypatch, capsys
-):
+def failed(request, recipe):
+    """A run whose evaluation failed after the training: how it ended, its folder and its weights."""
+    kind, path = recipe
+    failure, folder = request.param, path.parent / type(request.param).__name__
+    with pytest.MonkeyPatch.context() as patched:
+        break_after_training(patched, *STAGES["evaluation"]["adapter" if kind == "adapter" else "model"], failure)
+        error, saved = io.StringIO(), None
+        with redirect_stderr(error):
+            status = train(path, folder)
+    saved = weights(folder)
+    return (status, failure, error.getvalue()), folder, saved
+
+
+def test_a_failed_evaluation_leaves_the_weights_and_says_where(failed):
+    (status, failure, noted), folder, saved = failed
+    assert status == (2 if isinstance(failure, ValueError) else 130)
+    assert str(folder / "checkpoint") in noted and "--resume" in noted
+    assert saved and not (folder / "checkpoint.partial").exists() and not list(folder.glob(".rehearsal-*"))
+
+
+def refuse_training(monkeypatch):
+    monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+
+
+def test_a_resumed_end_does_the_rest_and_trains_nothing(failed, recipe, tmp_path, monkeypatch):
+    _, folder, saved = failed
+    shutil.copytree(folder, tmp_path / "run")
+    refuse_training(monkeypatch)
+    assert train(recipe[1], tmp_path / "run", "--resume") == 0
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in weights(tmp_path / "run").items())
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["evaluated"] == 4 and len(report["log_history"]) > 0 and report["trainable_parameters"]
+    assert (tmp_path / "run" / "checkpoint" / "README.md").is_file()
+
+
+PHASES = (
+    "Reading the data",
+    "Rehearsing the end",
+    "Training",
+    "Writing the weights to",
+    "Scoring answers, and writing",
+)
+
+
+def test_a_run_says_what_it_is_at(failed, recipe):
+    lines = failed[0][2].splitlines()
+    said = [next(index for index, line in enumerate(lines) if line.startswith(phase)) for phase in PHASES]
+    assert said == sorted(said)
+    assert ("Stage dense" in lines) == (recipe[0] == "stages")
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "strayed parameters"])
+def test_every_stage_of_the_end_may_fail_and_keeps_the_weights(whole, recipe, stage, tmp_path, monkeypatch, capsys):
     kind, path = recipe
     place = STAGES[stage].get("adapter" if kind == "adapter" else "model")
-    if place is None or (stage, kind) == ("strayed parameters", "stages"):
+    if place is None:
         pytest.skip("this kind of recipe has no such stage")
     folder = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        break_after_training(patched, *place, failure)
-        if stage == "strayed parameters":
-            with pytest.raises(RuntimeError, match="frozen parameters moved") as raised:
-                train(path, folder)
-            noted = " ".join(raised.value.__notes__)
-        else:
-            assert train(path, folder) == (2 if isinstance(failure, ValueError) else 130)
-            noted = capsys.readouterr().err
-    assert str(folder / "checkpoint") in noted and "--resume" in noted
-    saved = weights(folder)
-    assert saved and not (folder / "checkpoint.partial").exists() and not list(folder.glob(".rehearsal-*"))
-    if stage == "strayed parameters":
-        return
+    shutil.copytree(whole, folder)
+    break_after_training(monkeypatch, *place, ValueError("broken"), begun=True)
+    assert train(path, folder, "--resume") == 2
+    noted = capsys.readouterr().err
+    assert "broken" in noted and str(folder / "checkpoint") in noted and "--resume" in noted
+    assert all(torch.equal(tensor, weights(folder)[name]) for name, tensor in weights(whole).items())
 
-    def no_training(*args, **kwargs):
-        raise AssertionError("it trained again")
 
-    monkeypatch.setattr(Trainer, "train", no_training)
-    assert train(path, folder, "--resume") == 0
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in weights(folder).items())
-    report = json.loads((folder / "report.json").read_text())
-    assert report["evaluated"] == 4 and len(report["log_history"]) > 0 and report["trainable_parameters"]
-    assert (folder / "checkpoint" / "README.md").is_file()
+def test_parameters_that_strayed_are_refused_and_their_weights_kept(recipe, tmp_path, monkeypatch):
+    kind, path = recipe
+    if kind == "stages":
+        pytest.skip("a stage that strayed is refused before the next")
+    break_after_training(monkeypatch, *STAGES["strayed parameters"]["model"], None)
+    with pytest.raises(RuntimeError, match="frozen parameters moved") as raised:
+        train(path, tmp_path / "run")
+    assert "--resume" in " ".join(raised.value.__notes__) and weights(tmp_path / "run")
 
 
 @pytest.mark.parametrize("answer", [7, 0, True, False, 1.5, "007"])
 def test_answers_of_every_type_are_trained_and_scored(recipe, answer, tmp_path, rows):
     kind, path = recipe
-    if kind == "stages":
-        pytest.skip("its data are read as those of one stage are")
+    if kind == "stages" or (kind == "adapter" and answer in (7, True, 1.5)):
+        pytest.skip("its data are read as those of one stage are, and the half of them tells that an adapter's are")
     turns = [{"role": "user", "content": "what is it ?"}, {"role": "assistant", "content": answer}]
     lines = [{"messages": turns, "answer": answer}, {"messages": turns, "answers": [answer, "cat"]}]
     (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -181,9 +231,20 @@ def test_an_answer_that_cannot_be_scored_is_found_before_training(recipe, tmp_pa
     for line in lines[:3]:
         line["answer"] = {"text": None}
     (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    refuse_training(monkeypatch)
     assert train(path, tmp_path / "run", "--set", f"data.eval={{path: {tmp_path / 'odd.jsonl'}}}") == 2
     assert "answer" in capsys.readouterr().err
+
+
+def test_a_question_that_cannot_be_asked_is_found_before_training(recipe, tmp_path, rows, monkeypatch, capsys):
+    kind, path = recipe
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    lines[3]["messages"][0]["mood"] = "glad"
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    refuse_training(monkeypatch)
+    assert train(path, tmp_path / "run", "--set", f"data.eval={{path: {tmp_path / 'odd.jsonl'}}}") == 2
+    error = capsys.readouterr().err
+    assert "row 3" in error and "mood" in error
 
 
 class Interrupt(TrainerCallback):
@@ -207,10 +268,8 @@ def interrupt(monkeypatch, step):
     monkeypatch.setattr(Trainer, "train", train_until)
 
 
-def test_an_interrupted_training_says_from_where_it_continues(recipe, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_training_says_from_where_it_continues(recipe, whole, tmp_path, monkeypatch, capsys):
     kind, path = recipe
-    assert train(path, tmp_path / "whole") == 0
-    capsys.readouterr()
     for step, expected in ((1, "No checkpoint has been written yet"), (3, "--resume continues from")):
         with monkeypatch.context() as patched:
             interrupt(patched, step)
@@ -218,12 +277,26 @@ def test_an_interrupted_training_says_from_where_it_continues(recipe, tmp_path, 
         noted = capsys.readouterr().err
         assert expected in noted and (step == 1 or "checkpoint-2" in noted)
     assert train(path, tmp_path / "stopped", "--resume") == 0
-    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    expected, resumed = weights(whole), weights(tmp_path / "stopped")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def fill_with_zeros(path):
+    """Leave a file as long as it is, and its tensors without content."""
+    if path.suffix == ".safetensors":
+        save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
+    else:
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+def blank(path):
+    """Fill the middle of a file with zeros, as a disk does that ran out of power."""
+    content, third = path.read_bytes(), path.stat().st_size // 3
+    path.write_bytes(content[:third] + bytes(third) + content[2 * third :])
 
 
 def weights_file(folder):
@@ -232,6 +305,13 @@ def weights_file(folder):
 
 DAMAGES = {
     "weights cut": (lambda folder: cut(weights_file(folder)), "model.safetensors is damaged"),
+    "weights zero": (
+        lambda folder: fill_with_zeros(weights_file(folder)),
+        "model.safetensors holds nothing but zeros",
+    ),
+    "optimizer zero": (lambda folder: fill_with_zeros(folder / "optimizer.pt"), "optimizer.pt is cut off"),
+    "optimizer blank": (lambda folder: blank(folder / "optimizer.pt"), "optimizer.pt is damaged"),
+    "experts zero": (lambda folder: fill_with_zeros(folder / EVOLUTION_FILE), "holds nothing but zeros"),
     "weights missing": (lambda folder: weights_file(folder).unlink(), "it has no weights"),
     "state missing": (lambda folder: (folder / "trainer_state.json").unlink(), "it has no trainer_state.json"),
     "state cut": (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json is cut off"),
@@ -291,11 +371,10 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_rest_named(checkpoints, da
     assert "starting from the beginning" in caplog.text
 
 
-def test_a_run_killed_while_saving_resumes_from_the_one_before(recipe, tmp_path, monkeypatch, caplog):
+def test_a_run_killed_while_saving_resumes_from_the_one_before(recipe, whole, tmp_path, caplog):
     kind, path = recipe
-    assert train(path, tmp_path / "whole") == 0
     killed = tmp_path / "killed"
-    shutil.copytree(tmp_path / "whole", killed)
+    shutil.copytree(whole, killed)
     (killed / "training.json").unlink()
     saved = killed
     if kind == "stages":
@@ -304,5 +383,5 @@ def test_a_run_killed_while_saving_resumes_from_the_one_before(recipe, tmp_path,
     cut(weights_file(saved / "checkpoint-4"))
     assert train(path, killed, "--resume") == 0
     assert "checkpoint-4, which is not whole" in caplog.text
-    expected, resumed = weights(tmp_path / "whole"), weights(killed)
+    expected, resumed = weights(whole), weights(killed)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())

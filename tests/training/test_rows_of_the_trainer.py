@@ -62,6 +62,26 @@ def test_every_form_of_rows_trains_alike_under_default_arguments(vlm, processor,
     assert all(values == pytest.approx(found["list"]) for values in found.values()), found
 
 
+@pytest.mark.parametrize(
+    ("form", "given", "expected"), [("stream", None, False), ("stream", True, True), ("dataset", None, None)]
+)
+def test_a_stream_is_read_by_every_process_unless_said_otherwise(
+    vlm, processor, rows, tmp_path, form, given, expected
+):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    arguments.accelerator_config.dispatch_batches = given
+    data = FORMS[form](rows, processor)
+    HfMoeTrainer(vlm, arguments, train_dataset=data, data_collator=VisionLanguageCollator(processor))
+    assert arguments.accelerator_config.dispatch_batches is expected
+
+
+def test_images_beside_another_batch_name_what_may_have_parted_them(vlm, processor, rows):
+    batch = VisionLanguageCollator(processor)(rows)
+    batch["pixel_values"] = batch["pixel_values"][:-1]
+    with pytest.raises(ValueError, match="(?s)do not match.*dispatch_batches=False"):
+        vlm(**batch)
+
+
 def train_as_one_of_two(rank, port, vlm, processor, rows, folder, results):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -4,7 +4,7 @@ from typing import get_type_hints, is_typeddict
 
 import pytest
 import yaml
-from transformers import TrainingArguments
+from transformers import LlamaConfig, MixtralConfig, TrainingArguments
 
 from hf_moe.training import sections
 from hf_moe.training.arguments import check_training
@@ -135,8 +135,13 @@ def test_every_field_of_training_arguments_refuses_a_set():
         ("data.eval=gone.jsonl", "no such file"),
         ("data.eval={image_folder: gone}", "no such folder"),
         ("data.train={name: easy_vqua}", "'easy_vqa'"),
-        ("data.train={}", "one of name, path"),
+        ("data.train={}", "data.train .*one of the keys"),
         ("data.train.limit=0", "at least 1"),
+        ("data.train.lmit=3", "data.train .*'lmit'.*'limit'"),
+        ("data.eval={image_folder: ., questoin: x}", "data.eval .*'questoin'.*'question'"),
+        ("data.train={hub: a/b, straeming: true}", "data.train .*'streaming'"),
+        ("data.train={name: easy_vqa, question: x}", "data.train .*no option 'question'"),
+        ("data.train.ignore=answer", "data.train.ignore"),
         ("data.eval=null", "no data.eval to score"),
         ("card.datasets=easy-vqa", "a list"),
     ],
@@ -144,6 +149,47 @@ def test_every_field_of_training_arguments_refuses_a_set():
 def test_what_cannot_work_is_refused_before_data_is_read(override, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_recipe(MODEL, [override])
+
+
+def test_a_source_of_every_form_that_exists_passes(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    for path in (tmp_path, tmp_path / "{split}.jsonl"):
+        assert load_recipe(MODEL, [f"data.train={{path: '{path}', ignore: [a], limit: 3}}"]).data["train"]
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    """Configs alone, of a dense decoder and of one that is a MoE."""
+    folder = tmp_path_factory.mktemp("decoders")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=40).save_pretrained(folder / "llama")
+    MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=40, num_local_experts=4).save_pretrained(
+        folder / "mixtral"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.moe_config.router={name: top_k, nrom: true}", "model.moe_config .*'nrom'"),
+        ("model.moe_config.objectives={load_balance: {coef: 1, gate: x}}", "model.moe_config .*'gate'"),
+        ("model.moe_config.layers=[9]", "model.moe_config .*layers 0 to 1"),
+        ("trainable=[routers/gates]", "nothing would be trained"),
+    ],
+)
+def test_a_pretrained_decoder_is_tried_from_its_config(decoders, override, message):
+    start = [f"model.language_model={decoders / 'llama'}", "model.system=top_k", "model.vision_tower=null"]
+    assert load_recipe(MODEL, start)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(MODEL, [*start, override])
+
+
+def test_a_decoder_with_experts_keeps_their_number(decoders):
+    start = [f"model.language_model={decoders / 'mixtral'}", "model.system=null", "model.moe_config={}"]
+    assert load_recipe(MODEL, start)
+    with pytest.raises(ValueError, match=r"model.moe_config .*num_experts=8"):
+        load_recipe(MODEL, [*start, "model.moe_config.num_experts=8"])
 
 
 @pytest.mark.parametrize(

@@ -182,9 +182,8 @@ def _from_decoder(
     with torch.no_grad():
         reference = dense(input_ids=ids).logits.float()
     layers = decoder_layers(dense.base_model)
-    adopted = any(read_ffn(getattr(layer, ffn_name(layer))).layout is None for layer in layers)
-    host_routing, moe_config = _adopted_config(dense, system, moe_config or {}) if adopted else ({}, moe_config)
-    config = _config(text_config, system if adopted else system or "top_k", moe_config, fields)
+    config, host_routing = config_of_decoder(dense, system, moe_config, fields)
+    adopted = bool(host_routing)
     with torch.device("meta"):
         model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
     moe_layers = model.moe_layers()
@@ -226,6 +225,22 @@ def _from_decoder(
     if on_check is not None:
         on_check(check)
     return model
+
+
+def config_of_decoder(
+    dense: PreTrainedModel, system: str | None, moe_config: dict[str, Any] | None, fields: dict[str, Any]
+) -> tuple[HfMoeConfig, dict[str, Any]]:
+    """Return the config of the model that a decoder becomes, and the decoder's own routing: none if it is dense.
+
+    Args:
+        dense: also without memory, on the meta device.
+        fields: of the config, besides.
+    """
+    layers = decoder_layers(dense.base_model)
+    if all(read_ffn(getattr(layer, ffn_name(layer))).layout is not None for layer in layers):
+        return _config(dense.config, system or "top_k", moe_config, fields), {}
+    host_routing, moe_config = _adopted_config(dense, system, moe_config or {})
+    return _config(dense.config, system, moe_config, fields), host_routing
 
 
 def _adopted_config(

@@ -23,7 +23,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 
@@ -79,6 +79,20 @@ def load_language_model(
     # Its weights are whole, but Transformers trains and saves no model that bears the mark of a quantised one.
     dense.hf_quantizer.remove_quantization_config(dense)
     return dense, AutoTokenizer.from_pretrained(path.parent, **options)
+
+
+def local_config(source: str) -> Any:
+    """Return the config of a decoder whose files are on this machine; `None` where they are elsewhere."""
+    path = Path(source)
+    if source in PACKAGED:
+        try:
+            path = packaged_file(source)
+        except ImportError:
+            return None
+    if path.suffix == ".gguf":
+        readable = path.is_file() and importlib.util.find_spec("gguf") is not None
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name) if readable else None
+    return AutoConfig.from_pretrained(source) if (path / CONFIG_NAME).is_file() else None
 
 
 def _load(auto: Any, source: str, dtype: torch.dtype, revision: str | None = None) -> Any:

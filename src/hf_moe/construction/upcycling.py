@@ -229,6 +229,7 @@ def check_expert(model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.
         ValueError: with the difference, on random hidden states.
     """
     host = read_ffn(ffn)
+    assert host.layout is not None, "of a dense feed-forward"
     spec = replace(layer.spec, num_experts=1, expert_intermediate_size=host.intermediate_size, banks=())
     weight = next(ffn.parameters())
     with torch.device(weight.device):

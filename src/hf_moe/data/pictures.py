@@ -1,9 +1,12 @@
 """The pictures of rows: how they are opened, and what tells two of them apart."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset, Image, IterableDataset, List
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from PIL import Image as PILImage
 
 from ..modeling.image_loading import decode_image, read_image
@@ -59,8 +62,22 @@ def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     for name in {"images", "image"} & set(rows.features or ()):
         feature = _undecoded_feature(rows.features[name])
         if feature != rows.features[name]:
-            rows = rows.cast_column(name, feature)
+            with _without_bars():
+                rows = rows.cast_column(name, feature)
     return rows
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Show no progress of what takes no time."""
+    hidden = are_progress_bars_disabled()
+    if not hidden:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            enable_progress_bars()
 
 
 def _undecoded_feature(feature: Any) -> Any:

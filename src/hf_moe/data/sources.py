@@ -16,6 +16,8 @@ from .opposite_tasks import load_opposite_tasks
 
 
 DATASETS = {"easy_vqa": load_easy_vqa, "opposite_tasks": load_opposite_tasks}
+# The kinds of sources, the one that decides first, with their own options.
+KINDS = {"image_folder": ("question",), "hub": ("name", "streaming"), "path": (), "name": ()}
 COMMON_OPTIONS = {"where", "limit", "shuffle", "seed", "ignore"}
 TYPES: dict[str, Any] = {
     "name": str, "path": str | Path, "image_folder": str | Path, "hub": str | Path, "question": str, "streaming": bool,
@@ -56,19 +58,14 @@ def load_rows(
     if isinstance(source, list | tuple):
         return rows_of_list(source)
     source = _as_dict(source)
+    kind = check_source(source)
     loaders: dict[str, Callable] = {
         "image_folder": _load_image_folder,
         "hub": _load_hub,
         "path": _load_path,
         "name": _load_named,
     }
-    kind = next((kind for kind in loaders if kind in source), None)
-    if kind is None:
-        raise ValueError(f"A source of rows has one of the keys {', '.join(loaders)}; got {source!r}.")
-    options = {name: value for name, value in source.items() if name not in COMMON_OPTIONS}
-    options = _checked(kind, options)
-    _check_types(source)
-    rows = loaders[kind](split, **options)
+    rows = loaders[kind](split, **{name: value for name, value in source.items() if name not in COMMON_OPTIONS})
     if source.get("where"):
         rows = _where(rows, source["where"])
     if source.get("ignore"):
@@ -113,15 +110,23 @@ def _as_dict(source: Any) -> dict[str, Any]:
     return {"hub": str(source)}
 
 
-def _checked(kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    allowed = {"image_folder": {"question"}, "hub": {"name", "streaming"}}.get(kind, set()) | {kind}
-    unknown = next((name for name in options if name not in allowed), None)
+def check_source(source: dict[str, Any]) -> str:
+    """Return the kind of a source of rows, the first of `KINDS` that it has, and read nothing.
+
+    Raises:
+        ValueError: if it is of no kind, or an option is unknown or of another type.
+    """
+    kind = next((kind for kind in KINDS if kind in source), None)
+    if kind is None:
+        raise ValueError(f"A source of rows has one of the keys {', '.join(KINDS)}; got {source!r}.")
+    names = sorted({kind, *KINDS[kind], *COMMON_OPTIONS})
+    unknown = next((name for name in source if name not in names), None)
     if unknown is not None:
-        names = sorted(allowed | COMMON_OPTIONS)
         close = difflib.get_close_matches(str(unknown), names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"The source {kind!r} has no option {unknown!r}; it takes {', '.join(names)}.{hint}")
-    return options
+    _check_types(source)
+    return kind
 
 
 def _check_types(source: dict[str, Any]) -> None:

@@ -1,8 +1,10 @@
 """Conversations to tokens and labels, for any chat template."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 from datasets import Dataset, IterableDataset
 from PIL import Image
@@ -229,18 +231,39 @@ def tokenize_rows(
     packed = takes_packed_patches(processor)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, list[Any]]:
-        try:
+        with _row_named(row, index):
             images = row_images(row)
             tokens = tokenizer(row_messages(row), len(images), template_options(row))
             pixels = process_images(open_row_images(images), processor) if packed else {}
-        except ValueError as error:
-            raise ValueError(f"{describe_row(row, index, 'dataset')} {error}") from error
         counts = placeholder_counts(len(images), processor, pixels)
         input_ids, labels = expand_placeholders(tokens, processor.image_token_id, counts)
         # Images of content parts would go with the messages.
         moved = {} if row.keys() & {"images", "image"} else {"images": images}
         return {"input_ids": input_ids, "labels": labels, **moved}
 
-    options = {} if isinstance(rows, IterableDataset) else {"desc": "Tokenising"}
+    options: dict[str, Any] = {}
+    if isinstance(rows, Dataset):
+        # Without a name for the result `datasets` hashes the tokenizer, which remembers what it has seen, and warns.
+        options = {"desc": "Tokenising", "new_fingerprint": uuid4().hex}
     read = [name for name in CONVERSATION_COLUMNS if name in (rows.column_names or ())]
     return rows.map(tokenize, with_indices=True, remove_columns=read, **options)
+
+
+def check_conversations(rows: Dataset | IterableDataset, processor: AnyProcessor, train: bool = True) -> None:
+    """Tokenise the text of all rows as [`tokenize_rows`] does, and keep nothing; no picture is opened.
+
+    Raises:
+        ValueError: naming the row that cannot be tokenised.
+    """
+    tokenizer = ConversationTokenizer(processor, train)
+    for index, row in enumerate(undecoded(rows)):
+        with _row_named(row, index):
+            tokenizer(row_messages(row), len(row_images(row)), template_options(row))
+
+
+@contextmanager
+def _row_named(row: dict[str, Any], index: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{describe_row(row, index, 'dataset')} {error}") from error

@@ -8,6 +8,7 @@ import ast
 import importlib
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 from ..modeling.mechanisms import FOLDERS
@@ -37,7 +38,13 @@ def flatten(path: Path) -> tuple[str, list[Path]]:
     Raises:
         ValueError: if the file imports what cannot travel, naming the import and the remedy.
     """
-    text = path.read_text(encoding="utf-8")
+    text, imported = _flattened(path, path.read_text(encoding="utf-8"))
+    return text, list(imported)
+
+
+# A run saves many checkpoints, with the same files in each.
+@lru_cache(maxsize=256)
+def _flattened(path: Path, text: str) -> tuple[str, tuple[Path, ...]]:
     tree = ast.parse(text, filename=str(path))
     starts = [0]
     for line in text.split("\n"):
@@ -61,7 +68,7 @@ def flatten(path: Path) -> tuple[str, list[Path]]:
             edits.append((start, start + len(source), _rewritten(source, targets, indent)))
     for start, end, replacement in sorted(edits, reverse=True):
         text = text[:start] + replacement + text[end:]
-    return text, imported
+    return text, tuple(imported)
 
 
 def top_level_effects(path: Path) -> list[int]:

@@ -231,7 +231,9 @@ def insert_images(
         raise ValueError(
             f"Image features and image tokens do not match: {int(placeholders.sum())} placeholder tokens in the text, "
             f"{features.shape[0]} features from {len(images)} images. The processor writes {image_seq_length} "
-            "placeholders per image; truncation may have cut some."
+            "placeholders per image. Truncation may have cut some; or several processes read a stream whose rows have "
+            "several images, which Accelerate cuts as if each row had one: set dispatch_batches=False in the "
+            "accelerator_config of TrainingArguments."
         )
     return inputs_embeds.masked_scatter(placeholders[..., None], features)
 

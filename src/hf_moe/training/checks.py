@@ -15,14 +15,15 @@ from typing import Annotated, Any, TypedDict
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ..configuration import HfMoeConfig, MoeConfig
 from ..configuration.configuration_hf_moe import unknown_name_message
 from ..configuration.systems import load_preset
+from ..construction.build import config_of_decoder
 from ..construction.evolution import ExpertEvolution
-from ..construction.pretrained import PACKAGED
-from ..data.sources import DATASETS
+from ..construction.pretrained import PACKAGED, local_config
+from ..data.sources import DATASETS, check_source
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.registry import build
@@ -52,6 +53,7 @@ class SourceOptions(TypedDict, total=False):
     question: str
     streaming: bool
     where: dict[str, Any]
+    ignore: list[str]
     limit: Count | None
     shuffle: bool
     seed: Annotated[int, Range(low=0)]
@@ -79,7 +81,7 @@ def check_sources(recipe: Recipe, place: str) -> None:
 
     Raises:
         FileNotFoundError: if a file or a folder is not there.
-        ValueError: if an option that all sources take has a wrong value, or a known data set has another name.
+        ValueError: if an option of a source is unknown or has a wrong value, or a known data set has another name.
     """
     for part in ("train", "eval"):
         source = recipe.data.get(part)
@@ -90,16 +92,20 @@ def check_sources(recipe: Recipe, place: str) -> None:
         kinds = SourceOptions.__annotations__
         for name in source.keys() & kinds.keys():
             source[name] = fit(source[name], kinds[name], place, f"{key}.{name}")
-        if isinstance(recipe.data.get(part), dict) and not source.keys() & {"name", "path", "image_folder", "hub"}:
-            raise ValueError(f"The {place} has {key}={source!r}: it needs one of name, path, image_folder and hub.")
+        if isinstance(recipe.data.get(part), dict):
+            with named(f"{key} of the {place}"):
+                check_source(source)
         name = source.get("name")
         if isinstance(name, str) and "hub" not in source and name not in DATASETS:
             raise ValueError(unknown_name_message(f"data set in {key}.name of the {place}", name, list(DATASETS)))
-        for option, exists in (("path", Path.is_file), ("image_folder", Path.is_dir)):
+        split = "train" if part == "train" else "test"
+        for option, what in (("path", "file"), ("image_folder", "folder")):
             given = source.get(option)
-            split = "train" if part == "train" else "test"
-            if isinstance(given, str) and not exists(Path(given.replace("{split}", split))):
-                what = "file" if option == "path" else "folder"
+            if given is None:
+                continue
+            found = Path(given.replace("{split}", split) if option == "path" else given).expanduser()
+            # A path may be a folder of files.
+            if not (found.is_dir() or (what == "file" and found.is_file())):
                 raise FileNotFoundError(f"The {place} has {key}.{option}={given!r}, and there is no such {what}.")
     for option in ("language_model", "vision_tower", "base"):
         given = recipe.model.get(option)
@@ -129,11 +135,14 @@ def check_model(recipe: Recipe, place: str) -> None:
     """
     model = recipe.model
     config = None
-    if isinstance(model["language_model"], dict):
-        if "tokenizer" not in model:
-            raise ValueError(f"The {place} has a fresh decoder and no tokenizer: add model.tokenizer: words.")
-        with named(f"model.language_model of the {place}"):
-            text_config = _fresh_config(model["language_model"])
+    fresh = isinstance(model["language_model"], dict)
+    if fresh and "tokenizer" not in model:
+        raise ValueError(f"The {place} has a fresh decoder and no tokenizer: add model.tokenizer: words.")
+    with named(f"model.language_model of the {place}"):
+        text_config = (_fresh_config if fresh else local_config)(model["language_model"])
+        if text_config is not None and not fresh:
+            with torch.device("meta"):
+                decoder = AutoModelForCausalLM.from_config(text_config)
     if isinstance(model.get("vision_tower"), dict):
         with named(f"model.vision_tower of the {place}"):
             _fresh_config(model["vision_tower"])
@@ -149,12 +158,15 @@ def check_model(recipe: Recipe, place: str) -> None:
         with named(f"model.system of the {place}"):
             load_preset(model["system"])
     with named(f"model.moe_config of the {place}"):
-        if isinstance(model["language_model"], dict):
+        if text_config is None:
+            MoeConfig(**moe_config)
+        elif fresh:
             config = _config(model.get("system"), moe_config, text_config)
+        else:
+            config, _ = config_of_decoder(decoder, model.get("system"), deepcopy(moe_config), {})
+        if config is not None:
             with torch.device("meta"):
                 HfMoeForConditionalGeneration._from_config(deepcopy(config))
-        else:
-            MoeConfig(**moe_config)
     if config is not None:
         check_stages(config, recipe, place)
     else:

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 
-from ..data import tokenize_rows
+from ..data.tokenisation import check_conversations
 from ..evaluation.report import write_report
 from ..evaluation.vqa import check_references
 from .parts import fingerprints, moved_parameters
@@ -98,7 +98,7 @@ def rehearse(job: Job) -> None:
     if (questions := job.rows.get("eval")) is not None:
         if isinstance(questions, Dataset):
             check_references(questions)
-            tokenize_rows(questions, job.processor, train=False)
+            check_conversations(questions, job.processor, train=False)
         sample = questions.take(REHEARSED_ROWS)
     with TemporaryDirectory(prefix=".rehearsal-", dir=job.folder) as scratch:
         (checkpoint := Path(scratch) / CHECKPOINT).mkdir()

@@ -9,8 +9,11 @@ import logging
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch.serialization import get_crc32_options
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -52,7 +55,8 @@ def find_damage(folder: Path, needed: Sequence[str] = ()) -> str | None:
     """Return what is missing or damaged in a checkpoint of a trainer; `None` where it is whole."""
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     names = {path.name for path in files}
-    sharded = any(any(folder.glob(pattern)) for pattern in SHARDED)
+    # Folders alone: a file of code that goes with a checkpoint may be called so too.
+    sharded = any(path.is_dir() for pattern in SHARDED for path in folder.glob(pattern))
     for name in (STATE_FILE, *(() if sharded else NEEDED), *needed):
         if name not in names:
             return f"it has no {name}"
@@ -86,14 +90,32 @@ def _file_damage(path: Path) -> str | None:
             return f"names {missing[0]}, which is missing" if missing else None
     elif path.suffix == ".safetensors":
         try:
-            with safe_open(path, "pt"):
-                pass
+            with safe_open(path, "pt") as weights:
+                if _all_zero(weights):
+                    return "holds nothing but zeros"
         except (SafetensorError, OSError) as error:
             return f"is damaged ({error})"
-    elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-        # torch.save writes archives, whose list of contents comes last.
-        return "is cut off"
+    elif path.suffix in (".pt", ".pth", ".bin"):
+        return _archive_damage(path)
     return None
+
+
+def _all_zero(weights: Any) -> bool:
+    """Tell whether a file that holds tensors holds not one bit; all but the first are rarely read."""
+    tensors = (weights.get_tensor(name).flatten().view(torch.uint8) for name in weights.keys())
+    return bool(weights.keys()) and not any(tensor.any() for tensor in tensors)
+
+
+def _archive_damage(path: Path) -> str | None:
+    # torch.save writes archives, whose list of contents comes last, with a checksum of each.
+    if not zipfile.is_zipfile(path):
+        return "is cut off or overwritten"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() if get_crc32_options() else None
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return f"is damaged ({error})"
+    return None if damaged is None else f"is damaged (its part {damaged} is not what was written)"
 
 
 def _wrong_step(folder: Path, step: int) -> str | None:

@@ -26,7 +26,18 @@ from ..hub.card import write_card
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from .adapter import AdapterJob
 from .checks import check_stages
-from .job import RECORD_FILE, Job, autocast, finish, finished_training, rehearse, save_weights, say, weights_named
+from .job import (
+    CHECKPOINT,
+    RECORD_FILE,
+    Job,
+    autocast,
+    finish,
+    finished_training,
+    rehearse,
+    save_weights,
+    say,
+    weights_named,
+)  # fmt: skip
 from .parts import refuse_strayed
 from .recipe import load_recipe, recipe_names
 from .sections import Recipe, Stage
@@ -63,12 +74,17 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
         if not resume:
             for path in [folder / "stages", *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]:
                 shutil.rmtree(path, ignore_errors=True)
-        record = save_weights(job, job.train(resume), started)
+        say("Training")
+        record = job.train(resume)
+        say(f"Writing the weights to {folder / CHECKPOINT}")
+        record = save_weights(job, record, started)
         started = time.perf_counter()
     else:
-        job.open(folder / "checkpoint")
+        say(f"The training is finished: opening {folder / CHECKPOINT}")
+        job.open(folder / CHECKPOINT)
     with weights_named(folder):
         refuse_strayed(record.get("strayed", []))
+        say(f"{'Scoring answers, and writing' if 'eval' in job.rows else 'Writing'} the report and the card")
         return finish(job, record, started)
 
 

@@ -19,7 +19,7 @@ from ..data.text import tokenizer_or_processor
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from .arguments import training_arguments
 from .constructions import construct_stage, evolution_of
-from .job import STAGE_FILE, run_trainer, stage_folders
+from .job import STAGE_FILE, run_trainer, say, stage_folders
 from .parts import refuse_strayed, train_only
 from .sections import Recipe, Stage
 from .trainer import HfMoeTrainer
@@ -48,6 +48,7 @@ def run_stages(
     for stage, own in zip(recipe.stages, stage_folders(recipe, folder), strict=True):
         record = _finished(own, recipe, stage)
         if record is None:
+            say(f"Stage {stage.name}")
             if previous is not None:
                 model = load_trained(previous[1])
             model = construct(model, stage, previous, recipe.seed)
