@@ -1,11 +1,13 @@
 """The base of the model's classes: loading, initialisation and what Transformers may do with them."""
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -99,7 +101,7 @@ class HfMoePreTrainedModel(PreTrainedModel):
         # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
         # parameters: ours are initialised first, and marked.
         std = self.config.initializer_range
-        for module in self.modules():
+        for module in _inner_first(self):
             ours = isinstance(module, Router | Experts | Objective | Connector)
             if ours and not getattr(module, "_is_hf_initialized", False):
                 module.initialize(std)
@@ -116,3 +118,11 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+
+def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Walk the modules, each after its parts: a mechanism within another has initialised itself, and the outer one may
+    change that."""
+    for child in module.children():
+        yield from _inner_first(child)
+    yield module

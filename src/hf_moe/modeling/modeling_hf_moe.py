@@ -32,7 +32,7 @@ from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
 from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast, extend_output, router_logits
 from .overrides import RoutingOverrides
-from .plans import float32_patterns, forget_replaced_parts
+from .plans import float32_patterns, plan_moe_layers
 from .registry import build
 from .routed_forward import RoutedForward, install_hooks
 from .routing import RoutingContext
@@ -84,7 +84,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         self.cache_argument = cache_argument(type(self.language_model))
         self.max_positions = learned_positions(self.language_model)
         install_moe_layers(self.language_model, config)
-        forget_replaced_parts(self.language_model)
+        plan_moe_layers(self.language_model)
         self._keep_in_fp32_modules_strict = float32_patterns(self.language_model)
         self.post_init()
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .moe_layer import MoELayer
+from .routing import Experts
 
 
 def float32_patterns(language_model: nn.Module) -> list[str]:
@@ -26,11 +27,38 @@ def float32_patterns(language_model: nn.Module) -> list[str]:
     return sorted(patterns)
 
 
-def forget_replaced_parts(language_model: PreTrainedModel) -> None:
-    """Drop the host's rules of tensor parallelism for the feed-forwards that MoE layers have replaced in every layer.
+def plan_moe_layers(language_model: PreTrainedModel) -> None:
+    """Name the parts of the MoE layers in the host's plans of tensor and expert parallelism.
 
-    Its rules name layers with a star for their number.
+    The rules name layers with a star for their number, so one holds in every layer that has such a part. Where layers
+    differ, as an `experts` of feed-forwards and one of banks do, all experts are left whole. The host's rules for what
+    no layer has any more are dropped.
     """
-    names = [name for name, _ in [*language_model.named_modules(), *language_model.named_parameters()]]
-    known = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
-    language_model.tp_plan = {name: style for name, style in language_model.tp_plan.items() if name in known}
+    names = {name for name, _ in [*language_model.named_modules(), *language_model.named_parameters()]}
+    layers = {name: part for name, part in language_model.named_modules() if isinstance(part, MoELayer)}
+    experts = tuple({f"{_starred(name)}.experts" for name in layers})
+    kept = {_starred(name) for name in names if not name.startswith(tuple(f"{name}." for name in layers))}
+    for kind in ("tp_plan", "ep_plan"):
+        host_plan = getattr(language_model, kind)
+        plans = [{name: host_plan.get(name) for name in sorted(kept)}]
+        plans += [_layer_plan(_starred(name), layer, kind) for name, layer in layers.items()]
+        plan = {name: style for own in plans for name, style in own.items() if style is not None}
+        if any(plan.get(name) != style for own in plans for name, style in own.items() if name.startswith(experts)):
+            plan = {name: style for name, style in plan.items() if not name.startswith(experts)}
+        setattr(language_model, kind, plan)
+
+
+def _layer_plan(name: str, layer: MoELayer, kind: str) -> dict[str, str | None]:
+    """Return the style of every part of a MoE layer, `None` where it stays whole."""
+    parts = [part for part, _ in [*layer.named_modules(), *layer.named_parameters()] if part]
+    plan: dict[str, str | None] = dict.fromkeys(parts)
+    for path, experts in layer.named_modules():
+        if isinstance(experts, Experts):
+            plan |= {f"{path}.{part}".rstrip("."): style for part, style in experts.parallel_plans()[kind].items()}
+    if kind == "tp_plan" and layer.shared_expert is not None:
+        plan |= {f"shared_expert.{part}": style for part, style in layer.shared_expert.tp_plan().items()}
+    return {f"{name}.{_starred(part)}": style for part, style in plan.items()}
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)

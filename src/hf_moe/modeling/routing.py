@@ -323,6 +323,10 @@ class Router(KeepsBufferTypes):
 class Experts(nn.Module):
     """Base of the expert kinds: `forward(hidden (T, d), decision) -> (T, d)`."""
 
+    # Whether `forward(hidden, index (T, K), weight (T, K))` does the same for an assignment: the signature of
+    # Transformers' experts, which its parallel plans wrap.
+    takes_index_and_weight = False
+
     @property
     def runs_sorted_slots(self) -> bool:
         """Whether `forward` takes `slots`, those of its experts sorted by the caller (`dispatch.SortedSlots`)."""
@@ -333,6 +337,13 @@ class Experts(nn.Module):
 
     def initialize(self, std: float) -> None:
         """Initialise the experts' own parameters."""
+
+    def parallel_plans(self) -> dict[str, dict[str, str]]:
+        """Return how Transformers splits these experts: by their width in `"tp_plan"`, by their number in `"ep_plan"`.
+
+        Each maps a parameter's name, or `""` for the module, to a style of Transformers'. Empty: they stay whole.
+        """
+        return {"tp_plan": {}, "ep_plan": {}}
 
 
 class Objective(KeepsBufferTypes):
@@ -433,3 +444,11 @@ def finite(sums: torch.Tensor) -> torch.Tensor:
     """Return the sums of a micro-batch, or zeros where it overflowed: `GradScaler` skips its step, and a population
     that is not finite would make every later loss so."""
     return torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
+
+
+def refuse_mixture(decision: Decision) -> ValueError:
+    """Return the error of a mixture of experts of which this process holds a part."""
+    return ValueError(
+        f"A {type(decision).__name__} needs whole experts in every process, and a parallel plan has split them: leave "
+        "the experts out of `tp_plan` (pass `tp_plan={}`) and set `ep_size=1`, or choose a router that assigns experts."
+    )
