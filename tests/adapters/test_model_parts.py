@@ -69,9 +69,24 @@ def adapted(model):
     return [name for name, module in model.named_modules() if hasattr(module, "moe_lora_A")]
 
 
+# Stacked weights take LoRA experts alone, and experts are not where a decoder has none.
+REFUSED = {
+    ("own", "mov_molora", "mov"): "is a stacked weight, which takes the experts 'lora'",
+    ("own", "intuition_mor1e", None): "is a stacked weight, which takes the experts 'lora'",
+    ("llava", "moe_redundancy_plora", None): "adapts .*, and the model has nothing of that name",
+    ("qwen3_vl", "moe_redundancy_plora", None): "adapts .*, and the model has nothing of that name",
+}
+
+
 @pytest.mark.filterwarnings("ignore:ffn_experts=True", "ignore:target_parameters")
 @pytest.mark.parametrize("key, variant", SYSTEMS)
-def test_a_preset_of_a_language_model_adapts_the_decoder_alone_and_changes_nothing_of_text(vlm, key, variant, text):
+def test_a_preset_of_a_language_model_adapts_the_decoder_alone(request, vlm, key, variant, text):
+    refusal = REFUSED.get((request.node.callspec.params["vlm"], key, variant))
+    if refusal is not None:
+        with pytest.raises(ValueError, match=refusal):
+            get_peft_model(vlm, MoeLoraConfig.from_system(key, variant=variant))
+        assert not adapted(vlm)
+        return
     inputs = {name: value for name, value in text.items() if name != "labels"}
     ids = {"domain": torch.tensor([0, 3]), "intuition": torch.full((2, 16), 1 / 16)}
     with torch.no_grad():

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from hub_checkpoints import transformers_takes_this_peft
 from huggingface_hub import HfApi
 from odd_model import OddConfig, OddModel
 from peft import get_peft_model
@@ -53,8 +54,18 @@ def test_it_opens_by_its_name_and_in_its_folder_with_the_base_that_it_names(hub,
         opened = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True)
         assert type(opened).__module__.startswith(f"transformers_modules.owner.base.{commit}.")
         torch.testing.assert_close(logits(opened), expected)
-    # What was opened is saved as an adapter again, and opens as well.
-    opened.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("kind", "config"), [("own", OWN), ("odd", ODD)])
+def test_what_was_opened_is_saved_as_an_adapter_again(hub, tmp_path, checkpoint, kind, config):
+    push_checkpoint(checkpoint, "owner/base") if kind == "own" else push_odd(tmp_path)
+    base = AutoModelForImageTextToText.from_pretrained("owner/base", trust_remote_code=True)
+    model = get_peft_model(base, config)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "experts")
+    opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "experts", trust_remote_code=True)
+    with transformers_takes_this_peft():
+        opened.save_pretrained(tmp_path / "again")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again", trust_remote_code=True)
     torch.testing.assert_close(logits(again), expected)
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from hub_checkpoints import tiny_config, tiny_model
+from hub_checkpoints import tiny_config, tiny_model, transformers_takes_this_peft
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -42,7 +42,8 @@ def by_the_model(model, folder):
 
 def by_the_transformers_model(model, folder):
     base = model.unload()
-    base.add_adapter(MoeLoraConfig(target_modules=["q_proj"]))
+    with transformers_takes_this_peft():
+        base.add_adapter(MoeLoraConfig(target_modules=["q_proj"]))
     base.push_to_hub("owner/experts")
 
 

@@ -16,9 +16,15 @@ from .memory import PooledState, cached_tokens, past_state
 def are_tokens(x: torch.Tensor, shape: torch.Size) -> bool:
     """Whether `x` (..., d) can be the tokens of that shape in their order: the same, or all rows in one.
 
-    Windows of a tower have as many tokens, in another order.
+    Dimensions of size 1 move no token; multi-head latent attention has one in place of heads. Windows of a tower have as many
+    tokens, in another order.
     """
-    return x.shape[:-1] == shape or x.shape[:-1] == (shape.numel(),)
+    found = x.shape[:-1]
+    return found == shape or found == (shape.numel(),) or _wider(found) == _wider(shape)
+
+
+def _wider(shape: torch.Size) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 class AdapterContext:

@@ -15,7 +15,7 @@ from ..modeling.routing import Router
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import constant_gates
 from .contexts import ACTIVE_LAYER, LayerRun
-from .decisions import as_slots, check_gradient, decide
+from .decisions import as_slots, check_gradient, decide, slots_of_target
 from .dispatched import Stacks
 from .experts import ExpertKind, Target, build_kind
 from .experts.base import low_rank_pair
@@ -249,15 +249,8 @@ class MoeLoraLayer(BaseTunerLayer):
         key = adapter_name, router.spec.layer_idx
         if key not in run.shared:
             run.shared[key] = self._shared_slots(owner, adapter_name, router, run, x.device)
-        slots = run.shared[key]
-        if not run.tells_of(x):
-            raise ValueError(
-                f"The router of this layer decided for the {len(slots)} tokens that enter the layer, and a "
-                f"target, {type(self.get_base_layer()).__name__}({self.in_features}, {self.out_features}), got "
-                f"others, {tuple(x.shape[:-1])}, as in cross-attention or in windows: set router_input='target', or "
-                "leave this target out."
-            )
-        return slots
+        name = f"{type(self.get_base_layer()).__name__}({self.in_features}, {self.out_features})"
+        return slots_of_target(run, key, x, name)
 
     def _shared_slots(
         self, owner: "MoeLoraLayer", adapter_name: str, router: Router, run: LayerRun, device: torch.device

@@ -1,22 +1,44 @@
-"""What pooled routers remember of the tokens in a key-value cache.
+"""What routers remember of the tokens in a key-value cache.
 
 A gate that pools the tokens so far needs, when one token is decoded, a summary of those whose keys and values are
-cached. There is one for every cached token, so that the last ones can be taken back, as assisted generation does. They
-live on the cache, whose class is swapped for a subclass of the same name, so that they are reordered, repeated and
-cropped with what they belong to.
+cached. A target that reads what is cached of them again, as in multi-head latent attention, needs what its router
+decided for them. There is one for every cached token, so that the last ones can be taken back, as assisted generation
+does. They live on the cache, whose class is swapped for a subclass of the same name, so that they are reordered,
+repeated and cropped with what they belong to.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import Cache
 
 
+class TokenMemory:
+    """What is remembered of every one of n cached tokens, in tensors (B, n, ...) per row."""
+
+    def __len__(self) -> int:
+        return next(iter(vars(self).values())).shape[1]
+
+    def rows(self, index: torch.Tensor) -> Self:
+        """Return the memory of the rows `index`."""
+        return type(self)(*(part.index_select(0, index.to(part.device)) for part in vars(self).values()))
+
+    def first(self, length: int) -> Self:
+        """Return the memory of the first `length` tokens."""
+        return type(self)(*(part[:, :length] for part in vars(self).values()))
+
+    def followed_by(self, later: Self) -> Self:
+        """Return the memory of these tokens and later ones."""
+        return type(self)(
+            *(torch.cat(parts, 1) for parts in zip(vars(self).values(), vars(later).values(), strict=True))
+        )
+
+
 @dataclass(frozen=True)
-class PooledMemory:
+class PooledMemory(TokenMemory):
     """What a router had pooled at every one of n cached tokens, per row.
 
     Attributes:
@@ -33,26 +55,22 @@ class PooledMemory:
     gate_count: torch.Tensor
     closed: torch.Tensor
 
-    def __len__(self) -> int:
-        return self.count.shape[1]
 
-    def rows(self, index: torch.Tensor) -> "PooledMemory":
-        """Return the memory of the rows `index`."""
-        return PooledMemory(*(part.index_select(0, index.to(part.device)) for part in vars(self).values()))
+@dataclass(frozen=True)
+class DecisionMemory(TokenMemory):
+    """What a router had decided for every one of n cached tokens, per row.
 
-    def first(self, length: int) -> "PooledMemory":
-        """Return the memory of the first `length` tokens."""
-        return PooledMemory(*(part[:, :length] for part in vars(self).values()))
+    Attributes:
+        index (`torch.Tensor` of shape `(B, n, K)`): the experts.
+        weight (`torch.Tensor` of shape `(B, n, K)`): theirs.
+    """
 
-    def followed_by(self, later: "PooledMemory") -> "PooledMemory":
-        """Return the memory of these tokens and later ones."""
-        return PooledMemory(
-            *(torch.cat(parts, 1) for parts in zip(vars(self).values(), vars(later).values(), strict=True))
-        )
+    index: torch.Tensor
+    weight: torch.Tensor
 
 
-# adapter -> number of the router -> memory
-PooledState = dict[str, dict[int, PooledMemory]]
+# adapter -> number of the router, or "decision" and that number -> memory
+PooledState = dict[str, dict[Hashable, TokenMemory]]
 
 
 def cache_of(values: Mapping[str, Any] | tuple) -> Cache | None:
@@ -129,7 +147,7 @@ def keep_state(cache: Cache | None, state: PooledState) -> None:
 def remembering_class(cache_class: Any) -> Any:
     """Return the subclass of a cache's class that changes the routers' memory with it."""
 
-    def change(self: Any, of: Callable[[PooledMemory], PooledMemory]) -> None:
+    def change(self: Any, of: Callable[[TokenMemory], TokenMemory]) -> None:
         self.moe_lora_state = {
             adapter: {number: of(memory) for number, memory in routers.items()}
             for adapter, routers in self.moe_lora_state.items()
@@ -146,8 +164,8 @@ def remembering_class(cache_class: Any) -> Any:
     def batch_repeat_interleave(self: Any, repeats: int) -> None:
         cache_class.batch_repeat_interleave(self, repeats)
 
-        def repeat(memory: PooledMemory) -> PooledMemory:
-            rows = torch.arange(len(memory.count), device=memory.count.device)
+        def repeat(memory: TokenMemory) -> TokenMemory:
+            rows = torch.arange(len(next(iter(vars(memory).values()))))
             return memory.rows(rows.repeat_interleave(repeats))
 
         change(self, repeat)

@@ -345,11 +345,7 @@ class MoeLoraModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: MoeLoraConfig,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
+        cls, model: nn.Module, config: MoeLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.hf_moe_version is not None:  # a saved adapter; into a new one, parts of another may be loaded
