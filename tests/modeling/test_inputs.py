@@ -18,7 +18,7 @@ MALFORMED = {
     "unknown ids": ({"input_ids": torch.full((2, 11), 96)}, r"input_ids must be 0 to 95 \(the decoder's vocab_size\)"),
     "mask of one row": ({"attention_mask": torch.ones(11)}, "attention_mask must have 2 or 4 dimensions"),
     "mask of three dimensions": ({"attention_mask": torch.ones(2, 11, 11)}, "attention_mask must have 2 or 4"),
-    "mask of other rows": ({"attention_mask": torch.ones(3, 11)}, r"attention_mask must have the shape \(2, 11\)"),
+    "mask of other rows": ({"attention_mask": torch.ones(3, 11)}, "attention_mask must cover 2 rows of 11 tokens"),
     "shorter mask": ({"attention_mask": torch.ones(2, 10)}, r"attention_mask .* got float32 of the shape \(2, 10\)"),
     "longer mask": ({"attention_mask": torch.ones(2, 12)}, r"attention_mask .* got float32 of the shape \(2, 12\)"),
     "additive 2-D mask": (
@@ -161,7 +161,7 @@ PLACEHOLDERS = {
         {"image_token_id": 96},
         "image_token_id=96 is no token of the decoder, .* vocab_size is 96",
     ),
-    "negative": ({"image_token_id": -1}, "image_token_id=-1 is no token"),
+    "negative": ({"image_token_id": -1}, r"image_token_id[\s\S]*-1 must be at least 0"),
     "video token beyond": ({"image_token_id": 95, "video_token_id": 100}, "video_token_id=100 is no token"),
     "audio token beyond": ({"image_token_id": 95, "audio_token_id": 100}, "audio_token_id=100 is no token"),
 }
@@ -170,9 +170,9 @@ PLACEHOLDERS = {
 @pytest.mark.parametrize("fields, message", PLACEHOLDERS.values(), ids=PLACEHOLDERS)
 def test_placeholders_that_no_token_can_be_are_refused(tiny_config, fields, message):
     config = tiny_config()
-    for name, value in fields.items():
-        setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
+        for name, value in fields.items():
+            setattr(config, name, value)
         HfMoeForConditionalGeneration(config)
 
 
