@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers as tf
-from observed import assert_near, logits, with_cache
+from near import assert_near
+from observed import logits, with_cache
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny_hosts import TEXT, words
