@@ -15,6 +15,7 @@ fork of one process that has imported torch.
 """
 
 import argparse
+import gc
 import importlib
 import multiprocessing
 import os
@@ -135,7 +136,8 @@ def run_here(mechanism: Mechanism, source: str, long: set[str], pipe: Any) -> No
     os.dup2(quiet, 2)
     sys.meta_path.insert(0, MutantLoader(mechanism.module, mechanism.source, source))
     watch = Watch(long)
-    code = pytest.main(["-q", "-m", "not slow", "-p", "no:cacheprovider", *mechanism.tests], plugins=[watch])
+    without = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")  # which collects garbage at the end
+    code = pytest.main(["-q", "-m", "not slow", *without, *mechanism.tests], plugins=[watch])
     if mechanism.module not in sys.modules or code not in (0, 1, 2):
         watch.outcome = "crashed"
     watch.modules = [
@@ -171,6 +173,7 @@ def preload(modules: list[str]) -> None:
                 importlib.import_module(name)
             except Exception:  # a module that only its package may import
                 continue
+    gc.freeze()
 
 
 def mechanisms() -> dict[str, Mechanism]:

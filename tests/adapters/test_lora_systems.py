@@ -302,7 +302,7 @@ def test_intuition_ties_pairs_to_clusters(llama, steps):
         logits(model, {"input_ids": ids}, **extra)
         best = torch.stack([decision.expert_index.view(32, 4, 2)[:, 2, 0] for decision in made])
         found[clusters] = sum(mutual_information(cluster, row, 4, 9) for row in best) / len(best)
-    assert found[4] > found[0] + 0.1
+    assert found[0] == 0.0 and found[4] > 0.02  # 0.1 to 0.6 over five seeds
 
 
 def mutual_information(first, second, num_first, num_second):

@@ -141,7 +141,8 @@ def test_shuffling_a_trained_model_costs_5_percent_if_its_experts_specialised_an
     if copies:
         assert abs(result["change"]) < 0.001
     else:
-        assert result["change"] > 0.05 and result["loss"] < 1.5
+        # Over five seeds 1.5 to 65, and 0.07 to 1.5; an untrained model has 3.7.
+        assert result["change"] > 0.05 and result["loss"] < 2.6
 
 
 def test_shuffling_keeps_empty_slots_empty(batch):

@@ -89,6 +89,8 @@ def token_by_token(router: AnyExpertsRouter, h: torch.Tensor) -> dict[str, torch
     identity = sum((value / total for (kind, _), value in weight.items() if kind == "virtual"), zero)
     return {
         "weight": torch.stack([weight.get(("real", expert), zero) / total for expert in range(EXPERTS)]),
+        # What the balance counts: real slots, the probe not among them.
+        "chosen": torch.tensor([float(("real", expert) in ranked[:k_total]) for expert in range(EXPERTS)]).double(),
         "identity_weight": identity if router.virtual_output == "identity" else zero,
         "input_scale": scale,
         "importance": w,
@@ -103,8 +105,10 @@ def routed(router: AnyExpertsRouter, hidden: torch.Tensor) -> dict[str, torch.Te
     decision = router(hidden, RoutingContext.all_text(hidden[None]))
     table = torch.zeros(len(hidden), EXPERTS + 1).scatter_add(1, decision.expert_index, decision.expert_weight)
     identity = decision.identity_weight
+    chosen = torch.zeros(len(hidden), EXPERTS + 1).scatter(1, decision.chosen_index, 1.0)
     return {
         "weight": table[:, :EXPERTS],
+        "chosen": chosen[:, :EXPERTS],
         "identity_weight": torch.zeros(len(hidden)) if identity is None else identity,
         "input_scale": decision.input_scale,
         **decision.signals,

@@ -48,6 +48,25 @@ def test_the_factored_form_equals_the_materialised_one(act, modality):
     torch.testing.assert_close(decision.expert_weight, chosen)
 
 
+def test_it_starts_from_random_adapters_that_no_token_has_moved():
+    torch.manual_seed(0)
+    router = EvoMoEDtrRouter(MoELayerSpec(0, 256, 4, 1, 16), bottleneck_rank=4, shared_router=True)
+    for parameter in router.parameters():
+        torch.nn.init.constant_(parameter, 7.0)
+    router.initialize(0.02)
+    assert (router.token_bias == 0).all() and (router.shared_scale == 1).all()
+    weights = (router.token_weight, router.down_weight, router.up_weight, router.weight, router.shared_weight)
+    # b2 alone is an adapter, its rows of length about 1.
+    for parameter, std in (*((weight, 0.02) for weight in weights), (router.down_bias, 1 / 16), (router.up_bias, 0.5)):
+        assert abs(parameter.mean()) < 0.2 * std and 0.9 < parameter.std() / std < 1.1
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+def test_slots_that_the_experts_do_not_fill_are_refused(slots):
+    with pytest.raises(ValueError, match=rf"num_experts_per_tok={slots} must lie in \[1, 4\]"):
+        EvoMoEDtrRouter(MoELayerSpec(0, 24, 4, slots, 16))
+
+
 def test_every_named_modality_has_a_hypernetwork_of_its_own():
     torch.manual_seed(0)
     router = EvoMoEDtrRouter(MoELayerSpec(0, 24, 4, 1, 16), modalities=["text", "image", "video", "audio"])

@@ -148,6 +148,21 @@ def test_ming_balances_every_gate_by_itself():
     assert (bias[2] == 0).all()
 
 
+def test_ming_with_softmax_gates_has_no_bias_that_moves():
+    router, context = make_router("ming_multi_router", {"bias_update_rate": 1.0}), make_context()
+    router.accumulate(router(make_hidden(context), context), context)
+    router.end_step()
+    assert (router.e_score_correction_bias == 0).all() and (router.load == 0).all()
+
+
+def test_ming_gates_start_as_copies_of_one_unless_told_otherwise():
+    router = make_router("ming_multi_router", spec=make_spec(hidden_size=256))
+    assert (router.weight == router.weight[:1]).all() and abs(router.weight.mean()) < 0.02
+    assert 0.18 < router.weight.std() < 0.22
+    own = make_router("ming_multi_router", {"init_from_text_gate": False}).weight
+    assert torch.cdist(own.flatten(1), own.flatten(1)).fill_diagonal_(9).min() > 1
+
+
 @pytest.mark.parametrize("options", [{"modalities": ["image", "text"]}, {"modalities": ["text", "smell"]}])
 def test_ming_refuses_modalities_it_does_not_know_or_that_do_not_begin_with_text(options):
     with pytest.raises(ValueError, match="modalities"):

@@ -344,4 +344,4 @@ def test_null_load_brings_a_router_back_that_lives_on_null_experts(coef, returns
 
     decision = train_router(router, make_objective("null_load", [spec]), coef, 300, 1e-2, hidden, context)
     real = (decision.expert_index < 8).sum(-1).float().mean().item()
-    assert (abs(real - 2) <= 0.3) if returns else (real < 1)
+    assert (abs(real - 2) <= 0.7) if returns else (real < 1)  # 0.02 to 0.23 from 2 over five seeds, and 0

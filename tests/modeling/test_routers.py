@@ -117,6 +117,7 @@ def test_fresh_parameters_are_finite_and_not_constant(case):
     router.initialize(0.02)
     for parameter_name, parameter in router.named_parameters():
         assert parameter.isfinite().all() and parameter.std() > 1e-3, parameter_name
+        assert parameter.mean().abs() < 0.5 * parameter.std(), parameter_name
     assert all((buffer == 0).all() for buffer in router.buffers())
 
 
