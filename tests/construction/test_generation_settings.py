@@ -1,9 +1,12 @@
 """A decoder's generation settings, as they come, never keep a model from being saved."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import GenerationConfig
 
-from hf_moe.construction.generation import savable
+from hf_moe.construction.generation import generation_settings, savable
+from hf_moe.construction.tokenizer import train_word_tokenizer
 
 
 def config_of(**settings) -> GenerationConfig:
@@ -32,3 +35,11 @@ def test_settings_without_effect_are_left_out_and_the_rest_kept(settings, kept, 
     found = {name: getattr(saved, name) for name in settings if getattr(saved, name) is not None}
     assert found == kept
     assert bool(caplog.text) == (kept != settings)
+
+
+def test_a_model_takes_over_settings_that_can_be_saved(tmp_path):
+    dense = SimpleNamespace(generation_config=config_of(temperature=0.6, top_p=0.9, eos_token_id=7, max_new_tokens=5))
+    settings = generation_settings(dense, train_word_tokenizer(["a b"]), image_token_id=9)
+    settings.save_pretrained(tmp_path)
+    assert settings.temperature in (None, 1.0) and settings.max_new_tokens == 5
+    assert 7 in settings.eos_token_id and settings.suppress_tokens == [9]

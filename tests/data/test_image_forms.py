@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image
+from datasets.utils import are_progress_bars_disabled
 from PIL import Image as PILImage
 from PIL import ImageCms
 from transformers import ImageTextToTextPipeline
 from transformers.utils.chat_template_utils import Chat
 
 from hf_moe.data import FeatureCache, VisionLanguageCollator, load_rows, tokenize_rows
-from hf_moe.data.pictures import read_row_image
+from hf_moe.data.pictures import read_row_image, undecoded
 from hf_moe.modeling.image_loading import decode_image, open_image
 
 
@@ -474,3 +475,10 @@ def test_records_of_a_stream_are_read_where_they_lie(tmp_path, at):
     assert np.array_equal(decode_image(*read_row_image(inside)), open_image(at.path))
     with pytest.raises(ValueError, match=r"the file zip://absent.png::.* cannot be read"):
         read_row_image({"path": inside["path"].replace("inside", "absent"), "bytes": None})
+
+
+def test_rows_are_left_undecoded_without_a_bar(picture, capfd):
+    rows = Dataset.from_list([{"images": [picture(0)]}, {"images": []}])
+    capfd.readouterr()
+    assert "bytes" in undecoded(rows)[0]["images"][0]
+    assert capfd.readouterr().err == "" and not are_progress_bars_disabled()

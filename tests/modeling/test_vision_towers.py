@@ -222,6 +222,13 @@ def test_a_tower_is_built_twice_at_most(monkeypatch):
     assert len(built) == 2, "the tower itself, and one probe without memory"
 
 
+def test_a_tower_of_timm_is_built_without_warnings(monkeypatch):
+    from transformers.models.timm_wrapper import modeling_timm_wrapper
+
+    monkeypatch.setattr(modeling_timm_wrapper.logger, "warning_once", pytest.fail)
+    assert model_with("timm_features")
+
+
 def test_derived_fields_are_saved(tmp_path):
     model = model_with("dinov2_with_registers")
     model.config.save_pretrained(tmp_path)

@@ -224,16 +224,14 @@ def test_answers_of_every_type_are_trained_and_scored(recipe, answer, tmp_path, 
     assert json.loads((tmp_path / "run" / "report.json").read_text())["evaluated"] == 2
 
 
-def test_an_answer_that_cannot_be_scored_is_found_before_training(recipe, tmp_path, rows, monkeypatch, capsys):
+def test_a_row_that_cannot_be_scored_is_found_before_training(recipe, tmp_path, rows, monkeypatch, capsys):
     kind, path = recipe
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
-    lines[3]["answer"] = {"text": "fish"}
-    for line in lines[:3]:
-        line["answer"] = {"text": None}
+    del lines[3]["messages"][1]
     (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, lines)))
     refuse_training(monkeypatch)
     assert train(path, tmp_path / "run", "--set", f"data.eval={{path: {tmp_path / 'odd.jsonl'}}}") == 2
-    assert "answer" in capsys.readouterr().err
+    assert "Row 3 of the dataset: A row to be scored needs" in capsys.readouterr().err
 
 
 def test_a_question_that_cannot_be_asked_is_found_before_training(recipe, tmp_path, rows, monkeypatch, capsys):
@@ -244,7 +242,7 @@ def test_a_question_that_cannot_be_asked_is_found_before_training(recipe, tmp_pa
     refuse_training(monkeypatch)
     assert train(path, tmp_path / "run", "--set", f"data.eval={{path: {tmp_path / 'odd.jsonl'}}}") == 2
     error = capsys.readouterr().err
-    assert "row 3" in error and "mood" in error
+    assert "Row 3 of the dataset has mood" in error
 
 
 class Interrupt(TrainerCallback):

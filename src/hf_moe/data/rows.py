@@ -148,5 +148,7 @@ def _images_beside(row: Mapping[str, Any]) -> list[Any]:
 def describe_row(row: Any, index: int, place: str) -> str:
     """Return how an error names a row: its position, and its id where it has one."""
     columns = row if isinstance(row, Mapping) else {}
-    name = next((columns[key] for key in ("id", "image_id") if columns.get(key) is not None), None)
+    ids = (columns.get(key) for key in ("id", "image_id"))
+    # A row without pictures has no image's id.
+    name = next((found for found in ids if found is not None and not (isinstance(found, list) and not found)), None)
     return f"Row {index} of the {place}" + (f" (id {name!r})" if name is not None else "")

@@ -173,8 +173,10 @@ def probe_tower(config) -> TowerProbe:
     and `vision_prefix_tokens` where they are absent."""
     meta = torch.device("meta")
     with meta:
-        # Flex attention refuses the meta device, and all implementations give features of one shape.
-        tower = AutoModel.from_config(config.vision_config, attn_implementation="eager").eval()
+        # Flex attention refuses the meta device, and all implementations give features of one shape. The networks of
+        # timm have their own, and warn of any other.
+        attention = "sdpa" if config.vision_config.model_type == "timm_wrapper" else "eager"
+        tower = AutoModel.from_config(config.vision_config, attn_implementation=attention).eval()
     names, parameters = zip(*tower.named_parameters(), strict=True)
     inputs = dummy_pixels(config, meta, parameters[0].dtype)
     with torch.enable_grad():
