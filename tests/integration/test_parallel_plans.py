@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 from transformers.distributed import DistributedConfig
@@ -32,6 +34,7 @@ SPLITS = {
     "ep_all_reduce": {"tp_size": WORLD, "ep_size": WORLD, "ep_implementation": "all_reduce"},
     "ep_fsdp": {"fsdp_size": WORLD, "ep_size": WORLD},
 }
+BF16_WAYS = ("plan", "by_hand")
 
 
 def build_model(name):
@@ -93,6 +96,32 @@ def local_share(model):
     return sum(p.numel() for p in local) / sum(p.numel() for p in experts)
 
 
+def run_in_bf16(model):
+    """Return the types of the routers' parameters, gradients and logits in a training step, and the model's logits."""
+    outputs = model.train()(**rows(), output_routing=True)
+    outputs.loss.backward()
+    gates = [p for layer in model.moe_layers().values() for p in layer.gate.parameters()]
+    logits = [decision.router_logits for decision in outputs.routing.decisions.values()]
+    return {
+        "routers": {tensor.dtype for tensor in [*gates, *(p.grad for p in gates), *logits]},
+        "logits": outputs.logits,
+    }
+
+
+def shard_in_bf16(folder, way):
+    """Return a bf16 model that FSDP2 shards, by Transformers' plan or by hand."""
+    config = DistributedConfig(fsdp_size=WORLD) if way == "plan" else None
+    model = HfMoeForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=config)
+    if way == "by_hand":
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for layer in model.moe_layers().values():
+            fully_shard(layer.gate, mesh=mesh)
+        for layer in model.get_decoder().layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
 def worker(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
@@ -107,6 +136,10 @@ def worker(rank, port, folder):
             if "fsdp_size" in sizes:
                 batch = {key: value[rank * 2 : rank * 2 + 2] for key, value in batch.items()}
             results[split, name] = {"share": local_share(model), **run(model, batch)}
+    for way in BF16_WAYS:
+        for name in MODELS:
+            model = shard_in_bf16(folder / name, way)
+            results[way, name] = run_in_bf16(model)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -152,3 +185,13 @@ def test_two_processes_equal_one(results, one_process, split, name):
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_process_holds_half_of_the_experts(results, split, name):
     assert all(found[split, name]["share"] <= 0.55 for found in results)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", BF16_WAYS)
+def test_fsdp_of_bf16_keeps_routers_float32(results, folder, way, name):
+    model = HfMoeForConditionalGeneration.from_pretrained(folder / name, dtype=torch.bfloat16)
+    expected = run_in_bf16(model)
+    for found in results:
+        assert found[way, name]["routers"] == {torch.float32}
+        assert (found[way, name]["logits"] - expected["logits"]).abs().max() < 1e-2

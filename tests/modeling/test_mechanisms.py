@@ -9,8 +9,10 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.configuration.checks import in_words, option_hints
 from hf_moe.configuration.systems import list_systems, load_preset
+from hf_moe.modeling.initialisation import initialize_mechanisms
 from hf_moe.modeling.mechanisms import get_mechanism, mechanism_names
 from hf_moe.modeling.registry import KINDS, build, register
+from hf_moe.modeling.routing import Connector, Experts, MoELayerSpec, Objective, Router
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -149,3 +151,49 @@ def test_a_label_that_a_module_dict_has_taken_is_refused():
     config = HfMoeConfig(text_config=LlamaConfig(**SIZES, vocab_size=64), moe_config={"objectives": objectives})
     with pytest.raises(ValueError, match="'pop'.*taken"):
         HfMoeForConditionalGeneration(config)
+
+
+SPEC = MoELayerSpec(layer_idx=0, hidden_size=8, num_experts=4, num_experts_per_tok=2, expert_intermediate_size=4)
+ARGUMENTS = {Router: (SPEC,), Experts: (), Objective: ([], 0.1), Connector: (8, 8)}
+
+
+def mechanism_of(base: type, std_of_weight: float) -> torch.nn.Module:
+    """Return a mechanism whose only weight starts as `std_of_weight` times the model's standard deviation."""
+
+    class Mechanism(base):
+        def initialize(self, std: float) -> None:
+            torch.nn.init.constant_(self.weight, std_of_weight * std)
+
+    mechanism = Mechanism(*ARGUMENTS[base])
+    mechanism.weight = torch.nn.Parameter(torch.full((2,), torch.nan))
+    return mechanism
+
+
+@pytest.mark.parametrize("inner", ARGUMENTS)
+@pytest.mark.parametrize("outer", ARGUMENTS)
+def test_a_mechanism_within_a_mechanism_initialises_itself(outer, inner):
+    model = make_model("connector", "mlp")
+    model.outer = mechanism_of(outer, 1.0)
+    model.outer.parts = torch.nn.ModuleList(
+        [mechanism_of(inner, 2.0), torch.nn.ModuleList([mechanism_of(inner, 3.0)])]
+    )
+    model.initialize_weights()
+    std = model.config.initializer_range
+    weights = [parameter for name, parameter in model.outer.named_parameters()]
+    assert [weight.tolist() for weight in weights] == [pytest.approx([factor * std] * 2) for factor in (1, 2, 3)]
+
+
+def test_the_outer_mechanism_has_the_last_word_on_its_parts():
+    model = make_model("connector", "mlp")
+    model.outer = mechanism_of(Experts, 1.0)
+    model.outer.part = mechanism_of(Experts, 2.0)
+    model.outer.initialize = lambda std: torch.nn.init.zeros_(model.outer.part.weight)
+    model.initialize_weights()
+    assert not model.outer.part.weight.any()
+
+
+def test_initialising_by_hand_reaches_mechanisms_within():
+    outer = mechanism_of(Router, 1.0)
+    outer.part = mechanism_of(Experts, 2.0)
+    initialize_mechanisms(outer, 0.5)
+    assert (outer.weight.tolist(), outer.part.weight.tolist()) == ([0.5, 0.5], [1.0, 1.0])

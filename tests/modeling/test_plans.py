@@ -2,15 +2,21 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from router_cases import make_experts, make_spec
 
 import hf_moe.modeling.routers as routers
 from hf_moe import HfMoeForConditionalGeneration
+from hf_moe.modeling.experts.ffn import FfnExperts
+from hf_moe.modeling.moe_layer import MoELayer
+from hf_moe.modeling.routing import ExpertAssignment, ParameterMixture, SlotMixture
 
 
 ROUTERS = sorted(path.stem for path in Path(routers.__file__).parent.glob("[a-z]*.py"))
+STACKS = ("gate_up_proj", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias")
 LOW = [torch.bfloat16, torch.float16]
 
 
@@ -71,3 +77,93 @@ def test_the_head_has_its_place_in_every_plan(tiny_model):
     model = tiny_model()
     assert model.fsdp_plan["lm_head"] == "keep_full_weight"
     assert "lm_head" in model.tp_plan and "lm_head" in model.pp_plan
+
+
+BANKS = {"a": {"num_experts": 4, "intermediate_size": 16}, "b": {"num_experts": 2, "intermediate_size": 8}}
+# Host, its fields, moe_config, and the names of the experts' modules; gpt2's experts have biases and no gate.
+PLANNED = {
+    "gated": ("llama", {}, {}, [""]),
+    "biases": ("gpt2", {}, {}, [""]),
+    "banks": ("llama", {}, {"num_experts": None, "expert_banks": BANKS}, [".a", ".b"]),
+    "host with experts": ("mixtral", {"num_local_experts": 4}, {}, [""]),
+    "host without": (
+        "mixtral",
+        {"num_local_experts": 4},
+        {"layers": "all", "num_experts": None, "expert_banks": BANKS},
+        [".a", ".b"],
+    ),
+}
+# Experts of different make in places of one name, which one rule would have to serve.
+MIXED = {
+    "banks in some layers": (
+        "llama",
+        {},
+        {"num_experts": {"1": 4, "default": 6}, "expert_banks": {"1": None, "default": BANKS}},
+    ),
+    "banks beside the host's": ("mixtral", {"num_local_experts": 4}, {"num_experts": None, "expert_banks": BANKS}),
+}
+
+
+@pytest.mark.parametrize("host, fields, moe_config, places", PLANNED.values(), ids=PLANNED)
+@pytest.mark.parametrize("kind, style", [("tp_plan", "moe_tp_experts"), ("ep_plan", "ep_dispatch_experts")])
+def test_plans_split_every_stack_of_experts(tiny_model, host, fields, moe_config, places, kind, style):
+    model = tiny_model(host, fields, tower=False, moe_config={"num_experts": 4, **moe_config})
+    plan = {name: value for name, value in getattr(model, kind).items() if ".experts" in name}
+    stacks = {name for name in starred(model) if ".experts." in name and name.rpartition(".")[2] in STACKS}
+    whole = {name for name in stacks if name.endswith("down_proj_bias")} if kind == "tp_plan" else set()
+    modules = {f"{name.partition('.experts')[0]}.experts{place}" for name in stacks for place in places}
+    assert plan.keys() == modules | stacks - whole
+    assert {plan[name] for name in modules} == {style}
+
+
+@pytest.mark.parametrize("host, fields, moe_config", MIXED.values(), ids=MIXED)
+def test_experts_that_no_rule_fits_stay_whole(tiny_model, host, fields, moe_config):
+    model = tiny_model(host, fields, tower=False, moe_config=moe_config)
+    for plan in (model.tp_plan, model.ep_plan):
+        assert [name for name in plan if ".experts" in name] == []
+    assert "model.language_model.layers.*.self_attn.q_proj" in model.tp_plan
+
+
+def test_the_shared_branch_is_split_by_its_width(tiny_model):
+    plan = tiny_model(moe_config={"num_shared_experts": 1, "shared_expert_gate": True}).tp_plan
+    shared = {name.partition("shared_expert.")[2]: style for name, style in plan.items() if ".shared_expert" in name}
+    assert shared == {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+
+
+@pytest.mark.parametrize("backend", ["ragged", "eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("fields", [{}, {"gated": False, "bias": True}], ids=["gated", "biases"])
+def test_experts_take_index_and_weight_as_a_decision(fields, backend):
+    spec = make_spec(**fields)
+    experts = make_experts(spec)
+    experts.config = SimpleNamespace(_experts_implementation=backend)
+    hidden = torch.randn(12, spec.hidden_size)
+    index = torch.stack([torch.randperm(spec.num_experts + 1)[:2] for _ in range(12)])  # the last is empty
+    weight = torch.rand(12, 2).masked_fill(index == spec.num_experts, 0.0)
+    decision = ExpertAssignment(index, weight, spec.num_experts)
+    assert torch.equal(experts(hidden, index, weight), experts(hidden, decision))
+
+
+class PartOfExperts(FfnExperts):
+    """What a process holds under a plan: half of the width, or half of the experts."""
+
+    def __init__(self, config, spec, by):
+        super().__init__(config, spec)
+        if by == "width":
+            self.down_proj = torch.nn.Parameter(self.down_proj[..., : spec.expert_intermediate_size // 2])
+        else:
+            self.num_experts //= 2
+
+
+@pytest.mark.parametrize("by", ["width", "number"])
+@pytest.mark.parametrize("mixture", ["slots", "parameters"])
+def test_mixtures_of_split_experts_are_refused(tiny_config, by, mixture):
+    config = tiny_config(tower=False, moe_config={"layers": "all"})
+    layer = MoELayer(config, make_spec(layer_idx=0, num_experts=4))
+    layer.experts = PartOfExperts(config, layer.spec, by)
+    ones = torch.ones(2, 4, 4)
+    decision = SlotMixture(ones, ones, 4)
+    if mixture == "parameters":
+        decision = ParameterMixture(torch.ones(1, 4), torch.zeros(8, dtype=torch.long), 4)
+    layer.gate.forward = lambda *inputs: decision
+    with pytest.raises(ValueError, match="needs whole experts in every process.*tp_plan"):
+        layer(torch.randn(2, 4, layer.spec.hidden_size))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.routing import Router
 from .config import MoeLoraConfig, TargetSettings
 from .experts import ExpertKind, build_kind
@@ -219,8 +220,7 @@ def _rebuild(model: PeftModel, adapter_name: str, sources: list[int | None], ran
     for layer in every_layer:
         if adapter_name in layer.moe_lora_objectives:
             losses = edited.build_objectives(specs)
-            for objective in losses.by_name.values():
-                objective.initialize(INIT_STD)  # their statistics start anew
+            initialize_mechanisms(losses, INIT_STD)  # their statistics start anew
             layer.moe_lora_objectives[adapter_name] = losses
     frozen = [new for new, old in enumerate(sources) if old in (config.frozen_experts or [])]
     if len(sources) > config.num_experts:
@@ -304,7 +304,7 @@ def _edited_router(old: Router, new: Router, sources: list[int | None]) -> Route
     Raises:
         ValueError: if a tensor does not tell which of its entries belong to which expert.
     """
-    new.initialize(INIT_STD)
+    initialize_mechanisms(new, INIT_STD)
     new.to(next((tensor.device for tensor in (*old.parameters(), *old.buffers())), torch.device("cpu")))
     before, experts = old.state_dict(), old.spec.num_experts
     for name, tensor in new.state_dict().items():

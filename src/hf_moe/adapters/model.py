@@ -14,6 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
 from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
 from .checkpoints import check_complete
@@ -94,8 +95,7 @@ class MoeLoraModel(BaseTuner):
         if config.objectives:
             first = next(layer for layer in tuner_layers(model) if adapter_name in layer.experts)
             losses = config.build_objectives(self._specs)
-            for objective in losses.by_name.values():
-                objective.initialize(INIT_STD)
+            initialize_mechanisms(losses, INIT_STD)
             first.moe_lora_objectives[adapter_name] = losses
         if config.ffn_experts:
             adapt_feed_forwards(model, adapter_name)
@@ -261,7 +261,7 @@ class MoeLoraModel(BaseTuner):
         spec = config.spec(len(self._specs), width, settings)
         self._specs.append(spec)
         router = config.build_router(spec, settings)
-        router.initialize(INIT_STD)
+        initialize_mechanisms(router, INIT_STD)
         if isinstance(router, (PooledRouter, SoftMoaRouter)):
             bidirectional = is_bidirectional(layer)
             if isinstance(router, PooledRouter):

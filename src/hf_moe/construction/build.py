@@ -16,12 +16,13 @@ from transformers import initialization as init
 from ..configuration import HfMoeConfig
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import decoder_layers, ffn_name, read_ffn, routed_layer_class
+from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.moe_layer import MoELayer
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from ..modeling.registry import build
-from ..modeling.routing import Connector, Decision, ExpertAssignment, Experts, Objective, Router
+from ..modeling.routing import Decision, ExpertAssignment
 from .adoption import adopt
 from .generation import generation_settings
 from .pretrained import load_language_model, load_vision_tower
@@ -370,9 +371,7 @@ def _materialise(module: nn.Module, std: float) -> None:
             init.normal_(part.weight, mean=0.0, std=std)
             if part.bias is not None:
                 init.zeros_(part.bias)
-    for part in module.modules():
-        if isinstance(part, Router | Experts | Objective | Connector):
-            part.initialize(std)
+    initialize_mechanisms(module, std)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 
 from ..configuration.layer_maps import at_layer
 from ..modeling.auxiliary import AuxiliaryLosses
+from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.registry import build
@@ -47,7 +48,7 @@ def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int
         torch.manual_seed(seed)
         for index, router in routers.items():
             old = model.moe_layers()[index].router
-            router.initialize(model.config.initializer_range)
+            initialize_mechanisms(router, model.config.initializer_range)
             router.start_from(old)
             weight = next(old.parameters())
             model.moe_layers()[index].gate = router.to(weight.device).float().train(old.training)
@@ -72,8 +73,7 @@ def set_objectives(model: HfMoeForConditionalGeneration, objectives: dict[str, A
     except ValueError:
         config.moe_config.objectives = previous
         raise
-    for objective in fresh.by_name.values():
-        objective.initialize(config.initializer_range)
+    initialize_mechanisms(fresh, config.initializer_range)
     model.objectives = fresh.to(model.device).train(model.training)
 
 

@@ -1,21 +1,19 @@
 """The base of the model's classes: loading, initialisation and what Transformers may do with them."""
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.saving import PUSH_HOOKS
 from .dispatch import RAGGED
+from .initialisation import mechanisms_inner_first
 from .loading import check_checkpoint_files, check_tensors, damaged_weights, refuse_edited_code
-from .routing import Connector, Experts, Objective, Router
 
 
 class HfMoePreTrainedModel(PreTrainedModel):
@@ -101,11 +99,10 @@ class HfMoePreTrainedModel(PreTrainedModel):
         # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
         # parameters: ours are initialised first, and marked.
         std = self.config.initializer_range
-        for module in _inner_first(self):
-            ours = isinstance(module, Router | Experts | Objective | Connector)
-            if ours and not getattr(module, "_is_hf_initialized", False):
-                module.initialize(std)
-                for part in module.modules():
+        for mechanism in mechanisms_inner_first(self):
+            if not getattr(mechanism, "_is_hf_initialized", False):
+                mechanism.initialize(std)
+                for part in mechanism.modules():
                     part._is_hf_initialized = True
         super().initialize_weights()
 
@@ -118,11 +115,3 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
-
-
-def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
-    """Walk the modules, each after its parts: a mechanism within another has initialised itself, and the outer one may
-    change that."""
-    for child in module.children():
-        yield from _inner_first(child)
-    yield module

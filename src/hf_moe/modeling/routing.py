@@ -449,6 +449,6 @@ def finite(sums: torch.Tensor) -> torch.Tensor:
 def refuse_mixture(decision: Decision) -> ValueError:
     """Return the error of a mixture of experts of which this process holds a part."""
     return ValueError(
-        f"A {type(decision).__name__} needs whole experts in every process, and a parallel plan has split them: leave "
-        "the experts out of `tp_plan` (pass `tp_plan={}`) and set `ep_size=1`, or choose a router that assigns experts."
+        f"A {type(decision).__name__} needs whole experts in every process, and a parallel plan has split them: pass "
+        "`tp_plan={}` or `ep_size=1` in `DistributedConfig`, or choose a router that assigns experts."
     )

@@ -110,11 +110,12 @@ class FfnExperts(Experts):
             expert_weight (`torch.Tensor` of shape `(T, K)`, *optional*): the weights that belong to an index.
             slots (`SortedSlots`, *optional*): the slots of these experts among those of the decision.
         """
-        if isinstance(decision, SlotMixture | ParameterMixture):
-            if self._width_share() < 1.0:
-                raise refuse_mixture(decision)
-            mixed = self.mix_slots if isinstance(decision, SlotMixture) else self.merge_experts
-            return mixed(hidden_states, decision)
+        if isinstance(decision, SlotMixture | ParameterMixture) and self._width_share() < 1.0:
+            raise refuse_mixture(decision)
+        if isinstance(decision, SlotMixture):
+            return self.mix_slots(hidden_states, decision)
+        if isinstance(decision, ParameterMixture):
+            return self.merge_experts(hidden_states, decision)
         index = decision
         if isinstance(decision, ExpertAssignment):
             index, expert_weight = decision.expert_index, decision.expert_weight
