@@ -247,7 +247,7 @@ def _fit_scalar(value: Any, kind: Any, place: str, key: str) -> Any:
     elif isinstance(kind, type) and issubclass(kind, Enum):
         # `false` where YAML 1.1 would have read the word.
         return _fit_choice("no" if value is False else value, [item.value for item in kind], kind, place, key)
-    elif isinstance(kind, type) and isinstance(value, kind) and (kind is not str or value.strip()):
+    elif isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, str) and not value.strip()):
         return value
     raise _refusal(value, place, key, describe(kind))
 
