@@ -176,6 +176,17 @@ def test_tokenizer_without_an_end_is_refused():
         default_chat_template(tokenizer)
 
 
+@pytest.mark.parametrize("written", ["red</s>", "red</s></s>", "red </s>", "red</s>\n"])
+@pytest.mark.parametrize("template", ["none", "vicuna", "open"])
+def test_answer_that_ends_itself_learns_one_mark(template, written):
+    processor = make_processor("byte-level", "bare", False, TEMPLATES[template], False)
+    tokenizer = processor.tokenizer
+    trained, labels = ConversationTokenizer(processor)([turn("user", "what?"), turn("assistant", written)], 0)
+    learnt = [label for label in labels if label != IGNORE_INDEX]
+    assert learnt.count(tokenizer.eos_token_id) == 1 and learnt[-1] == tokenizer.eos_token_id == trained[-1]
+    assert tokenizer.decode(learnt[:-1]).strip() == "red"
+
+
 @pytest.mark.parametrize("answer", ["a </s> b", "<image>"])
 def test_answer_that_writes_a_mark_is_refused(answer):
     processor = make_processor("byte-level", "bare", False, None, True)

@@ -69,6 +69,19 @@ def test_template_that_rewrites_earlier_turns_is_refused(processor, rows):
         VisionLanguageCollator(processor)(rows[2:3])
 
 
+def test_a_mark_after_a_generation_block_closes_each_answer(processor, rows):
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<end>"]})
+    processor.chat_template = GENERATION.replace("</s>", "<end>")
+    batch = VisionLanguageCollator(processor)(rows[2:3])
+    assert learnt(batch, processor) == ["red and blue <end> blue <end>"]
+
+
+def test_template_that_asks_otherwise_than_it_answers_is_refused(processor, rows):
+    processor.chat_template = processor.chat_template.replace("%}assistant {%", "%}assistant that {%")
+    with pytest.raises(ValueError, match="Row 0 of the batch .*something else than the generation prompt, which ends"):
+        VisionLanguageCollator(processor)(rows[:1])
+
+
 def test_training_and_generation_see_the_same_prompt(processor, rows):
     asked = VisionLanguageCollator(processor, train=False)(rows[:1])
     trained = VisionLanguageCollator(processor)(rows[:1])

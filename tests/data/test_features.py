@@ -77,8 +77,37 @@ def test_trainable_tower_is_refused(vlm, processor, rows, tmp_path):
 
 def test_build_leaves_the_mode_of_the_tower(vlm, processor, rows, tmp_path):
     vlm.model.vision_tower.train()
+    modes = []
+    vlm.model.vision_tower.register_forward_hook(lambda tower, *_: modes.append(tower.training))
     build(vlm, processor, rows, tmp_path)
-    assert vlm.model.vision_tower.training
+    assert vlm.model.vision_tower.training and modes == [False]
+
+
+def test_tower_of_packed_patches_is_refused(vlm, processor, rows, tmp_path):
+    processor.image_processor.model_input_names = ["pixel_values", "pixel_attention_mask"]
+    with pytest.raises(ValueError, match="differ in their number of patches"):
+        build(vlm, processor, rows, tmp_path)
+
+
+def test_features_that_do_not_fit_their_type_are_refused(vlm, processor, rows, tmp_path):
+    vlm.model.vision_tower.register_forward_hook(
+        lambda _, __, outputs: outputs.__setitem__("last_hidden_state", outputs.last_hidden_state * 1e6)
+    )
+    with pytest.raises(ValueError, match="do not fit torch.float16: pass dtype=torch.bfloat16"):
+        FeatureCache.build(vlm, processor, rows, cache_dir=tmp_path, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_picture_that_changes_meanwhile_is_refused(vlm, processor, tmp_path):
+    class Changing(io.BytesIO):
+        reads = 0
+
+        def read(self, *_):
+            self.reads += 1
+            return as_bytes(RED if self.reads == 1 else BLUE)
+
+    with pytest.raises(ValueError, match="Row 0 of the dataset has no readable image 0: .*has changed since"):
+        build(vlm, processor, [question(Changing())], tmp_path)
 
 
 def test_datasets_are_read_undecoded(vlm, processor, rows, tmp_path):
@@ -171,7 +200,7 @@ def test_namesakes_have_their_own_features(kind, vlm, processor, tmp_path):
         check_features(vlm, processor, cache, [first, second])
     assert not torch.equal(cache.lookup([first]), cache.lookup([second]))
     alone = build(vlm, processor, rows[1:], tmp_path / "features")
-    assert torch.equal(alone.lookup([second]), cache.lookup([second]))
+    torch.testing.assert_close(alone.lookup([second]), cache.lookup([second]))
     with pytest.raises(ValueError, match="has an image 0 that is not in the feature cache of 1 pictures"):
         alone.lookup([first])
 
@@ -222,7 +251,26 @@ def test_equal_pictures_share_an_entry_whatever_they_are_called(vlm, processor, 
     assert build(vlm, processor, [question(image) for image in images[::-1]], tmp_path / "features") and runs == [1]
 
 
+def test_a_picture_is_found_in_another_form_than_it_was_built_from(vlm, processor, tmp_path):
+    RED.save(tmp_path / "a.png")
+    for built, other in ((tmp_path / "a.png", RED), (as_bytes(RED), as_bytes(RED, "BMP")), (RED, as_bytes(RED))):
+        cache = build(vlm, processor, [question(built)], tmp_path / "features")
+        assert torch.equal(cache.lookup([other]), cache.lookup([built]))
+
+
+def test_an_encoded_picture_is_never_taken_for_pixels():
+    pixels = RED.tobytes()
+    assert content_key("a file", b"pixels (8, 8)" + pixels) != content_key("an image", RED)
+
+
+def namesake(part):
+    """Make an object another class of the same name, from another module."""
+    part.__class__ = type(type(part).__name__, (type(part),), {"__module__": "elsewhere"})
+
+
 TOWERS = {
+    "tower class": lambda vlm, processor: namesake(vlm.model.vision_tower),
+    "processor class": lambda vlm, processor: namesake(processor.image_processor),
     "a weight": lambda vlm, processor: next(vlm.model.vision_tower.parameters()).data.add_(0.1),
     "activation": lambda vlm, processor: setattr(vlm.model.vision_tower.config, "hidden_act", "relu"),
     "number of heads": lambda vlm, processor: setattr(vlm.model.vision_tower.config, "num_attention_heads", 2),

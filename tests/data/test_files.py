@@ -6,9 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
+from transformers.utils import logging
 
 from hf_moe.data import VisionLanguageCollator, load_rows
-from hf_moe.data.rows import row_messages
+from hf_moe.data.rows import row_messages, template_options
 from hf_moe.evaluation.vqa import reference_answers
 
 
@@ -144,6 +145,47 @@ def test_fields_of_single_messages_are_kept(folder, suffix, processor):
     ]
     with pytest.raises(ValueError, match="Row 1 of the batch .*tool_calls=.* in message 1"):
         VisionLanguageCollator(processor)(list(loaded))
+
+
+NULLS = [
+    {"role": "user", "content": "what is this ?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"at": None}}}]},
+]
+NULL_TOOLS = [{"name": "f", "parameters": {"at": {"default": None}}}]
+
+
+def nulls_of(row):
+    """Return what the row gives the template for the null in a call's arguments and in a tool."""
+    call = row_messages(row)[1]["tool_calls"][0]["function"]
+    return call.get("arguments"), template_options(row)["tools"][0]["parameters"]["at"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet of text", "list of text", "dataset of text"])
+def test_null_that_is_written_is_kept(tmp_path, suffix, caplog):
+    row = {"messages": NULLS, "tools": NULL_TOOLS}
+    if "text" in suffix:
+        row = {name: json.dumps(value) for name, value in row.items()}
+    file = tmp_path / f"rows.{suffix.split()[0]}"
+    if suffix.startswith("json"):
+        file.write_text(json.dumps(row if suffix == "jsonl" else [row]))
+    elif suffix.startswith("parquet"):
+        write_table([row], file)
+    rows = Dataset.from_list([row]) if "dataset" in suffix else load_rows([row] if "list" in suffix else str(file))
+    assert nulls_of(rows[0]) == ({"at": None}, {"default": None})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "list", "dataset"])
+def test_null_that_a_table_may_have_filled_in_is_left_out_aloud(tmp_path, suffix, caplog):
+    logging.get_logger().warning_once.cache_clear()
+    rows, file = [{"messages": NULLS, "tools": NULL_TOOLS}], tmp_path / f"rows.{suffix}"
+    if suffix in ("parquet", "arrow"):
+        write_table(rows, file)
+    loaded = Dataset.from_list(rows) if suffix == "dataset" else load_rows(rows if suffix == "list" else str(file))
+    for _ in range(2):
+        assert nulls_of(loaded[0]) == ({}, {})
+    said = sorted(record.getMessage().partition(" are left out")[0] for record in caplog.records)
+    assert said == ["Nulls within the tool_calls of messages", "Nulls within the tools"]
 
 
 @pytest.mark.parametrize("kind", ["dataset", "splits"])

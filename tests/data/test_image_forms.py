@@ -452,20 +452,53 @@ def test_a_row_of_two_doors_is_refused(processor, at):
         VisionLanguageCollator(processor)([both])
 
 
-@pytest.mark.parametrize("form", ["text", "list", "record", "data URL", "part"])
-def test_rows_of_a_file_name_their_pictures_in_any_form(form, at, tmp_path, processor):
-    image = {
-        "text": "a picture.png",
-        "list": ["a picture.png"],
-        "record": {"path": "a picture.png", "bytes": None},
-        "data URL": WAYS["data URL"](at),
-        "part": {"type": "image", "path": "a picture.png"},
-    }[form]
-    line = row(None) | {"images": image}
+IN_A_FILE = {
+    "text": lambda at: "a picture.png",
+    "list": lambda at: ["a picture.png"],
+    "record": lambda at: {"path": "a picture.png", "bytes": None},
+    "part": lambda at: {"type": "image", "path": "a picture.png"},
+    "part, base64 with line breaks": lambda at: {"type": "image", "base64": WAYS["base64 with line breaks"](at)},
+    "part, base64 of a data URL": lambda at: {"type": "image", "base64": WAYS["data URL"](at)},
+    "address": lambda at: f"{at.address}/a.png",
+    "part, address": lambda at: {"type": "image", "url": f"{at.address}/a.png"},
+    **{name: WAYS[name] for name in ("file URL", "data URL", "base64", "base64 with line breaks", "part, OpenAI")},
+}
+
+
+@pytest.mark.parametrize("form", IN_A_FILE)
+def test_rows_of_a_file_name_their_pictures_in_any_form(form, at, tmp_path, processor, served):
+    at.address, files = served
+    files["/a.png"] = at.content
+    line, image = row(None), IN_A_FILE[form](at)
+    if form.startswith("part"):
+        del line["images"]
+        line["messages"][0]["content"][0] = image
+    else:
+        line["images"] = image
     (tmp_path / "rows.jsonl").write_text(json.dumps(line))
     rows = load_rows(str(tmp_path / "rows.jsonl"))
     expected = processor.image_processor([open_image(see_through())], return_tensors="pt")["pixel_values"]
     assert torch.equal(VisionLanguageCollator(processor)(list(rows))["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    "image, said",
+    [
+        ("bG9zdA==", "no image at .*bG9zdA=="),
+        ("A" * 10_000, "no image at .*AAAA"),
+        ("data:image/png;base64,@", "the data URL .* is not base64"),
+        ({"base64": "@"}, "the base64 of a picture is '@', which is none"),
+        ({"base64": 7}, "the base64 of a picture is '7', which is none"),
+        ("http://127.0.0.1:9/a.png", "127.0.0.1:9/a.png cannot be fetched"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_no_picture_in_a_file_of_rows_names_its_row(image, said, tmp_path, at):
+    lines = [row("a picture.png"), row(image)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises((ValueError, FileNotFoundError), match=f"Row 1 of .*{said}") as error:
+        load_rows(str(tmp_path / "rows.jsonl"))
+    assert len(str(error.value)) < 600
 
 
 def test_records_of_a_stream_are_read_where_they_lie(tmp_path, at):

@@ -110,3 +110,23 @@ def test_contrastive_inputs_are_dropped_outside_the_prefill(tiny_model, batch):
     tower.register_forward_hook(lambda *_: calls.append(1))
     generate(model, batch)
     assert len(calls) == 1, "the tower runs for the prompt alone"
+
+
+CACHES = {"no cache": {"use_cache": False}, "a cache": {}, "a static cache": {"cache_implementation": "static"}}
+
+
+@pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
+def test_placeholders_without_images_are_not_answered(tiny_model, batch, options):
+    model = tiny_model()
+    asked = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    count = int((batch["input_ids"] == model.config.image_token_id).sum())
+    with pytest.raises(ValueError, match=f"{count} placeholder tokens in the text, no images: pass pixel_values"):
+        generate(model, asked, disable_compile=True, **options)
+
+
+def test_a_placeholder_after_a_cached_prompt_is_a_token(tiny_model, batch):
+    model = tiny_model()
+    with torch.no_grad():
+        prompt = model(**batch, use_cache=True)
+        placeholder = torch.full((4, 1), model.config.image_token_id)
+        assert model(placeholder, past_key_values=cache_of(prompt)).logits.isfinite().all()

@@ -1,26 +1,27 @@
 """Rows of files as datasets: conversations in one form, image paths relative to the file, all columns of all rows."""
 
-import base64
-import binascii
 import hashlib
 import json
+import os
 import pickle
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as PILImage
 
-from .files import ROW_ERRORS, plain, read_records
-from .messages import from_json, text_of
-from .rows import MESSAGES, row_images, row_messages, template_options
+from ..modeling.image_loading import decode_image, read_image
+from .files import ROW_ERRORS, TABLES, plain, read_records
+from .messages import from_json, text_of, without_fill
+from .rows import MESSAGES, OPTION_COLUMNS, row_images, row_messages, template_options
 
 
 TEXT_COLUMNS = ("question", "answer", "question_type", "id")
 READ_COLUMNS = ("messages", "conversations", "images", "image")
+URL = re.compile("data:|https?://|file://", re.IGNORECASE)
 
 
 def rows_of_file(file: Path) -> Dataset:
@@ -30,7 +31,8 @@ def rows_of_file(file: Path) -> Dataset:
         FileNotFoundError: if the file, or an image of a row, is not there.
         ValueError: naming the row that is not of an accepted form.
     """
-    rows = ((index, read_row(row, index, str(file), file.parent)) for index, row in read_records(file))
+    filled = file.suffix.lower() in TABLES
+    rows = ((index, read_row(row, index, str(file), file.parent, filled)) for index, row in read_records(file))
     return as_dataset(rows, str(file))
 
 
@@ -43,7 +45,7 @@ def rows_of_list(rows: Sequence[dict[str, Any]]) -> Dataset:
     """
     if not rows:
         raise ValueError("The list holds no rows.")
-    read = ((index, read_row(row, index, "the list", Path())) for index, row in enumerate(rows))
+    read = ((index, read_row(row, index, "the list", Path(), filled=True)) for index, row in enumerate(rows))
     return as_dataset(read, "the list")
 
 
@@ -71,7 +73,7 @@ def as_dataset(rows: Iterable[tuple[int, dict[str, Any]]], place: str) -> Datase
         features["messages"] = MESSAGES
         columns["messages"] = [[_filled(message) for message in messages] for messages in columns["messages"]]
     for name in names:
-        if name in ("tools", "chat_template_kwargs"):
+        if name in OPTION_COLUMNS:
             columns[name] = [
                 value if value is None or isinstance(value, str) else json.dumps(value) for value in columns[name]
             ]
@@ -111,7 +113,7 @@ def _check_types(name: str, values: list[Any], numbers: tuple[int, ...], place: 
         raise ValueError(f"The column {name!r} of {place} is not of one type in all rows.") from None
 
 
-def read_row(row: Any, index: int, place: str, folder: Path) -> dict[str, Any]:
+def read_row(row: Any, index: int, place: str, folder: Path, filled: bool = False) -> dict[str, Any]:
     """Return a row with its messages and images in one form.
 
     Args:
@@ -119,29 +121,31 @@ def read_row(row: Any, index: int, place: str, folder: Path) -> dict[str, Any]:
         index: of the row in its file.
         place: where the row comes from, for errors.
         folder: from which the paths of images start.
+        filled: whether Arrow may have filled fields.
 
     Raises:
         FileNotFoundError: if an image is not there.
         ValueError: naming the row, if it is not of an accepted form.
     """
     try:
-        return _row(row, folder)
+        return _row(row, folder, filled)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"Row {index} of {place} {error}") from error
     except ROW_ERRORS as error:
         raise ValueError(f"Row {index} of {place} {error}") from error
 
 
-def _row(row: Any, folder: Path) -> dict[str, Any]:
+def _row(row: Any, folder: Path, filled: bool) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise ValueError(f"is {row!r:.100}: a row is an object with 'messages'.")
     row = {name: value for name, value in row.items() if value is not None}
-    for name in ("images", "messages", "conversations"):
-        if str(row.get(name)).startswith("["):  # a list in a cell
-            row[name] = from_json(row[name], name)
-    messages, sources = plain(row_messages(row)), row_images(row)
-    template_options(plain(row))  # so that a fault is found here
+    if str(row.get("images")).startswith("["):  # a list in a cell
+        row["images"] = from_json(row["images"], "images")
+    messages, sources = plain(row_messages(row, filled)), row_images(row)
+    template_options(plain(row), filled)  # so that a fault is found here
     others = {name: plain(value) for name, value in row.items() if name not in READ_COLUMNS}
+    if filled:
+        others |= {name: without_fill(others[name], f"the {name}") for name in OPTION_COLUMNS if name in others}
     texts: dict[str, Any] = {name: text_of(row[name], name) for name in TEXT_COLUMNS if name in row}
     for name in ("answers", "image_id"):
         if name in row:
@@ -152,7 +156,7 @@ def _row(row: Any, folder: Path) -> dict[str, Any]:
         texts["answers"] = [texts["answers"]]
     images = [_image(source, folder) for source in sources]
     return {
-        "image_id": [_name(source) for source in sources],
+        "image_id": [_name(source, image) for source, image in zip(sources, images, strict=True)],
         **others,
         **texts,
         "messages": messages,
@@ -160,9 +164,9 @@ def _row(row: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _name(source: Any) -> str:
+def _name(source: Any, image: Any) -> str:
     """Return the name of an image: as the row writes it, or made of its bytes."""
-    if isinstance(source, str) and not source.startswith("data:"):
+    if isinstance(source, str) and (isinstance(image, str) or "://" in source[:8]):
         return str(source)
     content = source if isinstance(source, bytes) else pickle.dumps(source)
     return hashlib.sha256(content).hexdigest()
@@ -172,23 +176,29 @@ def _image(source: Any, folder: Path) -> Any:
     """Return an image as `datasets` keeps it: a path, or bytes."""
     if isinstance(source, dict) and source.get("bytes") is None and source.get("path") is not None:
         source = source["path"]
-    if isinstance(source, bytes):
-        return {"bytes": source, "path": None}
-    if isinstance(source, dict) and source.get("bytes") is not None:
-        return {"bytes": source["bytes"], "path": source.get("path")}
-    if isinstance(source, PILImage.Image | np.ndarray):
-        return source
-    if not isinstance(source, str | Path):
-        raise ValueError(f"has the image {source!r:.60} of type {type(source).__name__}: write its path.")
-    source = str(source)
-    if source.startswith("data:"):
-        try:
-            return {"bytes": base64.b64decode(source.partition(",")[2], validate=True), "path": None}
-        except binascii.Error as error:
-            raise ValueError(f"has an image whose base64 cannot be read ({error}).") from error
-    if source.startswith(("http://", "https://")):
-        raise ValueError(f"has the image {source}: download it, and write its path.")
-    path = folder / source
-    if not path.is_file():
-        raise FileNotFoundError(f"has no image at {path}.")
-    return str(path)
+    if isinstance(source, str | Path) and not URL.match(str(source)):
+        path = folder / source
+        if os.path.isfile(path):  # of text of any length
+            return str(path)
+        content = _from_base64(str(source))
+        if content is None:
+            raise FileNotFoundError(f"has no image at {str(path):.200}.")
+        return {"bytes": content, "path": None}
+    try:
+        name, content = read_image(source)
+        if isinstance(content, torch.Tensor):
+            return decode_image(name, content)
+    except ValueError as error:
+        raise ValueError(f"has no readable image: {error}.") from error
+    if not isinstance(content, bytes):
+        return content
+    return {"bytes": content, "path": source.get("path") if isinstance(source, dict) else None}
+
+
+def _from_base64(text: str) -> bytes | None:
+    try:
+        name, content = read_image({"base64": text})
+        decode_image(name, content)  # the name of a file that is missing may be base64 as well
+    except ValueError:
+        return None
+    return content

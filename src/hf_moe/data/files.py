@@ -115,6 +115,7 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
+TABLES = (".parquet", ".arrow")
 FORMATS = f"rows are read from {', '.join(READERS)}"
 
 

@@ -1,6 +1,5 @@
 """The forms in which a conversation may be written, and the one in which everything else reads it."""
 
-import base64
 import difflib
 import json
 from collections.abc import Mapping
@@ -8,6 +7,9 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
+
+from ..modeling.image_loading import read_image
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -15,6 +17,8 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "us
 PLACEHOLDER = "<image>"  # where an image stands in a text, as LLaVA and LLaMA-Factory write it
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # of an image part that brings its image
 Message = dict[str, Any]
+
+logger = logging.get_logger(__name__)
 
 
 def text_of(value: Any, name: str) -> str:
@@ -50,18 +54,32 @@ def from_json(value: Any, name: str) -> Any:
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that say something: Arrow fills those that only other rows have with `None`."""
-    fields = _without_none(fields)
-    return {name: value for name, value in fields.items() if not isinstance(value, str | list | dict) or value}
+    """Return the fields that say something."""
+    said = {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in said.items() if not isinstance(value, str | list | dict) or value}
+
+
+def without_fill(value: Any, name: str) -> Any:
+    """Return a value of a table without what Arrow fills in: `None`, for the keys that only other rows have.
+
+    A null that is meant looks the same, so it is announced that nulls are left out.
+    """
+    kept = _without_none(value)
+    if kept != value:
+        logger.warning_once(
+            f"Nulls within {name} are left out, because a table holds them for the keys that only other rows have. "
+            "Where null is meant, write the column as JSON text."
+        )
+    return kept
 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_none(item) for name, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def read_messages(conversation: Any, num_images: int = 0) -> list[Message]:
+def read_messages(conversation: Any, num_images: int = 0, filled: bool = False) -> list[Message]:
     """Return messages of a role, a list of parts (`text`, or `image` without its source) and the fields beyond these.
 
     Accepts lists of `role` and `content` (a text, or parts), or of `from` and `value`, or their JSON text. Where no
@@ -69,11 +87,13 @@ def read_messages(conversation: Any, num_images: int = 0) -> list[Message]:
 
     Args:
         num_images: that the row has beside its messages.
+        filled: whether Arrow may have filled fields, see [`without_fill`]; those of JSON text are as written.
 
     Raises:
         ValueError: naming the message and what is wrong with it.
     """
-    messages = [_read_message(message, index) for index, message in enumerate(_turns(conversation))]
+    filled = filled and not isinstance(conversation, str)
+    messages = [_read_message(message, index, filled) for index, message in enumerate(_turns(conversation))]
     if next((message["role"] for message in messages if message["role"] != "system"), None) == "assistant":
         raise ValueError("begins with an assistant turn, which nothing asks for: drop it, or put a user turn first.")
     if num_images and not any(part["type"] == "image" for message in messages for part in message["content"]):
@@ -118,10 +138,10 @@ def _turns(conversation: Any) -> list[Any]:
     return list(conversation)
 
 
-def _read_message(message: Any, index: int) -> Message:
+def _read_message(message: Any, index: int, filled: bool) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"has message {index} = {message!r:.100}: a message is an object of 'role' and 'content'.")
-    fields = given({name: value for name, value in message.items() if name not in ("content", "value")})
+    fields = _fields(message, ("content", "value"), filled)
     if "from" in fields and "role" not in fields:
         role, allowed, content = fields.pop("from"), tuple(SPEAKERS), message.get("value")
     else:
@@ -138,17 +158,25 @@ def _read_message(message: Any, index: int) -> Message:
     if not isinstance(parts, list | tuple | np.ndarray):
         parts = [{"type": "text", "text": text_of(parts, f"content of message {index}")}]
     role = SPEAKERS.get(role, role)
-    return {"role": role, "content": [_read_part(part, role, index) for part in parts], **fields}
+    return {"role": role, "content": [_read_part(part, role, index, filled) for part in parts], **fields}
 
 
-def _read_part(part: Any, role: str, index: int) -> dict[str, Any]:
+def _fields(holder: Mapping[str, Any], others: tuple[str, ...], filled: bool) -> dict[str, Any]:
+    """Return the fields of a message or a part beyond `others`."""
+    fields = {name: value for name, value in holder.items() if name not in others}
+    if filled:
+        fields = {name: without_fill(value, f"the {name} of messages") for name, value in fields.items()}
+    return given(fields)
+
+
+def _read_part(part: Any, role: str, index: int, filled: bool) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("text", "image", "image_url"):
         raise ValueError(
             f"has message {index} with the part {part!r:.100}. A content part is of type 'image' or 'text'."
         )
-    extra = given({name: value for name, value in part.items() if name not in ("type", "text")})
     if kind == "text":
+        extra = _fields(part, ("type", "text"), filled)
         return {"type": "text", "text": text_of(part.get("text"), f"text of message {index}"), **extra}
     if role == "assistant":
         raise ValueError(f"has an image in message {index}, an assistant turn: a model of this library writes none.")
@@ -156,7 +184,7 @@ def _read_part(part: Any, role: str, index: int) -> dict[str, Any]:
         raise ValueError(
             f"has message {index} with an image part that has text too: {part!r:.100}. Make it two parts."
         )
-    return {"type": "image", **{name: value for name, value in extra.items() if name not in IMAGE_KEYS}}
+    return {"type": "image", **_fields(part, ("type", "text", *IMAGE_KEYS), filled)}
 
 
 def _source(part: Mapping[str, Any]) -> Any:
@@ -168,10 +196,7 @@ def _source(part: Mapping[str, Any]) -> Any:
         return None
     value = part[given_keys[0]]
     if given_keys[0] == "base64":
-        try:
-            return {"bytes": base64.b64decode(value, validate=True), "path": None}
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"has an image part whose base64 cannot be read ({error}).") from error
+        return {"bytes": read_image({"base64": value})[1], "path": None}
     return value["url"] if given_keys[0] == "image_url" and isinstance(value, Mapping) else value
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from datasets import Features, Image, List, Value
 
-from .messages import from_json, given, image_sources, read_messages, text_of
+from .messages import from_json, given, image_sources, read_messages, text_of, without_fill
 
 
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 ROW_FEATURES = Features({"messages": MESSAGES, "images": List(Image())})
 
-CONVERSATION_COLUMNS = ("messages", "conversations", "question", "tools", "chat_template_kwargs")
+OPTION_COLUMNS = ("tools", "chat_template_kwargs")
+CONVERSATION_COLUMNS = ("messages", "conversations", "question", *OPTION_COLUMNS)
 TOKENISED_COLUMNS = ("input_ids", "labels", "attention_mask", "mm_token_type_ids")
 OTHER_COLUMNS = ("image", "images", "id", "image_id", "answer", "answers", "question_type")
 KNOWN_COLUMNS = {*CONVERSATION_COLUMNS, *TOKENISED_COLUMNS, *OTHER_COLUMNS}
@@ -38,8 +39,11 @@ def question_messages(question: str, answer: str, num_images: int = 1) -> list[d
     ]
 
 
-def row_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def row_messages(row: Mapping[str, Any], filled: bool = True) -> list[dict[str, Any]]:
     """Return the messages of a row as [`read_messages`] does, from whichever form the row has.
+
+    Args:
+        filled: whether the row may come from an Arrow table.
 
     Raises:
         ValueError: if the row holds no conversation, or one of no accepted form.
@@ -47,7 +51,7 @@ def row_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     conversation = _conversation(row)
     num_images = len(_images_beside(row))
     if conversation is not None:
-        return read_messages(conversation, num_images)
+        return read_messages(conversation, num_images, filled)
     if row.get("question") is None or row.get("answer") is None:
         raise ValueError(
             f"has the columns {', '.join(map(str, row)) or 'of nothing'}, and no conversation: a row has a list "
@@ -71,14 +75,22 @@ def row_images(row: Mapping[str, Any]) -> list[Any]:
     return images if conversation is None else image_sources(conversation, images)
 
 
-def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+def template_options(row: Mapping[str, Any], filled: bool = True) -> dict[str, Any]:
     """Return what a row hands to the chat template beside its messages.
+
+    Args:
+        filled: whether the row may come from an Arrow table.
 
     Raises:
         ValueError: if `tools` is not a list of objects or `chat_template_kwargs` not an object, or the JSON of one.
     """
-    names = [name for name in ("tools", "chat_template_kwargs") if row.get(name) is not None]
-    found = given({name: from_json(row[name], name) for name in names})
+    found = {}
+    for name in OPTION_COLUMNS:
+        value = row.get(name)
+        found[name] = without_fill(value, f"the {name}") if filled else value
+        if isinstance(value, str):
+            found[name] = from_json(value, name)
+    found = given(found)
     options, tools = found.get("chat_template_kwargs", {}), found.get("tools")
     if not isinstance(options, dict):
         raise ValueError(f"has chat_template_kwargs={options!r:.100}: they are an object of names and values.")

@@ -201,14 +201,17 @@ def encoded_images(mm_encoder_outputs: Any) -> Any:
     return (mm_encoder_outputs or {}).get("image")
 
 
-def refuse_missing_images(config, input_ids: torch.Tensor | None) -> None:
+def refuse_missing_images(config, input_ids: torch.Tensor | None, cache: Cache | None) -> None:
     """Check that tokens without images, nothing before them, hold no placeholder: it would be read as a word.
 
     Raises:
         ValueError: with the number of placeholders.
     """
-    if input_ids is None or not readable(input_ids):
+    if input_ids is None or input_ids.device.type == "meta" or torch.compiler.is_compiling():
         return
+    if cache is not None and cache.get_seq_length():
+        return
+    # Read on every device, as the placeholders of a call with images are: once, before the first token.
     count = int((input_ids == config.image_token_id).sum())
     if count:
         raise ValueError(

@@ -218,9 +218,9 @@ class HfMoeModel(HfMoePreTrainedModel):
         if images is not None:
             mask = self._placeholders(input_ids, inputs_embeds, self.config.image_token_id)
             inputs_embeds = insert_images(inputs_embeds, mask, images.pooler_output, self.config.image_seq_length)
-        elif self.connector is not None and cache is None:
-            refuse_missing_images(self.config, input_ids)
-            if self.training:
+        elif self.connector is not None:
+            refuse_missing_images(self.config, input_ids, cache)
+            if self.training and cache is None:
                 inputs_embeds = touch_vision(self.vision_tower, self.connector, self.config, inputs_embeds)
 
         outputs = self.language_model(
