@@ -1,0 +1,144 @@
+"""Routers of adapters against their equations, written out token by token."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_moe.adapters.routers import ADAPTER_ROUTERS
+from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+
+
+ROWS, POSITIONS, WIDTH, EXPERTS = 3, 7, 12, 5
+
+
+def make_router(name: str, num_experts: int = EXPERTS, slots: int = 2, **options) -> Router:
+    torch.manual_seed(0)
+    router = ADAPTER_ROUTERS[name](MoELayerSpec(0, WIDTH, num_experts, slots, 4), **options)
+    router.initialize(0.5)
+    return router.eval()
+
+
+def make_context() -> RoutingContext:
+    modality = torch.tensor([[0, 0, 1, 1, 0, 0, 0], [0, 1, 1, 2, 3, 0, 0], [1, 1, 0, 0, 0, 0, 0]])
+    mask = torch.ones(ROWS, POSITIONS, dtype=torch.bool)
+    mask[0, :2] = False
+    ids = {"task": torch.tensor([1, -1, 4]), "domain": torch.tensor([2, 0, 2])}
+    return RoutingContext(modality, mask, condition_ids=ids)
+
+
+def found(decision: ExpertAssignment) -> list[dict[int, float]]:
+    slots = zip(decision.expert_index.tolist(), decision.expert_weight.tolist(), strict=True)
+    return [
+        {expert: weight for expert, weight in zip(*row, strict=True) if expert < decision.num_experts} for row in slots
+    ]
+
+
+def counted(context: RoutingContext, row: int, position: int, modalities: list[str] | None) -> list[int]:
+    """Return the positions that a pooled gate has read where it stands at `position`."""
+    numbers = range(4) if modalities is None else [("text", "image", "video", "audio").index(m) for m in modalities]
+    real = context.token_mask[row].tolist()
+    return [at for at in range(position + 1) if real[at] and int(context.modality_ids[row, at]) in numbers]
+
+
+@pytest.mark.parametrize("modalities", [None, ["text"], ["image", "video"]])
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False}, {"centred": True}, {"slots": 1}], ids=str)
+def test_sequence(modalities, pooling, options):
+    router, context = make_router("sequence", modalities=modalities, pooling=pooling, **options), make_context()
+    if router.centred:
+        router.mean.normal_(std=0.5)
+    slots = router.spec.num_experts_per_tok
+    hidden = 3 * torch.randn(ROWS * POSITIONS, WIDTH)
+    gates = found(router(hidden, context))
+    states = hidden.double().view(ROWS, POSITIONS, WIDTH)
+    logits = (states / (states.square().mean(-1, keepdim=True) + 1e-7).sqrt()) @ router.weight.double().T
+    for row in range(ROWS):
+        for position in range(POSITIONS):
+            read = counted(context, row, position, modalities)
+            if not context.token_mask[row, position]:
+                continue
+            expected = {}
+            if read:
+                z = logits[row, read].mean(0) if pooling == "mean" else logits[row, read].sum(0)
+                z = z - router.weight.double() @ router.mean.double() if router.centred else z
+                p = z.softmax(-1)
+                best = p.topk(slots)
+                normalised = slots > 1 and options.get("norm_topk_prob", True)
+                weights = best.values / best.values.sum() if normalised else best.values
+                expected = dict(zip(best.indices.tolist(), weights.tolist(), strict=True))
+            assert gates[row * POSITIONS + position] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+def test_becotta(pooling):
+    router, context = make_router("becotta", pooling=pooling), make_context()
+    hidden = torch.randn(ROWS * POSITIONS, WIDTH)
+    gates = found(router(hidden, context))
+    for row, domain in enumerate(context.condition_ids["domain"].tolist()):
+        clean = router.weight[domain, :EXPERTS].double()
+        logits = hidden.double().view(ROWS, POSITIONS, WIDTH)[row] @ clean.T
+        for position in range(POSITIONS):
+            read = counted(context, row, position, None)
+            if read:
+                best = (logits[read].mean(0) if pooling == "mean" else logits[read].sum(0)).topk(2)
+                expected = dict(zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True))
+                assert gates[row * POSITIONS + position] == pytest.approx(expected, rel=1e-4)
+
+
+def test_becotta_is_noisy_in_training_alone_by_a_softplus_of_the_second_half():
+    router, context = make_router("becotta"), make_context()
+    hidden = torch.randn(ROWS * POSITIONS, WIDTH)
+    clean = router(hidden, context).router_logits
+    assert torch.equal(router(hidden, context).router_logits, clean)
+    torch.manual_seed(1)
+    noisy = router.train()(hidden, context).router_logits
+    torch.manual_seed(1)
+    noise = torch.randn(ROWS * POSITIONS, EXPERTS).view(ROWS, POSITIONS, EXPERTS)
+    states = hidden.view(ROWS, POSITIONS, WIDTH)
+    scale = torch.stack(
+        [F.softplus(states[row] @ router.weight[domain, EXPERTS:].T) + 0.01 for row, domain in enumerate((2, 0, 2))]
+    )
+    added = (noise * scale * context.token_mask[..., None]).cumsum(1).flatten(0, 1)
+    torch.testing.assert_close(noisy - clean, added, atol=1e-4, rtol=1e-4)
+    for domain in (-1, 4):
+        context.condition_ids["domain"] = torch.tensor([0, domain, 1])
+        with pytest.raises(ValueError, match=r"must lie in \[0, 4\)"):
+            router(hidden, context)
+
+
+def test_condition():
+    gates = found(make_router("condition")(torch.randn(ROWS * POSITIONS, WIDTH), make_context()))
+    assert gates == [{1: 1.0}] * POSITIONS + [{}] * POSITIONS + [{4: 1.0}] * POSITIONS
+    context = make_context()
+    context.condition_ids["task"] = torch.tensor([5, 0, 6])  # no experts 5 and 6
+    gates = found(make_router("condition")(torch.randn(ROWS * POSITIONS, WIDTH), context))
+    assert gates == [{}] * POSITIONS + [{0: 1.0}] * POSITIONS + [{}] * POSITIONS
+
+
+def test_constant():
+    router = make_router("constant")
+    gates = found(router(torch.randn(ROWS * POSITIONS, WIDTH), make_context()))
+    assert gates == [dict.fromkeys(range(EXPERTS), 1.0)] * (ROWS * POSITIONS)
+
+
+def test_modality():
+    router = make_router("modality", num_experts=3, modalities=["image", "text", "audio"])
+    gates = found(router(torch.randn(ROWS * POSITIONS, WIDTH), make_context()))
+    expert = {0: {1: 1.0}, 1: {0: 1.0}, 2: {}, 3: {2: 1.0}}
+    assert gates == [expert[modality] for modality in make_context().modality_ids.flatten().tolist()]
+    for modalities in (["text", "text"], ["text"], ["text", "smell"]):
+        with pytest.raises(ValueError, match="modalit"):
+            make_router("modality", num_experts=2, modalities=modalities)
+
+
+def test_host():
+    router = make_router("host")
+    index, weight = torch.tensor([[1, 4], [0, 2]]), torch.tensor([[0.7, 0.3], [0.9, 0.4]])
+    expected = [{1: 0.7, 4: 0.3}, {0: 0.9, 2: 0.4}]
+    for call in ((index, weight), (ExpertAssignment(index, weight, EXPERTS),)):
+        assert found(router.from_call(*call)) == [pytest.approx(row) for row in expected]
+    for call in ((), (index,), (index, weight, weight), (index[0], weight[0]), (index, None)):
+        with pytest.raises(ValueError, match="router 'host' works on the experts module"):
+            router.from_call(*call)
+    with pytest.raises(ValueError, match="from the call of its target"):
+        router(torch.randn(2, WIDTH), make_context())
