@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 from transformers import Idefics3Config
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
@@ -83,6 +84,25 @@ def test_pixel_shuffle_equals_the_idefics3_connector(factor):
     connector.layers[0].weight.data = reference.modality_projection.proj.weight.data
     features = torch.randn(2, 36, FEATURES)
     torch.testing.assert_close(connector(features), reference(features))
+
+
+@pytest.mark.parametrize("name, options", [("mlp", {}), ("pixel_shuffle", {"bias": True}), ("pixel_shuffle", {})])
+def test_layers_follow_each_other_with_the_activation_between(name, options):
+    connector = make_connector(name, {"num_layers": 3, "act": "silu", **options})
+    layers = [module for module in connector.modules() if isinstance(module, nn.Linear)]
+    assert len(layers) == 3 and all(layer.bias is None or not layer.bias.any() for layer in layers)
+    connector.initialize(0.5)
+    features = torch.randn(2, 4, FEATURES)
+    expected = features if name == "mlp" else features.reshape(2, 1, 4 * FEATURES)
+    for number, layer in enumerate(layers):
+        expected = layer(nn.functional.silu(expected) if number else expected)
+    torch.testing.assert_close(connector(features), expected)
+
+
+@pytest.mark.parametrize("name", ["mlp", "pixel_shuffle"])
+def test_an_unknown_activation_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match="act='swoosh': allowed are .*'gelu'"):
+        make_connector(name, {"act": "swoosh"})
 
 
 @pytest.mark.parametrize("patches", [15, 9])
