@@ -142,3 +142,68 @@ def test_host():
             router.from_call(*call)
     with pytest.raises(ValueError, match="from the call of its target"):
         router(torch.randn(2, WIDTH), make_context())
+
+
+@pytest.mark.parametrize("bias_in_weights", [True, False])
+def test_smora(bias_in_weights):
+    router, context = make_router("smora", bias_in_weights=bias_in_weights), make_context()
+    router.e_score_correction_bias.copy_(torch.tensor([0.0, 0.9, -1.5, 0.2, -1.5]))
+    hidden = torch.randn(ROWS * POSITIONS, WIDTH)
+    for token, gate in zip(hidden.double(), found(router(hidden, context)), strict=True):
+        s = (router.weight.double() @ token).sigmoid()
+        choice = s + router.e_score_correction_bias
+        best = (choice.clamp(min=0.0) if bias_in_weights else choice).topk(2).indices.tolist()
+        weight = {expert: max((choice if bias_in_weights else s)[expert].item(), 0.0) for expert in best}
+        total = sum(weight.values())
+        assert gate == pytest.approx({expert: value / total for expert, value in weight.items()}, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_clusters", [0, 3])
+def test_intuition(num_clusters):
+    router = make_router("intuition_mor1e", num_experts=4, num_clusters=num_clusters)
+    context, prior = make_context(), torch.rand(ROWS, 3)
+    context.condition_ids["intuition"] = prior
+    hidden = torch.randn(ROWS * POSITIONS, WIDTH)
+    for at, gate in enumerate(found(router(hidden, context))):
+        scores = router.weight.double() @ hidden[at].double()
+        if num_clusters:
+            scores = scores + router.prior.double() @ prior[at // POSITIONS].double()
+        pairs = torch.tensor([scores[up] + scores[2 + down] for up in range(2) for down in range(2)])
+        best = pairs.topk(2)
+        expected = dict(zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True))
+        assert gate == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_soft_moa(normalize):
+    router, context = make_router("soft_moa", slots_per_expert=2, normalize=normalize), make_context()
+    if normalize:
+        assert router.scale == 1.0
+        router.scale.data.fill_(3.0)
+    hidden = 2 * torch.randn(ROWS * POSITIONS, WIDTH)
+    mixture = router(hidden, context)
+    assert mixture.dispatch.shape == mixture.combine.shape == (ROWS, POSITIONS, 2 * EXPERTS)
+    slots = router.weight
+    if normalize:
+        hidden, slots = hidden / hidden.norm(dim=-1, keepdim=True), 3.0 * slots / slots.norm(dim=-1, keepdim=True)
+    scores = (hidden @ slots.T).view(ROWS, POSITIONS, -1)
+    for row, mask in enumerate(context.token_mask):
+        torch.testing.assert_close(mixture.dispatch[row, mask], scores[row, mask].softmax(0))
+        torch.testing.assert_close(mixture.combine[row, mask], scores[row, mask].softmax(1))
+        assert not mixture.dispatch[row, ~mask].any() and not mixture.combine[row, ~mask].any()
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTER_ROUTERS))
+def test_fresh_parameters_are_drawn_around_zero_and_statistics_are_empty(name):
+    options = {"sequence": {"centred": True}, "soft_moa": {"normalize": True}}.get(name, {})
+    experts = {"modality": 2, "intuition_mor1e": 4}.get(name, EXPERTS)
+    spec = MoELayerSpec(0, 256, experts, 2, 4)
+    router = ADAPTER_ROUTERS[name](spec, **options)
+    for tensor in [*router.parameters(), *router.buffers()]:
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else 10**9)
+    torch.manual_seed(0)
+    router.initialize(0.02)
+    for parameter_name, parameter in router.named_parameters():
+        if parameter.numel() > 1:
+            assert 0.005 < parameter.std() < 0.12 and parameter.mean().abs() < 0.5 * parameter.std(), parameter_name
+    assert all((buffer == 0).all() for buffer in router.buffers())
