@@ -179,6 +179,8 @@ class MoeLoraLayer(BaseTunerLayer):
         lora_b, scaling = self.moe_lora_B(adapter_name), self.scaling[adapter_name]
         if adapter_name in self.moe_lora_ranks:
             scaling = (scaling * self.moe_lora_ranks[adapter_name].scaling).to(lora_b.dtype)
+        elif scaling == 1:
+            return lora_b
         return lora_b * scaling
 
     def stacks(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,70 @@
+"""`torch.compile` of adapted models: what it computes, and where its graph breaks."""
+
+import pytest
+import torch
+from observed import assert_near, logits
+from peft import get_peft_model
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_moe import MoeLoraConfig
+from hf_moe.adapters.layer import tuner_layers
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def adapt(layers, randomise, **fields):
+    torch.manual_seed(0)
+    host = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers))
+    model = get_peft_model(host, MoeLoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **fields)).eval()
+    randomise(model)
+    return model
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_graph_breaks_at_the_root_alone_whatever_the_depth(layers, text, randomise):
+    model = adapt(layers, randomise)
+    expected = logits(model, text)
+    assert_near(logits(compiled(model), text), expected, 1e-6)
+    reasons = counters["graph_break"]
+    assert sum(reasons.values()) <= 2, reasons
+
+
+@pytest.mark.parametrize(
+    "fields", [{"router_input": "target"}, {"router": "sequence"}, {"router_input": "model"}], ids=str
+)
+def test_a_layer_whose_graph_breaks_routes_as_before(fields, text, randomise):
+    model = adapt(2, randomise, **fields)
+    expected = logits(model, text)
+    for layer in tuner_layers(model):
+        layer.base_layer.forward = torch.compiler.disable(layer.base_layer.forward)
+        for router in layer.moe_lora_router.values():
+            router.forward = torch.compiler.disable(router.forward)
+    for attention in (layer.self_attn for layer in model.get_base_model().model.layers):
+        attention.forward = torch.compiler.disable(attention.forward)
+    for _ in range(2):
+        assert_near(logits(compiled(model), text), expected, 1e-6)
+    assert sum(counters["graph_break"].values()) > 2
+    assert_near(logits(model, text), expected, 1e-6)
+
+
+def test_a_compiled_model_trains_as_before(text, randomise):
+    gradients = []
+    for wrap in (lambda model: model, compiled):
+        model = adapt(2, randomise, objectives={"load_balance": 0.1}).train()
+        wrap(model)(**text).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert_near(*gradients, 1e-5)
