@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from observed import assert_near, logits
+from near import assert_near
+from observed import logits
 from peft import get_peft_model
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
