@@ -8,7 +8,7 @@ import transformers as tf
 from near import assert_near
 from observed import logits
 from peft import get_peft_model
-from tiny_hosts import HOSTS, TEXT, VISION, words
+from tiny_hosts import HOSTS, SIZES, TEXT, VISION, words
 from torch import nn
 
 from hf_moe import MoeLoraConfig, Router, register_router
@@ -37,6 +37,41 @@ def test_the_projection_of_torchs_own_attention_is_refused():
     config = tf.SiglipVisionConfig(**VISION)
     with pytest.raises(ValueError, match="never calls it: experts would not act"):
         adapt(tf.SiglipVisionModel(config), "q_proj", "out_proj")
+
+
+SSM = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 64, "time_step_rank": 4}
+SPEECH = {"conv_dim": (32,), "conv_kernel": (10,), "conv_stride": (5,), "num_conv_pos_embeddings": 8}
+SPEECH |= {**SIZES, "num_conv_pos_embedding_groups": 4, "num_feat_extract_layers": 1, "vocab_size": 64}
+
+
+def wavlm():
+    return tf.WavLMModel(tf.WavLMConfig(**SPEECH, mask_time_prob=0.0))
+
+
+READ = {
+    "wavlm": (wavlm, ["q_proj", "k_proj", "v_proj", "out_proj"], ["intermediate_dense"]),
+    "jamba": (lambda: tf.JambaForCausalLM(tf.JambaConfig(**JAMBA)), ["dt_proj"], ["x_proj", "q_proj"]),
+    "mamba": (lambda: tf.MambaForCausalLM(tf.MambaConfig(**SSM)), ["dt_proj"], ["x_proj"]),
+    "falcon_mamba": (lambda: tf.FalconMambaForCausalLM(tf.FalconMambaConfig(**SSM)), ["dt_proj"], ["x_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_targets_that_a_host_reads_without_a_call_are_named(name):
+    build, read, called = READ[name]
+    torch.manual_seed(0)
+    model = adapt(build(), *read, *called).train()
+    inputs = {"input_values": torch.randn(2, 200)} if name == "wavlm" else {"input_ids": words()["input_ids"]}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        next(iter(model(**inputs).values())).sum().backward()
+    (found,) = (str(item.message) for item in caught if "did nothing" in str(item.message))
+    idle = {layer.key["default"].rpartition(".")[2] for layer in tuner_layers(model) if not layer.has_acted}
+    assert idle == set(read)
+    assert all(f".{target}" in found for target in read) and not any(f".{target}" in found for target in called)
+    for layer in tuner_layers(model):  # the warning says what training would do
+        gradient = layer.moe_lora_B["default"].grad
+        assert (gradient is not None and bool(gradient.any())) == layer.has_acted
 
 
 class Reading(nn.Module):

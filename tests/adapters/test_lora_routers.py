@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from near import assert_near
-from observed import logits, with_cache
+from observed import decisions, logits, with_cache
 from peft import PeftModel, get_peft_model
 from transformers import (
     Gemma3ForCausalLM,
@@ -318,6 +318,25 @@ def test_the_objectives_of_routers_of_several_kinds_reach_the_loss(llama, text, 
         for model in (plain, balanced):
             randomise(model)
         assert balanced(**text).loss > plain(**text).loss + 0.1
+
+
+def test_an_evaluation_logs_the_objectives_as_those_of_our_models(llama, tmp_path):
+    model = adapt(llama(), objectives={"router_z": 0.01})
+    rows = [{"input_ids": [5 + i, 6, 7, 8], "labels": [5 + i, 6, 7, 8]} for i in range(3)]
+    options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+    options |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 0.0}
+    rows = Dataset.from_list(rows)
+    given = {"train_dataset": rows, "eval_dataset": rows, "callbacks": [LogRouting()]}
+    trainer = Trainer(model, TrainingArguments(tmp_path, **options), **given)
+    trainer.train()
+    logged = [entry["eval_objective/router_z"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    with torch.no_grad():
+        decided = decisions(model)
+        for row in rows:
+            model.eval()(input_ids=torch.tensor([row["input_ids"]]))
+    expected = torch.stack([item.router_logits.logsumexp(-1).square().mean() for item in decided]).mean()
+    assert len(logged) == 2 and logged == pytest.approx([float(expected)] * 2, rel=1e-4)
+    assert not any("eval_objective/router_z" in entry for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_routing_and_objectives_are_logged_by_name_in_any_trainer(llama, tmp_path):

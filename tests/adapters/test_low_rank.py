@@ -79,7 +79,8 @@ def test_buckets_give_their_gradient_alone_to_what_is_trained(trained):
     loop(*leaves, index, experts).square().sum().backward()
     for place, (gradient, leaf) in enumerate(zip(found, leaves, strict=True)):
         assert (gradient is not None) == (place in trained)
-        assert_near(gradient, leaf.grad, 1e-4)
+        if gradient is not None:
+            assert_near(gradient, leaf.grad, 1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)

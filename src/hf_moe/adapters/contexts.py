@@ -1,14 +1,13 @@
 """What is known in one forward of a model, and in one call of a layer, about the tokens."""
 
 import copy
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
 
-from ..modeling.routing import MODALITIES, Decision, RoutingContext
+from ..modeling.routing import MODALITIES, Decision, RoutingContext, TraceableVariable
 from .low_rank import ExpertSlots, MixedSlots
 from .memory import PooledState, cached_tokens, past_state
 
@@ -16,8 +15,8 @@ from .memory import PooledState, cached_tokens, past_state
 def are_tokens(x: torch.Tensor, shape: torch.Size) -> bool:
     """Whether `x` (..., d) can be the tokens of that shape in their order: the same, or all rows in one.
 
-    Dimensions of size 1 move no token; multi-head latent attention has one in place of heads. Windows of a tower have as many
-    tokens, in another order.
+    Dimensions of size 1 move no token; multi-head latent attention has one in place of heads. Windows of a tower have
+    as many tokens, in another order.
     """
     found = x.shape[:-1]
     return found == shape or found == (shape.numel(),) or _wider(found) == _wider(shape)
@@ -215,4 +214,4 @@ class LayerRun:
         return x is not self.encoder_hidden_states and are_tokens(x, self.hidden_states.shape[:-1])
 
 
-ACTIVE_LAYER: ContextVar[LayerRun | None] = ContextVar("hf_moe_active_layer", default=None)
+ACTIVE_LAYER: TraceableVariable[LayerRun] = TraceableVariable("hf_moe_active_layer")

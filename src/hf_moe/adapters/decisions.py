@@ -67,7 +67,11 @@ def slots_of_target(run: LayerRun, key: tuple[str, int], x: torch.Tensor, target
         memory = _remembered(run.context, key, slots, len(run.hidden_states))
     if run.tells_of(x):
         return slots
-    if memory is None or not are_tokens(x, torch.Size((len(memory.index), _places(x, memory)))):
+    if (
+        memory is None
+        or isinstance(slots, MixedSlots)
+        or not are_tokens(x, torch.Size((len(memory.index), _places(x, memory))))
+    ):
         raise ValueError(
             f"The router of this layer decided for the {len(slots)} tokens that enter the layer, and a target, "
             f"{target}, got others, {tuple(x.shape[:-1])}, as in cross-attention, in windows, or from a cache that "

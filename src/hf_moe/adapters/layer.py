@@ -179,6 +179,8 @@ class MoeLoraLayer(BaseTunerLayer):
         lora_b, scaling = self.moe_lora_B(adapter_name), self.scaling[adapter_name]
         if adapter_name in self.moe_lora_ranks:
             scaling = (scaling * self.moe_lora_ranks[adapter_name].scaling).to(lora_b.dtype)
+        elif scaling == 1:
+            return lora_b
         return lora_b * scaling
 
     def stacks(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,8 +223,8 @@ class MoeLoraLayer(BaseTunerLayer):
 
     def prepare(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Return what the experts of an adapter read of `x`: in their dtype, after dropout."""
-        own = next(stack[adapter_name] for stack in (self.moe_lora_A, self.moe_lora_vector) if adapter_name in stack)
-        return self.moe_lora_dropout[adapter_name](self._cast_input_dtype(x, own.dtype))
+        stacks = self.moe_lora_A if adapter_name in self.moe_lora_A else self.moe_lora_vector
+        return self.moe_lora_dropout[adapter_name](self._cast_input_dtype(x, stacks[adapter_name].dtype))
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)

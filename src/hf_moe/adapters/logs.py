@@ -14,8 +14,9 @@ class LogRouting(TrainerCallback):
     """Logs `objective/<name>` and `routing/<modality>/<early|middle|late>/<figure>`, as [`HfMoeTrainer`] does.
 
     The values are those of the last step before a log, the others pay nothing for them; an objective's is before its
-    coefficient, the mean over the rows of that step in this process, weighted by their labels. With several active
-    adapters each name begins with the adapter's.
+    coefficient, the mean over the rows of that step in this process, weighted by their labels. An evaluation during
+    training logs `eval_objective/<name>`, a mean over its rows. With several active adapters each name begins with the
+    adapter's.
 
         Trainer(model, arguments, train_dataset=rows, callbacks=[LogRouting()])
     """
@@ -23,6 +24,8 @@ class LogRouting(TrainerCallback):
     def __init__(self) -> None:
         self._watching = False
         self._handle: Any = None
+        # Of an evaluation: every objective's sum over the rows, and how many they are.
+        self._evaluated: dict[str, torch.Tensor] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -53,6 +56,8 @@ class LogRouting(TrainerCallback):
 
     def _watch(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         context: AdapterContext | None = kwargs.get("moe_lora_context")
+        if context is not None and not model.training:
+            self._evaluate_objectives(context)
         if context is None or not self._watching or not is_learning(model):
             return
         for adapter_name in context.decisions:
@@ -67,6 +72,21 @@ class LogRouting(TrainerCallback):
             for name, value in loss.values.items():
                 sums[name] = sums.get(name, 0.0) + (loss.row_labels * value).sum()
 
+    def _evaluate_objectives(self, context: AdapterContext) -> None:
+        for adapter_name in context.decisions:
+            loss: AuxiliaryLoss | None = context.of(adapter_name).carry.get("auxiliary_loss")
+            for name, value in ({} if loss is None else loss.totals()).items():
+                rows = len(context.tokens.token_mask)
+                sums = torch.stack([rows * value, torch.full_like(value, rows)])
+                prefix = f"{adapter_name}/" if len(context.decisions) > 1 else ""
+                name = f"{prefix}objective/{name}"
+                self._evaluated[name] = self._evaluated.get(name, 0.0) + sums
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        self._evaluated = {}
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -75,16 +95,21 @@ class LogRouting(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:
-            return
         figures: dict[str, float] = {}
-        for adapter_name, statistics in self._routing.items():
+        measured = next((key.removesuffix("_loss") for key in logs or {} if key.endswith("_loss")), None)
+        if measured is not None:
+            for name, sums in self._evaluated.items():
+                figures[f"{measured}_{name}"] = round(float(sums[0] / sums[1]), 6)
+            self._evaluated = {}
+        elif logs is None or "loss" not in logs:
+            return
+        for adapter_name, statistics in self._routing.items() if measured is None else ():
             prefix = f"{adapter_name}/" if len(self._routing) > 1 else ""
             for name, total in self._objectives.get(adapter_name, {}).items():
                 mean = total / self._labels[adapter_name].clamp(min=1)
                 figures[f"{prefix}objective/{name}"] = round(float(mean), 6)
             for name, value in statistics.figures().items():
                 figures[f"{prefix}routing/{name}"] = round(value, 4)
-        logs.update(figures)
+        logs.update(figures)  # type: ignore[union-attr]
         # Written before the callbacks are called.
         state.log_history[-1].update(figures)

@@ -9,8 +9,7 @@ Without `act` the experts are LoRA.
 """
 
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -25,6 +24,22 @@ from ..modeling.routing import ExpertAssignment, SlotMixture
 MAX_DENSE_BYTES = 256
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+Made = TypeVar("Made")
+
+
+class made_once(Generic[Made]):  # noqa: N801
+    """As `functools.cached_property`, without the lock of Python 3.11, at which `torch.compile` breaks the graph."""
+
+    def __init__(self, make: Callable[[Any], Made]):
+        self.make = make
+        self.__doc__ = make.__doc__
+
+    def __get__(self, owner: Any, cls: type) -> Made:
+        value = self.make(owner)
+        setattr(owner, self.make.__name__, value)  # found from now on in place of this
+        return value
 
 
 class BucketedSlots(NamedTuple):
@@ -61,17 +76,28 @@ class ExpertSlots:
         self.weight = weight.to(device)  # (T, K)
         self.num_experts = assignment.num_experts
         self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._repeated: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
-    @cached_property
+    @made_once
     def gates(self) -> torch.Tensor:
         """The weight of every expert in every token, (T, E)."""
         gates = self.weight.new_zeros(len(self.index), self.num_experts + 1)
         return gates.scatter_add(1, self.index, self.weight)[:, : self.num_experts]
 
-    @cached_property
+    def repeated_gates(self, rank: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return `gates`, each for all rows of its expert, (T, E * r); made once for targets of one rank."""
+        if (
+            self._repeated is None
+            or self._repeated.shape[1] != rank * self.num_experts
+            or self._repeated.dtype != dtype
+        ):
+            self._repeated = self.gates.to(dtype).repeat_interleave(rank, dim=1)
+        return self._repeated
+
+    @made_once
     def by_expert(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The filled slots sorted by expert: token (M,), weight (M,), and the end of every expert's slots (E,)."""
         sorted_index, order = self.index.reshape(-1).sort(stable=True)
@@ -80,7 +106,7 @@ class ExpertSlots:
         order = order[: int(offsets[-1])]
         return order // self.index.shape[1], self.weight.reshape(-1).index_select(0, order), offsets
 
-    @cached_property
+    @made_once
     def bucketed(self) -> BucketedSlots:
         """The filled slots in buckets: the experts, sorted by load, are cut at 1, 2, 4, 8, ... where the load falls.
 
@@ -186,7 +212,7 @@ def masked_dense(
     inner = F.linear(inputs.reshape(-1, inputs.shape[-1]), lora_a.flatten(0, 1))  # (T, E * r)
     if activation is not None:
         inner = activation(inner.unflatten(1, lora_a.shape[:2])).flatten(1)
-    inner = inner * slots.gates.to(inner.dtype).repeat_interleave(lora_b.shape[2], dim=1)
+    inner = inner * slots.repeated_gates(lora_b.shape[2], inner.dtype)
     output = F.linear(inner, lora_b.transpose(0, 1).flatten(1))  # (T, out)
     return result + output.view(result.shape).to(result.dtype)
 

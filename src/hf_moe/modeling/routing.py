@@ -6,9 +6,9 @@ positions, T = B * S tokens (padding included), d hidden width, E routed experts
 """
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -81,37 +81,42 @@ class RoutingContext:
         return per_row.sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-class _ActiveContext:
-    """The context of the layer that is running: a context variable, which threads do not share.
+Running = TypeVar("Running")
+
+
+class TraceableVariable(Generic[Running]):
+    """What the layer that is running knows: a context variable, which threads do not share.
 
     `torch.compile` cannot trace a `ContextVar`; while it traces, a plain attribute stands in.
     """
 
-    def __init__(self) -> None:
-        self.variable: ContextVar[RoutingContext | None] = ContextVar("hf_moe_routing_context", default=None)
-        self.traced: RoutingContext | None = None
+    def __init__(self, name: str) -> None:
+        self.variable: ContextVar[Running | None] = ContextVar(name, default=None)
+        self.traced: Running | None = None
 
-    def get(self) -> RoutingContext | None:
+    def get(self) -> Running | None:
         # A compiled part of a layer (one MoE block, say) finds nothing traced and reads the variable, which breaks the
         # graph but is right.
         if torch.compiler.is_compiling() and self.traced is not None:
             return self.traced
-        return self.variable.get()
+        found = self.variable.get()
+        # Nor does a part that is not compiled find another than the traced one, in a layer whose graph breaks there.
+        return self.traced if found is None else found
 
-    def set(self, context: RoutingContext | None) -> Any:
+    def set(self, context: Running | None) -> Any:
         if torch.compiler.is_compiling():
             previous, self.traced = self.traced, context
             return previous
         return self.variable.set(context)
 
     def reset(self, token: Any) -> None:
-        if torch.compiler.is_compiling():
-            self.traced = token
-        else:
+        if isinstance(token, Token):  # where a graph broke, the other of the two calls may have been traced
             self.variable.reset(token)
+        else:
+            self.traced = token
 
 
-ACTIVE_CONTEXT = _ActiveContext()
+ACTIVE_CONTEXT: TraceableVariable[RoutingContext] = TraceableVariable("hf_moe_routing_context")
 
 
 @dataclass
