@@ -14,7 +14,13 @@ from transformers import initialization as init
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.saving import PUSH_HOOKS
 from .dispatch import RAGGED
-from .loading import check_checkpoint_files, check_tensors, damaged_weights, refuse_edited_code
+from .loading import (
+    check_checkpoint_files,
+    check_tensors,
+    convert_host_names,
+    damaged_weights,
+    refuse_edited_code,
+)
 from .routing import Connector, Experts, Objective, Router
 
 
@@ -37,6 +43,10 @@ class HfMoePreTrainedModel(PreTrainedModel):
     # Objectives may change between two runs; their statistics build up again within a step.
     _keys_to_ignore_on_load_missing = [r"^objectives\."]
     _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
+
+    def __init__(self, config: HfMoeConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(convert_host_names)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
