@@ -16,6 +16,7 @@ from ..configuration.saving import PUSH_HOOKS
 from .dispatch import RAGGED
 from .loading import (
     check_checkpoint_files,
+    check_number_types,
     check_tensors,
     convert_host_names,
     damaged_weights,
@@ -67,6 +68,9 @@ class HfMoePreTrainedModel(PreTrainedModel):
         # With an adapter the report is the adapter's, which `load_adapter` has checked.
         if not model._hf_peft_config_loaded:
             check_tensors(source, report, model.can_generate(), ignore_shapes)
+            if getattr(model, "hf_quantizer", None) is None:
+                own = model.state_dict()
+                check_number_types(source, {name for name, tensor in own.items() if tensor.is_floating_point()})
         return (model, report) if wants_report else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ from ..configuration.reading import check_files, read_object
 
 INDEX = "model.safetensors.index.json"
 JSON_FILES = ("config.json", "generation_config.json", INDEX)
+INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 # One expert of a stack, as the files of Mixtral and others have it.
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -58,6 +59,19 @@ def _is_readable(path: Path) -> bool:
             return bool(file.keys())
     except (SafetensorError, OSError):
         return False
+
+
+def check_number_types(source: Any, floats: set[str]) -> None:
+    """Refuse a folder whose weights files hold integers for `floats`; they would be cast, and have lost their digits.
+
+    Raises:
+        ValueError: naming the file and the tensor.
+    """
+    for path in sorted(Path(source).glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in floats.intersection(file.keys()):
+                if (dtype := file.get_slice(name).get_dtype()) in INTEGERS:
+                    raise ValueError(f"{path} holds {name} as {dtype}, but a weight is a float: save the model again.")
 
 
 def check_tensors(source: Any, report: dict[str, Any], has_head: bool, ignore_shapes: bool) -> None:
