@@ -105,6 +105,20 @@ def test_checkpoints_under_the_hosts_own_names_still_load(tmp_path, host):
     assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_state_under_the_hosts_own_names_loads(tmp_path, host):
+    """So `Trainer` reads the checkpoints of older versions."""
+    model, _ = adopted(host)
+    model.save_pretrained(tmp_path, save_original_format=True)
+    opened, _ = adopted(host)
+    with torch.no_grad():
+        for parameter in opened.parameters():
+            parameter.zero_()
+    result = opened.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert all(torch.equal(opened.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
 class Scores(TrainerCallback):
     """Makes the evaluation at step 2 the best one."""
 
@@ -132,6 +146,27 @@ def test_an_adopted_run_resumes_as_if_it_had_not_stopped(tmp_path):
         for run in (whole, resumed)
     )
     assert first == second and set(first) == {1, 2, 3, 4}
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "60KB"])
+def test_a_run_resumes_from_a_checkpoint_of_an_older_version(tmp_path, max_shard_size):
+    whole, resumed = train(tmp_path), train(tmp_path)
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    model, _ = adopted("mixtral")
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+    (checkpoint / "model.safetensors").unlink()
+    model.save_pretrained(checkpoint, save_original_format=True, max_shard_size=max_shard_size)
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    assert any(".experts.0.w1." in name for file in files for name in load_file(file))
+    if max_shard_size == "60KB":
+        assert len(files) > 1
+        with pytest.raises(ValueError, match=r"from_pretrained\(folder\).save_pretrained\(folder\)"):
+            train(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+        model.from_pretrained(checkpoint).save_pretrained(checkpoint)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(first, second) for first, second in pairs)
 

@@ -86,6 +86,8 @@ def test_a_damaged_json_file_is_named(checkpoint, file, readers, how):
         ({"moe_config": "absent"}, "moe_config"),
         ({"moe_config": "top_k"}, "moe_config"),
         ({"vision_config": []}, "vision_config"),
+        ({"connector": ["mlp"]}, "connector"),
+        ({"image_token_id": "four"}, "image_token_id"),
         ({"auto_map": "modeling"}, "auto_map"),
     ],
     ids=str,
@@ -115,6 +117,30 @@ def test_a_tensor_is_named(checkpoint, change_tensors):
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     for reader in ("model", "inspect", "push"):
         assert ("extra.weight" if change_tensors == "holds more" else name) in message_of(reader, checkpoint)
+
+
+def change_head(folder, make):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = make(tensors["lm_head.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_integers_for_weights_are_named(checkpoint):
+    change_head(checkpoint, torch.Tensor.long)
+    for reader in ("model", "inspect", "push"):
+        message = message_of(reader, checkpoint)
+        assert "lm_head.weight" in message and "float" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_pushed(checkpoint, value):
+    change_head(checkpoint, lambda tensor: torch.full_like(tensor, value))
+    assert "NaN or infinity in lm_head.weight" in message_of("push", checkpoint)
+
+
+def test_a_token_id_that_is_spelt_is_a_number(checkpoint):
+    change(checkpoint / "config.json", image_token_id="4")
+    assert HfMoeConfig.from_pretrained(checkpoint).image_token_id == 4
 
 
 def test_tensors_of_other_shapes_are_taken_where_the_user_says_so(checkpoint):
@@ -176,6 +202,7 @@ def test_damaged_code_is_named(checkpoint, content):
         ({"image_processor": "absent"}, "image_processor"),
         ({"image_seq_length": "four"}, "image_seq_length"),
         ({"image_token": "<img>"}, "<img>"),
+        ({"image_seq_len": 4}, "image_seq_length"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import AutoConfig
@@ -284,7 +285,7 @@ class HfMoeConfig(PreTrainedConfig):
             check_config(folder / "config.json")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, StrictDataclassFieldValidationError) as error:
             raise ValueError(f"The config.json of {pretrained_model_name_or_path} cannot be read: {error}") from error
 
     def moe_layers(self) -> list[int]:

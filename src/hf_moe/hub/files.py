@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.errors import SafetensorsParsingError, StrictDataclassFieldValidationError
+from safetensors import safe_open
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.reading import check_config_fields, parse_object, read_object, read_text
-from ..modeling.loading import INDEX, files_of_index
+from ..modeling.loading import INDEX, INTEGERS, files_of_index
 from ..modeling.mechanisms import mechanism_names
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from .bundle import relative_imports, used_names
@@ -44,7 +45,7 @@ def parse_config(name: str, text: str) -> Any:
     check_config_fields(name, plain)
     try:
         return HfMoeConfig.from_dict(plain)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, StrictDataclassFieldValidationError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
@@ -54,7 +55,7 @@ def weights_files(folder: Path) -> list[str]:
 
 
 def check_whole(folder: Path) -> None:
-    """Refuse a checkpoint with a damaged file; of the weights the headers and the sizes are read.
+    """Refuse a checkpoint with a damaged file; every value of the weights is read once.
 
     Raises:
         FileNotFoundError: if a file of the weights is missing.
@@ -81,9 +82,21 @@ def check_whole(folder: Path) -> None:
         for module in relative_imports(read_text(path)):
             if not (folder / f"{module}.py").is_file():
                 raise FileNotFoundError(f"{folder} lacks {module}.py, which {path.name} imports.")
-    problems = tensor_problems(read_config(folder), tensors)
+    problems = tensor_problems(read_config(folder), tensors) + _no_numbers(folder, sorted(set(home.values())))
     if problems:
         raise ValueError(f"{folder} does not hold the weights of the model in its config.json: {'; '.join(problems)}.")
+
+
+def _no_numbers(folder: Path, files: list[str]) -> list[str]:
+    """Return which tensors hold values that are no finite numbers."""
+    found = []
+    for file in files:
+        with safe_open(folder / file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                tensor = weights.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                    found.append(f"{file} holds NaN or infinity in {name}")
+    return found[:3]
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -119,9 +132,16 @@ def tensor_problems(config: Any, tensors: dict[str, Any]) -> list[str]:
     stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     lacking = [name for name in own if name not in stored and name not in tied and not name.startswith("objectives.")]
     extra = [name for name in stored if name not in own and not name.startswith("objectives.")]
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    integers = [name for name in own if name in floats & stored.keys() and tensors[name].dtype in INTEGERS]
     other = [name for name in own if name in stored and math.prod(own[name]) and own[name] != stored[name]]
     return [
         f"the weights {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in {"lack": lacking, "hold, and the model has not,": extra, "differ in shape:": other}.items()
+        for what, names in {
+            "lack": lacking,
+            "hold, and the model has not,": extra,
+            "differ in shape:": other,
+            "are integers, and should be floats:": integers,
+        }.items()
         if names
     ]

@@ -13,7 +13,14 @@ from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.saving import PUSH_HOOKS
 from .dispatch import RAGGED
 from .initialisation import mechanisms_inner_first
-from .loading import check_checkpoint_files, check_tensors, damaged_weights, refuse_edited_code
+from .loading import (
+    check_checkpoint_files,
+    check_number_types,
+    check_tensors,
+    convert_host_names,
+    damaged_weights,
+    refuse_edited_code,
+)
 
 
 class HfMoePreTrainedModel(PreTrainedModel):
@@ -36,6 +43,10 @@ class HfMoePreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"^objectives\."]
     _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
 
+    def __init__(self, config: HfMoeConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(convert_host_names)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         source = pretrained_model_name_or_path
@@ -55,6 +66,9 @@ class HfMoePreTrainedModel(PreTrainedModel):
         # With an adapter the report is the adapter's, which `load_adapter` has checked.
         if not model._hf_peft_config_loaded:
             check_tensors(source, report, model.can_generate(), ignore_shapes)
+            if getattr(model, "hf_quantizer", None) is None:
+                own = model.state_dict()
+                check_number_types(source, {name for name, tensor in own.items() if tensor.is_floating_point()})
         return (model, report) if wants_report else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

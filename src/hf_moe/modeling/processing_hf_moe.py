@@ -1,12 +1,13 @@
 """The processor: images and text in, placeholders expanded, modality ids beside the tokens."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from ..configuration.reading import PROCESSOR_FILES, check_files, processor_problem
+from ..configuration.reading import PROCESSOR_FILES, check_files, check_names, processor_problem
 from ..configuration.saving import save_with_hooks
 from .image_loading import IMAGE_SOURCES, is_list, open_image, open_image_lists
 
@@ -168,6 +169,7 @@ class HfMoeProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         source = pretrained_model_name_or_path
         check_files(source, (*PROCESSOR_FILES, "config.json"))
+        check_names(Path(source) / "processor_config.json", list(inspect.signature(cls).parameters))
         try:
             return super().from_pretrained(source, **kwargs)
         # The library of the tokenizers raises plain `Exception`.

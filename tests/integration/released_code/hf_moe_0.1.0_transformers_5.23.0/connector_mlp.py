@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """MLP connector: every patch feature becomes one token of the decoder.
 
     y = W_n act(... act(W_1 norm(pool(x))))
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from .checks import PositiveInt
+from .gating import check_choice
 from .registry import register_connector
 from .routing import Connector
 
@@ -33,8 +35,8 @@ class MlpConnector(Connector):
         pool: average `pool` x `pool` neighbouring patches of a square grid into one token.
 
     Raises:
-        ValueError: if `num_layers` or `pool` is below 1; if, with `pool` > 1, the patches do not form a square whose
-            side `pool` divides.
+        ValueError: if `act` is unknown; if, with `pool` > 1, the patches do not form a square whose side `pool`
+            divides.
     """
 
     def __init__(
@@ -42,14 +44,13 @@ class MlpConnector(Connector):
         feature_size: int,
         hidden_size: int,
         *,
-        num_layers: int = 2,
+        num_layers: PositiveInt = 2,
         act: str = "gelu",
         norm: bool = False,
-        pool: int = 1,
+        pool: PositiveInt = 1,
     ):
         super().__init__(feature_size, hidden_size)
-        if num_layers < 1 or pool < 1:
-            raise ValueError(f"Connector 'mlp': num_layers={num_layers} and pool={pool} must be at least 1.")
+        check_choice("act", act, tuple(ACT2FN))
         self.pool = pool
         self.norm = nn.LayerNorm(feature_size) if norm else None
         widths = [feature_size] + [hidden_size] * num_layers

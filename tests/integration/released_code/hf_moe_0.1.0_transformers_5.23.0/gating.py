@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """Gate arithmetic shared by the routers, in float32 whatever the model's dtype."""
 
 import torch
@@ -43,6 +43,7 @@ def apply_overrides(logits: torch.Tensor, spec: MoELayerSpec, context: RoutingCo
     """Return `logits` (T, C >= E) after the context's test-time offsets and disabled experts of this layer."""
     if context.overrides is None:
         return logits
+    context.overrides.check_experts(spec.layer_idx, spec.num_experts)
     offset = context.overrides.logit_offset.get(spec.layer_idx)
     if offset is not None:
         logits = logits + F.pad(offset.to(logits), (0, logits.shape[-1] - offset.shape[-1]))
@@ -225,8 +226,6 @@ class BiasBalancedRouter(Router):
 
     def __init__(self, spec: MoELayerSpec, bias_shape: tuple[int, ...], bias_update_rate: float):
         super().__init__(spec)
-        if bias_update_rate < 0:
-            raise ValueError(f"bias_update_rate={bias_update_rate} must be >= 0.")
         self.bias_update_rate = bias_update_rate
         self.register_buffer("e_score_correction_bias", torch.zeros(bias_shape, dtype=torch.float32))
         load = torch.zeros(bias_shape, dtype=torch.long).view(-1, spec.num_experts)  # (G, E)

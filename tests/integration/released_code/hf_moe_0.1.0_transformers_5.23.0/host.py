@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """The host: how a Transformers decoder is read, and how its feed-forwards become MoE layers.
 
 Two things are done to a host. The feed-forward of every MoE layer is replaced by a `MoELayer`. The class of every
@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration_hf_moe import at_layer
+from .layer_maps import at_layer
 from .moe_layer import MoELayer
 from .routing import ACTIVE_CONTEXT, MoELayerSpec
 
@@ -152,7 +152,7 @@ def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
     """Resolve the facts of one MoE layer from the config and the feed-forward it replaces.
 
     Raises:
-        ValueError: if the host names no activation function.
+        ValueError: if the host names no activation function, or the experts would have no width.
     """
     moe, text = config.moe_config, config.text_config
     activation = next((getattr(text, name) for name in ACTIVATION_FIELDS if getattr(text, name, None)), None)
@@ -160,6 +160,11 @@ def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
         raise ValueError(f"{type(text).__name__} names no activation under {' or '.join(ACTIVATION_FIELDS)}.")
     granularity = at_layer(moe.granularity, layer_idx)
     width = at_layer(moe.expert_intermediate_size, layer_idx) or host_ffn.intermediate_size // granularity
+    if width < 1:
+        raise ValueError(
+            f"Layer {layer_idx}: moe_config.granularity={granularity} leaves experts no width: the feed-forward they "
+            f"divide has {host_ffn.intermediate_size}."
+        )
     banks = tuple(
         (name, bank["num_experts"], bank.get("intermediate_size") or width)
         for name, bank in (at_layer(moe.expert_banks, layer_idx) or {}).items()

@@ -271,7 +271,7 @@ def _levels(values: np.ndarray) -> np.ndarray:
     low, high = values.min().item(), values.max().item()
     ranges = (65535,) if kind == "u" and size == 2 else (1, 255) if kind == "f" else (255, 65535)
     white = next((white for white in ranges if high <= white), None)
-    if white is None or not low >= 0:
+    if white is None or low < 0:
         raise ValueError(
             f"its numbers of type {values.dtype} go from {low} to {high}: floats go from 0 to 1 or 255, integers from "
             "0 to 255 or 65535"

@@ -1,17 +1,24 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """Checks of a load: every tensor was read, no file is damaged, and the code that runs is the checkpoint's."""
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from .reading import check_files, read_object
 
 
 INDEX = "model.safetensors.index.json"
 JSON_FILES = ("config.json", "generation_config.json", INDEX)
+INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+# One expert of a stack, as the files of Mixtral and others have it.
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def check_checkpoint_files(source: Any) -> None:
@@ -56,6 +63,19 @@ def _is_readable(path: Path) -> bool:
         return False
 
 
+def check_number_types(source: Any, floats: set[str]) -> None:
+    """Refuse a folder whose weights files hold integers for `floats`; they would be cast, and have lost their digits.
+
+    Raises:
+        ValueError: naming the file and the tensor.
+    """
+    for path in sorted(Path(source).glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in floats.intersection(file.keys()):
+                if (dtype := file.get_slice(name).get_dtype()) in INTEGERS:
+                    raise ValueError(f"{path} holds {name} as {dtype}, but a weight is a float: save the model again.")
+
+
 def check_tensors(source: Any, report: dict[str, Any], has_head: bool, ignore_shapes: bool) -> None:
     """Refuse weights that are not those of the model; a missing tensor would be drawn at random.
 
@@ -83,6 +103,47 @@ def check_tensors(source: Any, report: dict[str, Any], has_head: bool, ignore_sh
             f"The weights of {source} are not those of the model in its config.json: they {'; they '.join(wrong)}. "
             "Restore the files of the checkpoint."
         )
+
+
+def convert_host_names(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    """Give weights for `load_state_dict` the names of the modules; `Trainer` reads checkpoints so.
+
+    Versions before this one saved the experts of some hosts under the host's own names, which only `from_pretrained`
+    undoes. A pre-hook of `load_state_dict`, which edits `state_dict`.
+
+    Raises:
+        ValueError: if the weights are in several files: each is loaded by itself, and lacks experts of a stack.
+    """
+    given = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    own = model.state_dict().keys()
+    if not any(ONE_EXPERT.search(name) for name in given.keys() - own):
+        return
+    try:
+        converted, report = type(model).from_pretrained(
+            None,
+            config=copy.deepcopy(model.config),
+            state_dict=given,
+            dtype=model.dtype,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        raise _needs_whole_folder() from error
+    if report["missing_keys"]:
+        raise _needs_whole_folder()
+    for name in given.keys() - own - set(report["unexpected_keys"]):
+        del state_dict[prefix + name]
+    for name, tensor in converted.state_dict().items():
+        # What the objectives have counted is not part of every checkpoint.
+        if not name.startswith("objectives."):
+            state_dict.setdefault(prefix + name, tensor)
+
+
+def _needs_whole_folder() -> ValueError:
+    return ValueError(
+        "These weights bear the names of the decoder's own files, and are only a part of the model: a checkpoint in "
+        "several files, which is loaded file by file. Write it anew with model.from_pretrained(folder)"
+        ".save_pretrained(folder), which keeps everything else in the folder, and load it again."
+    )
 
 
 def _listed(verb: str, names: Any) -> str:

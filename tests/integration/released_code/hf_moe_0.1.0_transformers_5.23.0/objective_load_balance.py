@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """Load balance: experts that the population uses much should get little probability.
 
     value of a row = mean over its real tokens t of  sum_i f_{g(t), i} * C_t * P_{t, i}
@@ -7,7 +7,12 @@
 P_t is the router's distribution renormalised over the real experts, C_t the number of experts that t may choose, and
 f_g the share of the chosen slots of population g that went to expert i (detached). The mean over layers is taken. It
 is exactly 1.0 when f or P is uniform over the candidates, and C when all tokens sit on one expert with certainty; it
-does not grow with K.
+does not grow with K. With `shares="tokens"` f is the share of the tokens that chose expert i, as in Transformers'
+Mixtral: it sums to K, and so the value is K times as large.
+
+Every token weighs the same, so a gate weighs as much as it has tokens. With `per_gate` there is one term per gate, as
+in MoIIE: the mean over the gate's tokens of the row, and the row's value is their sum. A gate of few tokens is then
+balanced as strongly as one of many.
 
 Taking f from the previous optimizer step makes the value linear in the tokens: rows may be split over micro-batches
 and processes at will, and domains may specialise within the batch.
@@ -16,9 +21,12 @@ Sources: GShard, arXiv:2006.16668; Switch Transformers, arXiv:2101.03961; DeepSe
 DeepSeek-V3, arXiv:2412.19437 (sequence-wise).
 """
 
+from typing import Literal
+
 import torch
 
-from .gating import check_choice, renormalise
+from .checks import PositiveInt
+from .gating import renormalise
 from .population import PopulationObjective
 from .registry import register_objective
 from .routing import Decision, ExpertAssignment, MoELayerSpec, RoutingContext
@@ -33,11 +41,13 @@ class LoadBalance(PopulationObjective):
         coef: coefficient of the loss, >= 0.
         scope: `"batch"` balances against the previous optimizer step, `"sequence"` every row by itself.
         per_modality: make every modality a population; otherwise every gate is one.
+        per_gate: one term per population, as above.
+        shares: `"slots"` or `"tokens"`, of which f is the share.
         expert_groups: balance this many groups of neighbouring experts (the devices of DeepSeekMoE) in place of single
             experts; must divide the number of experts of every layer.
 
     Raises:
-        ValueError: if `scope` is unknown or `expert_groups` does not divide E; in `forward`, if no router gives
+        ValueError: if `expert_groups` does not divide E; in `forward`, if no router gives
             probabilities.
     """
 
@@ -46,20 +56,23 @@ class LoadBalance(PopulationObjective):
         specs: list[MoELayerSpec],
         coef: float,
         *,
-        scope: str = "batch",
+        scope: Literal["batch", "sequence"] = "batch",
         per_modality: bool = False,
-        expert_groups: int | None = None,
+        per_gate: bool = False,
+        shares: Literal["slots", "tokens"] = "slots",
+        expert_groups: PositiveInt | None = None,
     ):
         super().__init__(specs, coef)
-        check_choice("scope", scope, ("batch", "sequence"))
         for spec in specs:
-            if expert_groups is not None and (expert_groups < 1 or spec.num_experts % expert_groups):
+            if expert_groups is not None and spec.num_experts % expert_groups:
                 raise ValueError(
                     f"expert_groups={expert_groups} must divide num_experts={spec.num_experts} of layer "
                     f"{spec.layer_idx}."
                 )
         self.scope = scope
         self.per_modality = per_modality
+        self.per_gate = per_gate
+        self.share_of = shares
         self.expert_groups = expert_groups
 
     def group(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
@@ -68,7 +81,7 @@ class LoadBalance(PopulationObjective):
         return super().group(decision, context)
 
     def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
-        return self.layer_mean(
+        return self.reduce_layers(
             [self.layer_value(layer, decision, context) for layer, decision in self.assignments(decisions).items()]
         )
 
@@ -79,11 +92,18 @@ class LoadBalance(PopulationObjective):
             counts = self.row_counts(decision, context)
         else:
             counts = self.population_counts(layer, decision, context)
-        share = renormalise(counts[..., :experts].float(), minimum=1.0)  # (B, NUM_MODALITIES, E)
+        if self.share_of == "slots":
+            counts = counts[..., :experts]  # empty slots were chosen by nobody
+        share = self.shares(counts, decision, self.share_of)[..., :experts]  # (B, NUM_MODALITIES, E)
         share = self.per_token(share, decision, context)  # (T, E)
         probs = renormalise(decision.router_probs[:, :experts])  # (T, E)
         allowed = decision.router_logits[:, :experts] != float("-inf")  # (T, E)
         if self.expert_groups is not None:
             share, probs = (table.unflatten(-1, (self.expert_groups, -1)).sum(-1) for table in (share, probs))
             allowed = allowed.unflatten(-1, (self.expert_groups, -1)).any(-1)  # (T, groups)
-        return context.row_mean((share * probs).sum(-1) * allowed.sum(-1))
+        value = (share * probs).sum(-1) * allowed.sum(-1)  # (T,)
+        if self.per_gate:
+            of_gate = self.row_counts(decision, context).sum(-1, keepdim=True)  # (B, NUM_MODALITIES, 1)
+            weight = of_gate.sum(1, keepdim=True) / of_gate.clamp(min=1)
+            value = value * self.per_token(weight, decision, context).squeeze(-1)
+        return context.row_mean(value)

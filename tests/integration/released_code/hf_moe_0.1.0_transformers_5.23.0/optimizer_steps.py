@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """When the statistics of routers and objectives count, and when the optimizer step that they describe has ended.
 
 A training forward counts when its backward runs: a forward that nobody learns from says nothing of the step. What has
@@ -26,7 +26,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers.utils.import_utils import is_torchdynamo_compiling
 
 
 # Models whose steps are followed, and whether a torch optimizer holds their parameters, once that is known.
@@ -51,7 +50,7 @@ def end_step(model: nn.Module) -> None:
 
 def end_cleared_step(model: nn.Module) -> None:
     """Close the last step where no torch optimizer tells of its end: at the first forward with cleared gradients."""
-    if is_torchdynamo_compiling():
+    if torch.compiler.is_compiling():
         return
     follow_steps(model)
     if not vars(model).get("counted_statistics") or _FOLLOWED[model]:
@@ -74,7 +73,7 @@ def count_in_backward(model: nn.Module, output: Any, statistics: Statistics) -> 
         output: what it returned; where nothing in it has a gradient, the pass never counts.
         statistics: what to count.
     """
-    if is_torchdynamo_compiling():
+    if torch.compiler.is_compiling():
         for part, args in statistics:
             part.accumulate(*args)
         model.counted_statistics = [part for part, _ in statistics]

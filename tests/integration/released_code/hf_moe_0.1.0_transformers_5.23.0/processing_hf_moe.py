@@ -1,13 +1,14 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
 """The processor: images and text in, placeholders expanded, modality ids beside the tokens."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .reading import PROCESSOR_FILES, check_files, processor_problem
+from .reading import PROCESSOR_FILES, check_files, check_names, processor_problem
 from .saving import save_with_hooks
 from .image_loading import IMAGE_SOURCES, is_list, open_image, open_image_lists
 
@@ -63,6 +64,13 @@ class HfMoeProcessor(ProcessorMixin):
     def open_image(image: Any) -> Any:
         """Return a picture as the RGB image (of Pillow) that this processor makes of it, see [`open_image`]."""
         return open_image(image)
+
+    def __call__(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        samples = text if isinstance(text, list | tuple) else [text]
+        begin = self.tokenizer.bos_token
+        if begin and samples and all(isinstance(sample, str) and sample.startswith(begin) for sample in samples):
+            kwargs.setdefault("add_special_tokens", False)  # rendered by a template, which has written them
+        return super().__call__(images, text, *args, **kwargs)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Render conversations, and with `tokenize=True` process their images, as every processor does.
@@ -162,6 +170,7 @@ class HfMoeProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         source = pretrained_model_name_or_path
         check_files(source, (*PROCESSOR_FILES, "config.json"))
+        check_names(Path(source) / "processor_config.json", list(inspect.signature(cls).parameters))
         try:
             return super().from_pretrained(source, **kwargs)
         # The library of the tokenizers raises plain `Exception`.

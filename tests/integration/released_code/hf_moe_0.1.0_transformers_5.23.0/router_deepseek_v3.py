@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """DeepSeek-V3 routing: sigmoid scores, a bias that balances the choice, and group-limited selection.
 
     s = sigmoid(W x)        S = the K largest of s + b among the `topk_group` best of `n_group` expert groups
@@ -12,14 +12,16 @@ Sources: DeepSeek-V3 Technical Report, arXiv:2412.19437; Auxiliary-Loss-Free Loa
 Mixture-of-Experts, arXiv:2408.15664.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from .checks import NonNegative, Positive, PositiveInt
 from .gating import (
     BiasBalancedRouter,
     apply_overrides,
-    check_choice,
     check_groups,
     check_slots,
     gate_logits,
@@ -45,24 +47,23 @@ class DeepseekV3Router(BiasBalancedRouter):
         bias_update_rate: step of the bias, >= 0; 0 freezes it.
 
     Raises:
-        ValueError: if K, the groups or `score_function` do not fit.
+        ValueError: if K or the groups do not fit.
     """
 
     def __init__(
         self,
         spec: MoELayerSpec,
         *,
-        score_function: str = "sigmoid",
+        score_function: Literal["sigmoid", "softmax"] = "sigmoid",
         norm_topk_prob: bool = True,
-        routed_scaling_factor: float = 1.0,
-        n_group: int = 1,
-        topk_group: int = 1,
-        bias_update_rate: float = 0.001,
+        routed_scaling_factor: Positive = 1.0,
+        n_group: PositiveInt = 1,
+        topk_group: PositiveInt = 1,
+        bias_update_rate: NonNegative = 0.001,
     ):
         super().__init__(spec, (spec.num_experts,), bias_update_rate)
         check_slots(spec, spec.num_experts, "deepseek_v3")
         check_groups(spec, n_group, topk_group, "deepseek_v3")
-        check_choice("score_function", score_function, ("sigmoid", "softmax"))
         self.score_function = score_function
         self.norm_topk_prob = norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor

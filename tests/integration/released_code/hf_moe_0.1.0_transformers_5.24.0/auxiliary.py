@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """How objectives enter the loss: one coefficient-weighted value per row, weighted by the row's share of the labels.
 
     loss = CE_sum / N + sum_r (n_r / N) * A_r,    A_r = sum_o coef_o * A_o[r]
@@ -21,12 +21,14 @@ divided by, that makes the formula above; a loss that pushes some rows down stil
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers.utils import ModelOutput, logging
 
+from .checks import check
+from .moe_config import objective_entry
 from .mechanisms import get_mechanism
 from .registry import build
 from .routing import MoELayerSpec, RoutingContext
@@ -93,23 +95,31 @@ class _WeighRowsLikeLabels(torch.autograd.Function):
 
 
 class AuxiliaryLosses(nn.Module):
-    """The objectives of a model, by name.
+    """The objectives of a model, `by_name`: by their labels, under which checkpoints know them.
 
     Args:
-        config: the outer `HfMoeConfig`; `moe_config.objectives` maps names to a coefficient or to a dict with the key
-            `coef` and options.
+        config: the outer `HfMoeConfig`; its `moe_config.objectives` says what an entry looks like. Every objective
+            takes `layer_reduction`: `"mean"` over the MoE layers, the default, or `"sum"`, with which the strength
+            grows with the depth.
         specs: the MoE layers.
+
+    Raises:
+        ValueError: if an entry has another form, its objective is unknown, or refuses its options.
     """
 
     def __init__(self, config, specs: list[MoELayerSpec]):
         super().__init__()
         self.by_name = nn.ModuleDict()
-        for name, value in config.moe_config.objectives.items():
-            options = dict(value) if isinstance(value, dict) else {"coef": value}
-            if "coef" not in options:
-                raise ValueError(f"moe_config.objectives[{name!r}] needs a coefficient under 'coef', got {value!r}.")
-            coef = options.pop("coef")
-            self.by_name[name] = build("objective", get_mechanism("objective", name), options, specs, coef)
+        for label, value in (config.moe_config.objectives or {}).items():
+            name, coef, options = objective_entry(label, value)
+            place = f"moe_config.objectives[{label!r}]"
+            if hasattr(self.by_name, label):  # `pop` or `training`, say
+                raise ValueError(f"{place}: the label is taken, choose another.")
+            reduction = options.pop("layer_reduction", "mean")
+            check(f"{place}: layer_reduction", reduction, Literal["mean", "sum"])
+            objective = build("objective", get_mechanism("objective", name), options, specs, coef)
+            objective.layer_reduction = reduction
+            self.by_name[label] = objective
 
     @property
     def reads_outputs(self) -> bool:

@@ -1,20 +1,29 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """The base of the model's classes: loading, initialisation and what Transformers may do with them."""
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_hf_moe import HfMoeConfig
 from .saving import PUSH_HOOKS
 from .dispatch import RAGGED
-from .loading import check_checkpoint_files, check_tensors, damaged_weights, refuse_edited_code
+from .loading import (
+    check_checkpoint_files,
+    check_number_types,
+    check_tensors,
+    convert_host_names,
+    damaged_weights,
+    refuse_edited_code,
+)
 from .routing import Connector, Experts, Objective, Router
 
 
@@ -38,6 +47,10 @@ class HfMoePreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"^objectives\."]
     _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
 
+    def __init__(self, config: HfMoeConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(convert_host_names)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         source = pretrained_model_name_or_path
@@ -57,6 +70,9 @@ class HfMoePreTrainedModel(PreTrainedModel):
         # With an adapter the report is the adapter's, which `load_adapter` has checked.
         if not model._hf_peft_config_loaded:
             check_tensors(source, report, model.can_generate(), ignore_shapes)
+            if getattr(model, "hf_quantizer", None) is None:
+                own = model.state_dict()
+                check_number_types(source, {name for name, tensor in own.items() if tensor.is_floating_point()})
         return (model, report) if wants_report else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +117,7 @@ class HfMoePreTrainedModel(PreTrainedModel):
         # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
         # parameters: ours are initialised first, and marked.
         std = self.config.initializer_range
-        for module in self.modules():
+        for module in _inner_first(self):
             ours = isinstance(module, Router | Experts | Objective | Connector)
             if ours and not getattr(module, "_is_hf_initialized", False):
                 module.initialize(std)
@@ -118,3 +134,11 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+
+def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Walk the modules, each after its parts: a mechanism within another has initialised itself, and the outer one may
+    change that."""
+    for child in module.children():
+        yield from _inner_first(child)
+    yield module

@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """How a cache reaches the decoder: by its type, under the name that the decoder has for it.
 
 Transformers has renamed the argument (`past_key_values`, `cache`), and a decoder accepts a name that it does not know

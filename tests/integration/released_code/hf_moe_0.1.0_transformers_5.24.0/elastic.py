@@ -1,13 +1,14 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """Elastic inference: moving the number of experts per token of a trained model."""
 
 from typing import Any
 
 import torch
 
-from .configuration_hf_moe import at_layer
-from .routing import Router, RoutingOverrides
+from .layer_maps import at_layer
+from .overrides import RoutingOverrides
+from .routing import Router
 
 
 class ElasticBudget:
@@ -34,7 +35,8 @@ class ElasticBudget:
             for module in self.moe_layers()[layer].gate.modules():
                 if isinstance(module, Router):
                     module.target_slots = target
-            options[str(layer)]["target_slots"] = budget
+            # The router derives its least number of slots from its target where the config does not tell.
+            options[str(layer)] |= {"target_slots": budget, "min_slots": router.min_slots}
         first = next(iter(options.values()))
         moe_config.router = first if all(item == first for item in options.values()) else options
 

@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """Feed-forward experts: the experts of almost every published system.
 
     gated:  y = W_down (act(W_gate x) * (W_up x))        plain:  y = W_down act(W_up x)
@@ -9,6 +9,8 @@ each projection with or without a bias. Weights are stored stacked, as Transform
 PEFT's `target_parameters`, expert-parallel plans, quantisers and weight loaders apply unchanged.
 """
 
+from typing import Annotated
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -16,9 +18,18 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .checks import Interval
 from .dispatch import RAGGED, SortedSlots, compute_dtype, run_sorted
 from .registry import register_experts
-from .routing import Decision, ExpertAssignment, Experts, MoELayerSpec, ParameterMixture, SlotMixture
+from .routing import (
+    Decision,
+    ExpertAssignment,
+    Experts,
+    MoELayerSpec,
+    ParameterMixture,
+    SlotMixture,
+    refuse_mixture,
+)
 
 
 @register_experts("ffn")
@@ -31,7 +42,11 @@ class FfnExperts(Experts):
         dropout: expert dropout: while training, the share of an expert's inner neurons that is dropped per token.
     """
 
-    def __init__(self, config, spec: MoELayerSpec, *, dropout: float = 0.0):
+    takes_index_and_weight = True
+
+    def __init__(
+        self, config, spec: MoELayerSpec, *, dropout: Annotated[float, Interval(0, 1, open_maximum=True)] = 0.0
+    ):
         super().__init__()
         self.config = config
         self.num_experts = spec.num_experts
@@ -67,25 +82,63 @@ class FfnExperts(Experts):
 
     @property
     def runs_sorted_slots(self) -> bool:
-        return self.config._experts_implementation == RAGGED
+        # A forward that a parallel plan has put in its place takes index and weight alone.
+        return self.config._experts_implementation == RAGGED and "forward" not in vars(self)
+
+    def parallel_plans(self) -> dict[str, dict[str, str]]:
+        # Stacked weights are split along their last dimension but one, biases along the last.
+        columns, entries = ("packed_colwise", "packed_rowwise") if self.has_gate else ("colwise", "rowwise")
+        by_width = {self.input_name: columns, "down_proj": "rowwise", "": "moe_tp_experts"}
+        if self.has_bias:
+            by_width[f"{self.input_name}_bias"] = entries
+        by_expert = {name: "grouped_gemm" for name, _ in self.named_parameters()} | {"": "ep_dispatch_experts"}
+        return {"tp_plan": by_width, "ep_plan": by_expert}
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)  # (M, f) each
         return self.act_fn(gate) * up
 
     def forward(
-        self, hidden_states: torch.Tensor, decision: Decision, slots: SortedSlots | None = None
+        self,
+        hidden_states: torch.Tensor,
+        decision: Decision | torch.Tensor,
+        expert_weight: torch.Tensor | None = None,
+        slots: SortedSlots | None = None,
     ) -> torch.Tensor:
-        if slots is not None:
-            weight = decision.expert_weight.to(hidden_states.dtype)
-            return run_sorted(self, hidden_states, slots, weight)
+        """Run the experts on the tokens (T, d).
+
+        Args:
+            decision: the router's decision, or the index (T, K) of an assignment, as Transformers' experts take it.
+            expert_weight (`torch.Tensor` of shape `(T, K)`, *optional*): the weights that belong to an index.
+            slots (`SortedSlots`, *optional*): the slots of these experts among those of the decision.
+        """
+        if isinstance(decision, SlotMixture | ParameterMixture):
+            if self._width_share() < 1.0:
+                raise refuse_mixture(decision)
+            mixed = self.mix_slots if isinstance(decision, SlotMixture) else self.merge_experts
+            return mixed(hidden_states, decision)
+        index = decision
         if isinstance(decision, ExpertAssignment):
-            backend = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, FfnExperts.eager)
-            weight = decision.expert_weight.to(hidden_states.dtype)
-            return backend(self, hidden_states, decision.expert_index, weight)
-        if isinstance(decision, SlotMixture):
-            return self.mix_slots(hidden_states, decision)
-        return self.merge_experts(hidden_states, decision)
+            index, expert_weight = decision.expert_index, decision.expert_weight
+        weight = expert_weight.to(hidden_states.dtype)
+        if slots is not None:
+            return run_sorted(self, hidden_states, slots, weight)
+        backend = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, FfnExperts.eager)
+        output = backend(self, hidden_states, index, weight)
+        return output - self._surplus_bias(index, weight) if self.has_bias and self._width_share() < 1.0 else output
+
+    def _width_share(self) -> float:
+        """Return the share of the experts' width that this process holds: below 1 under tensor parallelism."""
+        return self.down_proj.shape[-1] / self.intermediate_dim
+
+    def _surplus_bias(self, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return what the other processes add of the last bias, (T, d): each holds it whole, and outputs are summed.
+
+        Detached, so that each process has the whole gradient of its bias.
+        """
+        per_expert = weight.new_zeros(len(index), self.num_experts + 1).scatter_add(1, index, weight)  # (T, E + 1)
+        bias = self.down_proj_bias.detach().to(weight.dtype)
+        return (1.0 - self._width_share()) * (per_expert[:, :-1] @ bias)
 
     def eager(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -1,31 +1,44 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """The multimodal MoE model: vision tower -> connector -> decoder whose feed-forwards are MoE layers."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
 
 from .configuration_hf_moe import HfMoeConfig
 from .auxiliary import AuxiliaryLosses, count_labels, is_learning, warn_without_labels
 from .base import HfMoePreTrainedModel
 from .caches import cache_argument, name_cache
-from .context import build_context
 from .elastic import ElasticBudget
+from .generation import ImageGenerationMixin
 from .host import install_moe_layers, scale_logits
+from .inputs import (
+    check_ids,
+    check_mask,
+    check_mask_and_positions,
+    check_placeholders,
+    check_tokens,
+    encoded_images,
+    learned_positions,
+    modality_ids,
+    real_tokens,
+    refuse_missing_images,
+)
 from .language_loss import token_balanced_loss
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
 from .outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast, extend_output, router_logits
-from .plans import float32_patterns
+from .overrides import RoutingOverrides
+from .plans import float32_patterns, plan_moe_layers
 from .registry import build
 from .routed_forward import RoutedForward, install_hooks
-from .routing import RoutingContext, RoutingOverrides
-from .vision import insert_images, probe_tower, run_tower, takes_packed_patches, touch_vision
+from .routing import RoutingContext
+from .vision import encode_images, insert_images, probe_tower, takes_packed_patches, touch_vision
 
 
 class HfMoeModel(HfMoePreTrainedModel):
@@ -40,6 +53,7 @@ class HfMoeModel(HfMoePreTrainedModel):
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)
+        check_placeholders(config)
         self.vision_tower = None
         self.connector = None
         for part in filter(None, (config.text_config, config.vision_config)):
@@ -48,9 +62,10 @@ class HfMoeModel(HfMoePreTrainedModel):
         if config.vision_config is not None:
             probe = probe_tower(config)
             self.vision_tower = AutoModel.from_config(config.vision_config)
-            for name in probe.unreachable:
-                # It would never get a gradient, and distributed training would fail at its second step.
-                self.vision_tower.get_parameter(name).requires_grad_(False)
+            # They would never get a gradient, and distributed training would fail at its second step.
+            self.unreachable_parameters = [f"vision_tower.{name}" for name in probe.unreachable]
+            for name in self.unreachable_parameters:
+                self.get_parameter(name).requires_grad_(False)
             options = dict(config.connector)  # type: ignore[arg-type]
             connector = get_mechanism("connector", options.pop("name"))
             sizes = (config.vision_feature_size, config.text_config.hidden_size)
@@ -63,9 +78,15 @@ class HfMoeModel(HfMoePreTrainedModel):
                 )
             if config.image_seq_length is None:
                 config.image_seq_length = num_tokens
+            elif config.image_seq_length != num_tokens and not takes_packed_patches(config.vision_config):
+                raise ValueError(
+                    f"image_seq_length={config.image_seq_length}, but an image takes {num_tokens} tokens: leave it out"
+                )
         self.language_model = AutoModel.from_config(config.text_config)
         self.cache_argument = cache_argument(type(self.language_model))
+        self.max_positions = learned_positions(self.language_model)
         install_moe_layers(self.language_model, config)
+        plan_moe_layers(self.language_model)
         self._keep_in_fp32_modules_strict = float32_patterns(self.language_model)
         self.post_init()
 
@@ -106,29 +127,8 @@ class HfMoeModel(HfMoePreTrainedModel):
         """
         if self.vision_tower is None:
             raise ValueError("This model has no vision tower (vision_config is None): pass text only.")
-        if (pixel_values is None) == (image_features is None):
-            raise ValueError("Pass either pixel_values or image_features.")
-        outputs = BaseModelOutput(last_hidden_state=image_features)
-        if image_features is None:
-            kwargs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-            outputs = run_tower(self.vision_tower, self.config, pixel_values, **kwargs)
-            image_features = outputs.last_hidden_state
-        if image_features.dim() != 3 or image_features.shape[-1] != self.config.vision_feature_size:
-            raise ValueError(
-                f"image_features must have the shape (images, patches, {self.config.vision_feature_size}), got "
-                f"{tuple(image_features.shape)}."
-            )
-        connected = self.connector(image_features.to(self.dtype))  # (N, P', d)
-        if pixel_attention_mask is None:
-            images = list(connected)
-        else:
-            images = [rows[keep.bool()] for rows, keep in zip(connected, pixel_attention_mask, strict=True)]
-        result = BaseModelOutputWithPooling(
-            last_hidden_state=image_features,
-            pooler_output=images,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        inputs = (pixel_values, image_features, pixel_attention_mask, spatial_shapes)
+        result = encode_images(self.vision_tower, self.connector, self.config, *inputs, dtype=self.dtype, **kwargs)
         return result if self._wants_dict(return_dict) else result.to_tuple()
 
     def routing_context(
@@ -140,10 +140,31 @@ class HfMoeModel(HfMoePreTrainedModel):
         condition_ids: dict[str, torch.Tensor] | None = None,
         routing_overrides: RoutingOverrides | None = None,
     ) -> RoutingContext:
-        """Build what the routers may know of this forward pass, see [`build_context`]."""
-        progress = self.training_progress if self.training else 1.0
-        inputs = (input_ids, inputs_embeds, attention_mask, mm_token_type_ids, condition_ids, routing_overrides)
-        return build_context(self.config, *inputs, progress)
+        """Build what the routers may know of this forward pass; the arguments are those of `forward`.
+
+        Raises:
+            ValueError: if an argument does not fit the others or the model.
+        """
+        tokens = check_tokens(self.config, input_ids, inputs_embeds)
+        check_mask(attention_mask, tokens)
+        check_ids(tokens, mm_token_type_ids, condition_ids)
+        if mm_token_type_ids is None:
+            placeholders = functools.partial(self._placeholders, input_ids, inputs_embeds)
+            mm_token_type_ids = modality_ids(self.config, placeholders, tokens)
+        if routing_overrides is not None:
+            if not isinstance(routing_overrides, RoutingOverrides):
+                raise ValueError(
+                    f"routing_overrides must be RoutingOverrides(...), got {type(routing_overrides).__name__}."
+                )
+            routing_overrides.check_layers({index: layer.router for index, layer in self.moe_layers().items()})
+        return RoutingContext(
+            modality_ids=mm_token_type_ids.long(),
+            token_mask=real_tokens(attention_mask, tokens),
+            input_ids=input_ids,
+            condition_ids=condition_ids,
+            progress=self.training_progress if self.training else 1.0,
+            overrides=routing_overrides,
+        )
 
     def forward(
         self,
@@ -171,7 +192,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*): connected features, as
                 `get_image_features` returns them, under the key `"image"`.
             mm_token_type_ids (`torch.Tensor` of shape `(B, S)`, *optional*): 0 text, 1 image, 2 video, 3 audio.
-                Derived from the placeholder ids when absent; embeddings alone count as text.
+                Derived from the placeholders when absent, in `inputs_embeds` by their embeddings.
             condition_ids (`dict[str, torch.Tensor]`, *optional*): task, domain or language ids of shape `(B,)`.
             routing_overrides (`RoutingOverrides`, *optional*): test-time control of the routing.
             routing_context (`RoutingContext`, *optional*): a context built before; its `decisions` are filled.
@@ -182,20 +203,27 @@ class HfMoeModel(HfMoePreTrainedModel):
             routing_context = self.routing_context(
                 input_ids, inputs_embeds, attention_mask, mm_token_type_ids, condition_ids, routing_overrides
             )
+        tokens = inputs_embeds if input_ids is None else input_ids
+        cache = kwargs.get(self.cache_argument)
+        check_mask_and_positions(tokens, attention_mask, position_ids, cache, self.max_positions)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        images = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None or image_features is not None:
+        images = encoded_images(mm_encoder_outputs)
+        empty = isinstance(pixel_values, torch.Tensor) and pixel_values.shape[:1] == (0,)
+        has_pixels = pixel_values is not None and not empty
+        if has_pixels or image_features is not None:
             if images is not None:
                 raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
             inputs = (pixel_values, image_features, pixel_attention_mask, spatial_shapes)
             images = self.get_image_features(*inputs, return_dict=True)
         if images is not None:
-            mask = self._placeholders(input_ids, inputs_embeds)
+            mask = self._placeholders(input_ids, inputs_embeds, self.config.image_token_id)
             inputs_embeds = insert_images(inputs_embeds, mask, images.pooler_output, self.config.image_seq_length)
-        elif self.training and self.connector is not None and kwargs.get(self.cache_argument) is None:
-            inputs_embeds = touch_vision(self.vision_tower, self.connector, self.config, inputs_embeds)
+        elif self.connector is not None and cache is None:
+            refuse_missing_images(self.config, input_ids)
+            if self.training:
+                inputs_embeds = touch_vision(self.vision_tower, self.connector, self.config, inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -218,18 +246,20 @@ class HfMoeModel(HfMoePreTrainedModel):
         )
         return result if self._wants_dict(return_dict) else result.to_tuple()
 
-    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Return where images stand, (B, S) bool."""
+    def _placeholders(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_id: int
+    ) -> torch.Tensor:
+        """Return where the placeholder of this id is, (B, S) bool."""
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            return input_ids == token_id
+        placeholder = torch.tensor(token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return self.config.return_dict if return_dict is None else return_dict
 
 
-class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTrainedModel, GenerationMixin):
+class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTrainedModel, ImageGenerationMixin):
     """The model with its language head, loss and generation.
 
     The language loss is the host's; objectives are added as `auxiliary.py` says. Population statistics (loads, biases)
@@ -371,15 +401,6 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         )
         self.count(routing_context, result)
         return result if self.model._wants_dict(return_dict) else result.to_tuple()
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, image_features: torch.Tensor | None = None, **kwargs: Any):
-        """Generate as every Transformers model does; `image_features` may stand in for `pixel_values`."""
-        if image_features is not None:
-            mask = kwargs.pop("pixel_attention_mask", None)
-            images = self.get_image_features(None, image_features, mask, return_dict=True)
-            kwargs["mm_encoder_outputs"] = {"image": images}
-        return super().generate(inputs, **kwargs)
 
 
 __all__ = ["HfMoeForConditionalGeneration", "HfMoeModel", "HfMoePreTrainedModel"]

@@ -1,16 +1,25 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """The MoE layer: a router, experts, and an optional branch that every token uses."""
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .configuration_hf_moe import at_layer
+from .layer_maps import at_layer
 from .dispatch import SortedSlots
 from .mechanisms import get_mechanism
 from .registry import build
-from .routing import ACTIVE_CONTEXT, Decision, ExpertAssignment, Experts, MoELayerSpec, Router, RoutingContext
+from .routing import (
+    ACTIVE_CONTEXT,
+    Decision,
+    ExpertAssignment,
+    Experts,
+    MoELayerSpec,
+    Router,
+    RoutingContext,
+    refuse_mixture,
+)
 
 
 class ExpertBanks(Experts):
@@ -26,10 +35,6 @@ class ExpertBanks(Experts):
         self.names = list(banks)
         for name, bank in banks.items():
             self.add_module(name, bank)
-
-    def initialize(self, std: float) -> None:
-        for name in self.names:
-            getattr(self, name).initialize(std)
 
     def forward(self, hidden_states: torch.Tensor, decision: Decision) -> torch.Tensor:
         if not isinstance(decision, ExpertAssignment):
@@ -54,9 +59,23 @@ class ExpertBanks(Experts):
                 expert_weight=decision.expert_weight.masked_fill(~inside, 0.0),
                 num_experts=size,
             )
-            output = output + bank(hidden_states, assignment)
+            output = output + run_assignment(bank, hidden_states, assignment)
             start += size
         return output
+
+
+def run_assignment(experts: nn.Module, hidden_states: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
+    """Run `experts`, or what wraps or replaces them, on the slots of an assignment."""
+    inner = experts.get_base_layer() if hasattr(experts, "get_base_layer") else experts
+    if isinstance(inner, Experts) and not inner.takes_index_and_weight:
+        return experts(hidden_states, assignment)
+    index, weight = assignment.expert_index, assignment.expert_weight
+    if getattr(inner, "num_experts", assignment.num_experts) == assignment.num_experts:
+        return experts(hidden_states, index, weight)
+    # Each process holds some of the experts. A row per filled slot: the exchange has no place for an empty one.
+    token, slot = torch.where(index < assignment.num_experts)  # (M,) both
+    output = experts(hidden_states[token], index[token, slot, None], weight[token, slot, None])
+    return torch.zeros_like(hidden_states).index_add(0, token, output)
 
 
 class SharedExperts(nn.Module):
@@ -82,6 +101,11 @@ class SharedExperts(nn.Module):
         if self.shared_expert_gate is not None:
             output = output * torch.sigmoid(self.shared_expert_gate(hidden_states).float()).to(output.dtype)
         return output
+
+    def tp_plan(self) -> dict[str, str]:
+        """Return how Transformers splits the branch by its width."""
+        plan = {"up_proj": "colwise", "down_proj": "rowwise"}
+        return plan | {"gate_proj": "colwise"} if self.gated else plan
 
 
 class MoELayer(nn.Module):
@@ -158,17 +182,20 @@ class MoELayer(nn.Module):
 
     def _run_experts(self, tokens: torch.Tensor, decision: Decision) -> torch.Tensor:
         if not isinstance(decision, ExpertAssignment):
+            if getattr(self.experts, "num_experts", decision.num_experts) != decision.num_experts:
+                raise refuse_mixture(decision)
             return self.experts(tokens, decision)
         if decision.input_scale is not None:
             tokens = tokens * decision.input_scale[:, None].to(tokens.dtype)
-        output = self.experts(tokens, decision)
+        output = run_assignment(self.experts, tokens, decision)
         if decision.identity_weight is not None:
             output = output + tokens * decision.identity_weight[:, None].to(tokens.dtype)
         return output
 
 
-def _name_and_options(value: dict, layer_idx: int) -> tuple[str, dict]:
-    options = dict(at_layer(value, layer_idx))
+def _name_and_options(value: dict | str, layer_idx: int) -> tuple[str, dict]:
+    at = at_layer(value, layer_idx)
+    options = {"name": at} if isinstance(at, str) else dict(at)
     return options.pop("name"), options
 
 

@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """The population that a balance loss compares its tokens with."""
 
 import torch
@@ -58,6 +58,14 @@ class PopulationObjective(Objective):
         own = self.row_counts(decision, context)
         population = self.get_buffer(f"population_{layer}").to(own.device)
         return torch.where(population.sum(-1, keepdim=True) > 0, population, own)
+
+    def shares(self, counts: torch.Tensor, decision: ExpertAssignment, of: str) -> torch.Tensor:
+        """Return counts (..., E + 1) as shares, float32: of all `"slots"`, summing to 1, or of the `"tokens"`, summing
+        to the slots of a token."""
+        total = counts.sum(-1, keepdim=True)
+        if of == "tokens":
+            total = total / decision.expert_index.shape[-1]
+        return counts.float() / total.clamp(min=1)
 
     def per_token(self, table: torch.Tensor, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
         """Pick the row of `table` (B, NUM_MODALITIES, C) that belongs to every token, (T, C)."""

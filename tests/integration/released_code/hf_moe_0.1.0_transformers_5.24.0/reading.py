@@ -1,6 +1,7 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
 """Checks of a checkpoint's small files before they are read: what is damaged is an error that names the file."""
 
+import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -62,6 +63,18 @@ def check_files(source: Any, names: Iterable[str]) -> None:
     for name in names:
         if (folder / name).is_file():
             read_object(folder / name)
+
+
+def check_names(path: Path, known: list[str]) -> None:
+    """Refuse a file with a field that is nearly one of `known`; other fields are those of tools.
+
+    Raises:
+        ValueError: naming the file, the field and the one that was meant.
+    """
+    for name in read_object(path) if path.is_file() else ():
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if near and name not in known:
+            raise ValueError(f"{path} has the field {name!r}, which is unknown: did you mean {near[0]!r}?")
 
 
 def processor_problem(folder: Path) -> str | None:

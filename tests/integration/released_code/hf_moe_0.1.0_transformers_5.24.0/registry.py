@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """Names of mechanisms, and the decorators by which a class takes one.
 
 A mechanism of this library stands in the folder of its kind, in a file with its name. A user's own is registered from
@@ -11,13 +11,12 @@ the user's own file:
     class MyRouter(Router): ...
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from .configuration_hf_moe import unknown_name_message
+from .checks import checked_options
 
 
 KINDS = ("router", "experts", "objective", "connector")
@@ -72,16 +71,14 @@ def registered(kind: str) -> dict[str, type]:
 
 
 def build(kind: str, cls: type, options: dict[str, Any], *args: Any) -> nn.Module:
-    """Build a mechanism from the options of a config.
+    """Build a mechanism from the options of a config, which the annotations of its constructor declare.
 
     Raises:
-        ValueError: if an option is unknown to the class or one it needs is missing.
+        ValueError: if an option is unknown to the class, of another type or out of range, or one it needs is missing.
     """
-    parameters = list(inspect.signature(cls).parameters)[len(args) :]
-    for option in options:
-        if option not in parameters:
-            raise ValueError(unknown_name_message(f"option of the {kind} {cls.mechanism_name!r}", option, parameters))  # type: ignore[attr-defined]
+    name: str = cls.mechanism_name  # type: ignore[attr-defined]
+    options = checked_options(kind, name, cls, options, leading=len(args))
     try:
         return cls(*args, **options)
     except TypeError as error:
-        raise ValueError(f"The {kind} {cls.mechanism_name!r} cannot be built: {error}") from error  # type: ignore[attr-defined]
+        raise ValueError(f"The {kind} {name!r} cannot be built: {error}") from error

@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """What surrounds the forward pass of the model: its routing context before, statistics and objectives behind it.
 
 A trainer may put a forward of its own in place of the model's, as TRL does to get the log-probability of every label
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .auxiliary import AuxiliaryLosses, is_learning
+from .inputs import check_labels
 from .optimizer_steps import Statistics, count_in_backward, end_cleared_step, end_step, follow_steps
 from .routing import RoutingContext
 
@@ -34,10 +35,16 @@ class RoutedForward:
     moe_layers: Any
 
     def open_context(self, **inputs: Any) -> RoutingContext:
-        """Return the context of a forward pass with these inputs."""
+        """Return the context of a forward pass with these inputs.
+
+        Raises:
+            ValueError: if an input does not fit the others or the model.
+        """
+        context = self.model.routing_context(**{name: inputs.get(name) for name in CONTEXT_INPUTS})
+        if inputs.get("labels") is not None:
+            check_labels(self.model.config, context.modality_ids, inputs["labels"])
         if is_learning(self):
             end_cleared_step(self)
-        context = self.model.routing_context(**{name: inputs.get(name) for name in CONTEXT_INPUTS})
         labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
         context.keep_outputs = labelled and self.objectives.reads_outputs
         context.keep_gate_overlap = labelled and self.objectives.reads_gate_overlap

@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """MoIIE routing: experts for vision, experts for text, and experts for both.
 
     vision token:  p = softmax(W_vision x)  over the vision and inter-modality experts
@@ -14,14 +14,16 @@ image would route its last patch differently; the default does not.
 Source: MoIIE: Mixture of Intra- and Inter-Modality Experts for Large Vision Language Models, arXiv:2508.09779.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .checks import Share
 from .gating import (
     apply_overrides,
-    check_choice,
     check_slots,
     is_vision,
     per_gate_logits,
@@ -45,8 +47,7 @@ class MoIIERouter(Router):
         boundary_rule: `"none"`, or `"next_token"` as above.
 
     Raises:
-        ValueError: if the fractions do not split E into whole groups, if a token would see fewer than K experts, or if
-            `boundary_rule` is unknown.
+        ValueError: if the fractions do not split E into whole groups, or a token would see fewer than K experts.
     """
 
     gate_of_modality = (0, 1, 1, 0)
@@ -55,14 +56,13 @@ class MoIIERouter(Router):
         self,
         spec: MoELayerSpec,
         *,
-        group_fractions: list[float] | tuple[float, ...] = (0.25, 0.5, 0.25),
-        boundary_rule: str = "none",
+        group_fractions: list[Share] | tuple[Share, ...] = (0.25, 0.5, 0.25),
+        boundary_rule: Literal["none", "next_token"] = "none",
     ):
         super().__init__(spec)
-        check_choice("boundary_rule", boundary_rule, ("none", "next_token"))
         sizes = [round(fraction * spec.num_experts) for fraction in group_fractions]
         rest = [fraction * spec.num_experts - size for fraction, size in zip(group_fractions, sizes, strict=True)]
-        if len(sizes) != 3 or min(sizes) < 0 or max(map(abs, rest)) > 1e-6 or sum(sizes) != spec.num_experts:
+        if len(sizes) != 3 or max(map(abs, rest)) > 1e-6 or sum(sizes) != spec.num_experts:
             raise ValueError(
                 f"group_fractions={list(group_fractions)} [vision, inter, text] must split num_experts="
                 f"{spec.num_experts} of layer {spec.layer_idx} into whole groups and sum to 1; the default needs a "

@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """The narrow waist: what routers, experts, objectives and connectors share, and nothing else.
 
 A router turns hidden states and a routing context into a decision; experts turn hidden states and a decision into
@@ -16,30 +16,11 @@ import torch
 from torch import nn
 
 from .configuration_hf_moe import MODALITIES
+from .overrides import RoutingOverrides
 
 
 # Population statistics keep one row for each.
 NUM_MODALITIES = len(MODALITIES)
-
-
-class RoutingOverrides:
-    """Test-time control over a trained model's routing, without touching its weights.
-
-    Args:
-        logit_offset: layer index -> (E,) values added to the router logits.
-        disabled_experts: layer index -> expert indices that no token may choose.
-        expert_budget: experts per token that a router with a slot budget aims at, in place of its own target.
-    """
-
-    def __init__(
-        self,
-        logit_offset: dict[int, torch.Tensor] | None = None,
-        disabled_experts: dict[int, list[int]] | None = None,
-        expert_budget: float | None = None,
-    ):
-        self.logit_offset = logit_offset or {}
-        self.disabled_experts = disabled_experts or {}
-        self.expert_budget = expert_budget
 
 
 class RoutingContext:
@@ -264,7 +245,7 @@ class KeepsBufferTypes(nn.Module):
             owner, _, own_name = name.rpartition(".")
             moved = self.get_buffer(name)
             if moved.dtype != buffer.dtype:
-                self.get_submodule(owner)._buffers[own_name] = buffer.to(moved.device)
+                setattr(self.get_submodule(owner), own_name, buffer.to(moved.device))
         return self
 
 
@@ -273,6 +254,10 @@ class Router(KeepsBufferTypes):
 
     Options are the keyword arguments of the constructor after `spec`, typed, with the paper's defaults.
     """
+
+    # What the decision depends on: "hidden_states", "input_ids", "modality", "condition" or "call", that of the host's
+    # experts. One that depends on less than all of them says so, and can be merged for what it does depend on.
+    reads: frozenset[str] = frozenset({"hidden_states"})
 
     # The gate that serves each modality, for routers with several.
     gate_of_modality: Sequence[int] = (0,) * NUM_MODALITIES
@@ -340,6 +325,10 @@ class Router(KeepsBufferTypes):
 class Experts(nn.Module):
     """Base of the expert kinds: `forward(hidden (T, d), decision) -> (T, d)`."""
 
+    # Whether `forward(hidden, index (T, K), weight (T, K))` does the same for an assignment: the signature of
+    # Transformers' experts, which its parallel plans wrap.
+    takes_index_and_weight = False
+
     @property
     def runs_sorted_slots(self) -> bool:
         """Whether `forward` takes `slots`, those of its experts sorted by the caller (`dispatch.SortedSlots`)."""
@@ -351,14 +340,21 @@ class Experts(nn.Module):
     def initialize(self, std: float) -> None:
         """Initialise the experts' own parameters."""
 
+    def parallel_plans(self) -> dict[str, dict[str, str]]:
+        """Return how Transformers splits these experts: by their width in `"tp_plan"`, by their number in `"ep_plan"`.
+
+        Each maps a parameter's name, or `""` for the module, to a style of Transformers'. Empty: they stay whole.
+        """
+        return {"tp_plan": {}, "ep_plan": {}}
+
 
 class Objective(KeepsBufferTypes):
     """Base of the auxiliary losses: `forward(decisions, context) -> (B,)`, float32.
 
-    One value per row, the mean over layers, from real tokens only. The model adds `coef * sum_r (n_r / N) * value_r`
-    with n_r the labels of row r and N the labels of the optimizer step, so a value must be linear in the tokens of its
-    row. A population statistic (a load over the whole batch) therefore comes from a buffer that holds the previous
-    optimizer step; `accumulate` and `end_step` keep it.
+    One value per row, the mean over layers (or their sum, where the config asks for it), from real tokens only. The
+    model adds `coef * sum_r (n_r / N) * value_r` with n_r the labels of row r and N the labels of the optimizer step,
+    so a value must be linear in the tokens of its row. A population statistic (a load over the whole batch) therefore
+    comes from a buffer that holds the previous optimizer step; `accumulate` and `end_step` keep it.
 
     Args:
         specs: the MoE layers of the model.
@@ -369,6 +365,8 @@ class Objective(KeepsBufferTypes):
     reads_outputs = False
     # Whether the loss reads the signal `gate_overlap`, which routers then give.
     reads_gate_overlap = False
+    # How the layers' values are joined, `"mean"` or `"sum"`; an entry of every objective in the config.
+    layer_reduction = "mean"
 
     def __init__(self, specs: list[MoELayerSpec], coef: float):
         super().__init__()
@@ -403,9 +401,10 @@ class Objective(KeepsBufferTypes):
             )
         return usable
 
-    def layer_mean(self, values: list[torch.Tensor]) -> torch.Tensor:
-        """Return the mean over layers of the rows' values (B,), on the device of the first layer."""
-        return torch.stack([value.to(values[0].device) for value in values]).mean(0)
+    def reduce_layers(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """Return the mean over layers of the rows' values (B,), or their sum, on the device of the first layer."""
+        stacked = torch.stack([value.to(values[0].device) for value in values])  # (layers, B)
+        return stacked.sum(0) if self.layer_reduction == "sum" else stacked.mean(0)
 
     def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
         """Add a micro-batch to the statistics of the current optimizer step, when its backward runs."""
@@ -447,3 +446,11 @@ def finite(sums: torch.Tensor) -> torch.Tensor:
     """Return the sums of a micro-batch, or zeros where it overflowed: `GradScaler` skips its step, and a population
     that is not finite would make every later loss so."""
     return torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
+
+
+def refuse_mixture(decision: Decision) -> ValueError:
+    """Return the error of a mixture of experts of which this process holds a part."""
+    return ValueError(
+        f"A {type(decision).__name__} needs whole experts in every process, and a parallel plan has split them: leave "
+        "the experts out of `tp_plan` (pass `tp_plan={}`) and set `ep_size=1`, or choose a router that assigns experts."
+    )

@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: 778dc25f6fb5d870e908a416b0937af2bcba1bc34b99f0573abd152cd450f611
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
 """Vision towers: patch features out of any tower, and what a tower's type does not tell."""
 
 import inspect
@@ -9,8 +9,74 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.auto import AutoModel
+
+from .inputs import check_integers, given, readable
+
+
+def encode_images(
+    tower: PreTrainedModel,
+    connector: nn.Module,
+    config,
+    pixel_values: torch.Tensor | None,
+    image_features: torch.Tensor | None,
+    pixel_attention_mask: torch.Tensor | None,
+    spatial_shapes: torch.Tensor | None,
+    dtype: torch.dtype,
+    **kwargs: Any,
+) -> BaseModelOutputWithPooling:
+    """Return what `HfMoeModel.get_image_features` does, whose arguments these are."""
+    if (pixel_values is None) == (image_features is None):
+        raise ValueError("Pass either pixel_values or image_features.")
+    outputs = BaseModelOutput(last_hidden_state=image_features)
+    if image_features is None:
+        _check_pixels(config, pixel_values, pixel_attention_mask, spatial_shapes)
+        kwargs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        outputs = run_tower(tower, config, pixel_values, **kwargs)
+        image_features = outputs.last_hidden_state
+    floating = isinstance(image_features, torch.Tensor) and image_features.is_floating_point()
+    if not floating or image_features.dim() != 3 or image_features.shape[-1] != config.vision_feature_size:
+        raise ValueError(
+            f"image_features must be floating point of the shape (images, patches, {config.vision_feature_size}), got "
+            f"{given(image_features)}."
+        )
+    connected = connector(image_features.to(dtype))  # (N, P', d)
+    if pixel_attention_mask is None:
+        images = list(connected)
+    else:
+        images = [rows[keep.bool()] for rows, keep in zip(connected, pixel_attention_mask, strict=True)]
+    return BaseModelOutputWithPooling(
+        last_hidden_state=image_features,
+        pooler_output=images,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+def _check_pixels(config, pixel_values: Any, pixel_attention_mask: Any, spatial_shapes: Any) -> None:
+    """Check the images of a call.
+
+    Raises:
+        ValueError: naming the argument, unless all have the type and the shape that the tower takes.
+    """
+    vision = config.vision_config
+    packed = takes_packed_patches(vision)
+    channels = getattr(vision, "num_channels", None) or 3
+    width = channels * vision.patch_size**2 if packed else channels
+    form = f"(images, patches, {width})" if packed else f"(images, {width}, height, width)"
+    floating = isinstance(pixel_values, torch.Tensor) and pixel_values.is_floating_point()
+    if not floating or pixel_values.dim() != (3 if packed else 4) or pixel_values.shape[2 if packed else 1] != width:
+        raise ValueError(
+            f"pixel_values must be floating point of the shape {form}, as the image processor returns them, got "
+            f"{given(pixel_values)}."
+        )
+    if readable(pixel_values) and not pixel_values.isfinite().all():
+        raise ValueError("pixel_values must be finite, got NaN or infinite ones.")
+    if packed:
+        count, patches = pixel_values.shape[:2]
+        check_integers("pixel_attention_mask", pixel_attention_mask, (count, patches), "patches")
+        check_integers("spatial_shapes", spatial_shapes, (count, 2), "images")
 
 
 def run_tower(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
@@ -28,7 +94,19 @@ def run_tower(tower: PreTrainedModel, config, pixel_values: torch.Tensor, **kwar
     kwargs = {name: value for name, value in kwargs.items() if name in accepted or name.startswith("output_")}
     if layer is not None:
         kwargs["output_hidden_states"] = True
-    outputs = tower(pixel_values, return_dict=True, **kwargs)
+    try:
+        outputs = tower(pixel_values, return_dict=True, **kwargs)
+    except (RuntimeError, ValueError) as error:
+        if takes_packed_patches(config.vision_config) or pixel_values.shape[2:] == (config.image_size,) * 2:
+            raise
+        raise ValueError(
+            f"pixel_values of the shape {tuple(pixel_values.shape)} do not fit the tower "
+            f"({config.vision_config.model_type}), whose images are {config.image_size} x {config.image_size}: {error}"
+        ) from error
+    if layer is not None and not -len(outputs.hidden_states) <= layer < len(outputs.hidden_states):
+        raise ValueError(
+            f"vision_feature_layer={layer} is none of the {len(outputs.hidden_states)} hidden states of the tower."
+        )
     features = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
     if isinstance(features, list | tuple):
         features = features[-1]
@@ -97,14 +175,25 @@ def probe_tower(config) -> TowerProbe:
     and `vision_prefix_tokens` where they are absent."""
     meta = torch.device("meta")
     with meta:
-        tower = AutoModel.from_config(config.vision_config).eval()
+        # Flex attention refuses the meta device, and all implementations give features of one shape.
+        tower = AutoModel.from_config(config.vision_config, attn_implementation="eager").eval()
     names, parameters = zip(*tower.named_parameters(), strict=True)
     inputs = dummy_pixels(config, meta, parameters[0].dtype)
     with torch.enable_grad():
         features = tower_features(tower, config, **inputs)  # (1, P, C)
         gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     num_patches = features.shape[1]
-    config.vision_feature_size = config.vision_feature_size or features.shape[-1]
+    width = features.shape[-1]
+    if config.vision_feature_size not in (None, width):
+        raise ValueError(
+            f"vision_feature_size={config.vision_feature_size}, but the features of the tower have the width {width}: "
+            "leave it out."
+        )
+    config.vision_feature_size = width
+    if num_patches < 1:
+        raise ValueError(
+            f"vision_prefix_tokens={config.vision_prefix_tokens} leaves nothing of an image: leave it out."
+        )
     if config.vision_prefix_tokens is None:
         config.vision_prefix_tokens = _prefix_tokens(tower, config, num_patches)
         num_patches -= config.vision_prefix_tokens
@@ -144,7 +233,9 @@ def insert_images(
         raise ValueError(
             f"Image features and image tokens do not match: {int(placeholders.sum())} placeholder tokens in the text, "
             f"{features.shape[0]} features from {len(images)} images. The processor writes {image_seq_length} "
-            "placeholders per image; truncation may have cut some."
+            "placeholders per image. Truncation may have cut some; or several processes read a stream whose rows have "
+            "several images, which Accelerate cuts as if each row had one: set dispatch_batches=False in the "
+            "accelerator_config of TrainingArguments."
         )
     return inputs_embeds.masked_scatter(placeholders[..., None], features)
 

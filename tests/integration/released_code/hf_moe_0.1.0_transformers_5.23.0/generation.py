@@ -1,0 +1,43 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
+"""Generation over images: features in place of pixels, and the modalities of drafted tokens."""
+
+import functools
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+
+from .inputs import modality_ids
+
+
+class ImageGenerationMixin(GenerationMixin):
+    """Generation for models of text and images; to be inherited in place of `GenerationMixin`."""
+
+    config: Any
+    get_image_features: Any
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, image_features: torch.Tensor | None = None, **kwargs: Any):
+        """Generate as every Transformers model does; `image_features` may stand in for `pixel_values`."""
+        if image_features is not None:
+            mask = kwargs.pop("pixel_attention_mask", None)
+            images = self.get_image_features(None, image_features, mask, return_dict=True)
+            kwargs["mm_encoder_outputs"] = {"image": images}
+        return super().generate(inputs, **kwargs)
+
+    # Transformers reads the signature to tell which arguments `generate` may get.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kwargs = _complete_modalities(self.config, input_ids, kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+
+def _complete_modalities(config: Any, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Derive the modality ids of drafted tokens: Transformers appends none for those."""
+    given = kwargs.get("mm_token_type_ids")
+    if given is None or given.shape[-1] >= input_ids.shape[-1]:
+        return kwargs
+    drafted = input_ids[:, given.shape[-1] :]
+    derived = modality_ids(config, lambda token_id: drafted == token_id, drafted)
+    return {**kwargs, "mm_token_type_ids": torch.cat([given, derived.to(given)], dim=-1)}

@@ -1,0 +1,252 @@
+# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
+# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
+"""What a call is given: its tokens' modalities and mask, and whether its arguments fit each other and the model.
+
+Values are read where that costs nothing, on the CPU and outside of a compiled graph; types and shapes are always.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .configuration_hf_moe import MODALITIES
+
+
+def check_placeholders(config) -> None:
+    """Refuse placeholder ids that no token can have, and a tower without one.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    vocab_size = config.text_config.vocab_size
+    if config.vision_config is not None and config.image_token_id is None:
+        raise ValueError("image_token_id is None, and there is a vision tower: set it to the id of the images' token.")
+    for modality in MODALITIES[1:]:
+        token_id = getattr(config, f"{modality}_token_id")
+        if token_id is not None and not 0 <= token_id < vocab_size:
+            raise ValueError(
+                f"{modality}_token_id={token_id} is no token of the decoder, whose vocab_size is {vocab_size}: add it "
+                "to the tokenizer, and resize the decoder's embeddings before the MoE is built."
+            )
+
+
+def learned_positions(language_model: nn.Module) -> int | None:
+    """Return how many positions a decoder has embeddings for, `None` where positions are computed."""
+    limit = getattr(language_model.config, "max_position_embeddings", None)
+    tokens = language_model.get_input_embeddings()
+    tables = [child for child in language_model.children() if isinstance(child, nn.Embedding) and child is not tokens]
+    # OPT's kin keep two rows more than they have positions.
+    return limit if any(limit in (table.num_embeddings, table.num_embeddings - 2) for table in tables) else None
+
+
+def real_tokens(attention_mask: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return which of the `tokens` (B, S, ...) are real, (B, S) bool.
+
+    A 4-D mask, or the first of several by the kind of attention, tells where it is square: padding is attended by
+    nobody, itself included. That of a static cache belongs to inference, where every token of a call counts as real.
+    """
+    batch, positions = tokens.shape[:2]
+    if isinstance(attention_mask, Mapping):
+        attention_mask = next((item for item in attention_mask.values() if isinstance(item, torch.Tensor)), None)
+    dimensions = attention_mask.dim() if isinstance(attention_mask, torch.Tensor) else 0
+    if dimensions == 2:
+        return attention_mask[:, -positions:].to(tokens.device).bool()
+    if dimensions == 4 and attention_mask.shape[2:] == (positions, positions):
+        itself = attention_mask.diagonal(dim1=-2, dim2=-1)  # (B or 1, heads or 1, S)
+        attended = itself > torch.finfo(itself.dtype).min / 2 if itself.is_floating_point() else itself.bool()
+        return attended.any(1).to(tokens.device).expand(batch, positions)
+    return torch.ones(batch, positions, dtype=torch.bool, device=tokens.device)
+
+
+def modality_ids(config, find: Callable[[int], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """Return the modalities of `tokens` (B, S, ...) by their placeholders, (B, S).
+
+    Args:
+        find: returns where the placeholder of an id is, (B, S) bool.
+    """
+    ids = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    for modality, name in enumerate(MODALITIES[1:], start=1):
+        token_id = getattr(config, f"{name}_token_id")
+        if token_id is not None:
+            ids = ids.masked_fill(find(token_id), modality)
+    return ids
+
+
+def check_tokens(config, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """Check the tokens of a call, and return what was given of the two.
+
+    Raises:
+        ValueError: naming the argument, unless exactly one is given, of the right type and shape, of known tokens.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if input_ids is not None:
+        check_integers("input_ids", input_ids, None, "tokens")
+        _check_range("input_ids", input_ids, 0, config.text_config.vocab_size, "the decoder's vocab_size")
+    else:
+        width = config.text_config.hidden_size
+        floating = isinstance(inputs_embeds, torch.Tensor) and inputs_embeds.is_floating_point()
+        if not floating or inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
+            raise ValueError(
+                f"inputs_embeds must be floating point of the shape (rows, tokens, {width}), got "
+                f"{given(inputs_embeds)}."
+            )
+    return inputs_embeds if input_ids is None else input_ids
+
+
+def check_labels(config, tokens: torch.Tensor, labels: Any) -> None:
+    """Check the labels of `tokens` (B, S, ...).
+
+    Raises:
+        ValueError: unless they are integers of the tokens' shape, of known tokens or masked.
+    """
+    check_integers("labels", labels, tuple(tokens.shape[:2]), "tokens")
+    limit = "the decoder's vocab_size, and -100 where masked"
+    _check_range("labels", labels, 0, config.text_config.vocab_size, limit, masked=-100)
+
+
+def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any) -> None:
+    """Check the modality and condition ids of `tokens` (B, S, ...).
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    shape = tuple(tokens.shape[:2])
+    if mm_token_type_ids is not None:
+        check_integers("mm_token_type_ids", mm_token_type_ids, shape, "tokens")
+        limit = f"the modalities {', '.join(MODALITIES)}"
+        _check_range("mm_token_type_ids", mm_token_type_ids, 0, len(MODALITIES), limit)
+    if condition_ids is None:
+        return
+    if not isinstance(condition_ids, Mapping):
+        raise ValueError(
+            f"condition_ids must be a dict of ids by the name of a condition, got {given(condition_ids)}."
+        )
+    for name, ids in condition_ids.items():
+        check_integers(f"condition_ids[{name!r}]", ids, shape[:1], "rows")
+        _check_range(f"condition_ids[{name!r}]", ids, 0, None, "")
+
+
+def check_mask_and_positions(
+    tokens: torch.Tensor, attention_mask: Any, position_ids: Any, cache: Cache | None, max_positions: int | None
+) -> None:
+    """Check the mask and the positions of a call, whose `tokens` (B, S, ...) follow those of the `cache`.
+
+    Raises:
+        ValueError: naming the argument, or the length of a row that the decoder has no positions for.
+    """
+    batch, positions = tokens.shape[:2]
+    seen = cache.get_seq_length() if cache is not None and not torch.compiler.is_compiling() else 0
+    length = positions + seen if isinstance(seen, int) else None
+    if isinstance(attention_mask, torch.Tensor):
+        if attention_mask.dim() == 2:
+            _check_2d_mask(attention_mask, batch, length)
+    if position_ids is not None:
+        integers = isinstance(position_ids, torch.Tensor) and not position_ids.is_floating_point()
+        if not integers or position_ids.shape[-1] != positions:
+            raise ValueError(
+                f"position_ids must be integers, one for each of the {positions} tokens, got {given(position_ids)}."
+            )
+        _check_range("position_ids", position_ids, 0, max_positions, "the decoder's max_position_embeddings")
+    elif max_positions is not None and length is not None and length > max_positions:
+        raise ValueError(
+            f"The rows are {length} tokens long, and the decoder has {max_positions} positions "
+            "(max_position_embeddings): shorten them."
+        )
+
+
+def check_mask(attention_mask: Any, tokens: torch.Tensor) -> None:
+    """Refuse what is no mask of `tokens` (B, S, ...): a tensor of 2 or 4 dimensions, a dict of such, or flex's own.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    if isinstance(attention_mask, Mapping) and attention_mask:
+        for mask in attention_mask.values():
+            check_mask(mask, tokens)
+    elif isinstance(attention_mask, torch.Tensor):
+        batch, positions = tokens.shape[:2]
+        if attention_mask.dim() not in (2, 4):
+            raise ValueError(f"attention_mask must have 2 or 4 dimensions, got {given(attention_mask)}.")
+        fits = attention_mask.shape[-1] >= positions and attention_mask.shape[0] in (1, batch)
+        if not fits or (attention_mask.dim() == 4 and attention_mask.shape[2] not in (1, positions)):
+            raise ValueError(
+                f"attention_mask must cover {batch} rows of {positions} tokens, those in the cache included, got "
+                f"{given(attention_mask)}."
+            )
+    elif attention_mask is not None and type(attention_mask).__name__ != "BlockMask":
+        raise ValueError(f"attention_mask must be a tensor (rows, tokens), got {given(attention_mask)}.")
+
+
+def _check_2d_mask(mask: torch.Tensor, batch: int, length: int | None) -> None:
+    if mask.shape[0] != batch or (length is not None and mask.shape[1] != length):
+        raise ValueError(
+            f"attention_mask must have the shape ({batch}, {length or 'tokens'}) of the tokens, those in the cache "
+            f"included, got {given(mask)}."
+        )
+    if readable(mask) and mask.numel() and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"attention_mask must hold 1 for tokens and 0 for padding, got {mask.unique()[:5].tolist()}.")
+
+
+def encoded_images(mm_encoder_outputs: Any) -> Any:
+    """Return the images among the outputs of encoders, `None` where there are none.
+
+    Raises:
+        ValueError: if there are outputs of others.
+    """
+    unknown = set(mm_encoder_outputs or {}) - {"image"}
+    if unknown:
+        raise ValueError(f"mm_encoder_outputs may hold 'image', got {sorted(unknown)}.")
+    return (mm_encoder_outputs or {}).get("image")
+
+
+def refuse_missing_images(config, input_ids: torch.Tensor | None) -> None:
+    """Check that tokens without images, nothing before them, hold no placeholder: it would be read as a word.
+
+    Raises:
+        ValueError: with the number of placeholders.
+    """
+    if input_ids is None or not readable(input_ids):
+        return
+    count = int((input_ids == config.image_token_id).sum())
+    if count:
+        raise ValueError(
+            f"Image features and image tokens do not match: {count} placeholder tokens in the text, no images: pass "
+            "pixel_values or image_features."
+        )
+
+
+def check_integers(name: str, value: Any, shape: tuple[int, ...] | None, of: str) -> None:
+    """Refuse what is no tensor of integers, or of another shape than `shape`, two dimensions where that is `None`."""
+    integers = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
+    if not integers or (value.dim() != 2 if shape is None else tuple(value.shape) != shape):
+        form = "(rows, tokens)" if shape is None else f"{shape} of the {of}"
+        raise ValueError(f"{name} must have the shape {form} and hold integers, got {given(value)}.")
+
+
+def _check_range(
+    name: str, value: torch.Tensor, low: int, high: int | None, limit: str, masked: int | None = None
+) -> None:
+    if not readable(value) or not value.numel():
+        return
+    wrong = (value < low) if high is None else (value < low) | (value >= high)
+    wrong = wrong if masked is None else wrong & (value != masked)
+    if wrong.any():
+        allowed = f"{low} or more" if high is None else f"{low} to {high - 1} ({limit})"
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{name} must be {allowed}, got {int(value[where])} at {where}.")
+
+
+def readable(value: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be read: that costs nothing on the CPU, outside of a compiled graph."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def given(value: Any) -> str:
+    """Describe a value in an error."""
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} of the shape {tuple(value.shape)}"
