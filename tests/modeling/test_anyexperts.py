@@ -312,7 +312,7 @@ def moves_the_slots(slots: torch.Tensor, group: torch.Tensor) -> bool:
 def test_the_allocation_stage_of_the_recipe_moves_the_slots_of_a_converted_layer(seed):
     slots, group = allocate(seed=seed)
     assert moves_the_slots(slots, group)
-    assert 3.4 < slots.mean().item() < 3.95  # on the way from four to the budget of 3.6
+    assert 3.4 < slots.mean().item() < 3.98  # on the way from four to the budget of 3.6
 
 
 def constant_importance(router: AnyExpertsRouter) -> None:
