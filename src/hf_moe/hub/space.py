@@ -9,6 +9,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
+from ..configuration.saving import MINIMUM_TRANSFORMERS
 from .card import requirements
 from .push import FAILURES, PushError, failure_reason
 
@@ -65,7 +66,7 @@ def write_space(
     if revision is not None:
         application = application.replace("REVISION = None", f'REVISION = "{revision}"')
     packages = [
-        f"transformers>={config.transformers_version}" if package == "transformers" else package
+        f"transformers>={MINIMUM_TRANSFORMERS}" if package == "transformers" else package
         for package in requirements(config)
     ]
     (output / "app.py").write_text(application, encoding="utf-8")
