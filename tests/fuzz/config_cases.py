@@ -118,6 +118,7 @@ CONFIG_FIELDS = {
     "tie_word_embeddings": flag,
     "config_format": lambda value: value == 1 and not isinstance(value, bool),
     "system": optional(lambda value: isinstance(value, str)),
+    "hf_moe_version": optional(lambda value: isinstance(value, str)),
 }
 TOWER_FIELDS = ("connector", "image_", "vision_")
 
