@@ -20,7 +20,7 @@ UNLISTED = {
     "module": ("import torch._dynamo.config", "torch._dynamo.config"),
     "not exported": ("from peft.tuners.lora import layer", "peft.tuners.lora.layer"),
     "inside a function": ("def f():\n    from trl.core import _x", "trl.core._x"),
-    "read": ("def f(model):\n    return model._hf_peft_config_loaded", "_hf_peft_config_loaded"),
+    "read": ("def f(model):\n    return model._prefix_of_others", "_prefix_of_others"),
     "called": ("def f(model):\n    model.base._init_weights(model)", "_init_weights"),
     "set": ("def f(config):\n    config._attn_implementation = 'eager'", "_attn_implementation"),
     "deleted": ("def f(model):\n    del model._hooks", "_hooks"),

@@ -22,7 +22,7 @@ def unpruned(tower, stage):
 @pytest.mark.parametrize(("stage", "share"), [(2, 0.1), (3, 0.25)])
 def test_layers_behind_the_feature_stage_are_not_created(stage, share):
     tower, _ = load_vision_tower("efficientnet-lite0", image_size=64, feature_stage=stage)
-    config = HfMoeConfig(text_config=LlamaConfig(), vision_config=tower.config, image_size=64)
+    config = HfMoeConfig(text_config=LlamaConfig(), vision_config=tower.config, image_size=64, image_token_id=1)
     assert not probe_tower(config).unreachable
     old = unpruned(tower, stage)
     assert tower.num_parameters() < share * old.num_parameters()
