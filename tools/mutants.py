@@ -60,7 +60,7 @@ KEPT_CALLS |= {
     "size",
     "check_choice",
 }
-KEPT_KEYWORDS = {"device", "dtype", "keepdim", "strict", "persistent"}
+KEPT_KEYWORDS = {"device", "dtype", "dim", "keepdim", "strict", "persistent"}
 MODULES = {"torch", "F", "nn", "init", "math", "self", "cls"}
 
 

@@ -204,6 +204,39 @@ def test_fresh_parameters_are_drawn_around_zero_and_statistics_are_empty(name):
     torch.manual_seed(0)
     router.initialize(0.02)
     for parameter_name, parameter in router.named_parameters():
-        if parameter.numel() > 1:
+        if parameter.numel() == 1:
+            assert parameter == 1.0
+        else:
             assert 0.005 < parameter.std() < 0.12 and parameter.mean().abs() < 0.5 * parameter.std(), parameter_name
     assert all((buffer == 0).all() for buffer in router.buffers())
+
+
+@pytest.mark.parametrize("name", ["becotta", "intuition_mor1e", "sequence", "smora"])
+@pytest.mark.parametrize("slots", [0, 5])
+def test_slots_that_the_experts_do_not_fill_are_refused(name, slots):
+    with pytest.raises(ValueError, match=rf"num_experts_per_tok={slots} must lie in \[1, 4\]"):
+        make_router(name, num_experts=4, slots=slots)
+
+
+@pytest.mark.parametrize("name", ["becotta", "intuition_mor1e", "sequence", "smora"])
+def test_objectives_get_logits_and_probabilities(name):
+    context = make_context()
+    context.condition_ids["intuition"] = torch.rand(ROWS, 16)
+    decision = make_router(name, num_experts=4)(torch.randn(ROWS * POSITIONS, WIDTH), context)
+    scores = decision.router_logits.sigmoid() if name == "smora" else decision.router_logits.softmax(-1)
+    torch.testing.assert_close(decision.router_probs, scores / scores.sum(-1, keepdim=True))
+
+
+def test_the_centre_is_the_mean_of_the_first_steps_and_follows_slowly_later():
+    router = make_router("sequence", centred=True)
+    for step, value in enumerate((1.0, 3.0, 5.0), start=1):
+        router.accumulated.copy_(torch.tensor([4 * value] * WIDTH + [4.0]))  # the sum over four samples
+        router.end_step()
+        assert int(router.steps) == step and not router.accumulated.any()
+    torch.testing.assert_close(router.mean, torch.full((WIDTH,), 3.0))
+    router.end_step()  # a step without samples
+    assert int(router.steps) == 3
+    router.steps.fill_(1000)
+    router.accumulated.fill_(1.0)
+    router.end_step()
+    torch.testing.assert_close(router.mean, torch.full((WIDTH,), 3.0 + 0.02 * (1.0 - 3.0)))

@@ -69,6 +69,8 @@ def test_threshold_one_keeps_every_expert_that_has_any_probability():
 def test_disabled_experts_are_never_chosen():
     decision = route(make_router(), torch.randn(64, WIDTH), RoutingOverrides(disabled_experts={0: [0, 5]}))
     assert not torch.isin(decision.expert_index, torch.tensor([0, 5])).any()
+    assert (decision.router_logits[:, [0, 5]] == float("-inf")).all()
+    torch.testing.assert_close(decision.router_probs, decision.router_logits.softmax(-1))
 
 
 def test_normalised_weights_sum_to_one():

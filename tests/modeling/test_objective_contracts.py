@@ -180,3 +180,9 @@ def test_slot_budget_is_the_linear_form_of_the_squared_distance():
     torch.testing.assert_close(objective(decisions, context), expected)
     default = make_objective("slot_budget")
     assert default.budgets == {layer: 0.9 for layer in LAYERS}
+
+
+@pytest.mark.parametrize("name", ["load_balance", "null_load"])
+def test_shares_of_something_else_are_refused(name):
+    with pytest.raises(ValueError, match="shares"):
+        build("objective", get_mechanism("objective", name), {"shares": "rows"}, make_objective(name).specs, 0.01)
