@@ -77,7 +77,13 @@ def test_the_loaded_expert_is_the_frozen_one_however_it_is_loaded(llama, text, r
     randomise(model)
     freeze_experts(model, [1])
     model.save_pretrained(tmp_path / "adapter")
-    loaded = load(tmp_path / "adapter").eval()
+    try:
+        loaded = load(tmp_path / "adapter").eval()
+    except ValueError as error:
+        # Transformers' own adapter methods may ask for a newer PEFT than is released.
+        if "version of PEFT you are using is not compatible" not in str(error):
+            raise
+        pytest.skip(str(error))
     assert_near(real_logits(loaded, text), real_logits(model, text), 1e-6)
     assert same(expert(loaded, 1), expert(model, 1))
     for parameter_name, parameter in loaded.named_parameters():

@@ -381,14 +381,12 @@ def test_a_copy_is_independent_and_routes_with_its_own_router(llama, own_model, 
 
 def test_every_target_of_a_layer_uses_one_sort(llama, text, monkeypatch):
     made = []
-    original = ExpertSlots.by_expert.func
+    original = ExpertSlots.by_expert.make
 
-    def spy(self):
+    def by_expert(self):
         made.append(self)
         return original(self)
 
-    prop = type(ExpertSlots.__dict__["by_expert"])(spy)
-    prop.__set_name__(ExpertSlots, "by_expert")
-    monkeypatch.setattr(ExpertSlots, "by_expert", prop)
+    monkeypatch.setattr(ExpertSlots, "by_expert", type(ExpertSlots.by_expert)(by_expert))
     logits(adapt(llama(), num_experts=24), text)
     assert len(made) == 2

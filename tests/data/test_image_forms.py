@@ -383,7 +383,7 @@ BAD = {
     "empty text": ("", "an empty text names no picture"),
     "empty bytes": (b"", "it is empty"),
     "not a picture": (b"hello world", "its format is unknown to Pillow"),
-    "code": (__file__, r"test_pictures.py cannot be read as a picture: its format"),
+    "code": (__file__, r"test_image_forms.py cannot be read as a picture: its format"),
     "truncated PNG": (truncated("PNG"), "cannot be read as a picture: .*truncated"),
     "truncated JPEG": (truncated("JPEG"), "cannot be read as a picture: .*truncated"),
     "truncated TIFF": (truncated("TIFF"), "cannot be read as a picture"),

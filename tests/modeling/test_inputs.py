@@ -6,6 +6,7 @@ from image_rows import IMAGE, collate, labels_of, row
 from transformers import DynamicCache
 
 from hf_moe import HfMoeForConditionalGeneration
+from hf_moe.modeling import inputs
 from hf_moe.modeling.inputs import real_tokens
 
 
@@ -63,7 +64,6 @@ MALFORMED = {
         {"pixel_values": torch.zeros(2, 3, 16, 16)},
         "4 placeholder tokens .* 8 features from 2 images",
     ),
-    "no images": ({"pixel_values": None}, "4 placeholder tokens in the text, no images"),
     "an empty batch of images": ({"pixel_values": torch.zeros(0, 3, 16, 16)}, "4 placeholder tokens .* no images"),
     "features of another width": (
         {"pixel_values": None, "image_features": torch.zeros(1, 4, 7)},
@@ -165,6 +165,20 @@ PLACEHOLDERS = {
     "video token beyond": ({"image_token_id": 95, "video_token_id": 100}, "video_token_id=100 is no token"),
     "audio token beyond": ({"image_token_id": 95, "audio_token_id": 100}, "audio_token_id=100 is no token"),
 }
+
+
+@pytest.mark.parametrize("headless", [False, True], ids=["with head", "headless"])
+def test_placeholders_without_images_are_told_and_not_trained(tiny_model, two_rows, headless, monkeypatch):
+    model = tiny_model()
+    model = model.model if headless else model
+    told = []
+    monkeypatch.setattr(inputs.logger, "warning_once", told.append)
+    asked = {**two_rows, "pixel_values": None}
+    with torch.no_grad():
+        model(**asked)
+    assert len(told) == 1 and "4 placeholder tokens in the text, no images" in told[0]
+    with pytest.raises(ValueError, match="4 placeholder tokens in the text, no images"):
+        model.train()(**asked)
 
 
 @pytest.mark.parametrize("fields, message", PLACEHOLDERS.values(), ids=PLACEHOLDERS)

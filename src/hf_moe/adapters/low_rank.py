@@ -36,7 +36,9 @@ class made_once(Generic[Made]):  # noqa: N801
         self.make = make
         self.__doc__ = make.__doc__
 
-    def __get__(self, owner: Any, cls: type) -> Made:
+    def __get__(self, owner: Any, cls: type) -> Any:
+        if owner is None:
+            return self
         value = self.make(owner)
         setattr(owner, self.make.__name__, value)  # found from now on in place of this
         return value

@@ -65,7 +65,9 @@ class HfMoePreTrainedModel(PreTrainedModel):
             raise damaged_weights(source, error) from error
         # With an adapter the report is the adapter's, which `load_adapter` has checked.
         if not model._hf_peft_config_loaded:
-            check_tensors(source, report, model.can_generate(), ignore_shapes)
+            # Who asks for the report reads it; everyone else is told by an error.
+            if not wants_report:
+                check_tensors(source, report, model.can_generate(), ignore_shapes)
             if getattr(model, "hf_quantizer", None) is None:
                 own = model.state_dict()
                 check_number_types(source, {name for name, tensor in own.items() if tensor.is_floating_point()})

@@ -5,8 +5,13 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 
-from .inputs import modality_ids
+from .inputs import miss_images, modality_ids
+
+
+# By each of them images come to the placeholders of a prompt.
+IMAGE_INPUTS = ("pixel_values", "mm_encoder_outputs", "inputs_embeds")
 
 
 class ImageGenerationMixin(GenerationMixin):
@@ -22,6 +27,15 @@ class ImageGenerationMixin(GenerationMixin):
             mask = kwargs.pop("pixel_attention_mask", None)
             images = self.get_image_features(None, image_features, mask, return_dict=True)
             kwargs["mm_encoder_outputs"] = {"image": images}
+        # What a model drafts for another comes without the images, which the other has seen.
+        drafts = getattr(kwargs.get("generation_config"), "is_assistant", None)
+        if (
+            self.config.vision_config is not None
+            and not drafts
+            and all(kwargs.get(name) is None for name in IMAGE_INPUTS)
+        ):
+            cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+            miss_images(self.config, kwargs.get("input_ids", inputs), cache, refuse=True)
         return super().generate(inputs, **kwargs)
 
     # Transformers reads the signature to tell which arguments `generate` may get.

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from ..configuration.configuration_hf_moe import MODALITIES
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_placeholders(config) -> None:
@@ -201,23 +205,30 @@ def encoded_images(mm_encoder_outputs: Any) -> Any:
     return (mm_encoder_outputs or {}).get("image")
 
 
-def refuse_missing_images(config, input_ids: torch.Tensor | None, cache: Cache | None) -> None:
-    """Check that tokens without images, nothing before them, hold no placeholder: it would be read as a word.
+def miss_images(config, input_ids: torch.Tensor | None, cache: Cache | None, refuse: bool) -> None:
+    """Look for placeholders among tokens without images, nothing before them: they would be read as a word.
+
+    Args:
+        refuse: whether the call trains or generates, where that would be an answer to nothing. A bare forward is told.
 
     Raises:
         ValueError: with the number of placeholders.
     """
     if input_ids is None or input_ids.device.type == "meta" or torch.compiler.is_compiling():
         return
-    if cache is not None and cache.get_seq_length():
+    if not isinstance(input_ids, torch.Tensor) or (cache is not None and cache.get_seq_length()):
         return
     # Read on every device, as the placeholders of a call with images are: once, before the first token.
     count = int((input_ids == config.image_token_id).sum())
-    if count:
-        raise ValueError(
-            f"Image features and image tokens do not match: {count} placeholder tokens in the text, no images: pass "
-            "pixel_values or image_features."
-        )
+    if not count:
+        return
+    message = (
+        f"Image features and image tokens do not match: {count} placeholder tokens in the text, no images: pass "
+        "pixel_values or image_features."
+    )
+    if refuse:
+        raise ValueError(message)
+    logger.warning_once(f"{message} Here the placeholders are read as words.")
 
 
 def check_integers(name: str, value: Any, shape: tuple[int, ...] | None, of: str) -> None:

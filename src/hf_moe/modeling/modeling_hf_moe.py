@@ -23,9 +23,9 @@ from .inputs import (
     check_tokens,
     encoded_images,
     learned_positions,
+    miss_images,
     modality_ids,
     real_tokens,
-    refuse_missing_images,
 )
 from .language_loss import token_balanced_loss
 from .mechanisms import get_mechanism
@@ -219,7 +219,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             mask = self._placeholders(input_ids, inputs_embeds, self.config.image_token_id)
             inputs_embeds = insert_images(inputs_embeds, mask, images.pooler_output, self.config.image_seq_length)
         elif self.connector is not None:
-            refuse_missing_images(self.config, input_ids, cache)
+            miss_images(self.config, input_ids, cache, refuse=empty or is_learning(self))
             if self.training and cache is None:
                 inputs_embeds = touch_vision(self.vision_tower, self.connector, self.config, inputs_embeds)
 

@@ -1,5 +1,6 @@
 """Vision towers: patch features out of any tower, and what a tower's type does not tell."""
 
+import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -176,7 +177,8 @@ def probe_tower(config) -> TowerProbe:
         # Flex attention refuses the meta device, and all implementations give features of one shape. The networks of
         # timm have their own, and warn of any other.
         attention = "sdpa" if config.vision_config.model_type == "timm_wrapper" else "eager"
-        tower = AutoModel.from_config(config.vision_config, attn_implementation=attention).eval()
+        # A copy: the config keeps the implementation that it was built with.
+        tower = AutoModel.from_config(copy.deepcopy(config.vision_config), attn_implementation=attention).eval()
     names, parameters = zip(*tower.named_parameters(), strict=True)
     inputs = dummy_pixels(config, meta, parameters[0].dtype)
     with torch.enable_grad():
