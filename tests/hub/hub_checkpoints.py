@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import torch
 from hub_server import OWNER_TOKEN
 from open_checkpoint import REFERENCE, sample_image
@@ -113,14 +111,3 @@ def result_of(process):
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     return output.splitlines()[-1] if output else ""
-
-
-@contextmanager
-def transformers_takes_this_peft():
-    """Skip a test where Transformers' own adapter methods ask for a newer PEFT than is installed."""
-    try:
-        yield
-    except ValueError as error:
-        if "version of PEFT you are using is not compatible" not in str(error):
-            raise
-        pytest.skip(str(error))
