@@ -153,6 +153,11 @@ def _read_record(record: dict) -> tuple[str, Any]:
     (key, value), *_ = given.items()
     if key == "image_url" and isinstance(value, dict):
         value = value.get("url")
+    if key == "base64" and isinstance(value, str) and not value.startswith("data:"):
+        content = _decoded_base64(value.encode(errors="replace"))
+        if not content:
+            raise ValueError(f"the base64 of a picture is {_short(value)}, which is none")
+        return f"the base64 text {_short(value[:40])}", content
     return read_image(value)
 
 

@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
+# SHA-256 of the model's code: 0c87989b7e063e8ac15fd00febb57079724ffa3127fc85a28cada36c6d45f492
 """The narrow waist: what routers, experts, objectives and connectors share, and nothing else.
 
 A router turns hidden states and a routing context into a decision; experts turn hidden states and a decision into
@@ -8,9 +8,9 @@ positions, T = B * S tokens (padding included), d hidden width, E routed experts
 """
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -83,37 +83,42 @@ class RoutingContext:
         return per_row.sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-class _ActiveContext:
-    """The context of the layer that is running: a context variable, which threads do not share.
+Running = TypeVar("Running")
+
+
+class TraceableVariable(Generic[Running]):
+    """What the layer that is running knows: a context variable, which threads do not share.
 
     `torch.compile` cannot trace a `ContextVar`; while it traces, a plain attribute stands in.
     """
 
-    def __init__(self) -> None:
-        self.variable: ContextVar[RoutingContext | None] = ContextVar("hf_moe_routing_context", default=None)
-        self.traced: RoutingContext | None = None
+    def __init__(self, name: str) -> None:
+        self.variable: ContextVar[Running | None] = ContextVar(name, default=None)
+        self.traced: Running | None = None
 
-    def get(self) -> RoutingContext | None:
+    def get(self) -> Running | None:
         # A compiled part of a layer (one MoE block, say) finds nothing traced and reads the variable, which breaks the
         # graph but is right.
         if torch.compiler.is_compiling() and self.traced is not None:
             return self.traced
-        return self.variable.get()
+        found = self.variable.get()
+        # Nor does a part that is not compiled find another than the traced one, in a layer whose graph breaks there.
+        return self.traced if found is None else found
 
-    def set(self, context: RoutingContext | None) -> Any:
+    def set(self, context: Running | None) -> Any:
         if torch.compiler.is_compiling():
             previous, self.traced = self.traced, context
             return previous
         return self.variable.set(context)
 
     def reset(self, token: Any) -> None:
-        if torch.compiler.is_compiling():
-            self.traced = token
-        else:
+        if isinstance(token, Token):  # where a graph broke, the other of the two calls may have been traced
             self.variable.reset(token)
+        else:
+            self.traced = token
 
 
-ACTIVE_CONTEXT = _ActiveContext()
+ACTIVE_CONTEXT: TraceableVariable[RoutingContext] = TraceableVariable("hf_moe_routing_context")
 
 
 @dataclass
@@ -451,6 +456,6 @@ def finite(sums: torch.Tensor) -> torch.Tensor:
 def refuse_mixture(decision: Decision) -> ValueError:
     """Return the error of a mixture of experts of which this process holds a part."""
     return ValueError(
-        f"A {type(decision).__name__} needs whole experts in every process, and a parallel plan has split them: leave "
-        "the experts out of `tp_plan` (pass `tp_plan={}`) and set `ep_size=1`, or choose a router that assigns experts."
+        f"A {type(decision).__name__} needs whole experts in every process, and a parallel plan has split them: pass "
+        "`tp_plan={}` or `ep_size=1` in `DistributedConfig`, or choose a router that assigns experts."
     )

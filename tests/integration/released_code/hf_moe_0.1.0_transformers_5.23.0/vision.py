@@ -1,7 +1,8 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
+# SHA-256 of the model's code: 0c87989b7e063e8ac15fd00febb57079724ffa3127fc85a28cada36c6d45f492
 """Vision towers: patch features out of any tower, and what a tower's type does not tell."""
 
+import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -175,8 +176,11 @@ def probe_tower(config) -> TowerProbe:
     and `vision_prefix_tokens` where they are absent."""
     meta = torch.device("meta")
     with meta:
-        # Flex attention refuses the meta device, and all implementations give features of one shape.
-        tower = AutoModel.from_config(config.vision_config, attn_implementation="eager").eval()
+        # Flex attention refuses the meta device, and all implementations give features of one shape. The networks of
+        # timm have their own, and warn of any other.
+        attention = "sdpa" if config.vision_config.model_type == "timm_wrapper" else "eager"
+        # A copy: the config keeps the implementation that it was built with.
+        tower = AutoModel.from_config(copy.deepcopy(config.vision_config), attn_implementation=attention).eval()
     names, parameters = zip(*tower.named_parameters(), strict=True)
     inputs = dummy_pixels(config, meta, parameters[0].dtype)
     with torch.enable_grad():

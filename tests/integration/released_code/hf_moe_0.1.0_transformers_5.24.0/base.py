@@ -1,21 +1,20 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
+# SHA-256 of the model's code: 0c87989b7e063e8ac15fd00febb57079724ffa3127fc85a28cada36c6d45f492
 """The base of the model's classes: loading, initialisation and what Transformers may do with them."""
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_hf_moe import HfMoeConfig
 from .saving import PUSH_HOOKS
 from .dispatch import RAGGED
+from .initialisation import mechanisms_inner_first
 from .loading import (
     check_checkpoint_files,
     check_number_types,
@@ -24,7 +23,6 @@ from .loading import (
     damaged_weights,
     refuse_edited_code,
 )
-from .routing import Connector, Experts, Objective, Router
 
 
 class HfMoePreTrainedModel(PreTrainedModel):
@@ -69,7 +67,9 @@ class HfMoePreTrainedModel(PreTrainedModel):
             raise damaged_weights(source, error) from error
         # With an adapter the report is the adapter's, which `load_adapter` has checked.
         if not model._hf_peft_config_loaded:
-            check_tensors(source, report, model.can_generate(), ignore_shapes)
+            # Who asks for the report reads it; everyone else is told by an error.
+            if not wants_report:
+                check_tensors(source, report, model.can_generate(), ignore_shapes)
             if getattr(model, "hf_quantizer", None) is None:
                 own = model.state_dict()
                 check_number_types(source, {name for name, tensor in own.items() if tensor.is_floating_point()})
@@ -117,11 +117,10 @@ class HfMoePreTrainedModel(PreTrainedModel):
         # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
         # parameters: ours are initialised first, and marked.
         std = self.config.initializer_range
-        for module in _inner_first(self):
-            ours = isinstance(module, Router | Experts | Objective | Connector)
-            if ours and not getattr(module, "_is_hf_initialized", False):
-                module.initialize(std)
-                for part in module.modules():
+        for mechanism in mechanisms_inner_first(self):
+            if not getattr(mechanism, "_is_hf_initialized", False):
+                mechanism.initialize(std)
+                for part in mechanism.modules():
                     part._is_hf_initialized = True
         super().initialize_weights()
 
@@ -134,11 +133,3 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
-
-
-def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
-    """Walk the modules, each after its parts: a mechanism within another has initialised itself, and the outer one may
-    change that."""
-    for child in module.children():
-        yield from _inner_first(child)
-    yield module

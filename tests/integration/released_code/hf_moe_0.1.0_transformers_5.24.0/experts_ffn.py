@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
+# SHA-256 of the model's code: 0c87989b7e063e8ac15fd00febb57079724ffa3127fc85a28cada36c6d45f492
 """Feed-forward experts: the experts of almost every published system.
 
     gated:  y = W_down (act(W_gate x) * (W_up x))        plain:  y = W_down act(W_up x)
@@ -112,11 +112,12 @@ class FfnExperts(Experts):
             expert_weight (`torch.Tensor` of shape `(T, K)`, *optional*): the weights that belong to an index.
             slots (`SortedSlots`, *optional*): the slots of these experts among those of the decision.
         """
-        if isinstance(decision, SlotMixture | ParameterMixture):
-            if self._width_share() < 1.0:
-                raise refuse_mixture(decision)
-            mixed = self.mix_slots if isinstance(decision, SlotMixture) else self.merge_experts
-            return mixed(hidden_states, decision)
+        if isinstance(decision, SlotMixture | ParameterMixture) and self._width_share() < 1.0:
+            raise refuse_mixture(decision)
+        if isinstance(decision, SlotMixture):
+            return self.mix_slots(hidden_states, decision)
+        if isinstance(decision, ParameterMixture):
+            return self.merge_experts(hidden_states, decision)
         index = decision
         if isinstance(decision, ExpertAssignment):
             index, expert_weight = decision.expert_index, decision.expert_weight

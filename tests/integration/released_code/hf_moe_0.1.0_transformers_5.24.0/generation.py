@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
+# SHA-256 of the model's code: 0c87989b7e063e8ac15fd00febb57079724ffa3127fc85a28cada36c6d45f492
 """Generation over images: features in place of pixels, and the modalities of drafted tokens."""
 
 import functools
@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 
-from .inputs import modality_ids
+from .inputs import miss_images, modality_ids
+
+
+# By each of them images come to the placeholders of a prompt.
+IMAGE_INPUTS = ("pixel_values", "mm_encoder_outputs", "inputs_embeds")
 
 
 class ImageGenerationMixin(GenerationMixin):
@@ -24,6 +29,15 @@ class ImageGenerationMixin(GenerationMixin):
             mask = kwargs.pop("pixel_attention_mask", None)
             images = self.get_image_features(None, image_features, mask, return_dict=True)
             kwargs["mm_encoder_outputs"] = {"image": images}
+        # What a model drafts for another comes without the images, which the other has seen.
+        drafts = getattr(kwargs.get("generation_config"), "is_assistant", None)
+        if (
+            self.config.vision_config is not None
+            and not drafts
+            and all(kwargs.get(name) is None for name in IMAGE_INPUTS)
+        ):
+            cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+            miss_images(self.config, kwargs.get("input_ids", inputs), cache, refuse=True)
         return super().generate(inputs, **kwargs)
 
     # Transformers reads the signature to tell which arguments `generate` may get.

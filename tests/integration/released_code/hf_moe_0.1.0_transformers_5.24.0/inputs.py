@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
+# SHA-256 of the model's code: 0c87989b7e063e8ac15fd00febb57079724ffa3127fc85a28cada36c6d45f492
 """What a call is given: its tokens' modalities and mask, and whether its arguments fit each other and the model.
 
 Values are read where that costs nothing, on the CPU and outside of a compiled graph; types and shapes are always.
@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from .configuration_hf_moe import MODALITIES
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_placeholders(config) -> None:
@@ -203,20 +207,30 @@ def encoded_images(mm_encoder_outputs: Any) -> Any:
     return (mm_encoder_outputs or {}).get("image")
 
 
-def refuse_missing_images(config, input_ids: torch.Tensor | None) -> None:
-    """Check that tokens without images, nothing before them, hold no placeholder: it would be read as a word.
+def miss_images(config, input_ids: torch.Tensor | None, cache: Cache | None, refuse: bool) -> None:
+    """Look for placeholders among tokens without images, nothing before them: they would be read as a word.
+
+    Args:
+        refuse: whether the call trains or generates, where that would be an answer to nothing. A bare forward is told.
 
     Raises:
         ValueError: with the number of placeholders.
     """
-    if input_ids is None or not readable(input_ids):
+    if input_ids is None or input_ids.device.type == "meta" or torch.compiler.is_compiling():
         return
+    if not isinstance(input_ids, torch.Tensor) or (cache is not None and cache.get_seq_length()):
+        return
+    # Read on every device, as the placeholders of a call with images are: once, before the first token.
     count = int((input_ids == config.image_token_id).sum())
-    if count:
-        raise ValueError(
-            f"Image features and image tokens do not match: {count} placeholder tokens in the text, no images: pass "
-            "pixel_values or image_features."
-        )
+    if not count:
+        return
+    message = (
+        f"Image features and image tokens do not match: {count} placeholder tokens in the text, no images: pass "
+        "pixel_values or image_features."
+    )
+    if refuse:
+        raise ValueError(message)
+    logger.warning_once(f"{message} Here the placeholders are read as words.")
 
 
 def check_integers(name: str, value: Any, shape: tuple[int, ...] | None, of: str) -> None:

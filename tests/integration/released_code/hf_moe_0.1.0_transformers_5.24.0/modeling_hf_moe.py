@@ -1,5 +1,5 @@
 # Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file.
-# SHA-256 of the model's code: e82b77d1c2b3484cb7e912330002ed8e793183ebf2ff7a14025b212ee568290e
+# SHA-256 of the model's code: 0c87989b7e063e8ac15fd00febb57079724ffa3127fc85a28cada36c6d45f492
 """The multimodal MoE model: vision tower -> connector -> decoder whose feed-forwards are MoE layers."""
 
 import functools
@@ -25,9 +25,9 @@ from .inputs import (
     check_tokens,
     encoded_images,
     learned_positions,
+    miss_images,
     modality_ids,
     real_tokens,
-    refuse_missing_images,
 )
 from .language_loss import token_balanced_loss
 from .mechanisms import get_mechanism
@@ -220,9 +220,9 @@ class HfMoeModel(HfMoePreTrainedModel):
         if images is not None:
             mask = self._placeholders(input_ids, inputs_embeds, self.config.image_token_id)
             inputs_embeds = insert_images(inputs_embeds, mask, images.pooler_output, self.config.image_seq_length)
-        elif self.connector is not None and cache is None:
-            refuse_missing_images(self.config, input_ids)
-            if self.training:
+        elif self.connector is not None:
+            miss_images(self.config, input_ids, cache, refuse=empty or is_learning(self))
+            if self.training and cache is None:
                 inputs_embeds = touch_vision(self.vision_tower, self.connector, self.config, inputs_embeds)
 
         outputs = self.language_model(
