@@ -214,9 +214,9 @@ def miss_images(config, input_ids: torch.Tensor | None, cache: Cache | None, ref
     Raises:
         ValueError: with the number of placeholders.
     """
-    if input_ids is None or input_ids.device.type == "meta" or torch.compiler.is_compiling():
+    if not isinstance(input_ids, torch.Tensor) or input_ids.device.type == "meta" or torch.compiler.is_compiling():
         return
-    if not isinstance(input_ids, torch.Tensor) or (cache is not None and cache.get_seq_length()):
+    if cache is not None and cache.get_seq_length():
         return
     # Read on every device, as the placeholders of a call with images are: once, before the first token.
     count = int((input_ids == config.image_token_id).sum())
