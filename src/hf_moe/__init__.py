@@ -17,7 +17,6 @@ _LAZY = {
     "ExpertAssignment": "modeling.routing",
     "Experts": "modeling.routing",
     "HfMoeForConditionalGeneration": "modeling.modeling_hf_moe",
-    "HfMoeModel": "modeling.modeling_hf_moe",
     "HfMoeProcessor": "modeling.processing_hf_moe",
     "MoELayerSpec": "modeling.routing",
     "MoeLoraConfig": "adapters",
@@ -65,13 +64,18 @@ def register() -> None:
         AutoProcessor,
     )
 
+    from .configuration.configuration_hf_moe import hosted_config_class, on_config_class
     from .modeling.modeling_hf_moe import HfMoeForConditionalGeneration
     from .modeling.processing_hf_moe import HfMoeProcessor
 
+    def register_hosted(config_class: type) -> None:
+        for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            auto_class.register(config_class, HfMoeForConditionalGeneration, exist_ok=True)
+
     AutoConfig.register(HfMoeConfig.model_type, HfMoeConfig, exist_ok=True)
-    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        auto_class.register(HfMoeConfig, HfMoeForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(HfMoeConfig, HfMoeProcessor, exist_ok=True)
+    # The processors of other hosts are Transformers' own.
+    AutoProcessor.register(hosted_config_class(HfMoeConfig, None), HfMoeProcessor, exist_ok=True)
+    on_config_class(register_hosted)
 
 
 _install_bundle()

@@ -7,6 +7,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from transformers_suites import import_suite
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.modeling.mechanisms import get_mechanism
+from hf_moe.modeling.modeling_hf_moe import hosted_class
 
 
 # Tests of the mixin that do not apply to this model, and why.
@@ -73,7 +75,7 @@ class HfMoeModelTester:
 
 
 class HfMoeModelTest(common.ModelTesterMixin, unittest.TestCase):
-    all_model_classes = (HfMoeForConditionalGeneration,)
+    all_model_classes = (hosted_class(HfMoeForConditionalGeneration, get_mechanism("host", "composed")),)
     _is_composite = True
 
     def setUp(self):

@@ -9,7 +9,7 @@ from caches import cache_of
 from near import assert_near
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, modeling_outputs
 
-from hf_moe.modeling.outputs import HfMoeCausalLMOutputWithPast, HfMoeModelOutputWithPast
+from hf_moe.modeling.outputs import ComposedCausalLMOutput, ComposedModelOutput
 
 
 HOSTS = {"llama": {}, "gpt2": {}, "gemma3_text": {"head_dim": 8}, "mixtral": {"num_local_experts": 4}}
@@ -65,8 +65,8 @@ def test_towers_are_not_touched_while_decoding(tiny_model, text_batch, way):
 @pytest.mark.parametrize(
     "ours, theirs",
     [
-        (HfMoeModelOutputWithPast, modeling_outputs.MoeModelOutputWithPast),
-        (HfMoeCausalLMOutputWithPast, modeling_outputs.MoeCausalLMOutputWithPast),
+        (ComposedModelOutput, modeling_outputs.MoeModelOutputWithPast),
+        (ComposedCausalLMOutput, modeling_outputs.MoeCausalLMOutputWithPast),
     ],
 )
 def test_outputs_hold_the_fields_of_transformers(ours, theirs):
@@ -74,7 +74,7 @@ def test_outputs_hold_the_fields_of_transformers(ours, theirs):
 
 
 def test_predictions_leave_out_every_field_but_logits(tiny_config):
-    names = {field.name for field in fields(HfMoeCausalLMOutputWithPast)}
+    names = {field.name for field in fields(ComposedCausalLMOutput)}
     assert names - set(tiny_config().keys_to_ignore_at_inference) == {"loss", "logits"}
 
 

@@ -29,7 +29,7 @@ def make_model(kind: str, name: str, **moe_config) -> HfMoeForConditionalGenerat
     connector = name if kind == "connector" else "mlp"
     if kind == "objective":
         moe_config |= {"objectives": {name: 0.1}, "router": ROUTER_OF.get(name, "top_k")}
-    elif kind != "connector":
+    elif kind not in ("connector", "host"):
         moe_config[kind] = name
     if kind == "router":
         moe_config["objectives"] = recommended(name)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_moe import HfMoeForConditionalGeneration, HfMoeModel, RoutingOverrides
+from hf_moe import HfMoeForConditionalGeneration, RoutingOverrides
 from hf_moe.modeling.moe_layer import MoELayer
 
 
@@ -328,13 +328,14 @@ def test_a_moe_host_is_saved_under_the_names_of_its_modules(tiny_model, tmp_path
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
-def test_base_model_loads_from_the_checkpoint_of_the_full_model(tiny_model, batch, tmp_path):
+def test_the_model_without_its_head_routes_by_itself(tiny_model, batch):
     model = tiny_model()
-    model.save_pretrained(tmp_path)
-    base = HfMoeModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        hidden = base(**batch).last_hidden_state
-        assert torch.equal(model.lm_head(hidden), model(**batch).logits)
+        output = model.base_model(**batch, output_router_logits=True)
+        full = model(**batch, output_router_logits=True)
+    assert torch.equal(model.lm_head(output.last_hidden_state), full.logits)
+    assert all(torch.equal(a, b) for a, b in zip(output.router_logits, full.router_logits, strict=True))
+    assert "router_logits" not in model.base_model(**batch)
 
 
 def test_router_logits_are_none_where_widths_differ(tiny_model, batch):

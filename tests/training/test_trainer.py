@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor, MoeLoraConfig
 from hf_moe.construction.tokenizer import train_word_tokenizer
-from hf_moe.modeling.outputs import HfMoeCausalLMOutputWithPast
+from hf_moe.modeling.outputs import ComposedCausalLMOutput
 from hf_moe.training.trainer import HfMoeTrainer
 
 
@@ -106,7 +106,7 @@ def evaluation(model, folder, rows=None, trainer_class=Trainer, **options) -> Tr
 
 
 def test_every_field_but_the_logits_is_ignored_at_inference():
-    names = {field.name for field in fields(HfMoeCausalLMOutputWithPast)}
+    names = {field.name for field in fields(ComposedCausalLMOutput)}
     assert set(make_model().config.keys_to_ignore_at_inference) == names - {"loss", "logits"}
 
 

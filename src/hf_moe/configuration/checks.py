@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from huggingface_hub import dataclasses as hub
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -71,6 +71,8 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, item) for item in args)
     if origin is Literal:
         return any(type(value) is type(item) and value == item for item in args)
+    if is_typeddict(hint):
+        return isinstance(value, dict)
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if origin in (list, tuple, set):

@@ -1,24 +1,24 @@
 """Configuration of a multimodal Mixture-of-Experts model.
 
-The two classes here are plain data: they open with `AutoConfig` alone and import no mechanism. Names of mechanisms and
+The classes here are plain data: they open with `AutoConfig` alone and import no mechanism. Names of mechanisms and
 their options are checked when the model is built, where the classes that understand them are at hand.
 """
 
 import copy
 import difflib
 import importlib
-import inspect
-from dataclasses import field, fields
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto import AutoConfig
+from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from .checks import Interval, strict, unknown_name_message, within
+from .composed_config import ComposedConfig
 from .layer_maps import is_layer_map, layers_named
 from .moe_config import MoeConfig, take_copies, unknown_fields
 from .reading import check_config, check_files
@@ -34,6 +34,9 @@ CONFIG_FORMAT = 1
 # The values of Transformers' `mm_token_type_ids`, in order.
 MODALITIES = ("text", "image", "video", "audio")
 
+# Fields that TRL, vLLM and others look for in a decoder's config.
+CONTRACT_FIELDS = ("output_router_logits", "router_aux_loss_coef", "num_experts", "num_experts_per_tok")
+
 AUTO_MAP = {
     "AutoConfig": "configuration_hf_moe.HfMoeConfig",
     "AutoModel": "modeling_hf_moe.HfMoeForConditionalGeneration",
@@ -46,44 +49,30 @@ AUTO_MAP = {
 @strict
 class HfMoeConfig(PreTrainedConfig):
     r"""
-    A multimodal MoE: a Transformers decoder, a vision tower, a connector, and the MoE layers of the decoder.
+    A host's config, and the MoE layers of its decoder. Every field of the host keeps its name and its place.
+
+    The class of a config is made at run time: this one before the host's own. Without a `host_type` the host is put
+    together, and the fields are those of [`ComposedConfig`].
 
     Args:
-        text_config (`dict` or `PreTrainedConfig`, *optional*):
-            Any decoder that `AutoModel` knows. A small Llama when absent.
-        vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            Any vision tower that `AutoModel` knows, timm included. `None` builds a text-only MoE.
+        host_type (`str`, *optional*):
+            The host's `model_type` in Transformers, such as `"qwen2_5_vl"`; `None` for a host that is put together.
+        host_class (`str`, *optional*):
+            The host's class with a language head, by its name in Transformers. Derived from the type when absent.
         moe_config (`dict` or `MoeConfig`, *optional*):
             See [`MoeConfig`].
-        connector (`dict`, defaults to `{"name": "mlp"}`):
-            The module between tower and decoder, with its options.
-        image_token_id (`int`, *optional*):
-            Id of the placeholder that is replaced by image features; needed when there is a vision tower.
-        video_token_id, audio_token_id (`int`, *optional*):
-            Placeholders of further modalities; only used to tell their tokens apart.
-        image_seq_length (`int`, *optional*):
-            Placeholders per image. Derived from the tower and the connector when absent.
-        vision_feature_layer (`int`, *optional*):
-            Index into the tower's hidden states; `None` takes its last hidden state.
-        vision_feature_size (`int`, *optional*):
-            Width of a feature of the tower. Derived when absent: a tower's type does not always tell.
-        vision_prefix_tokens (`int`, *optional*):
-            Leading tokens of the tower's output that are no patches (class and register tokens), dropped. Derived
-            when absent.
-        image_size (`int`, *optional*):
-            Side of the square input image in pixels. Derived from the tower's config when absent.
-        initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the initial weights of connector, routers and experts.
         output_router_logits (`bool`, defaults to `False`):
             Return the router logits of every MoE layer, where all layers have one width.
-        tie_word_embeddings (`bool`, defaults to `False`):
-            Share the weights of the token embeddings and the head. `True` whenever the decoder's own config says so.
         config_format (`int`, defaults to 1):
             Format of the config; written by the library.
         system (`str`, *optional*):
             The catalogue key that `from_system` took the `moe_config` from.
         hf_moe_version (`str`, *optional*):
             The version of the library that wrote the checkpoint and its code; `transformers_version` is beside it.
+        kwargs: the fields of the host's config.
+
+    Raises:
+        ValueError: if Transformers knows no such host, or a field is unknown or out of its range.
 
     Example:
 
@@ -98,40 +87,18 @@ class HfMoeConfig(PreTrainedConfig):
     """
 
     model_type = "hf_moe"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="llama",
-            init_kwargs={
-                "hidden_size": 192,
-                "intermediate_size": 512,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 6,
-                "num_key_value_heads": 6,
-            },
-        ),
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
-        "moe_config": MoeConfig,
-    }
+    sub_configs_defaults = {"moe_config": MoeConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    host_type: str | None = None
+    host_class: str | None = None
     moe_config: dict | PreTrainedConfig | None = None
-    connector: dict | str = field(default_factory=lambda: {"name": "mlp"})
-    image_token_id: int | None = within(Interval(0))
-    video_token_id: int | None = within(Interval(0))
-    audio_token_id: int | None = within(Interval(0))
-    image_seq_length: int | None = within(Interval(1))
-    vision_feature_layer: int | None = None
-    vision_feature_size: int | None = within(Interval(1))
-    vision_prefix_tokens: int | None = within(Interval(0))
-    image_size: int | None = within(Interval(1))
-    initializer_range: float | int = within(Interval(0), default=0.02)
     output_router_logits: bool = False
-    tie_word_embeddings: bool = False
     config_format: int = within(Interval(1), default=CONFIG_FORMAT)
     system: str | None = None
     hf_moe_version: str | None = None
+
+    def __new__(cls, *args: Any, host_type: str | None = None, **kwargs: Any) -> Any:
+        return object.__new__(hosted_config_class(cls, host_type))
 
     def __post_init__(self, **kwargs):
         if self.config_format > CONFIG_FORMAT:
@@ -144,43 +111,32 @@ class HfMoeConfig(PreTrainedConfig):
         self._check_names(kwargs)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
-        self.connector = {"name": self.connector} if isinstance(self.connector, str) else self.connector
-        if not isinstance(self.connector.get("name"), str):
-            raise ValueError(f"connector needs a 'name', for example {{'name': 'mlp'}}; got {self.connector!r}.")
-        self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
-        if self.image_size is None and self.vision_config is not None:
-            size = getattr(self.vision_config, "image_size", None)
-            self.image_size = size[0] if isinstance(size, list | tuple) else size
-        self._check_placeholders()
         self._derive_from_host()
         self._write_contract_fields()
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new_hosted_config, (type(self).hf_moe_base, self.host_type), self.__dict__
+
     def _check_names(self, kwargs: dict[str, Any]) -> None:
-        """Refuse arguments that are no fields, with the field that was meant."""
+        """Refuse arguments that are no fields, with the field that was meant.
+
+        Configs of Transformers take any, and so does a host of its own, but for what is nearly a field of ours.
+        """
+        known = [item.name for item in fields(self) if not hasattr(PreTrainedConfig, item.name)]
         for name in unknown_fields(kwargs):
-            message = misplaced(name) or unknown_name_message(
-                "field of HfMoeConfig", name, list(HfMoeConfig.__annotations__)
-            )
+            near = difflib.get_close_matches(name, HfMoeConfig.__annotations__, n=1, cutoff=0.85)
+            if self.host_type is not None and not near and name not in MoeConfig.__annotations__:
+                continue
+            message = misplaced(name) or unknown_name_message("field of HfMoeConfig", name, known)
             if self.transformers_version is None:
                 raise ValueError(message)
             # Tools write fields of their own into the configs of the models they train, and those must open again.
-            logger.warning(f"{message} It is kept as it was found in the saved config.")
-
-    def _check_placeholders(self) -> None:
-        """Refuse a tower without a placeholder, and one placeholder for two modalities."""
-        if self.vision_config is not None and self.image_token_id is None:
-            raise ValueError(
-                "A model with a vision tower needs image_token_id, the id of the placeholder that image features "
-                "replace: set it, or leave vision_config out."
-            )
-        ids = {name: getattr(self, name) for name in ("image_token_id", "video_token_id", "audio_token_id")}
-        given = {name: value for name, value in ids.items() if value is not None}
-        if len(set(given.values())) < len(given):
-            raise ValueError(f"Every modality needs a placeholder of its own, got {given}.")
+            if self.host_type is None or name not in CONTRACT_FIELDS:
+                logger.warning(f"{message} It is kept as it was found in the saved config.")
 
     def _derive_from_host(self) -> None:
         """Fill what the host decides. A host that is a MoE itself names its experts; see ecosystem conventions."""
-        host, moe = self.text_config, self.moe_config
+        host, moe = self.get_text_config(decoder=True), self.moe_config
         experts = _first_attribute(host, ("num_experts", "num_local_experts", "n_routed_experts")) or 8
         if moe.num_experts is None:
             moe.num_experts = experts
@@ -207,12 +163,11 @@ class HfMoeConfig(PreTrainedConfig):
         On a host that is a MoE the same names decide what the host builds, so they are left alone. A model
         without a MoE layer counts no experts.
         """
-        host = self.text_config
-        fields = {"output_router_logits": self.output_router_logits, "router_aux_loss_coef": 0.0}
-        for name, value in fields.items():
+        host = self.get_text_config(decoder=True)
+        for name, value in {"output_router_logits": self.output_router_logits, "router_aux_loss_coef": 0.0}.items():
             if not hasattr(host, name):
                 setattr(host, name, value)
-        own = {*inspect.signature(type(host)).parameters, *host.attribute_map}
+        own = {*(item.name for item in fields(host)), *host.attribute_map}
         for name in ("num_experts", "num_experts_per_tok"):
             value = getattr(self.moe_config, name)
             if name not in own and self.moe_layers() and isinstance(value, int):
@@ -228,16 +183,17 @@ class HfMoeConfig(PreTrainedConfig):
         """
         if not isinstance(config_dict, dict):
             raise ValueError(f"config.json must hold an object of fields, got a {type(config_dict).__name__}.")
-        for name in set(kwargs) - set(config_dict):
-            near = difflib.get_close_matches(name, cls.__annotations__, n=1, cutoff=0.85)
+        hosted = hosted_config_class(cls, config_dict.get("host_type"))
+        known = [item.name for item in fields(hosted)]
+        for name in set(kwargs) - set(config_dict) - set(known):
             message = misplaced(name)
-            if message is None and near and name not in cls.__annotations__:
-                message = unknown_name_message("field of HfMoeConfig", name, list(cls.__annotations__))
+            if message is None and difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+                message = unknown_name_message("field of HfMoeConfig", name, known)
             if message is not None:
                 raise ValueError(message)
         # Merged before anything is derived from them.
         config_dict = copy.deepcopy(config_dict)
-        for name in cls.sub_configs_defaults:
+        for name in hosted.sub_configs_defaults:
             if isinstance(kwargs.get(name), dict) and isinstance(config_dict.get(name), dict):
                 config_dict[name] |= kwargs.pop(name)
         return super().from_dict(config_dict, **kwargs)
@@ -245,11 +201,29 @@ class HfMoeConfig(PreTrainedConfig):
     @property
     def keys_to_ignore_at_inference(self) -> list[str]:
         """What `Trainer` leaves out of predictions: `compute_metrics` gets the logits alone."""
-        # Transformers names the fields, which depend on its version; `modeling/outputs.py` has the same base.
+        # Transformers names the fields, which depend on its version and on the host.
         outputs = importlib.import_module("transformers.modeling_outputs")
         base = getattr(outputs, "MultimodalMoeCausalLMOutputWithPast", outputs.MoeCausalLMOutputWithPast)
-        theirs = {item.name for item in fields(base)}
+        host = getattr(importlib.import_module("transformers"), self.host_class or "", None)
+        hosted = [] if host is None else get_args(get_type_hints(host.forward).get("return"))
+        theirs = {item.name for output in (base, *filter(is_dataclass, hosted)) for item in fields(output)}
         return sorted(theirs - {"loss", "logits"} | {"image_hidden_states", "objective_values", "routing"})
+
+    @classmethod
+    def on_host(cls, host: PreTrainedConfig, host_class: str | None = None, **kwargs: Any) -> "HfMoeConfig":
+        """Return the config of a host with MoE layers.
+
+        Args:
+            host: the host's own config, which is copied.
+            host_class: the host's class with a language head; what the config or Transformers name when absent.
+            kwargs: `moe_config`, `system` and the other fields of this class.
+        """
+        given = host.to_dict()
+        given |= {name: copy.deepcopy(getattr(host, name)) for name in host.sub_configs if getattr(host, name, None)}
+        for name in ("model_type", "architectures", "transformers_version", "auto_map"):
+            given.pop(name, None)
+        named = host_class or next(iter(host.architectures or ()), None)
+        return cls(host_type=host.model_type, host_class=named, **{**given, **kwargs})
 
     @classmethod
     def from_system(cls, key: str, **kwargs: Any) -> "HfMoeConfig":
@@ -290,10 +264,60 @@ class HfMoeConfig(PreTrainedConfig):
 
     def moe_layers(self) -> list[int]:
         """Return the indices of the MoE layers."""
-        return self.moe_config.moe_layers(self.text_config.num_hidden_layers)
+        return self.moe_config.moe_layers(self.get_text_config(decoder=True).num_hidden_layers)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         return save_with_hooks(self, super().save_pretrained, save_directory, push_to_hub, kwargs)
+
+
+_HOSTED: dict[tuple[type, str | None], type] = {}
+_HOOKS: list[Callable[[type], None]] = []
+
+
+def hosted_config_class(cls: Any, host_type: str | None) -> Any:
+    """Return the subclass of an `HfMoeConfig` that is a config of the host as well.
+
+    Raises:
+        ValueError: if Transformers has no such type of model.
+    """
+    if hasattr(cls, "hf_moe_base"):
+        return cls
+    if (cls, host_type) not in _HOSTED:
+        _HOSTED[cls, host_type] = _make_hosted_config_class(cls, host_type)
+    return _HOSTED[cls, host_type]
+
+
+def _make_hosted_config_class(cls: Any, host_type: str | None) -> Any:
+    if host_type is None:
+        host: Any = ComposedConfig
+    elif host_type in CONFIG_MAPPING:
+        host = CONFIG_MAPPING[host_type]
+    else:
+        raise ValueError(unknown_name_message("host_type", host_type, list(CONFIG_MAPPING)))
+    body = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "hf_moe_base": cls,
+        "sub_configs_defaults": {**host.sub_configs_defaults, **cls.sub_configs_defaults},
+    }
+    hosted: Any = strict(type(cls.__name__, (cls, host), body))
+    for hook in _HOOKS:
+        hook(hosted)
+    return hosted
+
+
+def on_config_class(hook: Callable[[type], None]) -> None:
+    """Call `hook` with every class of configs that was or will be made for a host.
+
+    The Auto classes find a class that is registered itself, and not by its base.
+    """
+    _HOOKS.append(hook)
+    for hosted in _HOSTED.values():
+        hook(hosted)
+
+
+def _new_hosted_config(cls: type, host_type: str | None) -> Any:
+    return object.__new__(hosted_config_class(cls, host_type))
 
 
 def misplaced(name: str) -> str | None:
@@ -307,4 +331,4 @@ def _first_attribute(config: PreTrainedConfig, names: tuple[str, ...]) -> Any:
     return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
 
 
-__all__ = ["HfMoeConfig", "MoeConfig"]
+__all__ = ["ComposedConfig", "HfMoeConfig", "MoeConfig"]

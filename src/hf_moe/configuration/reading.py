@@ -106,7 +106,8 @@ def check_config(path: Path) -> None:
 
 def check_config_fields(path: str, content: dict[str, Any]) -> None:
     """Refuse the content of such a config, see [`check_config`]."""
-    for name in ("model_type", "text_config", "moe_config"):
+    composed = ("text_config",) if content.get("host_type") is None else ()
+    for name in ("model_type", *composed, "moe_config"):
         if name not in content:
             raise ValueError(f"{path} lacks {name!r}: it is damaged, or was not written by hf_moe.")
     for name in ("text_config", "vision_config", "moe_config", "auto_map"):

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..modeling.hosts.composed import ComposedModel
 from ..modeling.image_loading import decode_image
-from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration, HfMoeModel
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from ..modeling.vision import tower_features
 from .pictures import content_key, pixel_key, read_row_image, undecoded
@@ -51,7 +52,7 @@ class FeatureCache:
     @classmethod
     def build(
         cls,
-        model: HfMoeForConditionalGeneration | HfMoeModel,
+        model: HfMoeForConditionalGeneration | ComposedModel,
         processor: HfMoeProcessor,
         rows: Rows,
         cache_dir: str | os.PathLike | None = None,
@@ -72,7 +73,7 @@ class FeatureCache:
             ValueError: if the tower is trainable, takes packed patches, or its features do not fit `dtype`; if an
                 image cannot be opened, naming its row.
         """
-        base: HfMoeModel = model.base_model
+        base: ComposedModel = model.base_model
         _check_tower(base, processor)
         images = _distinct_images(rows)
         if not images:
@@ -129,7 +130,7 @@ class FeatureCache:
         return position
 
 
-def _check_tower(base: HfMoeModel, processor: HfMoeProcessor) -> None:
+def _check_tower(base: ComposedModel, processor: HfMoeProcessor) -> None:
     if base.vision_tower is None:
         raise ValueError("The model has no vision tower, so there are no features to compute.")
     trainable = [name for name, parameter in base.vision_tower.named_parameters() if parameter.requires_grad]
@@ -165,7 +166,7 @@ def _distinct_images(rows: Rows) -> dict[bytes, tuple[str, Any]]:
     return images
 
 
-def _fingerprint(base: HfMoeModel, processor: HfMoeProcessor, dtype: torch.dtype, keys: Iterable[bytes]) -> str:
+def _fingerprint(base: ComposedModel, processor: HfMoeProcessor, dtype: torch.dtype, keys: Iterable[bytes]) -> str:
     tower, config, image_processor = base.vision_tower, base.config, processor.image_processor
     # Where a tower was loaded from, and by which version, changes nothing about it.
     described = {name: value for name, value in tower.config.to_dict().items() if name not in NOT_THE_TOWER}
@@ -185,7 +186,7 @@ def _fingerprint(base: HfMoeModel, processor: HfMoeProcessor, dtype: torch.dtype
 
 @torch.no_grad()
 def _compute(
-    base: HfMoeModel,
+    base: ComposedModel,
     processor: HfMoeProcessor,
     images: dict[bytes, tuple[str, Any]],
     batch_size: int,

@@ -162,9 +162,11 @@ def used_names(config: Any) -> dict[str, list[str]]:
             built.append(at_layer(getattr(config.moe_config, kind), layer))
             names[kind].add(built[-1]["name"])
     names["objective"] = {objective_entry(*entry)[0] for entry in (config.moe_config.objectives or {}).items()}
-    if config.vision_config is not None:
-        built.append(config.connector)
-        names["connector"].add(config.connector["name"])
+    if config.host_type is None:
+        names["host"].add("composed")
+        if config.vision_config is not None:
+            built.append(config.connector)
+            names["connector"].add(config.connector["name"])
     # A mechanism may build others, of any kind, from entries in its own options.
     for name in (name for options in built for value in options.values() for name in _nested_names(value)):
         for kind in KINDS:

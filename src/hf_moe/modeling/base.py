@@ -1,18 +1,16 @@
-"""The base of the model's classes: loading, initialisation and what Transformers may do with them."""
+"""The base of the model's classes: initialisation, loading and saving."""
 
 import importlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.saving import PUSH_HOOKS
 from .dispatch import RAGGED
-from .initialisation import mechanisms_inner_first
+from .initialisation import MechanismInitialisation
 from .loading import (
     check_checkpoint_files,
     check_number_types,
@@ -23,19 +21,11 @@ from .loading import (
 )
 
 
-class HfMoePreTrainedModel(PreTrainedModel):
-    """Base of the model's classes: weight initialisation and what Transformers may do with them."""
+class HfMoePreTrainedModel(MechanismInitialisation, PreTrainedModel):
+    """Base of the model's classes: initialisation, loading and saving."""
 
     config: HfMoeConfig
     config_class = HfMoeConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     # Transformers greps this file for a decorator to see whether the experts backend can be set; ours read the
     # interface themselves, in another file.
     _can_set_experts_implementation_cached_value = True
@@ -108,19 +98,6 @@ class HfMoePreTrainedModel(PreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or RAGGED)
-
-    @torch.no_grad()
-    @init.guard_torch_init_functions()
-    def initialize_weights(self) -> None:
-        # Transformers hands a module to the nearest enclosing model, here the host's, which knows no stacked
-        # parameters: ours are initialised first, and marked.
-        std = self.config.initializer_range
-        for mechanism in mechanisms_inner_first(self):
-            if not getattr(mechanism, "_is_hf_initialized", False):
-                mechanism.initialize(std)
-                for part in mechanism.modules():
-                    part._is_hf_initialized = True
-        super().initialize_weights()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
         function = kwargs.get("gradient_checkpointing_func")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..configuration.layer_maps import at_layer
 from .moe_layer import MoELayer
-from .routing import ACTIVE_CONTEXT, MoELayerSpec
+from .routing import ACTIVE_CONTEXT, CALL_CONTEXT, MoELayerSpec
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,11 @@ def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
     """Resolve the facts of one MoE layer from the config and the feed-forward it replaces.
 
     Raises:
-        ValueError: if the host names no activation function, or the experts would have no width.
+        ValueError: if the experts would have no width.
     """
-    moe, text = config.moe_config, config.text_config
-    activation = next((getattr(text, name) for name in ACTIVATION_FIELDS if getattr(text, name, None)), None)
-    if activation is None:
-        raise ValueError(f"{type(text).__name__} names no activation under {' or '.join(ACTIVATION_FIELDS)}.")
+    moe, text = config.moe_config, config.get_text_config(decoder=True)
+    # A host that names none has it in its code. A build compares its experts with the feed-forward they come from.
+    activation = next((getattr(text, name) for name in ACTIVATION_FIELDS if getattr(text, name, None)), "silu")
     granularity = at_layer(moe.granularity, layer_idx)
     width = at_layer(moe.expert_intermediate_size, layer_idx) or host_ffn.intermediate_size // granularity
     if width < 1:
@@ -196,42 +195,7 @@ def install_moe_layers(language_model: PreTrainedModel, config) -> dict[int, MoE
         setattr(layer, name, installed[layer_idx])
     for layer in layers:
         layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]
-    _check_context_arrives(language_model, layers[0])
     return installed
-
-
-class _Arrived(Exception):
-    """Ends the probe of `_check_context_arrives` at the first layer; holds the layer's keyword arguments."""
-
-
-def _check_context_arrives(language_model: PreTrainedModel, first_layer: nn.Module) -> None:
-    """Refuse a host that drops the routing context on the way to its layers: its routers would see text only.
-
-    Raises:
-        ValueError: if the context does not arrive.
-    """
-
-    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        raise _Arrived(kwargs)
-
-    embedding = next(language_model.parameters()).new_zeros(1, 1, language_model.config.hidden_size)
-    handle, received = first_layer.register_forward_pre_hook(stop, with_kwargs=True), {}
-    try:
-        if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(language_model.forward).parameters.values()):
-            # A 4-D mask is passed on unread: on the meta device, where models are loaded, it has no values to read.
-            mask = embedding.new_ones(1, 1, 1, 1)
-            language_model(
-                inputs_embeds=embedding, attention_mask=mask, routing_context=language_model, use_cache=False
-            )
-    except _Arrived as arrived:
-        received = arrived.args[0]
-    finally:
-        handle.remove()
-    if received.get("routing_context") is not language_model:
-        raise ValueError(
-            f"{type(language_model).__name__} cannot host MoE layers: it does not pass further keyword arguments, "
-            f"such as the routing context, on to its layers ({type(first_layer).__name__})."
-        )
 
 
 @functools.cache
@@ -248,27 +212,24 @@ def routed_layer_class(host_class: Any) -> Any:
         finally:
             ACTIVE_CONTEXT.reset(token)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Where the host drops the argument on its way: here, before a recomputation records the arguments.
+        if kwargs.get("routing_context") is None:
+            kwargs["routing_context"] = CALL_CONTEXT.get()
+        return host_class.__call__(self, *args, **kwargs)
+
     def __reduce_ex__(self, protocol: int) -> tuple:
         return _new_routed_layer, (host_class,), self.__dict__
 
-    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": host_class.__module__}
+    body = {
+        "forward": forward,
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": host_class.__module__,
+    }
     return type(host_class.__name__, (host_class,), body)
 
 
 def _new_routed_layer(host_class: Any) -> nn.Module:
     cls = routed_layer_class(host_class)
     return cls.__new__(cls)
-
-
-def scale_logits(logits, text_config):
-    """Apply what the host's own `ForCausalLM` does to its logits: scaling (Cohere, Granite), soft-capping (Gemma)."""
-    scale = getattr(text_config, "logit_scale", None)
-    if scale is not None:
-        logits = logits * scale
-    divisor = getattr(text_config, "logits_scaling", None)
-    if divisor is not None:
-        logits = logits / divisor
-    cap = getattr(text_config, "final_logit_softcapping", None)
-    if cap is not None:
-        logits = cap * (logits / cap).tanh()
-    return logits

@@ -63,6 +63,28 @@ def real_tokens(attention_mask: Any, tokens: torch.Tensor) -> torch.Tensor:
     return torch.ones(batch, positions, dtype=torch.bool, device=tokens.device)
 
 
+def placeholder_ids(config) -> dict[int, int]:
+    """Return the placeholder of each modality that a config names: the modality's number -> the token's id."""
+    names = [(number, name) for number, name in enumerate(MODALITIES[1:], start=1)]
+    given = [
+        (number, getattr(config, f"{name}_token_{kind}", None)) for number, name in names for kind in ("index", "id")
+    ]
+    return {number: token_id for number, token_id in given if isinstance(token_id, int)}
+
+
+def find_placeholder(
+    model: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_id: int
+) -> torch.Tensor:
+    """Return where the placeholder of this id is, (B, S) bool: by the token, or by its embedding."""
+    if input_ids is not None:
+        return input_ids == token_id
+    table = model.get_input_embeddings()
+    if token_id >= table.num_embeddings:
+        return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+    placeholder = torch.tensor(token_id, device=inputs_embeds.device)
+    return (inputs_embeds == table(placeholder)).all(-1)
+
+
 def modality_ids(config, find: Callable[[int], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     """Return the modalities of `tokens` (B, S, ...) by their placeholders, (B, S).
 
@@ -70,11 +92,16 @@ def modality_ids(config, find: Callable[[int], torch.Tensor], tokens: torch.Tens
         find: returns where the placeholder of an id is, (B, S) bool.
     """
     ids = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    for modality, name in enumerate(MODALITIES[1:], start=1):
-        token_id = getattr(config, f"{name}_token_id")
-        if token_id is not None:
-            ids = ids.masked_fill(find(token_id), modality)
+    for modality, token_id in placeholder_ids(config).items():
+        ids = ids.masked_fill(find(token_id), modality)
     return ids
+
+
+def vocabulary(config) -> int:
+    """Return how many tokens there are; some hosts have placeholders beyond those of their decoder."""
+    text = config.get_text_config(decoder=True)
+    words = text.vocab_size + (getattr(text, "additional_vocab_size", None) or 0)
+    return max([words, *(token_id + 1 for token_id in placeholder_ids(config).values())])
 
 
 def check_tokens(config, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -87,9 +114,9 @@ def check_tokens(config, input_ids: torch.Tensor | None, inputs_embeds: torch.Te
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if input_ids is not None:
         check_integers("input_ids", input_ids, None, "tokens")
-        _check_range("input_ids", input_ids, 0, config.text_config.vocab_size, "the decoder's vocab_size")
+        _check_range("input_ids", input_ids, 0, vocabulary(config), "the decoder's vocab_size")
     else:
-        width = config.text_config.hidden_size
+        width = config.get_text_config(decoder=True).hidden_size
         floating = isinstance(inputs_embeds, torch.Tensor) and inputs_embeds.is_floating_point()
         if not floating or inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
             raise ValueError(
@@ -107,7 +134,7 @@ def check_labels(config, tokens: torch.Tensor, labels: Any) -> None:
     """
     check_integers("labels", labels, tuple(tokens.shape[:2]), "tokens")
     limit = "the decoder's vocab_size, and -100 where masked"
-    _check_range("labels", labels, 0, config.text_config.vocab_size, limit, masked=-100)
+    _check_range("labels", labels, 0, vocabulary(config), limit, masked=-100)
 
 
 def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any) -> None:
@@ -147,8 +174,10 @@ def check_mask_and_positions(
         if attention_mask.dim() == 2:
             _check_2d_mask(attention_mask, batch, length)
     if position_ids is not None:
-        integers = isinstance(position_ids, torch.Tensor) and not position_ids.is_floating_point()
-        if not integers or position_ids.shape[-1] != positions:
+        # Those of several dimensions, as of images, are fractions in some hosts.
+        given_positions = isinstance(position_ids, torch.Tensor) and position_ids.dim() >= 1
+        whole = given_positions and not (position_ids.dim() < 3 and position_ids.is_floating_point())
+        if not whole or position_ids.shape[-1] != positions:
             raise ValueError(
                 f"position_ids must be integers, one for each of the {positions} tokens, got {given(position_ids)}."
             )

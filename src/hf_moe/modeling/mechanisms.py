@@ -7,7 +7,13 @@ from ..configuration.configuration_hf_moe import unknown_name_message
 from .registry import KINDS, registered
 
 
-FOLDERS = {"router": "routers", "experts": "experts", "objective": "objectives", "connector": "connectors"}
+FOLDERS = {
+    "router": "routers",
+    "experts": "experts",
+    "objective": "objectives",
+    "connector": "connectors",
+    "host": "hosts",
+}
 
 
 def mechanism_names(kind: str) -> list[str]:

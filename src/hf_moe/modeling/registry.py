@@ -17,7 +17,7 @@ from torch import nn
 from ..configuration.checks import checked_options
 
 
-KINDS = ("router", "experts", "objective", "connector")
+KINDS = ("router", "experts", "objective", "connector", "host")
 
 _REGISTERED: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
 

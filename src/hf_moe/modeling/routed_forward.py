@@ -15,22 +15,13 @@ from .optimizer_steps import Statistics, count_in_backward, end_cleared_step, en
 from .routing import RoutingContext
 
 
-CONTEXT_INPUTS = (
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "mm_token_type_ids",
-    "condition_ids",
-    "routing_overrides",
-)
-
-
 class RoutedForward:
     """What a model with a loss does around its forward pass; to be inherited before `PreTrainedModel`."""
 
-    model: Any
+    config: Any
     objectives: AuxiliaryLosses
     moe_layers: Any
+    routing_context: Any
 
     def open_context(self, **inputs: Any) -> RoutingContext:
         """Return the context of a forward pass with these inputs.
@@ -38,9 +29,9 @@ class RoutedForward:
         Raises:
             ValueError: if an input does not fit the others or the model.
         """
-        context = self.model.routing_context(**{name: inputs.get(name) for name in CONTEXT_INPUTS})
+        context = self.routing_context(**inputs)
         if inputs.get("labels") is not None:
-            check_labels(self.model.config, context.modality_ids, inputs["labels"])
+            check_labels(self.config, context.modality_ids, inputs["labels"])
         if is_learning(self):
             end_cleared_step(self)
         labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None

@@ -60,6 +60,8 @@ class RoutingContext:
         # Whether an objective reads how much the rows of the gates overlap, which only a router can tell.
         self.keep_gate_overlap = False
         self.outputs: dict[int, torch.Tensor] = {}
+        # Of a model called without its head: the token of the context variable, and whether router logits are asked.
+        self.call: tuple[Any, bool | None] | None = None
 
     @classmethod
     def all_text(cls, hidden_states: torch.Tensor) -> "RoutingContext":
@@ -116,7 +118,9 @@ class TraceableVariable(Generic[Running]):
             self.traced = token
 
 
+# The context of the layer that is running, and of the call of the whole model.
 ACTIVE_CONTEXT: TraceableVariable[RoutingContext] = TraceableVariable("hf_moe_routing_context")
+CALL_CONTEXT: TraceableVariable[RoutingContext] = TraceableVariable("hf_moe_call_context")
 
 
 @dataclass

@@ -25,7 +25,7 @@ def encode_images(
     dtype: torch.dtype,
     **kwargs: Any,
 ) -> BaseModelOutputWithPooling:
-    """Return what `HfMoeModel.get_image_features` does, whose arguments these are."""
+    """Return what `ComposedModel.get_image_features` does, whose arguments these are."""
     if (pixel_values is None) == (image_features is None):
         raise ValueError("Pass either pixel_values or image_features.")
     outputs = BaseModelOutput(last_hidden_state=image_features)

@@ -1,0 +1,153 @@
+"""The routing context of a call: how it is built from the inputs, and how it reaches the layers.
+
+The call of the whole model opens it, in a context variable. A hook on the decoder hands it down as an argument, the
+one thing that survives every kind of recomputation; towers never see it. The model without its head opens one of its
+own where it is called by itself, as trainers that compute their loss outside of the model do.
+"""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from .inputs import (
+    check_ids,
+    check_mask,
+    check_mask_and_positions,
+    check_tokens,
+    find_placeholder,
+    learned_positions,
+    modality_ids,
+    real_tokens,
+)
+from .moe_layer import MoELayer
+from .outputs import routed_output, router_logits
+from .overrides import RoutingOverrides
+from .routing import CALL_CONTEXT, RoutingContext
+
+
+# What a call may bring besides the host's own inputs.
+ROUTING_INPUTS: dict[str, Any] = {
+    "mm_token_type_ids": torch.Tensor | None,
+    "condition_ids": dict[str, torch.Tensor] | None,
+    "routing_overrides": RoutingOverrides | None,
+    "routing_context": RoutingContext | None,
+    "output_router_logits": bool | None,
+}
+
+
+def moe_layers(model: nn.Module) -> dict[int, MoELayer]:
+    """Return the MoE layers of a model by layer index."""
+    return {module.layer_idx: module for module in model.modules() if isinstance(module, MoELayer)}
+
+
+def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: float) -> RoutingContext:
+    """Build what the routers may know of a forward pass.
+
+    Args:
+        model: the model that is called, with its head or without.
+        inputs: what it is called with, by name. The modalities are those of `moe_mm_token_type_ids`, in which Ernie
+            counts the tokens around an image to it, else of `mm_token_type_ids`, else of the placeholders.
+        progress: how far training is, 0 to 1.
+
+    Raises:
+        ValueError: if an argument does not fit the others or the model.
+    """
+    config, input_ids, inputs_embeds = model.config, inputs.get("input_ids"), inputs.get("inputs_embeds")
+    tokens = check_tokens(config, input_ids, inputs_embeds)
+    check_mask(inputs.get("attention_mask"), tokens)
+    modalities, overrides = inputs.get("moe_mm_token_type_ids"), inputs.get("routing_overrides")
+    if modalities is None:
+        modalities = inputs.get("mm_token_type_ids")
+    check_ids(tokens, modalities, inputs.get("condition_ids"))
+    if modalities is None:
+        find = functools.partial(find_placeholder, model, input_ids, inputs_embeds)
+        modalities = modality_ids(config, find, tokens)
+    if overrides is not None:
+        if not isinstance(overrides, RoutingOverrides):
+            raise ValueError(f"routing_overrides must be RoutingOverrides(...), got {type(overrides).__name__}.")
+        overrides.check_layers({index: layer.router for index, layer in moe_layers(model).items()})
+    return RoutingContext(
+        modality_ids=modalities.long(),
+        token_mask=real_tokens(inputs.get("attention_mask"), tokens),
+        input_ids=input_ids,
+        condition_ids=inputs.get("condition_ids"),
+        progress=progress,
+        overrides=overrides,
+    )
+
+
+def carry_context(backbone: Any, decoder: Any) -> None:
+    """Let a host carry the routing context: its model without a head where that is called, and its decoder inwards."""
+    backbone.arguments = Arguments.of(type(backbone).forward)
+    decoder.max_positions = learned_positions(decoder)
+    backbone.register_forward_pre_hook(_enter, with_kwargs=True)
+    backbone.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+    # Last, for the two may be one.
+    decoder.register_forward_pre_hook(_hand_down, with_kwargs=True)
+
+
+class Arguments(NamedTuple):
+    """The names of a method's arguments, and of those that may be given by position."""
+
+    names: frozenset[str]
+    positional: tuple[str, ...]
+
+    @classmethod
+    def of(cls, method: Any) -> "Arguments":
+        """Read the signature of a method."""
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        given = [item for item in list(inspect.signature(method).parameters.values())[1:] if item.kind not in kinds]
+        positional = tuple(item.name for item in given if item.kind is item.POSITIONAL_OR_KEYWORD)
+        return cls(frozenset(item.name for item in given), positional)
+
+
+def _enter(backbone: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Hook before the model without its head: open a context where it is called by itself."""
+    names, positional = backbone.arguments
+    inner = {name: value for name, value in kwargs.items() if name not in ROUTING_INPUTS or name in names}
+    if CALL_CONTEXT.get() is None:
+        context = kwargs.get("routing_context")
+        if context is None:
+            inputs = {**dict(zip(positional, args, strict=False)), **kwargs}
+            context = build_context(backbone, inputs, progress=1.0)
+        context.call = (CALL_CONTEXT.set(context), kwargs.get("output_router_logits"))
+    return args, inner
+
+
+def _leave(backbone: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Hook after it: close the context that the other has opened, and return the router logits if they are asked."""
+    context = CALL_CONTEXT.get()
+    if context is None or context.call is None:
+        return None
+    (token, wants_logits), context.call = context.call, None
+    CALL_CONTEXT.reset(token)
+    if isinstance(output, ModelOutput) and wants_router_logits(backbone.config, wants_logits):
+        return routed_output(output, router_logits=router_logits(context))
+    return None
+
+
+def wants_router_logits(config: Any, given: bool | None) -> bool:
+    """Whether a call returns its router logits; tools set the field on the decoder's config."""
+    if given is not None:
+        return given
+    return bool(config.output_router_logits or config.get_text_config(decoder=True).output_router_logits)
+
+
+def _hand_down(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Hook before the decoder: check what reaches it, and pass the context on to the layers."""
+    context = CALL_CONTEXT.get()
+    if context is None:
+        return None
+    tokens = kwargs.get("inputs_embeds")
+    tokens = kwargs.get("input_ids") if tokens is None else tokens
+    if tokens is not None:
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        given = (kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, decoder.max_positions)
+        check_mask_and_positions(tokens, *given)
+    return args, {**kwargs, "routing_context": context}

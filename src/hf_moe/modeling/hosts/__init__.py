@@ -1,0 +1,1 @@
+"""Hosts of this library, one in a file."""
