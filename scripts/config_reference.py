@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from hf_moe import HfMoeConfig, MoeConfig, list_mechanisms, list_systems
 from hf_moe.configuration.checks import Interval, in_words, option_hints
+from hf_moe.configuration.composed_config import ComposedConfig
 from hf_moe.modeling.mechanisms import get_mechanism
 
 
@@ -24,8 +25,10 @@ INTRODUCTION = """\
 
 Written from the code by `make docs`; edit the docstrings, not this file.
 
-A model is described by one `HfMoeConfig`: a decoder, a vision tower, a connector, and a `moe_config` that says which
-layers are mixtures of experts and what they are made of. A published system fills the `moe_config`:
+A model is described by one `HfMoeConfig`: the config of its host, every field under its own name, and a `moe_config`
+that says which layers of the host's decoder are mixtures of experts and what they are made of. The host is any model of
+Transformers with a language head, by its `host_type`, or one that is put together from a decoder, a vision tower and a
+connector. A published system fills the `moe_config`:
 
 ```python run
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -39,6 +42,12 @@ config = HfMoeConfig.from_system(
     image_token_id=31999,
     moe_config={"num_experts": 8},  # overrides the preset's
 )
+```
+
+```python run
+from transformers import Qwen2_5_VLConfig
+
+config = HfMoeConfig.on_host(Qwen2_5_VLConfig(), "Qwen2_5_VLForConditionalGeneration", moe_config={"num_experts": 4})
 ```
 
 A mechanism is named by a dict, `{"name": "top_k", "norm_topk_prob": false}`; without options its name alone will do.
@@ -120,7 +129,7 @@ def own_mechanisms(kind: str) -> list[str]:
 
 def reference() -> str:
     """Return the text of docs/configuration.md."""
-    sections = [INTRODUCTION, config_section(HfMoeConfig), config_section(MoeConfig)]
+    sections = [INTRODUCTION, *map(config_section, (HfMoeConfig, ComposedConfig, MoeConfig))]
     for kind, (title, introduction) in KINDS.items():
         sections += [
             f"## {title}\n\n{introduction}\n",
