@@ -26,9 +26,9 @@ INTRODUCTION = """\
 Written from the code by `make docs`; edit the docstrings, not this file.
 
 A model is described by one `HfMoeConfig`: the config of its host, every field under its own name, and a `moe_config`
-that says which layers of the host's decoder are mixtures of experts and what they are made of. The host is any model of
-Transformers with a language head, by its `host_type`, or one that is put together from a decoder, a vision tower and a
-connector. A published system fills the `moe_config`:
+that says which layers of the host's decoder are mixtures of experts and what they are made of. The host is any model
+of Transformers with a language head, by its `host_type`, or one that is put together from a decoder, a vision tower
+and a connector. A published system fills the `moe_config`:
 
 ```python run
 from transformers import CLIPVisionConfig, LlamaConfig

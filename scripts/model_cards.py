@@ -24,7 +24,14 @@ from hf_moe.training.run import run_recipe
 
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
-RECIPES = ("easyvqa_demo", "smollm2_easyvqa", "anyexperts_easyvqa", "evomoe_easyvqa", "smollm2_opposite_tasks")
+RECIPES = (
+    "easyvqa_demo",
+    "smollm2_easyvqa",
+    "anyexperts_easyvqa",
+    "evomoe_easyvqa",
+    "moe_llava_easyvqa",
+    "smollm2_opposite_tasks",
+)
 PICTURE = "routing.png"
 
 
