@@ -14,11 +14,12 @@ from hf_moe.construction.conversion import convert_router, set_objectives
 from hf_moe.modeling.experts.ffn import FfnExperts
 from hf_moe.modeling.objectives.load_balance import LoadBalance
 from hf_moe.modeling.objectives.slot_budget import SlotBudget
+from hf_moe.modeling.parts import host_parts
 from hf_moe.modeling.registry import build
 from hf_moe.modeling.routers.anyexperts import AnyExpertsRouter
 from hf_moe.modeling.routers.top_k import TopKRouter
 from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext, RoutingOverrides
-from hf_moe.training.parts import part_of, selects, train_only
+from hf_moe.training.parts import selects, train_only
 from hf_moe.training.recipe import load_recipe
 
 
@@ -292,10 +293,10 @@ def allocate(change=None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     if change is not None:
         change(layer.gate)
     rate = stage.training["learning_rate"]
-    groups = []
+    groups, parts = [], host_parts(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scales = [scale for key, scale in stage.learning_rate_scales.items() if selects(key, name, part_of(name))]
+            scales = [scale for key, scale in stage.learning_rate_scales.items() if selects(key, name, parts)]
             groups.append({"params": [parameter], "lr": rate * math.prod(scales)})
     train(groups, stage.training["max_steps"])
     tokens, _, group = task.batch(4096)

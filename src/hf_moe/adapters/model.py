@@ -31,7 +31,7 @@ from .hosts import enclosing_layer, is_bidirectional, is_layer, is_linear, known
 from .index import drop_indices
 from .layer import Linear, MoeLoraLayer, tuner_layers
 from .objectives import install_hooks
-from .parts import part_of
+from .parts import part_of, parts_of
 from .routers import HostRouter, PooledRouter, SoftMoaRouter
 from .routing import OUTPUT_EXPERTS, adapted_layer_class
 from .targets import LayerOutput, ParamWrapper, WholeModule
@@ -70,6 +70,7 @@ class MoeLoraModel(BaseTuner):
         self._specs: list[MoELayerSpec] = []
         # Why targets cannot be adapted, and which.
         self._refused: dict[str, list[str]] = {}
+        self._parts = parts_of(model)
         config = self.peft_config[adapter_name]
         # Before PEFT makes a list of names of "all-linear".
         self._named = config.target_modules if isinstance(config.target_modules, set) else set()
@@ -121,7 +122,7 @@ class MoeLoraModel(BaseTuner):
 
     def _is_in_part(self, peft_config: MoeLoraConfig, key: str) -> bool:
         """Whether `key` lies in the part of a multimodal model that is adapted."""
-        return peft_config.model_part is None or part_of(self.model, key) in (None, peft_config.model_part)
+        return peft_config.model_part is None or part_of(self._parts, key) in (None, peft_config.model_part)
 
     def _check_target_module_compatiblity(self, config: MoeLoraConfig, model: nn.Module, target_name: str) -> None:
         # PEFT knows modules whose weights kernels take, and asks it of its own methods alone.

@@ -3,18 +3,22 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..modeling.parts import HostParts, host_parts
+
 
 PARTS = ("language_model", "towers")
 
 
-def part_of(model: nn.Module, key: str) -> str | None:
-    """Return the part that module `key` lies in; `None` for a head, and where all of the model is one part."""
+def parts_of(model: nn.Module) -> HostParts | None:
+    """Return the parts of a model; `None` where all of it is one part, and of encoder-decoders."""
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return None
-    whole, decoder = model.base_model, model.get_decoder()
-    if decoder is whole or decoder is model:
+    parts = host_parts(model)
+    return parts if parts.towers or parts.connectors else None
+
+
+def part_of(parts: HostParts | None, key: str) -> str | None:
+    """Return the part that module `key` lies in; `None` for a head, and where all of the model is one part."""
+    if parts is None or key in parts.embeddings:
         return None
-    names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
-    if f"{key}.".startswith(names[decoder]):
-        return "language_model"
-    return "towers" if key.startswith(names[whole]) else None
+    return "towers" if parts.holder(key) is not None else "language_model"

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from ..modeling.gating import check_choice
 from ..modeling.host import FFN_NAMES, decoder_layers
+from ..modeling.parts import HostParts, host_parts, text_decoder
 
 
-PARTS = ("attention", "feed_forward", "experts", "router", "connector", "vision_tower")
+PARTS = ("attention", "feed_forward", "experts", "router", "connector", "tower", "vision_tower")
 
 # Fields of `LoraConfig` that choose targets. PEFT would not hold full names, which parts become, against the layers.
 FROM_PARTS = {"target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"}
@@ -41,7 +42,7 @@ def lora_targets(model: PreTrainedModel, parts: Iterable[str] = ("attention", "e
     Args:
         model: a model of this library, with the package's code or its own.
         parts: of `"attention"`; `"feed_forward"`, the dense ones; `"experts"`, routed and shared ones; `"router"`;
-            `"connector"`; `"vision_tower"`.
+            `"connector"`; `"tower"`, all towers, or `"vision_tower"`, that for images.
 
     Raises:
         ValueError: if a part is unknown or the model has nothing of it that LoRA could adapt.
@@ -196,24 +197,30 @@ def _adapted_parameters(model: PeftModel, adapter_name: str) -> Iterator[tuple[s
 
 def _parameters_of(model: PreTrainedModel, part: str) -> Iterator[str]:
     """Yield the names of the matrices and stacks of a part that LoRA can adapt."""
-    layers = decoder_layers(model.get_decoder())
+    parts = host_parts(model)
+    layers = decoder_layers(text_decoder(model))
     prefix = next(name for name, module in model.named_modules() if module is layers)
     for name, parameter in model.named_parameters():
         module_name, _, own_name = name.rpartition(".")
         linear = isinstance(model.get_submodule(module_name), nn.Linear)
         stacked = not linear and parameter.dim() in (2, 3)
-        if "bias" not in own_name and (linear or stacked) and _part_of(name, prefix) == part:
+        if "bias" not in own_name and (linear or stacked) and part in _parts_of(name, prefix, parts):
             if linear or part in ("experts", "router"):
                 yield name
 
 
-def _part_of(name: str, layers: str) -> str | None:
-    """Return the part that a parameter belongs to; `layers` is the name of the decoder's list of layers."""
+def _parts_of(name: str, layers: str, parts: HostParts) -> tuple[str, ...]:
+    """Return the parts that a parameter belongs to; `layers` is the name of the decoder's list of layers."""
+    holder = parts.holder(name)
+    if holder is not None:
+        if holder in parts.connectors:
+            return ("connector",)
+        return ("tower", "vision_tower") if "image" in parts.modalities[holder] else ("tower",)
     if not name.startswith(f"{layers}."):
-        return next((part for part in ("connector", "vision_tower") if name.startswith(f"model.{part}.")), None)
+        return ()
     inside = name.removeprefix(f"{layers}.").split(".")[1:]  # without the number of the layer
     if inside[0] not in FFN_NAMES:
-        return "attention"
+        return ("attention",)
     if inside[1] == "gate":
-        return "router"
-    return "experts" if "expert" in inside[1] else "feed_forward"
+        return ("router",)
+    return ("experts",) if "expert" in inside[1] else ("feed_forward",)

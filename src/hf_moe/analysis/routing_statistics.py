@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.parts import host_parts, part_of
 from ..modeling.routing import NUM_MODALITIES, ExpertAssignment, RoutingContext
 
 
@@ -130,15 +131,15 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
     """Return the decoder parameters that work on an average token of each modality the statistics saw.
 
     Everything of the language side outside the routed experts counts in full, but for what a router keeps for other
-    modalities than the token's; an expert counts by the share of tokens that used it. The vision tower and the
-    connector work per image, not per token, and are left out.
+    modalities than the token's; an expert counts by the share of tokens that used it. Towers and connectors work per
+    image, video or sound, not per token, and are left out.
     """
     layers = model.moe_layers()
     experts = {layer: _expert_sizes(module) for layer, module in layers.items()}
-    decoder = sum(p.numel() for p in model.model.language_model.parameters())
-    head = model.get_output_embeddings().weight
-    tied = head is model.get_input_embeddings().weight
-    always = decoder - sum(int(sizes.sum()) for sizes in experts.values()) + (0 if tied else head.numel())
+    parts = host_parts(model)
+    encoding = ("tower", "connector")
+    always = sum(p.numel() for name, p in model.named_parameters() if part_of(name, parts) not in encoding)
+    always -= sum(int(sizes.sum()) for sizes in experts.values())
     always -= sum(layer.router.idle_parameters() for layer in layers.values())
     active = {}
     for row, name in enumerate(MODALITIES):

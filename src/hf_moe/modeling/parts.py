@@ -115,7 +115,7 @@ def host_parts(model: nn.Module) -> HostParts:
     for tower in towers:
         shared = {name for child in connectors for name in served[paths[child]]}
         if shared.isdisjoint(served[paths[tower]]):
-            ends = _connector_in(tower, decoder.config.hidden_size)
+            ends = _connector_in(tower, getattr(decoder.config, "hidden_size", None))
             served |= {paths[child]: served[paths[tower]] for child in ends}
             within += ends
     return HostParts(
@@ -222,7 +222,7 @@ def _names(code: CodeType) -> list[str]:
     return [*code.co_names, *(name for item in code.co_consts if isinstance(item, CodeType) for name in _names(item))]
 
 
-def _connector_in(tower: nn.Module, width: int) -> list[nn.Module]:
+def _connector_in(tower: nn.Module, width: int | None) -> list[nn.Module]:
     """Return the children of a tower that project what its layers return to the decoder's width, in their order.
 
     The order of use is that of the code: modules may be listed in any (Qwen3-Omni lists its mergers first).
@@ -245,9 +245,13 @@ def _projected(module: nn.Module) -> set[int]:
 
 
 def _embeddings(root: PreTrainedModel, decoder: PreTrainedModel) -> list[nn.Module]:
-    # Hosts may wrap an embedding in a module of theirs, and those that share it with the head have it twice.
-    own = [child for child in decoder.children() if isinstance(child, nn.Embedding)]
-    found = [decoder.get_input_embeddings(), *own, root.get_output_embeddings()]
+    try:
+        tokens = decoder.get_input_embeddings()
+    except NotImplementedError:  # as in encoders of sounds
+        tokens = None
+    # Those of positions, and of further kinds; hosts may wrap that of the tokens in a module of theirs.
+    others = [child for child in decoder.children() if isinstance(child, nn.Embedding)]
+    found = [tokens, *others, root.get_output_embeddings()]
     return list(dict.fromkeys(module for module in found if module is not None))
 
 

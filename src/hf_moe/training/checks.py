@@ -26,9 +26,10 @@ from ..construction.pretrained import PACKAGED, local_config
 from ..data.sources import DATASETS, check_source
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.parts import host_parts
 from ..modeling.registry import build
 from .constructions import construct_stage, evolution_of
-from .parts import part_of, selects, train_only
+from .parts import Selector, selects, train_only
 from .schema import Range, fit
 from .sections import Count, Recipe, Stage
 
@@ -172,7 +173,8 @@ def check_model(recipe: Recipe, place: str) -> None:
     else:
         for stage in recipe.stages or [Stage(recipe.name, recipe.trainable)]:
             with named(f"trainable of the {place}"):
-                train_only(torch.nn.Module(), stage.trainable)
+                for selector in stage.trainable:
+                    Selector.read(selector)
 
 
 def _fresh_config(source: dict[str, Any]) -> Any:
@@ -225,16 +227,19 @@ def check_stages(config: HfMoeConfig, recipe: Recipe, place: str) -> None:
 
 
 def _check_trained(model: Any, stage: Stage, first: set[str], where: str, has_tower: bool) -> None:
+    # A tower and its connector that are put beside a decoder are not part of what is tried here.
+    def unseen(selector: str) -> bool:
+        return has_tower and Selector.read(selector).part in ("tower", "connector")
+
     with named(f"trainable of {where}"):
         counts = train_only(model, stage.trainable, first)
-    # The tower and its connector are not part of what is tried here.
-    unseen = has_tower and any(item.partition("/")[0] in ("vision_tower", "connector") for item in stage.trainable)
-    if not counts and not unseen:
+        nothing = not counts and not any(map(unseen, stage.trainable))
+    if nothing:
         raise ValueError(f"trainable={stage.trainable} of {where} selects no parameter: nothing would be trained.")
+    parts = host_parts(model)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for selector in stage.learning_rate_scales:
         with named(f"learning_rate_scales of {where}"):
-            train_only(torch.nn.Module(), [selector])
-        trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-        seen = selector.partition("/")[0] not in ("vision_tower", "connector")
-        if seen and not any(selects(selector, name, part_of(name)) for name in trained):
+            seen = not unseen(selector)
+        if seen and not any(selects(selector, name, parts) for name in trained):
             raise ValueError(f"learning_rate_scales of {where}: {selector!r} selects nothing that is trained there.")

@@ -1,39 +1,70 @@
 """The parts of a model, for freezing and training them by name."""
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 
 import torch
 from torch import nn
 
+from ..modeling.parts import ENCODED, PARTS, HostParts, host_parts, part_of
 
-PARTS = ("vision_tower", "connector", "routers", "experts", "embeddings", "backbone")
+
+# What older recipes call the tower, which was for images.
+VISION_TOWER = "vision_tower"
 
 
-def part_of(name: str) -> str:
-    """Return the part that a parameter of a `HfMoeForConditionalGeneration` belongs to.
+@dataclass(frozen=True)
+class Selector:
+    """Which parameters a recipe means: `part`, `part/modality`, `part/pattern` or `part/modality/pattern`.
 
-    `routers` are the gates and the residual mixes, `experts` the routed and the shared ones, `embeddings` the token
-    embeddings and the head, `backbone` everything else of the decoder.
+        tower               all towers, whatever the host calls them
+        tower/audio         the tower that hears; connectors go by modality as well
+        routers/importance_*  the parameters of routers whose own name fits the pattern
+
+    Attributes:
+        part: of [`PARTS`].
+        modality: of the tower or the connector; `None` for all.
+        pattern: of the last component of a parameter's name.
     """
-    if "vision_tower." in name:
-        return "vision_tower"
-    if "connector." in name:
-        return "connector"
-    if ".gate." in name or ".residual_mix." in name:
-        return "routers"
-    if ".experts." in name or ".shared_expert." in name:
-        return "experts"
-    if ".embed" in name or ".wte." in name or name.startswith("lm_head."):
-        return "embeddings"
-    return "backbone"
+
+    part: str
+    modality: str | None = None
+    pattern: str = "*"
+
+    @classmethod
+    def read(cls, text: str) -> "Selector":
+        """Return the selector that a recipe writes.
+
+        Raises:
+            ValueError: if there is no such part, or it has no modalities.
+        """
+        part, *rest = text.split("/")
+        modality = rest.pop(0) if rest and rest[0] in ENCODED else None
+        if part == VISION_TOWER:
+            part, modality = "tower", modality or "image"
+        if part not in PARTS or len(rest) > 1:
+            raise ValueError(
+                f"Unknown parts {[text]}: allowed are {', '.join(PARTS)}, each with /pattern of parameters' names; "
+                f"tower and connector also with /{', /'.join(ENCODED)}."
+            )
+        if modality is not None and part not in ("tower", "connector"):
+            raise ValueError(f"{text!r}: {part} has no part for {modality} alone, only tower and connector have.")
+        return cls(part, modality, rest[0] if rest and rest[0] else "*")
+
+    def selects(self, name: str, part: str, parts: HostParts) -> bool:
+        """Whether a parameter of that part is meant."""
+        if part != self.part or not fnmatchcase(name.rpartition(".")[2], self.pattern):
+            return False
+        holder = parts.holder(name)
+        # A parameter on its own, such as LLaVA-NeXT's `image_newline`, serves whatever the connectors do.
+        return self.modality is None or holder is None or self.modality in parts.modalities[holder]
 
 
-def selects(selector: str, name: str, part: str) -> bool:
-    """Whether `"<part>"` or `"<part>/<pattern of the last component>"` selects a parameter of that part."""
-    wanted, _, pattern = selector.partition("/")
-    return wanted == part and fnmatchcase(name.rpartition(".")[2], pattern or "*")
+def selects(selector: str, name: str, parts: HostParts) -> bool:
+    """Whether a recipe's selector means a parameter of a model with those parts, see [`Selector`]."""
+    return Selector.read(selector).selects(name, part_of(name, parts), parts)
 
 
 def train_only(model: nn.Module, parts: Iterable[str], experts: Collection[str] = ()) -> dict[str, int]:
@@ -42,16 +73,15 @@ def train_only(model: nn.Module, parts: Iterable[str], experts: Collection[str] 
     What no gradient can reach stays frozen: parameters that the model says are unreachable, and quantised ones.
 
     Args:
-        parts: names of [`PARTS`], or `"routers/importance_*"` for those parameters of a part.
+        parts: what to train, see [`Selector`]: `"connector"`, `"tower/audio"`, `"routers/importance_*"`.
         experts: parameters of a dense model that count as `experts`, being those of an expert-to-be.
 
     Raises:
-        ValueError: if a part is unknown.
+        ValueError: if a part is unknown, or a modality is one that no tower of the model is for.
     """
-    wanted = set(parts)
-    unknown = {part for part in wanted if part.partition("/")[0] not in PARTS}
-    if unknown:
-        raise ValueError(f"Unknown parts {sorted(unknown)}: allowed are {', '.join(PARTS)}, each with /pattern.")
+    wanted = [Selector.read(text) for text in parts]
+    places = host_parts(model)
+    _check_modalities(wanted, places, type(model).__name__)
     unreachable = {
         id(module.get_parameter(name))
         for module in model.modules()
@@ -59,12 +89,28 @@ def train_only(model: nn.Module, parts: Iterable[str], experts: Collection[str] 
     }
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = "experts" if name in experts else part_of(name)
-        chosen = any(selects(selector, name, part) for selector in wanted)
+        part = "experts" if name in experts else part_of(name, places)
+        chosen = any(selector.selects(name, part, places) for selector in wanted)
         parameter.requires_grad_(chosen and parameter.is_floating_point() and id(parameter) not in unreachable)
         if parameter.requires_grad:
             counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
+
+
+def _check_modalities(wanted: list[Selector], places: HostParts, model: str) -> None:
+    """Refuse `tower/audio` of a model that sees and does not hear.
+
+    Raises:
+        ValueError: naming the modalities that the model has.
+    """
+    for selector in wanted:
+        paths = places.towers if selector.part == "tower" else places.connectors
+        known = {modality for path in paths for modality in places.modalities[path]}
+        if paths and selector.modality is not None and selector.modality not in known:
+            raise ValueError(
+                f"{selector.part}/{selector.modality}: {model} has a {selector.part} for "
+                f"{' and '.join(item for item in ENCODED if item in known)} alone."
+            )
 
 
 def fingerprints(model: nn.Module) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from .arguments import training_arguments
 from .constructions import construct_stage, evolution_of
 from .job import STAGE_FILE, run_trainer, say, stage_folders
-from .parts import refuse_strayed, train_only
+from .parts import Selector, refuse_strayed, train_only
 from .sections import Recipe, Stage
 from .trainer import HfMoeTrainer
 
@@ -165,7 +165,7 @@ def image_features(
 ) -> FeatureCache | None:
     """Return the features of all images of a run; `None` without a tower, or where the tower is trained."""
     tower = model.model.vision_tower
-    if tower is None or any(selector.partition("/")[0] == "vision_tower" for selector in trainable):
+    if tower is None or any(Selector.read(selector).part == "tower" for selector in trainable):
         return None
     tower.requires_grad_(False)
     parts = [part for part in rows.values() if "images" in part.column_names]

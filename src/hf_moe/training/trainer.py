@@ -19,7 +19,8 @@ from ..hub.adapter import check_base
 from ..hub.card import write_card
 from ..hub.push import PushResult, push_checkpoint
 from ..modeling.base import HfMoePreTrainedModel
-from .parts import part_of, selects
+from ..modeling.parts import host_parts
+from .parts import selects
 
 
 class HfMoeTrainer(Trainer):
@@ -59,9 +60,10 @@ class HfMoeTrainer(Trainer):
             return self.optimizer
         optimizer = super().create_optimizer(*args, **kwargs)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
+        parts = host_parts(self.model)
         for selector, scale in self.learning_rate_scales.items():
             for group in list(optimizer.param_groups):
-                chosen = [p for p in group["params"] if selects(selector, names[p], part_of(names[p]))]
+                chosen = [p for p in group["params"] if selects(selector, names[p], parts)]
                 if chosen:
                     group["params"] = [p for p in group["params"] if all(p is not other for other in chosen)]
                     optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * scale})
