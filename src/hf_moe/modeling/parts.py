@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .moe_layer import MoELayer
+
 
 PARTS = ("tower", "connector", "routers", "experts", "embeddings", "backbone")
 ENCODED = ("image", "video", "audio")
@@ -256,6 +258,8 @@ def _embeddings(root: PreTrainedModel, decoder: PreTrainedModel) -> list[nn.Modu
 
 
 def _moe_layers(root: nn.Module) -> list[nn.Module]:
-    # Asked of the model: its code may be the copy in a checkpoint, whose classes are not those here.
+    # Asked of the model where it can tell: its code may be the copy in a checkpoint, whose classes are not those here.
     holder = next((module for module in root.modules() if hasattr(module, "moe_layers")), None)
-    return [] if holder is None else list(holder.moe_layers().values())
+    if holder is None:
+        return [module for module in root.modules() if isinstance(module, MoELayer)]
+    return list(holder.moe_layers().values())

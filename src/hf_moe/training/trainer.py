@@ -35,6 +35,9 @@ class HfMoeTrainer(Trainer):
     `remove_unused_columns` to `False`, since it reads columns that the model does not, and for a streamed data set
     `dispatch_batches` to `False`, since a batch of B rows and N images cannot be cut along its first dimension.
 
+    On several processes a host of Transformers trains with `ddp_find_unused_parameters`, unless the arguments say
+    otherwise: its towers get no gradient in a batch of text alone, and some have parameters that never get one.
+
     Args:
         learning_rate_scales: factors on the learning rate of parts of the model, named as in [`train_only`].
     """
@@ -47,6 +50,9 @@ class HfMoeTrainer(Trainer):
             config = given["args"].accelerator_config
             if config.dispatch_batches is None and isinstance(given.get("train_dataset"), IterableDataset):
                 config.dispatch_batches = False
+        if _is_hosted(given.get("model")) and given.get("args") is not None:
+            if given["args"].ddp_find_unused_parameters is None:
+                given["args"].ddp_find_unused_parameters = True
         super().__init__(*args, **kwargs)
         self._objective_sums: dict[str, torch.Tensor] = {}
         self._objective_steps = 0
@@ -175,3 +181,8 @@ class HfMoeTrainer(Trainer):
             "versions": versions(),
             "machine": machine(),
         }
+
+
+def _is_hosted(model: Any) -> bool:
+    """Whether a model is a host of Transformers, and not one that is put together."""
+    return getattr(getattr(model, "config", None), "host_type", None) is not None
