@@ -1,4 +1,4 @@
-"""Two processes train a host as one does: with a tower that has unreachable parameters, and where one has text alone."""
+"""Two processes train a host as one does: with unreachable parameters, and where one of them has text alone."""
 
 import os
 import socket
@@ -118,8 +118,8 @@ def train(name: str, pictured: tuple[bool, ...], folder, batch_size: int, **opti
     return {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
 
 
-# Of two steps, the rows of each process: all have images, or one process has text alone. Without checkpointing `Trainer`
-# itself looks for unused parameters.
+# The rows of two processes and two steps: all have images, or one process has text alone. Without checkpointing
+# `Trainer` itself looks for unused parameters.
 CHECKPOINTING = {"gradient_checkpointing": True}
 CASES = {
     "gemma3 with an unreachable head": ("gemma3", (True,) * 4, CHECKPOINTING),
