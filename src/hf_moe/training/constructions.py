@@ -62,5 +62,6 @@ def evolution_of(stage: Stage, model: Any, seed: int) -> ExpertEvolution | None:
     if stage.evolve is None:
         return None
     options: dict[str, Any] = {"seed": seed, **stage.evolve}
-    layers = MoeConfig(layers=options.pop("layers")).moe_layers(model.config.text_config.num_hidden_layers)
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = MoeConfig(layers=options.pop("layers")).moe_layers(depth)
     return ExpertEvolution(layers, **options)
