@@ -63,7 +63,7 @@ def test_jsonl_path_takes_the_split(tmp_path, write_jsonl):
         ({"question": "?"}, "Row 1 .* list 'messages'"),
         (plain_row(image="lost.png"), "Row 1 .* no image .*lost.png"),
         ({"messages": [{"role": "user"}]}, "Row 1 .* 'role' and 'content'"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "Row 1 .* 'image' or 'text'"),
+        ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "Row 1 .* 'text', 'image'"),
     ],
 )
 def test_jsonl_errors_name_the_row(write_jsonl, row, message):

@@ -3,13 +3,15 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset, Image, IterableDataset, List
+from datasets import Audio, Dataset, Image, IterableDataset, List, Video
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from PIL import Image as PILImage
 
 from ..modeling.image_loading import decode_image, read_image
+from .rows import MEDIA_COLUMNS
 
 
 def read_row_image(image: Any) -> tuple[str, Any]:
@@ -58,8 +60,8 @@ def pixel_key(picture: PILImage.Image) -> bytes:
 
 
 def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return the rows with images as paths or bytes, so that reading a row decodes nothing."""
-    for name in {"images", "image"} & set(rows.features or ()):
+    """Return the rows with images, videos and sounds as paths or bytes, so that reading a row decodes nothing."""
+    for name in sorted(set(MEDIA_COLUMNS) & set(rows.features or ())):
         feature = _undecoded_feature(rows.features[name])
         if feature != rows.features[name]:
             with _without_bars():
@@ -83,4 +85,4 @@ def _without_bars() -> Iterator[None]:
 def _undecoded_feature(feature: Any) -> Any:
     if isinstance(feature, List):
         return List(_undecoded_feature(feature.feature), length=feature.length)
-    return Image(mode=feature.mode, decode=False) if isinstance(feature, Image) else feature
+    return replace(feature, decode=False) if isinstance(feature, Image | Audio | Video) else feature
