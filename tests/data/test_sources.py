@@ -126,7 +126,7 @@ def test_hub_rows_without_messages_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "source, error, message",
     [
-        ({"file": "x"}, ValueError, "one of the keys image_folder, hub, path, name"),
+        ({"file": "x"}, ValueError, "one of the keys image_folder, video_folder, audio_folder, hub, path, name"),
         ({"name": "easy_vqb"}, ValueError, "known: easy_vqa"),
         ({"hub": "a/b", "streeming": True}, ValueError, "Did you mean 'streaming'"),
         ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl"),

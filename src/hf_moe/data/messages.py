@@ -21,6 +21,7 @@ PLACEHOLDERS = {kind: f"<{kind}>" for kind in KINDS}
 SOURCE_KEYS = {kind: (kind, "url", "path", "base64", f"{kind}_url") for kind in KINDS}
 SOURCE_NUMBERS = {"image": (), "video": ("fps",), "audio": ("sampling_rate",)}
 PART_KINDS = {name: kind for kind in KINDS for name in (kind, f"{kind}_url")}
+PARTS = {"image": "an image part", "video": "a video part", "audio": "an audio part"}
 NAMES = {"image": "an image", "video": "a video", "audio": "a sound"}
 Message = dict[str, Any]
 
@@ -199,8 +200,7 @@ def _read_part(part: Any, role: str, index: int, filled: bool) -> dict[str, Any]
         )
     if part.get("text"):
         raise ValueError(
-            f"has message {index} with {NAMES[kind].partition(' ')[0]} {kind} part that has text too: {part!r:.100}. "
-            "Make it two parts."
+            f"has message {index} with {PARTS[kind]} that has text too: {part!r:.100}. Make it two parts."
         )
     return {"type": kind, **_fields(part, ("type", "text", *SOURCE_KEYS[kind], *SOURCE_NUMBERS[kind]), filled)}
 
@@ -209,9 +209,7 @@ def _source(part: Mapping[str, Any], kind: str) -> Any:
     """Return what a part brings, `None` if it brings nothing."""
     given_keys = [name for name in SOURCE_KEYS[kind] if part.get(name) is not None]
     if len(given_keys) > 1:
-        raise ValueError(
-            f"has {NAMES[kind].partition(' ')[0]} {kind} part with {' and '.join(given_keys)}: keep one of them."
-        )
+        raise ValueError(f"has {PARTS[kind]} with {' and '.join(given_keys)}: keep one of them.")
     numbers = {name: part[name] for name in SOURCE_NUMBERS[kind] if part.get(name) is not None}
     if not given_keys:
         if numbers:

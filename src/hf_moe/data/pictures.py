@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import fsspec
 from datasets import Audio, Dataset, Image, IterableDataset, List, Video
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from PIL import Image as PILImage
 
-from ..modeling.image_loading import decode_image, read_image
+from ..modeling.image_loading import decode_image, read_encoded, read_image
 from .rows import MEDIA_COLUMNS
 
 
@@ -28,6 +29,22 @@ def read_row_image(image: Any) -> tuple[str, Any]:
         except Exception as error:  # of any file system
             raise ValueError(f"the file {path} cannot be read as a picture: {error}") from error
     return read_image(image)
+
+
+def read_row_file(source: Any, noun: str) -> tuple[str, bytes] | None:
+    """Return the name and the bytes of a row's video or sound, see [`read_encoded`].
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if isinstance(source, str) and source.partition("://")[0] not in ("http", "https", "file", source):
+        # A record of a stream points into a repository or an archive.
+        try:
+            with fsspec.open(source, "rb") as file:
+                return f"the file {source}", file.read()
+        except Exception as error:  # of any file system
+            raise ValueError(f"the file {source} cannot be read: {error}") from error
+    return read_encoded(source, noun)
 
 
 def open_row_images(images: list[Any]) -> list[PILImage.Image]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers.audio_utils import load_audio
 
-from ..modeling.image_loading import read_encoded
+from .pictures import read_row_file
 
 
 # Under one of these keys a record holds a sound; a `path` beside `bytes` or `array` is only a name.
@@ -70,7 +70,7 @@ def read_sound(sound: Any) -> tuple[str, Any, int | None]:
     if isinstance(sound, list | tuple) or hasattr(sound, "__array__"):
         array = sound if hasattr(sound, "__array__") else np.asarray(sound)
         return f"the array of shape {tuple(array.shape)}", array, None
-    encoded = read_encoded(sound, "sound")
+    encoded = read_row_file(sound, "sound")
     if encoded is None:
         raise ValueError(f"{sound!r:.100} ({type(sound).__name__}) is not a sound; a sound is {FORMS}")
     return *encoded, None
@@ -99,7 +99,7 @@ def _read_record(record: Mapping[str, Any]) -> tuple[str, Any, int | None]:
     given_rate = record.get("sampling_rate")
     if given_rate is None:
         return name, content, rate
-    if isinstance(given_rate, bool) or int(given_rate) != given_rate or given_rate < 1:
+    if isinstance(given_rate, bool) or not isinstance(given_rate, int | float | np.integer) or not given_rate >= 1:
         raise ValueError(f"{name} has sampling_rate={given_rate!r}: it is the number of samples per second")
     return name, content, int(given_rate)
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from transformers.video_utils import VideoMetadata, load_video
 
-from ..modeling.image_loading import read_encoded
-from .pictures import decode_image, read_row_image
+from ..modeling.image_loading import decode_image
+from .pictures import read_row_file, read_row_image
 
 
 # Under one of these keys a record holds a video; `fps` is a number beside it; a `path` beside `bytes` is only a name.
@@ -87,7 +87,7 @@ def read_video(video: Any) -> tuple[str, Any, float | None]:
         return f"the folder {os.fspath(video)}", frame_files(Path(video)), None
     if isinstance(video, str | os.PathLike) and os.path.isfile(video):
         return f"the file {os.fspath(video)}", *_encoded(Path(video))
-    encoded = read_encoded(video, "video")
+    encoded = read_row_file(video, "video")
     if encoded is None:
         raise ValueError(f"{video!r:.100} ({type(video).__name__}) is not a video; a video is {FORMS}")
     return encoded[0], *_encoded(encoded[1])
