@@ -15,7 +15,7 @@ RATE = 16000
 TEXT = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024,
-    "pad_token_id": 256, "bos_token_id": None, "eos_token_id": 258,
+    "pad_token_id": 257, "bos_token_id": None, "eos_token_id": 256,
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
