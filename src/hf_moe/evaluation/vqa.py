@@ -49,8 +49,8 @@ def predict_answers(
     """Return the model's answer to every row, whose last assistant turn it does not see.
 
     Where every candidate is one token, one prefill per question answers it: the likeliest token of the whole
-    vocabulary. Otherwise, and with `generate`, answers are generated greedily. A host of Transformers always generates,
-    one token where the candidates are, since its own `generate` alone knows its positions.
+    vocabulary. Otherwise, and with `generate`, answers are generated greedily. A host of Transformers always
+    generates, one token where the candidates are, since its own `generate` alone knows its positions.
 
     Args:
         model: of this library, or any of Transformers that takes what the processor gives.
