@@ -231,7 +231,7 @@ def test_path_that_is_not_there_is_no_dataset_of_the_hub(source, key, tmp_path, 
 
 def test_dataset_out_of_reach_says_what_may_be_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no file or folder pictures/train, nor .*a folder of images or"):
+    with pytest.raises(FileNotFoundError, match="no file or folder pictures/train, nor .*a folder of images, "):
         load_rows("pictures/train")
 
 

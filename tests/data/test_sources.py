@@ -63,7 +63,7 @@ def test_jsonl_path_takes_the_split(tmp_path, write_jsonl):
         ({"question": "?"}, "Row 1 .* list 'messages'"),
         (plain_row(image="lost.png"), "Row 1 .* no image .*lost.png"),
         ({"messages": [{"role": "user"}]}, "Row 1 .* 'role' and 'content'"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "Row 1 .* 'image' or 'text'"),
+        ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "Row 1 .* 'text', 'image'"),
     ],
 )
 def test_jsonl_errors_name_the_row(write_jsonl, row, message):
@@ -126,7 +126,7 @@ def test_hub_rows_without_messages_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "source, error, message",
     [
-        ({"file": "x"}, ValueError, "one of the keys image_folder, hub, path, name"),
+        ({"file": "x"}, ValueError, "one of the keys image_folder, video_folder, audio_folder, hub, path, name"),
         ({"name": "easy_vqb"}, ValueError, "known: easy_vqa"),
         ({"hub": "a/b", "streeming": True}, ValueError, "Did you mean 'streaming'"),
         ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl"),

@@ -3,16 +3,18 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
+from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..modeling.processing_hf_moe import HfMoeProcessor
+from .placeholders import media_tokens
 from .text import TextProcessor
 
 
-AnyProcessor = HfMoeProcessor | TextProcessor
+AnyProcessor: TypeAlias = ProcessorMixin | TextProcessor
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 LINKS = {"tool_call_id"}  # names another message's tool call, which templates write by its order
 
@@ -34,6 +36,53 @@ class Answer:
     @property
     def end(self) -> int:
         return max(last for _, last in self.spans)
+
+
+@dataclass
+class Conversation:
+    """A rendered conversation.
+
+    Args:
+        text: each image, video and sound is a placeholder in it.
+        answers: in it.
+        is_open: whether something follows the last answer.
+    """
+
+    text: str
+    answers: list[Answer]
+    is_open: bool
+
+    def _positions(self) -> list[int]:
+        ends = {end for answer in self.answers for span in answer.spans for end in span}
+        return sorted({*ends, *(len(answer.prompt) for answer in self.answers), len(self.text)})
+
+    def marked(self, mark: str) -> str:
+        """Return the text with a mark wherever an answer begins or ends, and at its end."""
+        positions = self._positions()
+        pieces = (self.text[first:last] for first, last in zip([0, *positions], positions, strict=False))
+        return "".join(f"{piece}{mark}" for piece in pieces)
+
+    def expanded(self, marked: str, mark: str) -> "Conversation":
+        """Return the conversation whose marked text a processor has expanded.
+
+        Raises:
+            ValueError: if the marks are no longer those of [`marked`].
+        """
+        pieces, positions = marked.split(mark), self._positions()
+        if len(pieces) != len(positions) + 1:
+            raise ValueError(f"the processor changed the text beyond its placeholders: {marked!r:.200}")
+        *ends, _ = accumulate(map(len, pieces))
+        moved = dict(zip(positions, ends, strict=True))
+        text = "".join(pieces)
+        answers = [
+            Answer(
+                answer.index,
+                text[: moved[len(answer.prompt)]],
+                [(moved[first], moved[last]) for first, last in answer.spans],
+            )
+            for answer in self.answers
+        ]
+        return Conversation(text, answers, self.is_open)
 
 
 class ChatTemplate:
@@ -58,7 +107,7 @@ class ChatTemplate:
         self._adds_special_tokens = self._processor_adds_special_tokens()
 
     def _processor_adds_special_tokens(self) -> bool:
-        content: Any = "a" if self.processor.image_token is None else [{"type": "text", "text": "a"}]
+        content: Any = [{"type": "text", "text": "a"}] if media_tokens(self.processor) else "a"
         probe = [{"role": "user", "content": content}]
         try:
             text = self.render(probe, {}, add_generation_prompt=True)

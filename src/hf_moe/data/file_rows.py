@@ -1,34 +1,30 @@
-"""Rows of files as datasets: conversations in one form, image paths relative to the file, all columns of all rows."""
+"""Rows of files as datasets: conversations in one form, paths relative to the file, all columns of all rows."""
 
 import hashlib
 import json
-import os
 import pickle
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Value
 
-from ..modeling.image_loading import decode_image, read_image
 from .files import ROW_ERRORS, TABLES, plain, read_records
-from .messages import from_json, text_of, without_fill
-from .rows import MESSAGES, OPTION_COLUMNS, row_images, row_messages, template_options
+from .messages import KINDS, from_json, text_of, without_fill
+from .rows import MEDIA_COLUMNS, MESSAGES, OPTION_COLUMNS, row_media, row_messages, template_options
+from .stored import MEDIA_FEATURES, STORE
 
 
 TEXT_COLUMNS = ("question", "answer", "question_type", "id")
-READ_COLUMNS = ("messages", "conversations", "images", "image")
-URL = re.compile("data:|https?://|file://", re.IGNORECASE)
+READ_COLUMNS = ("messages", "conversations", *MEDIA_COLUMNS)
 
 
 def rows_of_file(file: Path) -> Dataset:
     """Return the rows of a file of JSON lines, JSON, CSV, Parquet or Arrow.
 
     Raises:
-        FileNotFoundError: if the file, or an image of a row, is not there.
+        FileNotFoundError: if the file, or an image, a video or a sound of a row, is not there.
         ValueError: naming the row that is not of an accepted form.
     """
     filled = file.suffix.lower() in TABLES
@@ -40,7 +36,7 @@ def rows_of_list(rows: Sequence[dict[str, Any]]) -> Dataset:
     """Return rows in memory as [`rows_of_file`] returns those of a file; paths are relative to the working folder.
 
     Raises:
-        FileNotFoundError: if an image of a row is not there.
+        FileNotFoundError: if an image, a video or a sound of a row is not there.
         ValueError: naming the row that is not of an accepted form, or if there is none.
     """
     if not rows:
@@ -65,7 +61,7 @@ def as_dataset(rows: Iterable[tuple[int, dict[str, Any]]], place: str) -> Datase
         for row in records:
             row["image_id"] = row["image_id"] if isinstance(row["image_id"], list) else [row["image_id"]]
     columns = {name: [row.get(name) for row in records] for name in names}
-    features = {"images": List(Image())}
+    features: dict[str, Any] = {name: feature for name, feature in MEDIA_FEATURES.items() if name in names}
     if any(has_fields(messages) for messages in columns["messages"]):
         # Fields that only some messages have are of many types, which one Arrow column does not hold.
         columns["messages"] = [json.dumps(messages) for messages in columns["messages"]]
@@ -114,17 +110,17 @@ def _check_types(name: str, values: list[Any], numbers: tuple[int, ...], place: 
 
 
 def read_row(row: Any, index: int, place: str, folder: Path, filled: bool = False) -> dict[str, Any]:
-    """Return a row with its messages and images in one form.
+    """Return a row with its messages, images, videos and sounds in one form.
 
     Args:
         row: as [`read_records`] gives it, or any other.
         index: of the row in its file.
         place: where the row comes from, for errors.
-        folder: from which the paths of images start.
+        folder: from which paths start.
         filled: whether Arrow may have filled fields.
 
     Raises:
-        FileNotFoundError: if an image is not there.
+        FileNotFoundError: if an image, a video or a sound is not there.
         ValueError: naming the row, if it is not of an accepted form.
     """
     try:
@@ -139,9 +135,10 @@ def _row(row: Any, folder: Path, filled: bool) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise ValueError(f"is {row!r:.100}: a row is an object with 'messages'.")
     row = {name: value for name, value in row.items() if value is not None}
-    if str(row.get("images")).startswith("["):  # a list in a cell
-        row["images"] = from_json(row["images"], "images")
-    messages, sources = plain(row_messages(row, filled)), row_images(row)
+    for name in MEDIA_COLUMNS:
+        if isinstance(row.get(name), str) and row[name].startswith("["):  # a list in a cell
+            row[name] = from_json(row[name], name)
+    messages, sources = plain(row_messages(row, filled)), row_media(row, "image")
     template_options(plain(row), filled)  # so that a fault is found here
     others = {name: plain(value) for name, value in row.items() if name not in READ_COLUMNS}
     if filled:
@@ -154,13 +151,19 @@ def _row(row: Any, folder: Path, filled: bool) -> dict[str, Any]:
             texts[name] = [text_of(value, name) for value in values] if several else text_of(values, name)
     if isinstance(texts.get("answers"), str):
         texts["answers"] = [texts["answers"]]
-    images = [_image(source, folder) for source in sources]
+    media = {
+        f"{kind}s": [STORE[kind](plain(source), folder) for source in row_media(row, kind)]
+        for kind in KINDS
+        if kind != "image"
+    }
+    images = [STORE["image"](source, folder) for source in sources]
     return {
         "image_id": [_name(source, image) for source, image in zip(sources, images, strict=True)],
         **others,
         **texts,
         "messages": messages,
         "images": images,
+        **{name: items for name, items in media.items() if items},
     }
 
 
@@ -170,35 +173,3 @@ def _name(source: Any, image: Any) -> str:
         return str(source)
     content = source if isinstance(source, bytes) else pickle.dumps(source)
     return hashlib.sha256(content).hexdigest()
-
-
-def _image(source: Any, folder: Path) -> Any:
-    """Return an image as `datasets` keeps it: a path, or bytes."""
-    if isinstance(source, dict) and source.get("bytes") is None and source.get("path") is not None:
-        source = source["path"]
-    if isinstance(source, str | Path) and not URL.match(str(source)):
-        path = folder / source
-        if os.path.isfile(path):  # of text of any length
-            return str(path)
-        content = _from_base64(str(source))
-        if content is None:
-            raise FileNotFoundError(f"has no image at {str(path):.200}.")
-        return {"bytes": content, "path": None}
-    try:
-        name, content = read_image(source)
-        if isinstance(content, torch.Tensor):
-            return decode_image(name, content)
-    except ValueError as error:
-        raise ValueError(f"has no readable image: {error}.") from error
-    if not isinstance(content, bytes):
-        return content
-    return {"bytes": content, "path": source.get("path") if isinstance(source, dict) else None}
-
-
-def _from_base64(text: str) -> bytes | None:
-    try:
-        name, content = read_image({"base64": text})
-        decode_image(name, content)  # the name of a file that is missing may be base64 as well
-    except ValueError:
-        return None
-    return content

@@ -14,8 +14,15 @@ from ..modeling.image_loading import read_image
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-PLACEHOLDER = "<image>"  # where an image stands in a text, as LLaVA and LLaMA-Factory write it
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # of an image part that brings its image
+KINDS = ("image", "video", "audio")  # of what a row has beside text
+# Where one stands in a text, as LLaVA and LLaMA-Factory write it.
+PLACEHOLDERS = {kind: f"<{kind}>" for kind in KINDS}
+# A part that brings its own has it under one of these keys, and these numbers about it.
+SOURCE_KEYS = {kind: (kind, "url", "path", "base64", f"{kind}_url") for kind in KINDS}
+SOURCE_NUMBERS = {"image": (), "video": ("fps",), "audio": ("sampling_rate",)}
+PART_KINDS = {name: kind for kind in KINDS for name in (kind, f"{kind}_url")}
+PARTS = {"image": "an image part", "video": "a video part", "audio": "an audio part"}
+NAMES = {"image": "an image", "video": "a video", "audio": "a sound"}
 Message = dict[str, Any]
 
 logger = logging.get_logger(__name__)
@@ -79,14 +86,18 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def read_messages(conversation: Any, num_images: int = 0, filled: bool = False) -> list[Message]:
-    """Return messages of a role, a list of parts (`text`, or `image` without its source) and the fields beyond these.
+def read_messages(
+    conversation: Any, counts: Mapping[str, int] | int | None = None, filled: bool = False
+) -> list[Message]:
+    """Return messages of a role, a list of parts (`text`, or `image`, `video`, `audio` without its source) and the
+    fields beyond these.
 
     Accepts lists of `role` and `content` (a text, or parts), or of `from` and `value`, or their JSON text. Where no
     part is an image, each `<image>` in a text becomes one; without those the images are first in the first user turn.
+    So do `<video>` and `<audio>`; images come before videos, and those before sounds.
 
     Args:
-        num_images: that the row has beside its messages.
+        counts: how many of each kind the row has beside its messages; a number is one of images.
         filled: whether Arrow may have filled fields, see [`without_fill`]; those of JSON text are as written.
 
     Raises:
@@ -96,36 +107,39 @@ def read_messages(conversation: Any, num_images: int = 0, filled: bool = False) 
     messages = [_read_message(message, index, filled) for index, message in enumerate(_turns(conversation))]
     if next((message["role"] for message in messages if message["role"] != "system"), None) == "assistant":
         raise ValueError("begins with an assistant turn, which nothing asks for: drop it, or put a user turn first.")
-    if num_images and not any(part["type"] == "image" for message in messages for part in message["content"]):
-        _place_images(messages, num_images)
+    counts = {"image": counts} if isinstance(counts, int) else counts or {}
+    for kind in reversed(KINDS):
+        if counts.get(kind) and not any(part["type"] == kind for message in messages for part in message["content"]):
+            _place(messages, kind, counts[kind])
     return messages
 
 
-def image_sources(conversation: Any, images: list[Any]) -> list[Any]:
-    """Return the images of a conversation in the order of their places.
+def part_sources(conversation: Any, kind: str, beside: list[Any]) -> list[Any]:
+    """Return what a conversation has of a kind, in the order of the places.
 
     Args:
-        images: what the row has beside its messages, for the image parts that do not bring their own.
+        kind: `image`, `video` or `audio`.
+        beside: what the row has beside its messages, for the parts that do not bring their own.
 
     Raises:
         ValueError: if these are not as many as such parts.
     """
     sources = [
-        _source(part)
+        _source(part, kind)
         for message in _turns(conversation)
         if isinstance(message, Mapping)
         for part in (message["content"] if isinstance(message.get("content"), list | tuple) else [])
-        if isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+        if isinstance(part, Mapping) and PART_KINDS.get(str(part.get("type"))) == kind
     ]
     brought = sum(source is not None for source in sources)
     if not brought:
-        return images
-    if len(sources) - brought != len(images):
+        return beside
+    if len(sources) - brought != len(beside):
         raise ValueError(
-            f"has {len(sources)} image parts, {brought} of which bring their image, and {len(images)} images beside "
-            "the messages: each image goes into its part, or into 'images' in the order of the other parts."
+            f"has {len(sources)} {kind} parts, {brought} of which bring their {kind}, and {len(beside)} {kind}s "
+            f"beside the messages: each {kind} goes into its part, or into '{kind}s' in the order of the other parts."
         )
-    others = iter(images)
+    others = iter(beside)
     return [next(others) if source is None else source for source in sources]
 
 
@@ -170,51 +184,70 @@ def _fields(holder: Mapping[str, Any], others: tuple[str, ...], filled: bool) ->
 
 
 def _read_part(part: Any, role: str, index: int, filled: bool) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in ("text", "image", "image_url"):
-        raise ValueError(
-            f"has message {index} with the part {part!r:.100}. A content part is of type 'image' or 'text'."
-        )
-    if kind == "text":
+    type_ = part.get("type") if isinstance(part, Mapping) else None
+    if type_ == "text":
         extra = _fields(part, ("type", "text"), filled)
         return {"type": "text", "text": text_of(part.get("text"), f"text of message {index}"), **extra}
+    kind = PART_KINDS.get(str(type_))
+    if kind is None:
+        raise ValueError(
+            f"has message {index} with the part {part!r:.100}. A content part is of type 'text', 'image', 'video' or "
+            "'audio'."
+        )
     if role == "assistant":
-        raise ValueError(f"has an image in message {index}, an assistant turn: a model of this library writes none.")
+        raise ValueError(
+            f"has {NAMES[kind]} in message {index}, an assistant turn: a model of this library writes none."
+        )
     if part.get("text"):
         raise ValueError(
-            f"has message {index} with an image part that has text too: {part!r:.100}. Make it two parts."
+            f"has message {index} with {PARTS[kind]} that has text too: {part!r:.100}. Make it two parts."
         )
-    return {"type": "image", **_fields(part, ("type", "text", *IMAGE_KEYS), filled)}
+    return {"type": kind, **_fields(part, ("type", "text", *SOURCE_KEYS[kind], *SOURCE_NUMBERS[kind]), filled)}
 
 
-def _source(part: Mapping[str, Any]) -> Any:
-    """Return the image that a part brings, `None` if it brings none."""
-    given_keys = [name for name in IMAGE_KEYS if part.get(name) is not None]
+def _source(part: Mapping[str, Any], kind: str) -> Any:
+    """Return what a part brings, `None` if it brings nothing."""
+    given_keys = [name for name in SOURCE_KEYS[kind] if part.get(name) is not None]
     if len(given_keys) > 1:
-        raise ValueError(f"has an image part with {' and '.join(given_keys)}: keep one of them.")
+        raise ValueError(f"has {PARTS[kind]} with {' and '.join(given_keys)}: keep one of them.")
+    numbers = {name: part[name] for name in SOURCE_NUMBERS[kind] if part.get(name) is not None}
     if not given_keys:
+        if numbers:
+            raise ValueError(
+                f"has a {kind} part with {', '.join(numbers)} and no {kind}: give both in the part, or both in "
+                f"'{kind}s'."
+            )
         return None
-    value = part[given_keys[0]]
-    if given_keys[0] == "base64":
-        return {"bytes": read_image({"base64": value})[1], "path": None}
-    return value["url"] if given_keys[0] == "image_url" and isinstance(value, Mapping) else value
+    (key,) = given_keys
+    value = part[key]
+    if key == "base64":
+        value = {"bytes": read_image({"base64": value})[1], "path": None}
+    elif key == f"{kind}_url" and isinstance(value, Mapping):
+        value = value["url"]
+    if not numbers:
+        return value
+    held = {name: item for name, item in value.items() if item is not None} if isinstance(value, Mapping) else {}
+    return {**(held or {kind: value}), **numbers}
 
 
-def _place_images(messages: list[Message], num_images: int) -> None:
+def _place(messages: list[Message], kind: str, count: int) -> None:
+    """Give the places to what the messages say nothing of."""
     asked = [message for message in messages if message["role"] != "assistant"]
-    if any(PLACEHOLDER in part["text"] for message in asked for part in message["content"]):
+    if any(PLACEHOLDERS[kind] in part.get("text", "") for message in asked for part in message["content"]):
         for message in asked:
-            message["content"] = [piece for part in message["content"] for piece in _split(part)]
+            message["content"] = [piece for part in message["content"] for piece in _split(part, kind)]
         return
     first = next((message for message in messages if message["role"] == "user"), None)
     if first is not None:
-        first["content"] = [{"type": "image"}] * num_images + first["content"]
+        first["content"] = [{"type": kind}] * count + first["content"]
 
 
-def _split(part: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a text's pieces, with an image part for every placeholder in it."""
+def _split(part: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """Return a text's pieces, with a part for every placeholder in it."""
+    if part["type"] != "text":
+        return [part]
     pieces: list[dict[str, Any]] = []
-    for position, text in enumerate(part["text"].split(PLACEHOLDER)):
-        pieces += [{"type": "image"}] if position else []
+    for position, text in enumerate(part["text"].split(PLACEHOLDERS[kind])):
+        pieces += [{"type": kind}] if position else []
         pieces += [{**part, "text": text}] if text else []
     return pieces

@@ -3,13 +3,16 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset, Image, IterableDataset, List
+import fsspec
+from datasets import Audio, Dataset, Image, IterableDataset, List, Video
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from PIL import Image as PILImage
 
-from ..modeling.image_loading import decode_image, read_image
+from ..modeling.image_loading import decode_image, read_encoded, read_image
+from .rows import MEDIA_COLUMNS
 
 
 def read_row_image(image: Any) -> tuple[str, Any]:
@@ -26,6 +29,22 @@ def read_row_image(image: Any) -> tuple[str, Any]:
         except Exception as error:  # of any file system
             raise ValueError(f"the file {path} cannot be read as a picture: {error}") from error
     return read_image(image)
+
+
+def read_row_file(source: Any, noun: str) -> tuple[str, bytes] | None:
+    """Return the name and the bytes of a row's video or sound, see [`read_encoded`].
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if isinstance(source, str) and source.partition("://")[0] not in ("http", "https", "file", source):
+        # A record of a stream points into a repository or an archive.
+        try:
+            with fsspec.open(source, "rb") as file:
+                return f"the file {source}", file.read()
+        except Exception as error:  # of any file system
+            raise ValueError(f"the file {source} cannot be read: {error}") from error
+    return read_encoded(source, noun)
 
 
 def open_row_images(images: list[Any]) -> list[PILImage.Image]:
@@ -58,8 +77,8 @@ def pixel_key(picture: PILImage.Image) -> bytes:
 
 
 def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return the rows with images as paths or bytes, so that reading a row decodes nothing."""
-    for name in {"images", "image"} & set(rows.features or ()):
+    """Return the rows with images, videos and sounds as paths or bytes, so that reading a row decodes nothing."""
+    for name in sorted(set(MEDIA_COLUMNS) & set(rows.features or ())):
         feature = _undecoded_feature(rows.features[name])
         if feature != rows.features[name]:
             with _without_bars():
@@ -83,4 +102,4 @@ def _without_bars() -> Iterator[None]:
 def _undecoded_feature(feature: Any) -> Any:
     if isinstance(feature, List):
         return List(_undecoded_feature(feature.feature), length=feature.length)
-    return Image(mode=feature.mode, decode=False) if isinstance(feature, Image) else feature
+    return replace(feature, decode=False) if isinstance(feature, Image | Audio | Video) else feature

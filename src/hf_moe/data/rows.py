@@ -1,4 +1,4 @@
-"""The row format: `messages` beside `images`, as TRL and the Hub use it."""
+"""The row format: `messages` beside `images`, `videos` and `audios`, as TRL and the Hub use it."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Features, Image, List, Value
 
-from .messages import from_json, given, image_sources, read_messages, text_of, without_fill
+from .messages import KINDS, from_json, given, part_sources, read_messages, text_of, without_fill
 
 
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
@@ -15,7 +15,8 @@ ROW_FEATURES = Features({"messages": MESSAGES, "images": List(Image())})
 OPTION_COLUMNS = ("tools", "chat_template_kwargs")
 CONVERSATION_COLUMNS = ("messages", "conversations", "question", *OPTION_COLUMNS)
 TOKENISED_COLUMNS = ("input_ids", "labels", "attention_mask", "mm_token_type_ids")
-OTHER_COLUMNS = ("image", "images", "id", "image_id", "answer", "answers", "question_type")
+MEDIA_COLUMNS = tuple(name for kind in KINDS for name in (f"{kind}s", kind))  # several, or one
+OTHER_COLUMNS = (*MEDIA_COLUMNS, "id", "image_id", "answer", "answers", "question_type")
 KNOWN_COLUMNS = {*CONVERSATION_COLUMNS, *TOKENISED_COLUMNS, *OTHER_COLUMNS}
 # A column with one of these words in its name asks something of training that is not done.
 ASKING_WORDS = {
@@ -49,9 +50,9 @@ def row_messages(row: Mapping[str, Any], filled: bool = True) -> list[dict[str, 
         ValueError: if the row holds no conversation, or one of no accepted form.
     """
     conversation = _conversation(row)
-    num_images = len(_images_beside(row))
+    counts = {kind: len(_beside(row, kind)) for kind in KINDS}
     if conversation is not None:
-        return read_messages(conversation, num_images, filled)
+        return read_messages(conversation, counts, filled)
     if row.get("question") is None or row.get("answer") is None:
         raise ValueError(
             f"has the columns {', '.join(map(str, row)) or 'of nothing'}, and no conversation: a row has a list "
@@ -59,20 +60,29 @@ def row_messages(row: Mapping[str, Any], filled: bool = True) -> list[dict[str, 
             "'answer'."
         )
     question, answer = text_of(row["question"], "question"), text_of(row["answer"], "answer")
-    return read_messages(question_messages(question, answer, 0), num_images)
+    return read_messages(question_messages(question, answer, 0), counts)
+
+
+def row_media(row: Mapping[str, Any], kind: str) -> list[Any]:
+    """Return what a row has of a kind in the order of the places, not decoded.
+
+    Images are in `images` (a list, or one), in `image` (one), or in the image parts of the messages; `videos` and
+    `audios` likewise.
+
+    Args:
+        kind: `image`, `video` or `audio`.
+
+    Raises:
+        ValueError: if the parts that bring nothing are not as many as what stands beside the messages.
+    """
+    conversation = _conversation(row)
+    beside = _beside(row, kind)
+    return beside if conversation is None else part_sources(conversation, kind, beside)
 
 
 def row_images(row: Mapping[str, Any]) -> list[Any]:
-    """Return the images of a row in the order of their places, not decoded.
-
-    They are in `images` (a list, or one), in `image` (one), or in the image parts of the messages.
-
-    Raises:
-        ValueError: if the image parts that bring no image are not as many as the images beside the messages.
-    """
-    conversation = _conversation(row)
-    images = _images_beside(row)
-    return images if conversation is None else image_sources(conversation, images)
+    """Return the images of a row, see [`row_media`]."""
+    return row_media(row, "image")
 
 
 def template_options(row: Mapping[str, Any], filled: bool = True) -> dict[str, Any]:
@@ -140,21 +150,39 @@ def _conversation(row: Any) -> Any:
     return forms[0] if forms else None
 
 
-def _images_beside(row: Mapping[str, Any]) -> list[Any]:
-    """Return the images of the columns."""
-    found = [row[name] for name in ("images", "image") if row.get(name) is not None]
-    found = [value for value in found if not (isinstance(value, list | tuple) and not value)]
-    if len(found) > 1:
-        raise ValueError("has both 'images' and 'image': keep one of them.")
-    if not found:
+def _beside(row: Mapping[str, Any], kind: str) -> list[Any]:
+    """Return what the columns of a kind hold."""
+    names = [name for name in (f"{kind}s", kind) if row.get(name) is not None]
+    names = [name for name in names if not (isinstance(row[name], list | tuple) and not row[name])]
+    if len(names) > 1:
+        raise ValueError(f"has both '{kind}s' and '{kind}': keep one of them.")
+    if not names:
         return []
-    several = isinstance(found[0], list | tuple) or (isinstance(found[0], np.ndarray) and found[0].dtype == object)
-    images = list(found[0]) if several or getattr(found[0], "ndim", 0) == 4 else found
-    images = [image for item in images for image in (item if isinstance(item, list | tuple) else [item])]
-    missing = next((index for index, image in enumerate(images) if image is None), None)
+    value = row[names[0]]
+    found = _images_of(value) if kind == "image" else _several(value, kind, alone=names[0] == kind)
+    missing = next((index for index, item in enumerate(found) if item is None), None)
     if missing is not None:
-        raise ValueError(f"has no image {missing} among its {len(images)} images: it is null.")
-    return images
+        raise ValueError(f"has no {kind} {missing} among its {len(found)} {kind}s: it is null.")
+    return found
+
+
+def _images_of(value: Any) -> list[Any]:
+    several = isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object)
+    images = list(value) if several or getattr(value, "ndim", 0) == 4 else [value]
+    return [image for item in images for image in (item if isinstance(item, list | tuple) else [item])]
+
+
+def _several(value: Any, kind: str, alone: bool) -> list[Any]:
+    """Return videos or sounds as a list; in the column of one, a list of frames or of samples is one."""
+    dimensions = getattr(value, "ndim", 0)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value, dimensions = list(value), 0
+    if dimensions:  # an array; a sound has one or two dimensions, a video four
+        return list(value) if dimensions > (4 if kind == "video" else 2) else [value]
+    if not isinstance(value, list | tuple):
+        return [value]
+    is_samples = kind == "audio" and isinstance(value[0], int | float)
+    return [value] if is_samples or (alone and kind == "video") else list(value)
 
 
 def describe_row(row: Any, index: int, place: str) -> str:

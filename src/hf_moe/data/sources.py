@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,31 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, loa
 from .easy_vqa import load_easy_vqa
 from .file_rows import rows_of_file, rows_of_list
 from .files import FORMATS, READERS
-from .image_folders import rows_of_images
+from .media_folders import ENDINGS, rows_of_folder
 from .opposite_tasks import load_opposite_tasks
 
 
 DATASETS = {"easy_vqa": load_easy_vqa, "opposite_tasks": load_opposite_tasks}
 # The kinds of sources, the one that decides first, with their own options.
-KINDS = {"image_folder": ("question",), "hub": ("name", "streaming"), "path": (), "name": ()}
+MEDIA_FOLDERS = {"image_folder": "image", "video_folder": "video", "audio_folder": "audio"}
+KINDS = {**dict.fromkeys(MEDIA_FOLDERS, ("question",)), "hub": ("name", "streaming"), "path": (), "name": ()}
 COMMON_OPTIONS = {"where", "limit", "shuffle", "seed", "ignore"}
 TYPES: dict[str, Any] = {
-    "name": str, "path": str | Path, "image_folder": str | Path, "hub": str | Path, "question": str, "streaming": bool,
+    **dict.fromkeys(("path", "hub", *MEDIA_FOLDERS), str | Path), "name": str, "question": str, "streaming": bool,
     "where": dict, "limit": int, "shuffle": bool, "seed": int, "ignore": list | tuple,
 }  # fmt: skip
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-FORMS = f"a file ({FORMATS}), a folder of images or of such files, a dataset of the Hub ('user/name'), or one of {{}}"
+FORMS = (
+    f"a file ({FORMATS}), a folder of images, videos, sounds or of such files, a dataset of the Hub ('user/name'), or "
+    "one of {}"
+)
 
 
 def load_rows(
     source: dict[str, Any] | str | Path | list[dict[str, Any]], split: str = "train"
 ) -> Dataset | IterableDataset:
-    """Load rows of `messages` (lists of role and content parts) and, if there are any, `images` (decoded when read).
+    """Load rows of `messages` (lists of role and content parts) and, if there are any, `images` (decoded when read),
+    `videos` and `audios` (as paths or bytes).
 
     A source is one of:
 
@@ -40,7 +45,7 @@ def load_rows(
       file; or a folder of such files, named after their splits. `{split}` in the path is filled in.
     - `{"image_folder": "folder", "question": "What is this?"}`: as `datasets`' `imagefolder` finds them. The question
       of a row is its `question`, else the source's; the answer is its `answer`, its `text`, or its class folder's
-      name.
+      name. `video_folder` and `audio_folder` likewise, with the files of a split in the folder named after it.
     - `{"hub": "user/name", "name": "config", "streaming": true}`: rows that hold conversations already.
 
     A row holds `messages`, `conversations`, or a `question` and an `answer`; answers are the text as it is written.
@@ -60,7 +65,7 @@ def load_rows(
     source = _as_dict(source)
     kind = check_source(source)
     loaders: dict[str, Callable] = {
-        "image_folder": _load_image_folder,
+        **{name: partial(_load_media_folder, name) for name in MEDIA_FOLDERS},
         "hub": _load_hub,
         "path": _load_path,
         "name": _load_named,
@@ -103,8 +108,10 @@ def _as_dict(source: Any) -> dict[str, Any]:
         return {"name": source}
     path = Path(source).expanduser()
     if path.is_dir():
-        is_images = any(file.suffix.lower() in IMAGES for file in path.rglob("*"))
-        return {"image_folder" if is_images else "path": str(path)}
+        found = {file.suffix.lower() for file in path.rglob("*")}
+        has_rows = any(file.suffix.lower() in READERS and file.stem != "metadata" for file in path.iterdir())
+        kinds = {"image_folder": "image"} if has_rows else MEDIA_FOLDERS  # rows name their videos and sounds
+        return {next((option for option, kind in kinds.items() if ENDINGS[kind] & found), "path"): str(path)}
     if path.suffix.lower() in READERS or path.is_file():
         return {"path": str(path)}
     return {"hub": str(source)}
@@ -131,7 +138,7 @@ def check_source(source: dict[str, Any]) -> str:
 
 def _check_types(source: dict[str, Any]) -> None:
     for name, value in source.items():
-        if value is None and name not in ("path", "image_folder", "hub"):
+        if value is None and name not in ("path", *MEDIA_FOLDERS, "hub"):
             continue
         if not isinstance(value, TYPES[name]) or (isinstance(value, bool) and TYPES[name] is int):
             kind = getattr(TYPES[name], "__name__", str(TYPES[name]))
@@ -168,8 +175,8 @@ def _load_folder(folder: Path, split: str) -> Dataset:
     return rows_of_file(named[0])
 
 
-def _load_image_folder(split: str, image_folder: str | Path, question: str | None = None) -> Dataset:
-    return rows_of_images(Path(image_folder).expanduser(), split, question)
+def _load_media_folder(option: str, split: str, question: str | None = None, **folder: str | Path) -> Dataset:
+    return rows_of_folder(Path(folder[option]).expanduser(), split, question, MEDIA_FOLDERS[option])
 
 
 def _load_hub(

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .messages import NAMES
+
 
 class TextProcessor:
     """Stands in for a processor where there is only a tokenizer.
@@ -38,10 +40,13 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages whose content is a string, as the chat templates of text models want it.
 
     Raises:
-        ValueError: if a message holds an image.
+        ValueError: if a message holds anything else.
     """
-    if any(part["type"] != "text" for message in messages for part in message["content"]):
-        raise ValueError("has an image, and this model reads text alone: take rows without images, or another base.")
+    other = next((part["type"] for message in messages for part in message["content"] if part["type"] != "text"), None)
+    if other is not None:
+        raise ValueError(
+            f"has {NAMES[other]}, and this model reads text alone: take rows without {other}s, or another base."
+        )
     extra = next(
         (name for message in messages for part in message["content"] for name in part.keys() - {"type", "text"}), None
     )

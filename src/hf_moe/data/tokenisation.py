@@ -1,18 +1,22 @@
 """Conversations to tokens and labels, for any chat template."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
+import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
-from .chat_template import Answer, AnyProcessor, ChatTemplate
-from .messages import read_messages
+from .chat_template import Answer, AnyProcessor, ChatTemplate, Conversation
+from .messages import KINDS, read_messages
 from .pictures import open_row_images, undecoded
-from .rows import CONVERSATION_COLUMNS, describe_row, row_images, row_messages, template_options
+from .placeholders import expands_alone, media_ids, media_tokens, refuse_kinds
+from .rows import CONVERSATION_COLUMNS, describe_row, row_images, row_media, row_messages, template_options
 from .text import plain_messages
 
 
@@ -49,50 +53,89 @@ class ConversationTokenizer:
         self.template = ChatTemplate(processor)
         self.processor = processor
         self.train = train
-        self._known: dict[str, Tokens] = {}
+        self.tokens_of_kinds = media_tokens(processor)
+        self._media_ids = {token for ids in media_ids(processor).values() for token in ids}
+        self._known: dict[str, tuple[Conversation, Tokens | None]] = {}
 
     def __call__(
-        self, messages: list[dict[str, Any]], num_images: int, options: dict[str, Any] | None = None
+        self, messages: list[dict[str, Any]], counts: Mapping[str, int] | int, options: dict[str, Any] | None = None
     ) -> Tokens:
-        """Return ids and labels of a conversation; each image is one placeholder.
+        """Return ids and labels of a conversation; each image, video and sound is one placeholder.
 
         Args:
             messages: in any of the forms of [`read_messages`].
+            counts: how many of each kind the row has; a number is one of images.
             options: what the chat template gets beside them, such as `tools`.
 
         Raises:
-            ValueError: if the placeholders are not as many as the images, the template ignores a field, or an answer
+            ValueError: if the placeholders are not as many as the row has, the template ignores a field, or an answer
                 cannot be learnt as it is asked for.
         """
-        messages, options = read_messages(messages, num_images), options or {}
-        if self.processor.image_token is None:
+        counts = {"image": counts} if isinstance(counts, int) else counts
+        key, conversation, tokens = self._remembered(messages, counts, options or {})
+        if tokens is None:
+            tokens = self.tokenize(conversation)
+            self._known[key] = conversation, tokens
+        for kind, token in self.tokens_of_kinds.items():
+            found = tokens[0].count(self.processor.tokenizer.convert_tokens_to_ids(token))
+            if found != counts.get(kind, 0):
+                raise ValueError(_wrong_number(found, token, kind, counts.get(kind, 0)))
+        return tokens
+
+    def render(
+        self, messages: list[dict[str, Any]], counts: Mapping[str, int], options: dict[str, Any] | None = None
+    ) -> Conversation:
+        """Return a conversation as the chat template writes it, with a placeholder for each image, video and sound.
+
+        Args:
+            counts: how many of each kind the row has.
+
+        Raises:
+            ValueError: if the placeholders of a kind are not as many as the row has, or the template ignores a field.
+        """
+        _, conversation, _ = self._remembered(messages, counts, options or {})
+        for kind, token in self.tokens_of_kinds.items():
+            found = conversation.text.count(token)
+            if found != counts.get(kind, 0):
+                raise ValueError(_wrong_number(found, token, kind, counts.get(kind, 0)))
+        return conversation
+
+    def _remembered(
+        self, messages: list[dict[str, Any]], counts: Mapping[str, int], options: dict[str, Any]
+    ) -> tuple[str, Conversation, Tokens | None]:
+        """Return the key of a conversation, the conversation, and its tokens where they are known."""
+        messages = read_messages(messages, counts)
+        if not self.tokens_of_kinds:
             messages = plain_messages(messages)
+        else:
+            parts = Counter(part["type"] for message in messages for part in message["content"])
+            refuse_kinds(self.processor, {kind: max(counts.get(kind, 0), parts[kind]) for kind in KINDS})
         try:
-            conversation = json.dumps([messages, options])
+            key = json.dumps([messages, options])
         except (TypeError, ValueError) as error:
             raise ValueError(f"has a field that JSON does not know ({error}): write it as text.") from error
-        if conversation not in self._known:
+        if key not in self._known:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
-            self._known[conversation] = self._tokenize(messages, options)
-        input_ids, labels = self._known[conversation]
-        found = input_ids.count(self.processor.image_token_id)
-        if found != num_images:
-            raise ValueError(
-                f"has {found} {self.processor.image_token} placeholders and {num_images} images: write one content "
-                "part of type 'image' per image, and let the chat template render it."
-            )
-        return input_ids, labels
+            self._known[key] = self._render(messages, options), None
+        return key, *self._known[key]
 
-    def _tokenize(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Tokens:
+    def _render(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Conversation:
         self.template.check_fields(messages, options)
         if not self.train:
             if messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
-            prompt = self.template.render(messages, options, add_generation_prompt=True)
-            asked = self.template.encode(prompt)["input_ids"]
-            return asked, [IGNORE_INDEX] * len(asked)
+            return Conversation(self.template.render(messages, options, add_generation_prompt=True), [], True)
         text, answers = self.template.answers(messages, options)
+        return Conversation(text, answers, messages[-1]["role"] != "assistant")
+
+    def tokenize(self, conversation: Conversation) -> Tokens:
+        """Return the ids and labels of a conversation.
+
+        Raises:
+            ValueError: if an answer cannot be learnt as it is asked for.
+        """
+        answers = conversation.answers
         input_ids: list[int] = []
         labels: list[int] = []
         end = 0
@@ -104,13 +147,14 @@ class ConversationTokenizer:
                     "follow: the chat template's generation prompt must not end in white space or within a word, "
                     "and no turn may be rendered differently later. Mend the template, or make a row of each answer."
                 )
-            learnt, marks = self._learn(asked, text, answer, is_last=answer.index == len(messages) - 1)
+            is_last = number == len(answers) - 1 and not conversation.is_open
+            learnt, marks = self._learn(asked, conversation.text, answer, is_last)
             labels += [IGNORE_INDEX] * (len(asked) - len(labels)) + marks
             input_ids, end = asked + learnt, answer.end
-        if messages[-1]["role"] != "assistant":
-            rest = self.template.encode(text)["input_ids"]
+        if conversation.is_open or not answers:
+            rest = self.template.encode(conversation.text)["input_ids"]
             if rest[: len(input_ids)] != input_ids:
-                rest = input_ids + self.template.encode(text[end:])["input_ids"]
+                rest = input_ids + self.template.encode(conversation.text[end:])["input_ids"]
             input_ids, labels = rest, labels + [IGNORE_INDEX] * (len(rest) - len(labels))
         return input_ids, labels
 
@@ -135,8 +179,10 @@ class ConversationTokenizer:
         """Give an answer the end that its template leaves out, and refuse one that has another number of ends."""
         tokenizer = self.processor.tokenizer
         place = f"has an answer (message {answer.index})"
-        if self.processor.image_token_id in labels:
-            raise ValueError(f"{place} that writes {self.processor.image_token}, which stands for an image.")
+        written = next((label for label in labels if label in self._media_ids), None)
+        if written is not None:
+            token = tokenizer.convert_ids_to_tokens(written)
+            raise ValueError(f"{place} that writes {token}, which stands for an image, a video or a sound.")
         if not input_ids or labels[-1] not in self.template.special_ids:
             if tokenizer.eos_token_id is None:
                 raise ValueError(
@@ -157,6 +203,13 @@ class ConversationTokenizer:
             raise ValueError(f"{place} with an end mark ({', '.join(written)}) within its text: take it out.")
 
 
+def _wrong_number(found: int, token: str | None, kind: str, count: int) -> str:
+    return (
+        f"has {found} {token} placeholders and {count} {kind}s: write one content part of type '{kind}' per {kind}, "
+        "and let the chat template render it."
+    )
+
+
 def expand_placeholders(tokens: Tokens, placeholder: int, counts: Sequence[int]) -> Tokens:
     """Repeat the i-th placeholder `counts[i]` times."""
     remaining = iter(counts)
@@ -167,6 +220,26 @@ def expand_placeholders(tokens: Tokens, placeholder: int, counts: Sequence[int])
         input_ids += [token] * times
         labels += [label] * times
     return input_ids, labels
+
+
+def pad_tokens(batch: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase, train: bool) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask` (B, S) of rows, padded on the right, and their `labels`.
+
+    Args:
+        train: with `False`, rows are prompts: padded on the left, without labels.
+    """
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    side = "right" if train else "left"
+
+    def stack(sequences: list[list[int]], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(sequence) for sequence in sequences]
+        return torch.nn.utils.rnn.pad_sequence(tensors, True, float(value), padding_side=side)
+
+    result = {
+        "input_ids": stack([ids for ids, _ in batch], pad_id),
+        "attention_mask": stack([[1] * len(ids) for ids, _ in batch], 0),
+    }
+    return result | ({"labels": stack([labels for _, labels in batch], IGNORE_INDEX)} if train else {})
 
 
 def token_columns(row: Mapping[str, Any], train: bool) -> Tokens:
@@ -191,7 +264,7 @@ def token_columns(row: Mapping[str, Any], train: bool) -> Tokens:
 
 def takes_packed_patches(processor: AnyProcessor) -> bool:
     """Tell whether images differ in their number of placeholders."""
-    image_processor = processor.image_processor
+    image_processor = getattr(processor, "image_processor", None)
     return image_processor is not None and "pixel_attention_mask" in image_processor.model_input_names
 
 
@@ -221,19 +294,24 @@ def tokenize_rows(
     """Tokenise all rows before training; [`VisionLanguageCollator`] then only pads.
 
     `messages` is replaced by `input_ids` and `labels`, placeholders expanded; `images` are no longer decoded on access
-    (the collator does, if it needs them).
+    (the collator does, if it needs them). A host's own processor expands them by what it sees: its rows are checked
+    and stay conversations, which the collator tokenises.
 
     Raises:
         ValueError: naming the row that cannot be tokenised.
     """
-    tokenizer = ConversationTokenizer(processor, train)
     rows = undecoded(rows)
+    if expands_alone(processor):
+        if isinstance(rows, Dataset):  # a stream is read once
+            check_conversations(rows, processor, train)
+        return rows
+    tokenizer = ConversationTokenizer(processor, train)
     packed = takes_packed_patches(processor)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, list[Any]]:
         with _row_named(row, index):
             images = row_images(row)
-            tokens = tokenizer(row_messages(row), len(images), template_options(row))
+            tokens = tokenizer(row_messages(row), media_counts(row), template_options(row))
             pixels = process_images(open_row_images(images), processor) if packed else {}
         counts = placeholder_counts(len(images), processor, pixels)
         input_ids, labels = expand_placeholders(tokens, processor.image_token_id, counts)
@@ -249,6 +327,11 @@ def tokenize_rows(
     return rows.map(tokenize, with_indices=True, remove_columns=read, **options)
 
 
+def media_counts(row: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many of each kind a row has."""
+    return {kind: len(row_media(row, kind)) for kind in KINDS}
+
+
 def check_conversations(rows: Dataset | IterableDataset, processor: AnyProcessor, train: bool = True) -> None:
     """Tokenise the text of all rows as [`tokenize_rows`] does, and keep nothing; no picture is opened.
 
@@ -258,7 +341,7 @@ def check_conversations(rows: Dataset | IterableDataset, processor: AnyProcessor
     tokenizer = ConversationTokenizer(processor, train)
     for index, row in enumerate(undecoded(rows)):
         with _row_named(row, index):
-            tokenizer(row_messages(row), len(row_images(row)), template_options(row))
+            tokenizer(row_messages(row), media_counts(row), template_options(row))
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Visual question answering: a model's answers, and how many are right."""
+"""Questions about images, videos and sounds: a model's answers, and how many are right."""
 
+import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from tqdm.auto import tqdm
@@ -16,8 +19,9 @@ from ..data.collator import VisionLanguageCollator
 from ..data.features import FeatureCache
 from ..data.messages import text_of
 from ..data.pictures import undecoded
-from ..data.rows import describe_row, row_images, row_messages, template_options, text_part
-from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer
+from ..data.placeholders import expands_alone
+from ..data.rows import describe_row, row_messages, template_options, text_part
+from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer, media_counts
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.vision import tower_features
 from .mode import evaluation_mode
@@ -45,9 +49,11 @@ def predict_answers(
     """Return the model's answer to every row, whose last assistant turn it does not see.
 
     Where every candidate is one token, one prefill per question answers it: the likeliest token of the whole
-    vocabulary. Otherwise, and with `generate`, answers are generated greedily.
+    vocabulary. Otherwise, and with `generate`, answers are generated greedily. A host of Transformers always
+    generates, one token where the candidates are, since its own `generate` alone knows its positions.
 
     Args:
+        model: of this library, or any of Transformers that takes what the processor gives.
         candidates: answers that occur; by default those of the rows. They decide how to answer, and restrict nothing.
         zero_images: replace the tower's features by zeros, for the score of a model that cannot see.
         max_new_tokens: of a generated answer, >= 1.
@@ -64,8 +70,8 @@ def predict_answers(
         raise ValueError("There are no rows to answer.")
     if candidates is None:
         candidates = sorted({answer for answers in check_references(rows) for answer in answers})
-    generate = generate or not _are_single_tokens(candidates, first, processor)
-    if generate and statistics is not None:
+    is_single = not generate and _are_single_tokens(candidates, first, processor)
+    if not is_single and statistics is not None:
         raise ValueError(
             "Routing statistics come from the prefill; these answers are generated, being several tokens."
         )
@@ -75,14 +81,16 @@ def predict_answers(
     bar = tqdm(total=count, desc="Answering", unit="question", disable=count is not None and count <= batch_size)
     with evaluation_mode(model), bar as progress:
         for batch_rows in batches(rows, batch_size):
-            batch = {name: value.to(model.device) for name, value in collator(batch_rows).items()}
+            batch = _on_device(collator(batch_rows), model)
             if zero_images:
                 batch = _without_sight(model, batch)
             with routing_inputs(**{name: batch.pop(f"{name}_ids") for name in conditions}):
-                if generate:
-                    tokens = _generate(model, batch, max_new_tokens, processor.tokenizer.pad_token_id)
-                else:
+                if is_single and not expands_alone(processor):
                     tokens = _prefill(model, batch, statistics)
+                else:
+                    count = 1 if is_single else max_new_tokens
+                    with _collected(model, statistics):
+                        tokens = _generate(model, batch, count, processor.tokenizer.pad_token_id)
             answers += [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             progress.update(len(batch_rows))
     return answers
@@ -152,19 +160,46 @@ def batches(rows: Rows, batch_size: int) -> Iterator[list[dict[str, Any]]]:
 def _are_single_tokens(candidates: Sequence[str], row: dict[str, Any], processor: AnyProcessor) -> bool:
     """Tell whether each candidate, as the answer to `row`, is one token right after the prompt."""
     tokenizer = processor.tokenizer
-    num_images = len(row_images(row))
+    counts = media_counts(row)
     messages, template = row_messages(row), template_options(row)
-    prompt, _ = ConversationTokenizer(processor, train=False)(messages, num_images, template)
+    prompt, _ = ConversationTokenizer(processor, train=False)(messages, counts, template)
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     trained = ConversationTokenizer(processor)
     special = set(tokenizer.all_special_ids)
     for candidate in candidates:
         turn = {"role": "assistant", "content": [text_part(candidate)]}
-        input_ids, labels = trained([*messages, turn], num_images, template)
+        input_ids, labels = trained([*messages, turn], counts, template)
         answer = [label for label in labels[len(prompt) :] if label != IGNORE_INDEX and label not in special]
         if input_ids[: len(prompt)] != prompt or len(answer) != 1:
             return False
     return True
+
+
+def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return the batch where the model is, without the modality ids that a host of another kind does not take."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "mm_token_type_ids" not in inspect.signature(base.forward).parameters:
+        batch.pop("mm_token_type_ids", None)
+    return {name: send_to_device(value, model.device) for name, value in batch.items()}
+
+
+@contextmanager
+def _collected(model: Any, statistics: RoutingStatistics | None) -> Iterator[None]:
+    """Collect the routing of the prompts that are generated from."""
+    if statistics is None:
+        yield
+        return
+    hooks = [
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, "output_routing": True}), with_kwargs=True
+        ),
+        model.register_forward_hook(lambda _, args, outputs: statistics.update(outputs.routing)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _generate(model: Any, batch: dict[str, Any], max_new_tokens: int, pad_id: int | None) -> torch.Tensor:

@@ -51,23 +51,38 @@ def read_image(image: Any) -> tuple[str, Any]:
     """
     if isinstance(image, dict):
         return _read_record(image)
-    if isinstance(image, str):
-        return _read_text(image)
-    if isinstance(image, os.PathLike):
-        return _read_file(os.fsdecode(image))
-    if isinstance(image, bytes | bytearray | memoryview):
-        return f"the picture of {len(image)} bytes", bytes(image)
+    encoded = read_encoded(image, "picture")
+    if encoded is not None:
+        return encoded
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "")
         return f"the file {name}" if name else f"the image of mode {image.mode}", image
     if isinstance(image, torch.Tensor):
         return f"the tensor of shape {tuple(image.shape)}", image
-    if hasattr(image, "read"):
-        return _read_opened(image)
     if hasattr(image, "__array__"):
         array = np.asarray(image)
         return f"the array of shape {array.shape}", array
     raise ValueError(f"{_short(image)} ({type(image).__name__}) is not a picture; a picture is {FORMS}")
+
+
+def read_encoded(source: Any, noun: str) -> tuple[str, bytes] | None:
+    """Return how errors call an encoded picture, video or sound, and its bytes; `None` for what is not encoded.
+
+    Args:
+        source: a path, an http(s), file or data URL, base64 text, bytes, an opened file, or anything else.
+        noun: what it is called.
+
+    Raises:
+        ValueError: if it is missing or cannot be read.
+    """
+    if isinstance(source, str):
+        return _read_text(source, noun)
+    if isinstance(source, os.PathLike):
+        return _read_file(os.fsdecode(source))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"the {noun} of {len(source)} bytes", bytes(source)
+    is_opened = hasattr(source, "read") and not isinstance(source, Image.Image)
+    return _read_opened(source) if is_opened else None
 
 
 def decode_image(name: str, content: Any) -> Image.Image:
@@ -160,9 +175,9 @@ def _read_record(record: dict) -> tuple[str, Any]:
     return read_image(value)
 
 
-def _read_text(text: str) -> tuple[str, bytes]:
+def _read_text(text: str, noun: str) -> tuple[str, bytes]:
     if not text:
-        raise ValueError("an empty text names no picture")
+        raise ValueError(f"an empty text names no {noun}")
     scheme = text[:8].partition(":")[0].lower()
     if scheme in ("http", "https") and "://" in text[:8]:
         return text, _download(text)
@@ -283,4 +298,4 @@ def _levels(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.float32) * (255 / white)).round().astype(np.uint8)
 
 
-__all__ = ["IMAGE_SOURCES", "decode_image", "is_list", "open_image", "open_image_lists", "read_image"]
+__all__ = ["IMAGE_SOURCES", "decode_image", "is_list", "open_image", "open_image_lists", "read_encoded", "read_image"]

@@ -1,0 +1,243 @@
+"""Batches for the hosts of Transformers: their own processors make them, of the tokens that are learnt here."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchEncoding, PreTrainedConfig, ProcessorMixin
+
+from .chat_template import Conversation
+from .messages import KINDS
+from .pictures import open_row_images
+from .placeholders import media_ids, modality_ids, reader
+from .rows import row_media, row_messages, template_options
+from .sounds import open_sound
+from .tokenisation import ConversationTokenizer, Tokens, pad_tokens
+from .videos import open_video
+
+
+MARKS = range(0xE000, 0xF8FF)  # characters that Unicode leaves to private use
+SOUND_MASKS = ("feature_attention_mask", "input_features_mask")
+Cut = Callable[[Tokens, Mapping[str, set[int]]], Tokens]
+
+
+@dataclass
+class HostRow:
+    """A row with its images, videos and sounds opened."""
+
+    conversation: Conversation
+    images: list[Any]
+    videos: list[Any]
+    sounds: list[np.ndarray]
+
+    def media(self) -> list[list[Any]]:
+        return [self.images, self.videos, self.sounds]
+
+
+class HostInputs:
+    """What a host's processor makes of a batch of rows.
+
+    The processor expands placeholders, by what it sees, and computes all that goes with the tokens; which tokens these
+    are, and which of them are learnt, says the [`ConversationTokenizer`]. So what is learnt is what will be asked for,
+    and placeholders, types and masks are the host's own.
+
+    Args:
+        processor: the host's.
+        conversations: of the same processor.
+        config: of the host.
+    """
+
+    def __init__(
+        self, processor: ProcessorMixin, conversations: ConversationTokenizer, config: PreTrainedConfig | None = None
+    ):
+        self.processor = processor
+        self.conversations = conversations
+        self.media_ids = media_ids(processor, config)
+        parameters = inspect.signature(type(processor).__call__).parameters
+        self._sounds_name = "audios" if "audios" in parameters and "audio" not in parameters else "audio"
+
+    def __call__(self, rows: list[dict[str, Any]], named: Callable, cut: Cut) -> dict[str, torch.Tensor]:
+        """Return the batch.
+
+        Args:
+            named: takes a step of a row, given by its number, and names the row in errors.
+            cut: cuts the tokens of a row where it is too long.
+
+        Raises:
+            ValueError: naming the row that the processor does not take.
+        """
+        read = [named(index, self._read, row) for index, row in enumerate(rows)]
+        seen = next((index for index, row in enumerate(read) if row.videos), None)
+        if seen is not None and any(row.images for row in read):
+            named(seen, self._refuse_shared)
+        ours: list[Exception] = []
+
+        def tokenize(index: int, conversation: Conversation) -> Tokens:
+            try:
+                return named(index, lambda: cut(self.conversations.tokenize(conversation), self.media_ids))
+            except ValueError as error:
+                ours.append(error)
+                raise
+
+        try:
+            batch = self._process(read, tokenize)
+        except Exception as error:
+            if error in ours:
+                raise
+            # The processor does not know whose fault it is.
+            for index, row in enumerate(read):
+                named(index, self._alone, row)
+            raise ValueError(
+                f"{self._fault(error)}, for these {len(rows)} rows together, though not alone."
+            ) from error
+        frames = self._sound_frames(batch, sum(len(row.sounds) for row in read))
+        for index, row in enumerate(read):
+            lengths, frames = frames[: len(row.sounds)], frames[len(row.sounds) :]
+            if lengths:
+                named(index, self._check_whole, row, lengths)
+        return batch
+
+    def _sound_frames(self, batch: dict[str, torch.Tensor], count: int) -> list[int]:
+        """Return the frames of each sound's features, where the processor tells them in a mask of a row per sound."""
+        if not count or not hasattr(reader(self.processor, "audio"), "hop_length"):
+            return []
+        masks = [value for name, value in batch.items() if name in SOUND_MASKS and value.shape[:-1] == (count,)]
+        return masks[0].sum(-1).tolist() if masks else []
+
+    def _read(self, row: dict[str, Any]) -> HostRow:
+        if row.get("input_ids") is not None:
+            raise ValueError(
+                f"is tokenised, and {type(self.processor).__name__} expands placeholders by what it sees: leave "
+                "'messages' in the row."
+            )
+        media = {kind: row_media(row, kind) for kind in KINDS}
+        counts = {kind: len(items) for kind, items in media.items()}
+        conversation = self.conversations.render(row_messages(row), counts, template_options(row))
+        videos = self._opened("video", media["video"], self._video)
+        return HostRow(
+            conversation, open_row_images(media["image"]), videos, self._opened("sound", media["audio"], self._sound)
+        )
+
+    def _opened(self, noun: str, items: list[Any], open_item: Callable) -> list[Any]:
+        opened = []
+        for position, item in enumerate(items):
+            try:
+                opened.append(open_item(item))
+            except ValueError as error:
+                raise ValueError(f"has no readable {noun} {position}: {error}.") from error
+        return opened
+
+    def _video(self, video: Any) -> Any:
+        return open_video(video, reader(self.processor, "video"))
+
+    def _sound(self, sound: Any) -> np.ndarray:
+        return open_sound(sound, reader(self.processor, "audio").sampling_rate)
+
+    def _alone(self, row: HostRow) -> None:
+        try:
+            self._process([row], lambda index, conversation: self.conversations.tokenize(conversation))
+        except Exception as error:
+            raise ValueError(self._fault(error)) from error
+
+    def _fault(self, error: Exception) -> str:
+        return f"is not taken by {type(self.processor).__name__}: {type(error).__name__}: {error}"
+
+    def _process(
+        self, rows: list[HostRow], tokenize: Callable[[int, Conversation], Tokens]
+    ) -> dict[str, torch.Tensor]:
+        texts = [row.conversation.text for row in rows]
+        mark = next(chr(code) for code in MARKS if not any(chr(code) in text for text in texts))
+        tokens: list[Tokens] = []
+
+        def expanded(marked: list[str]) -> list[Tokens]:
+            conversations = [row.conversation.expanded(text, mark) for row, text in zip(rows, marked, strict=True)]
+            tokens[:] = [tokenize(index, conversation) for index, conversation in enumerate(conversations)]
+            return tokens
+
+        processor = copy.copy(self.processor)
+        processor.tokenizer = _RowTokenizer(self.processor.tokenizer, mark, expanded, self.conversations.train)
+        marked = [row.conversation.marked(mark) for row in rows]
+        batch = processor(text=marked, return_tensors="pt", **self._media(rows))
+        result = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        result |= pad_tokens(tokens, self.processor.tokenizer, self.conversations.train)
+        types = result.get("mm_token_type_ids")
+        types = modality_ids(result["input_ids"], self.media_ids) if types is None else types
+        return result | {"mm_token_type_ids": types * result["attention_mask"]}
+
+    def _refuse_shared(self) -> None:
+        """Refuse videos beside images where the processor gives both under one name, so that one would be lost."""
+        images, videos = (
+            getattr(reader(self.processor, kind), "model_input_names", []) for kind in ("image", "video")
+        )
+        shared = ", ".join(sorted(set(images) & set(videos)))
+        if shared:
+            raise ValueError(
+                f"has videos in a batch with images, which {type(self.processor).__name__} gives under one name "
+                f"({shared}): train on rows of one kind, or give the frames as images."
+            )
+
+    def _check_whole(self, row: HostRow, lengths: list[int]) -> None:
+        """Refuse a sound of which the feature extractor has left out the end.
+
+        Args:
+            lengths: frames of the features of each sound.
+        """
+        extractor = reader(self.processor, "audio")
+        for position, (sound, length) in enumerate(zip(row.sounds, lengths, strict=True)):
+            if (length + 1) * extractor.hop_length < len(sound):
+                read, whole = (
+                    count / extractor.sampling_rate for count in (length * extractor.hop_length, len(sound))
+                )
+                raise ValueError(
+                    f"has a sound {position} of {whole:.2f} s, of which {type(extractor).__name__} reads {read:.2f} "
+                    "s: cut the sound, or make several of it."
+                )
+
+    def _media(self, rows: list[HostRow]) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        if any(row.images for row in rows):
+            given["images"] = [row.images for row in rows]
+        videos = [video for row in rows for video in row.videos]
+        if videos:
+            given["videos"] = [frames for frames, _ in videos]
+            # Frames have been picked where their rate is known.
+            given["videos_kwargs"] = {"video_metadata": [known for _, known in videos], "do_sample_frames": False}
+        sounds = [sound for row in rows for sound in row.sounds]
+        if sounds:
+            given[self._sounds_name] = sounds
+            given["audio_kwargs"] = {"sampling_rate": reader(self.processor, "audio").sampling_rate}
+        return given
+
+
+class _RowTokenizer:
+    """Stands in for the tokenizer of a processor: expanded texts with marks get the ids of their rows.
+
+    Args:
+        tokenizer: does everything else.
+        mark: in every text of the batch.
+        tokenize: gives the tokens of all texts.
+        train: see [`pad_tokens`].
+    """
+
+    def __init__(self, tokenizer: Any, mark: str, tokenize: Callable[[list[str]], list[Tokens]], train: bool):
+        self._tokenizer = tokenizer
+        self._mark = mark
+        self._tokenize = tokenize
+        self._train = train
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(text, list) or not all(isinstance(item, str) and self._mark in item for item in text):
+            return self._tokenizer(text, *args, **kwargs)
+        padded = pad_tokens(self._tokenize(text), self._tokenizer, self._train)
+        columns = {name: padded[name] for name in ("input_ids", "attention_mask")}
+        if kwargs.get("return_tensors") is None:
+            columns = {name: value.tolist() for name, value in columns.items()}
+        # Where a character of the text is among the ids, some processors ask.
+        return BatchEncoding(columns, encoding=self._tokenizer(text).encodings)

@@ -1,0 +1,115 @@
+"""What stands in a text for an image, a video or a sound: its token, its ids, and the modality of these."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..modeling.processing_hf_moe import HfMoeProcessor
+from .messages import KINDS
+from .text import TextProcessor
+
+
+# The part of a processor that reads each kind; Transformers calls the one of sounds by two names.
+READERS = {
+    "image": ("image_processor",),
+    "video": ("video_processor",),
+    "audio": ("feature_extractor", "audio_processor"),
+}
+NOUNS = {"image": "images", "video": "videos", "audio": "sounds"}
+
+
+def reader(processor: Any, kind: str) -> Any:
+    """Return the part of a processor that reads a kind, `None` without one."""
+    return next((found for name in READERS[kind] if (found := getattr(processor, name, None)) is not None), None)
+
+
+def media_tokens(processor: Any) -> dict[str, str]:
+    """Return, for each kind that a processor takes, the token that a chat template writes for one of it."""
+    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in KINDS if reader(processor, kind) is not None}
+    return {kind: token for kind, token in tokens.items() if token is not None}
+
+
+def media_ids(processor: Any, config: Any = None) -> dict[str, set[int]]:
+    """Return the ids that stand for each kind: those that the processor names, else the placeholders of the config.
+
+    Args:
+        config: of the host.
+    """
+    found: dict[str, set[int]] = {}
+    for kind in KINDS:
+        named = [*(getattr(processor, f"{kind}_token_ids", None) or []), getattr(processor, f"{kind}_token_id", None)]
+        ids = {token for token in named if isinstance(token, int) and token >= 0}
+        ids = ids or {token for token in config_ids(config, kind).values() if token is not None}
+        if ids:
+            found[kind] = ids
+    return found
+
+
+def config_ids(config: Any, kind: str) -> dict[str, int]:
+    """Return the placeholder of a kind in a host's config, by its field."""
+    names = (f"{kind}_token_id", f"{kind}_token_index")
+    return {name: token for name in names if isinstance(token := getattr(config, name, None), int)}
+
+
+def modality_ids(input_ids: torch.Tensor, ids: Mapping[str, set[int]]) -> torch.Tensor:
+    """Return the modality of every token: 0 text, 1 image, 2 video, 3 audio."""
+    types = torch.zeros_like(input_ids)
+    for number, kind in enumerate(KINDS, 1):
+        types[torch.isin(input_ids, input_ids.new_tensor(sorted(ids.get(kind, ()))))] = number
+    return types
+
+
+def expands_alone(processor: Any) -> bool:
+    """Tell whether a processor has to see what a text holds to know how many tokens stand for it."""
+    return not isinstance(processor, HfMoeProcessor | TextProcessor)
+
+
+def refuse_kinds(processor: Any, counts: Mapping[str, int]) -> None:
+    """Refuse what a processor does not take.
+
+    Raises:
+        ValueError: naming the kind, and those that it takes.
+    """
+    taken = media_tokens(processor)
+    for kind, count in counts.items():
+        if count and kind not in taken:
+            others = " and ".join(NOUNS[other] for other in taken) or "nothing"
+            raise ValueError(
+                f"has {count} {NOUNS[kind]}, and {type(processor).__name__} takes {others} beside text: take a host "
+                f"that takes {NOUNS[kind]}, or rows without."
+            )
+
+
+def check_processor(processor: Any, config: Any) -> None:
+    """Refuse a processor that does not belong to a host.
+
+    Args:
+        config: of the host.
+
+    Raises:
+        ValueError: if the tokenizer has ids that the host has no embedding of, a placeholder is unknown to the
+            tokenizer, or its id is not the host's.
+    """
+    tokenizer, name = processor.tokenizer, type(processor).__name__
+    vocab_size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    largest = max(tokenizer.get_vocab().values())
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(
+            f"{name} does not fit the model: its tokenizer has ids up to {largest}, and the model embeddings for "
+            f"{vocab_size}. Take the processor of this model, or resize the embeddings."
+        )
+    for kind, token in media_tokens(processor).items():
+        own = tokenizer.convert_tokens_to_ids(token)
+        if own is None or own == tokenizer.unk_token_id:
+            raise ValueError(
+                f"{name} does not fit its tokenizer, which has no token {token!r}, the placeholder of {NOUNS[kind]}: "
+                "take the tokenizer of this processor."
+            )
+        ids = media_ids(processor).get(kind, {own}) | {own}
+        for field, token_id in config_ids(config, kind).items():
+            if token_id not in ids:
+                raise ValueError(
+                    f"{name} does not fit the model: {token!r} is the id {own} to its tokenizer, and {field} of the "
+                    f"model is {token_id}. Take the processor of this model."
+                )
