@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 from packaging.specifiers import SpecifierSet
-from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 
@@ -14,6 +13,7 @@ PAD = 0
 IMAGE, VIDEO, AUDIO = 100, 101, 102
 # Tokens that some hosts write around an image, a video and a sound.
 IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END, AUDIO_START, AUDIO_END = range(103, 109)
+SPECIAL = list(range(100, 109))
 MODALITY_OF = {IMAGE: 1, VIDEO: 2, AUDIO: 3}
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -113,42 +113,43 @@ class NativeHost:
                     parameter.normal_(std=0.15)
         return model.eval()
 
-    def inputs(self, *picked: int) -> dict[str, torch.Tensor]:
-        """The arguments of a call with some rows, all of them by default, padded on the left."""
+    def inputs(self, *picked: int, padding: int = 0) -> dict[str, torch.Tensor]:
+        """The arguments of a call with some rows, all of them by default, padded on the left to one length and more."""
         picked = picked or tuple(range(len(self.rows)))
         rows = [torch.tensor(self.rows[index]) for index in picked]
-        found = {"input_ids": _padded(rows), "attention_mask": _padded([torch.ones_like(row) for row in rows])}
+        length = max(map(len, rows)) + padding
+        words = {"input_ids": rows, "attention_mask": [torch.ones_like(row) for row in rows]}
+        found = {name: torch.cat([_padded(row[None], length) for row in given]) for name, given in words.items()}
         if self.type_ids is not None:
-            found[self.type_ids] = self._types(found["input_ids"], self.type_ids)
+            found[self.type_ids] = self._types(found["input_ids"])
         if self.boundaries:
-            found["moe_mm_token_type_ids"] = self.modality_ids(*picked)
+            found["moe_mm_token_type_ids"] = self._modalities(found["input_ids"], {**MODALITY_OF, **self.boundaries})
         media = [self.media[index]() for index in picked] if self.media else []
         for name in dict.fromkeys(name for row in media for name in row):
             given = [row[name] for row in media if name in row]
-            found[name] = torch.cat(_padded_before(given) if name in self.per_token else given)
+            if name in self.per_token:
+                given = [_padded(row, length) for row in given]
+            found[name] = torch.cat(given)
         return found
 
     def modality_ids(self, *picked: int) -> torch.Tensor:
         """The modality of every token (B, N), padding text: what routers must be told."""
-        rows = [torch.tensor(self.rows[index]) for index in picked or range(len(self.rows))]
-        modality = {**MODALITY_OF, **self.boundaries}
-        return torch.tensor([[modality.get(token, 0) for token in row] for row in _padded(rows).tolist()])
+        return self._modalities(self.inputs(*picked)["input_ids"], {**MODALITY_OF, **self.boundaries})
 
-    def _types(self, input_ids: torch.Tensor, name: str) -> torch.Tensor:
-        kinds = torch.tensor([[MODALITY_OF.get(token, 0) for token in row] for row in input_ids.tolist()])
+    def _types(self, input_ids: torch.Tensor) -> torch.Tensor:
         # PaliGemma's `token_type_ids` tell prefix (0) from suffix (1), not modalities.
-        return torch.zeros_like(kinds) if self.config["model_type"] == "paligemma" else kinds
+        known = {} if self.config["model_type"] == "paligemma" else MODALITY_OF
+        return self._modalities(input_ids, known)
+
+    @staticmethod
+    def _modalities(input_ids: torch.Tensor, known: Mapping[int, int]) -> torch.Tensor:
+        return torch.tensor([[known.get(token, 0) for token in row] for row in input_ids.tolist()])
 
 
 def _release_in(releases: str | None) -> bool:
     return releases is not None and transformers.__version__ in SpecifierSet(releases, prereleases=True)
 
 
-def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.stack([F.pad(row, (longest - len(row), 0), value=PAD) for row in rows])
-
-
-def _padded_before(rows: list[torch.Tensor]) -> list[torch.Tensor]:
-    longest = max(row.shape[1] for row in rows)
-    return [torch.cat([row.new_zeros(1, longest - row.shape[1], *row.shape[2:]), row], dim=1) for row in rows]
+def _padded(row: torch.Tensor, length: int) -> torch.Tensor:
+    """Put zeros before a row (1, N, ...) up to a length; a zero is padding in ids and masks alike."""
+    return torch.cat([row.new_zeros(1, length - row.shape[1], *row.shape[2:]), row], dim=1)

@@ -12,6 +12,7 @@ from native_hosts import (
     VIDEO,
     NativeHost,
     decoder,
+    noise,
 )
 
 
@@ -39,6 +40,14 @@ def seen(name: str, *shape: int) -> dict[str, torch.Tensor]:
     return {name: torch.ones(shape, dtype=torch.long)}
 
 
+# Patches in one row each, and where in the picture each of them is.
+PLACES = torch.tensor([[x, y] for y in range(4) for x in range(4)])
+GEMMA4_PICTURES = pictures(16, 48, image_position_ids=PLACES[None])
+GEMMA4_VIDEO = {
+    "pixel_values_videos": noise(2, 16, 48, seed=5),
+    "video_position_ids": PLACES.repeat(2, 1, 1),
+    "num_frames_per_video": torch.tensor([2]),
+}
 LLAMA4_TOWER = {
     **PLAIN_TOWER,
     "model_type": "llama4_vision_model",
@@ -150,7 +159,8 @@ HOSTS = {
             "video_token_id": VIDEO,
             "audio_token_id": AUDIO,
         },
-        rows=([5, 6, 7, 8], [9, 6, 8, 8, 8, 8]),
+        rows=([5, *[IMAGE] * 4, 6, 7, *[VIDEO] * 8], [9, *[IMAGE] * 4, 6, 8, 8]),
+        media=(lambda: {**GEMMA4_PICTURES[0](), **GEMMA4_VIDEO}, GEMMA4_PICTURES[1]),
         type_ids="mm_token_type_ids",
     ),
     "mllama": NativeHost(
