@@ -7,6 +7,7 @@ import qwen_hosts
 import text_hosts
 import torch
 import vision_hosts
+from native_hosts import IMAGE
 
 from hf_moe import HfMoeForConditionalGeneration
 
@@ -45,8 +46,9 @@ def drift_apart(model, seed=1):
 
 
 def labels_of(inputs) -> torch.Tensor:
-    """The next word is learnt where it is one: neither padding nor a placeholder."""
-    words = (inputs["attention_mask"] == 1) & (inputs["input_ids"] < 100)
+    """Learn every word, no placeholder, and not the first token of a row, which padding would have to foretell."""
+    mask = inputs["attention_mask"]
+    words = (mask.cumsum(-1) * mask > 1) & (inputs["input_ids"] < IMAGE)
     return inputs["input_ids"].masked_fill(~words, -100)
 
 

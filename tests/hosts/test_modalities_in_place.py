@@ -128,7 +128,7 @@ def test_a_row_alone_generates_what_it_does_in_a_batch(name):
 
 
 SYSTEMS = {
-    "anyexperts": {"num_experts": 4, "num_experts_per_tok": 2, "router": {"name": "anyexperts"}},
+    "anyexperts": {"layers": "all"},
     "moiie": {"layers": "all"},
     "ming_multi_router": {"layers": "all", "granularity": 2, "num_experts": 4, "num_experts_per_tok": 2},
     "evomoe_dtr": {"layers": "all"},
