@@ -140,9 +140,9 @@ def test_half_precision_keeps_the_gates_in_float32(name, tmp_path):
 DEFAULT_TYPES = sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
 
 
-def assert_config_comes_back(config):
-    read = HfMoeConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
-    for twin in (read, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+def assert_config_comes_back(config, file):
+    config.to_json_file(file, use_diff=False)
+    for twin in (HfMoeConfig.from_json_file(file), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert type(twin) is type(config)
         assert twin.to_dict() == config.to_dict()
         assert type(twin.get_text_config(decoder=True)) is type(config.get_text_config(decoder=True))
@@ -151,23 +151,22 @@ def assert_config_comes_back(config):
 @pytest.mark.parametrize("name", ALL)
 def test_its_config_comes_back_from_json_and_pickle(name, tmp_path):
     config = in_place(name).config
-    assert_config_comes_back(config)
+    assert_config_comes_back(config, tmp_path / "whole.json")
     config.save_pretrained(tmp_path)
     assert HfMoeConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-def test_configs_of_all_default_hosts_come_back():
-    failed, known = {}, 0
+def test_configs_of_all_default_hosts_come_back(tmp_path):
+    failed = {}
     for model_type in DEFAULT_TYPES:
         host = AutoConfig.for_model(model_type)
         try:
-            config = HfMoeConfig.on_host(host, moe_config={"layers": [0], "num_experts": 4, "num_experts_per_tok": 2})
-        except (AttributeError, ValueError) as error:  # no decoder, or sub-configs that only a checkpoint names
+            config = HfMoeConfig.on_host(host, moe_config={"layers": [0]})
+        except (AttributeError, ValueError) as error:  # no decoder of layers, see the survey
             failed[model_type] = str(error)
             continue
-        assert_config_comes_back(config)
-        known += 1
-    assert known > 0.8 * len(DEFAULT_TYPES), failed
+        assert_config_comes_back(config, tmp_path / "config.json")
+    assert len(failed) < 0.05 * len(DEFAULT_TYPES), failed
 
 
 def test_the_config_has_the_host_s_fields_in_their_places():
