@@ -14,7 +14,7 @@ import torch
 
 from ..configuration.layer_maps import at_layer
 from ..modeling.auxiliary import AuxiliaryLosses
-from ..modeling.initialisation import initialize_mechanisms
+from ..modeling.initialisation import initialize_mechanisms, initializer_std
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.registry import build
@@ -48,7 +48,7 @@ def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int
         torch.manual_seed(seed)
         for index, router in routers.items():
             old = model.moe_layers()[index].router
-            initialize_mechanisms(router, model.config.initializer_range)
+            initialize_mechanisms(router, initializer_std(model.config))
             router.start_from(old)
             weight = next(old.parameters())
             model.moe_layers()[index].gate = router.to(weight.device).float().train(old.training)
@@ -73,7 +73,7 @@ def set_objectives(model: HfMoeForConditionalGeneration, objectives: dict[str, A
     except ValueError:
         config.moe_config.objectives = previous
         raise
-    initialize_mechanisms(fresh, config.initializer_range)
+    initialize_mechanisms(fresh, initializer_std(config))
     model.objectives = fresh.to(model.device).train(model.training)
 
 
