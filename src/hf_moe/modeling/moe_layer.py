@@ -92,10 +92,14 @@ class SharedExperts(nn.Module):
         self.act_fn = ACT2FN[spec.hidden_act]
         self.gated = spec.gated
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the branch before its gate."""
         up = self.up_proj(hidden_states)
         inner = self.act_fn(self.gate_proj(hidden_states)) * up if self.gated else self.act_fn(up)
-        output = self.down_proj(inner)
+        return self.down_proj(inner)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = self.feed_forward(hidden_states)
         if self.shared_expert_gate is not None:
             output = output * torch.sigmoid(self.shared_expert_gate(hidden_states).float()).to(output.dtype)
         return output
@@ -108,6 +112,8 @@ class SharedExperts(nn.Module):
 
 class MoELayer(nn.Module):
     """Takes the place of a decoder layer's feed-forward: `forward(hidden (B, S, d)) -> (B, S, d)`.
+
+    Where the host's layer unpacks what its own block returns, it is `(output, None)`.
 
     The routing context is not an argument, since hosts pass none to their feed-forward: it is read from the context
     variable that the decoder layer sets for the duration of its forward (see `host.py`). The modules are named `gate`,
@@ -157,7 +163,11 @@ class MoELayer(nn.Module):
         """The router itself, also where PEFT has wrapped `gate` to adapt its parameters."""
         return self.gate.get_base_layer() if hasattr(self.gate, "get_base_layer") else self.gate
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        output = self._mix(hidden_states)
+        return (output, None) if self.spec.returns_tuple else output
+
+    def _mix(self, hidden_states: torch.Tensor) -> torch.Tensor:
         context = ACTIVE_CONTEXT.get()
         if context is None:
             context = RoutingContext.all_text(hidden_states)
