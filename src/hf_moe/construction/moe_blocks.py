@@ -232,6 +232,7 @@ def _read_banks(block: nn.Module, host: HostFfn) -> BlockReading:
         tuple(f"{path}.gate.{SOFTMAX_BIAS}" for path in BANK_NAMES), flat=True
     )
     fields = {
+        "num_experts": sum(bank["num_experts"] for bank in banks.values()),
         "expert_banks": banks,
         "num_experts_per_tok": slots.pop(),
         "router": {"name": "ernie45_vl", "norm_min": least.pop(), "bias_update_rate": 0.0},
