@@ -21,6 +21,7 @@ COUNTED = {**COMMON, "num_experts": 8, "norm_topk_prob": True}
 LOCAL = {**COMMON, "num_local_experts": 8}
 GROUPED = {**COMMON, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
 SCALED = {**GROUPED, "routed_scaling_factor": 1.5, "norm_topk_prob": True}
+STEP = {**LOCAL, "share_expert_dim": 40, "moe_router_scaling_factor": 1.5, "num_hidden_layers": 2}
 ERNIE = {**COMMON, "moe_intermediate_size": [24, 16], "moe_k": 2, "moe_num_experts": 8, "num_experts": 8}
 ARIA = {**COMMON, "moe_num_experts": 8, "moe_topk": 2}
 
@@ -103,6 +104,30 @@ BLOCKS: dict[str, tuple[str, str, str, dict[str, Any], tuple]] = {
         "Ernie4_5_MoeSparseMoeBlock",
         "Ernie4_5_MoeConfig",
         {**ERNIE, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
+        (),
+    ),
+    "glm5_next": ("glm5_next", "Glm5NextTextMoE", "Glm5NextTextConfig", {**SCALED, "swiglu_limit": 3.0}, ()),
+    "hy_v4_vl": ("hy_v4_vl", "HYV4VLMoE", "HYV4VLTextConfig", {**SCALED, "swiglu_limit": 3.0}, ()),
+    "step3p7": ("step3p7", "Step3p7SparseMoeBlock", "Step3p7TextConfig", STEP, (0,)),
+    "step3p7_clamped": (
+        "step3p7",
+        "Step3p7SparseMoeBlock",
+        "Step3p7TextConfig",
+        {**STEP, "swiglu_limits": [2.0, 0.0], "swiglu_limits_shared": [3.0, 0.0]},
+        (0,),
+    ),
+    "step3p7_clamped_shared": (
+        "step3p7",
+        "Step3p7SparseMoeBlock",
+        "Step3p7TextConfig",
+        {**STEP, "swiglu_limits": [0.0, 2.0], "swiglu_limits_shared": [3.0, 0.0]},
+        (0,),
+    ),
+    "minimax_m3_vl": (
+        "minimax_m3_vl",
+        "MiniMaxM3VLSparseMoeBlock",
+        "MiniMaxM3VLTextConfig",
+        {**LOCAL, "shared_intermediate_size": 40, "swiglu_limit": 3.0, "routed_scaling_factor": 1.5},
         (),
     ),
     # Kimi K2.5's decoder is DeepSeek-V3's by default.

@@ -6,6 +6,7 @@ has a place for is a reason to refuse: a block is taken over whole or not at all
 """
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +99,7 @@ def read_block(block: nn.Module, config: Any) -> BlockReading | None:
         returns_tuple=host.returns_tuple,
         branches={**reading.branches, **branches},
     )
+    _add_clamps(reading, block)
     taken = {name for source in reading.sources.values() for name in source.names}
     left = sorted(name for name, tensor in block.state_dict().items() if name not in taken and tensor.numel())
     if left:
@@ -239,6 +241,30 @@ def _read_banks(block: nn.Module, host: HostFfn) -> BlockReading:
         "experts": {"name": "ffn"},
     }
     return BlockReading(fields, sources, branches=branches)
+
+
+def _add_clamps(reading: BlockReading, block: nn.Module) -> None:
+    """Name the kind of experts whose gated unit is clamped, or that of their shared branch."""
+    clamps: dict[str, dict[str, Any]] = {}
+    for path, own in reading.branches.items():
+        part = block.get_submodule(path)
+        before = _first(("swiglu_limit",), part)
+        limit = _first(("limit",), part, default=math.inf) if before is None else before
+        order = "after" if before is None and limit < math.inf else "before"
+        clamps[own] = {"limit": limit, "order": order, "alpha": _first(("swiglu_alpha",), part)}
+    limits = {own: None if clamp["limit"] == math.inf else float(clamp["limit"]) for own, clamp in clamps.items()}
+    if not any(limits.values()):
+        return
+    clamped = [clamps[own] for own, limit in limits.items() if limit is not None]
+    if len({(clamp["order"], clamp["alpha"]) for clamp in clamped}) > 1 or "experts" not in limits:
+        raise _refusal(block, f"its parts clamp in ways of their own: {clamps}")
+    reading.fields["experts"] = {
+        "name": "clamped_ffn",
+        "limit": limits["experts"],
+        "shared_limit": limits.get("shared_expert"),
+        "order": clamped[0]["order"],
+        "alpha": clamped[0]["alpha"],
+    }
 
 
 def _read_shared(block: nn.Module, host: HostFfn) -> tuple[dict[str, Any], dict[str, Source], dict[str, str]]:

@@ -1,5 +1,7 @@
 """The MoE layer: a router, experts, and an optional branch that every token uses."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -79,10 +81,17 @@ def run_assignment(experts: nn.Module, hidden_states: torch.Tensor, assignment: 
 class SharedExperts(nn.Module):
     """The experts that every token uses, kept as one feed-forward of their total width.
 
-    With a gate the output is multiplied by `sigmoid(w . x)` per token, computed in float32.
+    With a gate the output is multiplied by `sigmoid(w . x)` per token, computed in float32. Experts that join their
+    gate and up projections in a way of their own hand it over as `unit`.
     """
 
-    def __init__(self, spec: MoELayerSpec, intermediate_size: int, gate: bool):
+    def __init__(
+        self,
+        spec: MoELayerSpec,
+        intermediate_size: int,
+        gate: bool,
+        unit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ):
         super().__init__()
         if spec.gated:
             self.gate_proj = nn.Linear(spec.hidden_size, intermediate_size, bias=spec.bias)
@@ -91,12 +100,15 @@ class SharedExperts(nn.Module):
         self.shared_expert_gate = nn.Linear(spec.hidden_size, 1, bias=False) if gate else None
         self.act_fn = ACT2FN[spec.hidden_act]
         self.gated = spec.gated
+        self.unit = unit
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the branch before its gate."""
         up = self.up_proj(hidden_states)
-        inner = self.act_fn(self.gate_proj(hidden_states)) * up if self.gated else self.act_fn(up)
-        return self.down_proj(inner)
+        if not self.gated:
+            return self.down_proj(self.act_fn(up))
+        gate = self.gate_proj(hidden_states)
+        return self.down_proj(self.act_fn(gate) * up if self.unit is None else self.unit(gate, up))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self.feed_forward(hidden_states)
@@ -148,7 +160,8 @@ class MoELayer(nn.Module):
             width = (
                 at_layer(moe.shared_intermediate_size, spec.layer_idx) or num_shared * spec.expert_intermediate_size
             )
-            self.shared_expert = SharedExperts(spec, width, at_layer(moe.shared_expert_gate, spec.layer_idx))
+            gated = at_layer(moe.shared_expert_gate, spec.layer_idx)
+            self.shared_expert = SharedExperts(spec, width, gated, getattr(self.experts, "shared_unit", None))
         self.residual_mix = None
         if at_layer(moe.residual_mix, spec.layer_idx):
             if self.shared_expert is None:
