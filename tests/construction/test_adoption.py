@@ -43,6 +43,19 @@ HOSTS = {
     "olmoe_normalised": ("olmoe", {"num_experts": 4, "norm_topk_prob": True}, [0, 1, 2, 3]),
 }
 
+DEEPSEEK = {"n_routed_experts": 8, "moe_intermediate_size": 16, "n_group": 4, "topk_group": 2}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+# More than a softmax gate and experts.
+FURTHER = {
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+        [0, 1, 2, 3],
+    ),
+    "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, **LATENT, "first_k_dense_replace": 1}, [1, 2, 3]),
+    "minimax_m2": ("minimax_m2", {"num_local_experts": 4, "head_dim": 8}, [0, 1, 2, 3]),
+}
+
 
 def moe_decoder(model_type, **fields):
     torch.manual_seed(0)
@@ -67,9 +80,9 @@ def adopted(host):
     return model, dense
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", [*HOSTS, *FURTHER])
 def test_adopted_decoder_keeps_its_logits(host):
-    model_type, fields, layers = HOSTS[host]
+    model_type, fields, layers = {**HOSTS, **FURTHER}[host]
     dense = moe_decoder(model_type, **fields)
     moe_config, copy = adopt(dense)
     assert moe_config["layers"] == layers
@@ -189,10 +202,30 @@ def test_normalisation_is_told_apart():
         adopt(dense)[1](model_of(dense, configs[1]))
 
 
-def test_a_block_with_shared_experts_is_refused():
-    dense = moe_decoder("qwen2_moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16)
-    with pytest.raises(ValueError, match=r"cannot be adopted: the MoE block of layer 0 holds .*shared_expert"):
+def test_a_block_with_more_than_a_place_here_is_refused_with_its_layer():
+    dense = moe_decoder("mixtral", num_local_experts=4)
+    dense.model.layers[2].mlp.temperature = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"Layer 2 of MixtralModel: .* cannot be adopted: it holds \['temperature'\]"):
         adopt(dense)
+
+
+def test_layers_that_differ_become_maps():
+    dense = moe_decoder("olmoe", num_experts=4)
+    dense.model.layers[1].mlp.gate.norm_topk_prob = True
+    moe_config, copy = adopt(dense)
+    router = {layer: options["norm_topk_prob"] for layer, options in moe_config["router"].items()}
+    assert router == {"0": False, "1": True, "2": False, "3": False}
+    model = model_of(dense, moe_config)
+    copy(model)
+    assert logit_difference(model, dense) < 1e-5
+
+
+def test_a_layer_of_another_shape_is_not_filled_in_part():
+    dense = moe_decoder("qwen2_moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    moe_config, copy = adopt(dense)
+    model = model_of(dense, {**moe_config, "shared_expert_gate": False})
+    with pytest.raises(ValueError, match="does not fit Qwen2MoeSparseMoeBlock: .*shared_expert_gate.* have no place"):
+        copy(model)
 
 
 def test_one_renormalised_slot_is_refused():

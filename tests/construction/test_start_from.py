@@ -19,7 +19,7 @@ WITHOUT_GATE = {"evomoe_dtr"}
 
 
 def router_of(name, **options):
-    slots = {"num_experts_per_tok": 1} if name == "switch_transformer" else {}
+    slots = {"num_experts_per_tok": 1} if name in ("llama4", "switch_transformer") else {}
     spec = MoELayerSpec(**{**vars(SPEC), **slots})
     router = build("router", get_mechanism("router", name), {**OPTIONS.get(name, {}), **options}, spec)
     torch.manual_seed(sum(map(ord, name)))
@@ -31,7 +31,7 @@ def own_routers():
     for name in ("top_k", *OPTIONS):
         get_mechanism("router", name)
     names = "adamoe anyexperts deepseek_v3 deepseekmoe dynamic_moe_top_p ernie45_vl evomoe_dtr ming_multi_router moiie"
-    return [*names.split(), "switch_transformer", "top_k"]
+    return [*names.split(), "llama4", "switch_transformer", "top_k"]
 
 
 def test_every_router_of_the_package_is_tried():

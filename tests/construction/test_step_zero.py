@@ -79,11 +79,22 @@ def test_fewer_slots_than_the_adopted_ones_are_not_exact(mixtral):
     assert not check.exact and check.logit_difference > 1e-3
 
 
-def test_a_sigmoid_gate_with_a_bias_is_no_softmax_gate(save_decoder):
+def test_a_sigmoid_gate_with_a_bias_is_adopted_as_one(save_decoder):
     fields = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 8}
-    folder = save_decoder("minimax_m2", **fields)
-    with pytest.raises(ValueError, match="cannot be adopted.*e_score_correction_bias"):
-        checked(folder)
+    model, check = checked(save_decoder("minimax_m2", **fields))
+    assert check.exact and check.logit_difference < 1e-5
+    assert model.config.moe_config.router["score_function"] == "sigmoid"
+
+
+def test_a_system_keeps_the_shared_branch_of_its_host(save_decoder):
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "moe_intermediate_size": 16}
+    folder = save_decoder("qwen2_moe", **fields, shared_expert_intermediate_size=24)
+    _, check = checked(folder)
+    assert check.exact and check.logit_difference < 1e-5
+    model, check = checked(folder, "ming_multi_router", num_experts_per_tok=2)
+    assert model.moe_layers()[0].shared_expert.shared_expert_gate is not None
+    with pytest.raises(ValueError, match=r"moe_config.num_shared_experts=0 contradicts Qwen2Moe"):
+        checked(folder, num_shared_experts=0)
 
 
 def test_a_block_that_computes_something_else_is_refused():

@@ -213,6 +213,7 @@ OPTIONS = {
 }
 # The rest of a config in which a mechanism is at home.
 SURROUNDINGS: dict[str, dict[str, Any]] = {
+    "llama4": {"num_experts_per_tok": 1},
     "switch_transformer": {"num_experts_per_tok": 1},
     "expert_contrast": {"num_experts_per_tok": 1},
     "null_load": {"router": "adamoe"},

@@ -29,9 +29,8 @@ CASTS = {
 
 
 def router(name: str) -> torch.nn.Module:
-    return build(
-        "router", get_mechanism("router", name), {}, make_spec(num_experts_per_tok=1 + (name != "switch_transformer"))
-    )
+    slots = 1 if name in ("llama4", "switch_transformer") else 2
+    return build("router", get_mechanism("router", name), {}, make_spec(num_experts_per_tok=slots))
 
 
 def objective(name: str) -> torch.nn.Module:

@@ -18,7 +18,7 @@ from hf_moe.modeling.routing import Connector, Experts, MoELayerSpec, Objective,
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE = 5
 # What the library's defaults are not enough for, and the words that say so.
-MISSING = {"switch_transformer": "set it to 1", "expert_contrast": "num_experts_per_tok=1"}
+MISSING = {"llama4": "set it to 1", "switch_transformer": "set it to 1", "expert_contrast": "num_experts_per_tok=1"}
 REMEDY = {"num_experts_per_tok": 1}
 # The router that an objective is made for, where the default is not.
 ROUTER_OF = {"null_load": "adamoe", "slot_budget": "anyexperts", "router_orthogonality": "ernie45_vl"}

@@ -27,10 +27,10 @@ def shares(scores: torch.Tensor, chosen: list[int], scale: float = 1.0, normalis
     return {expert: scale * scores[expert].item() / total for expert in chosen}
 
 
-def best_of_groups(scores: torch.Tensor, n_group: int, topk_group: int) -> list[int]:
-    """Return the two best experts among those of the groups whose two best experts are best."""
+def best_of_groups(scores: torch.Tensor, n_group: int, topk_group: int, counted: int = 2) -> list[int]:
+    """Return the two best experts among those of the groups whose `counted` best experts are best."""
     groups = torch.arange(EXPERTS).view(n_group, -1)
-    ranked = sorted(groups, key=lambda group: -scores[group].topk(min(2, len(group))).values.sum().item())
+    ranked = sorted(groups, key=lambda group: -scores[group].topk(min(counted, len(group))).values.sum().item())
     open_experts = torch.cat(ranked[:topk_group])
     return [open_experts[place].item() for place in best(scores[open_experts], SLOTS)]
 
@@ -54,7 +54,8 @@ def deepseekmoe(router: Router, x: torch.Tensor, modality: int) -> dict[int, flo
 
 def deepseek_v3(router: Router, x: torch.Tensor, modality: int) -> dict[int, float]:
     s = (router.weight.double() @ x).sigmoid()
-    chosen = best_of_groups(s + router.e_score_correction_bias, router.n_group, router.topk_group)
+    counted = 1 if router.group_score == "best" else 2
+    chosen = best_of_groups(s + router.e_score_correction_bias, router.n_group, router.topk_group, counted)
     return shares(s, chosen, router.routed_scaling_factor, router.norm_topk_prob)
 
 
@@ -99,6 +100,7 @@ CASES = {
     "deepseekmoe-normalised": (deepseekmoe, {"norm_topk_prob": True}, {}),
     "deepseek_v3": (deepseek_v3, {"routed_scaling_factor": 2.5}, {}),
     "deepseek_v3-groups": (deepseek_v3, {"n_group": 4, "topk_group": 2, "norm_topk_prob": False}, {}),
+    "deepseek_v3-best": (deepseek_v3, {"n_group": 2, "topk_group": 1, "group_score": "best"}, {}),
     "adamoe": (adamoe, {"num_null_experts": 5, "null_router_init": "normal"}, {"num_experts_per_tok": 4}),
     "ernie45_vl": (ernie45_vl, {}, {}),
     "ernie45_vl-banks": (ernie45_vl, {"norm_min": 0.5}, {"banks": (("text", 5, 16), ("vision", 3, 8))}),

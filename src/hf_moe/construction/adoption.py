@@ -1,22 +1,127 @@
 """Adoption: a decoder that is a MoE already becomes this library's, with its routers and its experts.
 
-Covers hosts whose block is a softmax top-k gate and stacked gated experts and nothing else: Mixtral, Qwen3-MoE,
-OLMoE. Layers that the host keeps dense stay dense.
+What a block is, [`read_block`] tells from what it holds; whether the `MoELayer` that takes over its weights computes
+the same, [`check_block`] tells. Layers that the host keeps dense stay dense.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 
-from ..modeling.host import decoder_layers, ffn_name, read_ffn
+from ..modeling.host import decoder_layers, ffn_name
+from ..modeling.initialisation import initialize_mechanisms
+from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.moe_layer import MoELayer
+from ..modeling.registry import build
+from .moe_blocks import BlockReading, read_block
 from .upcycling import check_block, copy_host
 
 
-ADOPTED = {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
+# Of a layer whose block has no such part, where another layer's has.
+WITHOUT = {
+    "num_shared_experts": 0,
+    "shared_intermediate_size": None,
+    "shared_expert_gate": False,
+    "expert_banks": None,
+}
+
+
+def read_blocks(decoder: PreTrainedModel) -> dict[int, BlockReading]:
+    """Return what the MoE blocks of a decoder are, by layer; without any if it is dense. Works on the meta device.
+
+    Raises:
+        ValueError: if a block cannot be adopted, with the layer and the reason.
+    """
+    readings = {}
+    for layer_idx, layer in enumerate(decoder_layers(decoder)):
+        try:
+            reading = read_block(getattr(layer, ffn_name(layer)), decoder.config)
+        except ValueError as error:
+            raise ValueError(f"Layer {layer_idx} of {type(decoder).__name__}: {error}") from error
+        if reading is not None:
+            readings[layer_idx] = reading
+    return readings
+
+
+def adopted_config(readings: Mapping[int, BlockReading]) -> dict[str, Any]:
+    """Return the `moe_config` of the blocks that were read: one value per field, or a map where layers differ."""
+    joined: dict[str, Any] = {"layers": list(readings)}
+    for name in dict.fromkeys(name for reading in readings.values() for name in reading.fields):
+        values = {
+            str(layer_idx): reading.fields.get(name, WITHOUT.get(name)) for layer_idx, reading in readings.items()
+        }
+        first = next(iter(values.values()))
+        joined[name] = first if all(value == first for value in values.values()) else values
+    return joined
+
+
+@torch.no_grad()
+def take_block(layer: MoELayer, block: nn.Module, reading: BlockReading) -> None:
+    """Copy a block's tensors into the layer that takes its place, and compare the two.
+
+    Statistics start anew, and so does the bias of a router that has one where the host has none.
+
+    Raises:
+        ValueError: if the layer has another shape, or computes something else.
+    """
+    state = reading.state(block.state_dict())
+    kept = {name for name in layer.state_dict() if name in {f"gate.{item}" for item, _ in layer.gate.named_buffers()}}
+    result = layer.load_state_dict(state, strict=False)
+    missing = set(result.missing_keys) - kept
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"Layer {layer.layer_idx} does not fit {type(block).__name__}: {sorted(missing)} would be left empty, and "
+            f"{sorted(result.unexpected_keys)} have no place. Build it from the config that adoption returns."
+        )
+    if layer.spec.num_experts_per_tok == reading.fields["num_experts_per_tok"]:
+        check_block(layer, block, reading.branches)
+
+
+@torch.no_grad()
+def materialise(module: nn.Module, std: float) -> None:
+    """Give a module on the meta device memory, and its first values."""
+    module.to_empty(device="cpu")
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            init.normal_(part.weight, mean=0.0, std=std)
+            if part.bias is not None:
+                init.zeros_(part.bias)
+    initialize_mechanisms(module, std)
+
+
+@torch.no_grad()
+def hand_over_block(moe_layer: MoELayer, block: nn.Module, reading: BlockReading, std: float) -> None:
+    """Hand a host's MoE block to a layer on the meta device: its experts, its shared branch, its gate to the router.
+
+    Stacks are not copied where they are stored as ours are. A shared branch that the host does not have starts without
+    effect.
+    """
+    state = reading.state(block.state_dict())
+
+    def part(name: str) -> dict[str, torch.Tensor]:
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+        return {key: tensor.contiguous() for key, tensor in own.items()}
+
+    moe_layer.experts.load_state_dict(part("experts"), assign=True)
+    materialise(moe_layer.gate, std)
+    spec = replace(moe_layer.spec, num_experts_per_tok=reading.fields["num_experts_per_tok"])
+    options = dict(reading.fields["router"])
+    host_router = build("router", get_mechanism("router", options.pop("name")), options, spec)
+    initialize_mechanisms(host_router, std)
+    host_router.load_state_dict(part("gate"), strict=False)
+    moe_layer.gate.start_from(host_router)
+    if moe_layer.shared_expert is not None:
+        materialise(moe_layer.shared_expert, std)
+        if "num_shared_experts" in reading.fields:
+            moe_layer.shared_expert.load_state_dict(part("shared_expert"))
+        else:
+            init.zeros_(moe_layer.shared_expert.down_proj.weight)
 
 
 def adopt(dense: PreTrainedModel) -> tuple[dict[str, Any], Callable[[HfMoeForConditionalGeneration], None]]:
@@ -26,53 +131,25 @@ def adopt(dense: PreTrainedModel) -> tuple[dict[str, Any], Callable[[HfMoeForCon
         model = HfMoeForConditionalGeneration(HfMoeConfig(text_config=mixtral.config, moe_config=moe_config))
         copy(model)
 
-    The logits of the filled model are the decoder's. Its own auxiliary loss and training noise are not taken over:
-    name objectives and a router's options in `moe_config`.
+    The logits of the filled model are the decoder's. Its own auxiliary loss and training noise are not taken over, and
+    a bias on the choice stays as it is: name objectives and a router's options in `moe_config`.
 
     Args:
         dense: the MoE decoder's own `ForCausalLM`.
 
     Raises:
-        ValueError: if the decoder has no MoE layer, or one that is more than a softmax top-k gate and gated experts,
-            which its tensors tell, or its output once the model is filled.
+        ValueError: if the decoder has no MoE layer, or one that is more than this library's routers and experts, which
+            its tensors tell, or its output once the model is filled.
     """
-    name = type(dense).__name__
-    blocks: dict[int, nn.Module] = {}
-    for layer_idx, layer in enumerate(decoder_layers(dense.base_model)):
-        ffn = getattr(layer, ffn_name(layer))
-        if read_ffn(ffn).layout is None:
-            blocks[layer_idx] = ffn
-    if not blocks:
-        raise ValueError(f"{name} has no MoE layer to adopt: upcycle it.")
-    for layer_idx, block in blocks.items():
-        held = {name for name, _ in (*block.named_parameters(), *block.named_buffers())}
-        if held != ADOPTED:
-            raise ValueError(
-                f"{name} cannot be adopted: the MoE block of layer {layer_idx} holds {sorted(held)}, where a top-k "
-                f"gate and gated experts hold {sorted(ADOPTED)}."
-            )
-    gate: Any = next(iter(blocks.values())).gate
-    # Mixtral always renormalises, and has no field for it.
-    norm_topk_prob = getattr(gate, "norm_topk_prob", True)
-    if norm_topk_prob and gate.top_k == 1:
-        raise ValueError(
-            f"{name} cannot be adopted: with one slot per token it renormalises its weight to 1, which leaves the "
-            "gate without a gradient; the router 'top_k' keeps the probability."
-        )
-    moe_config = {
-        "layers": list(blocks),
-        "num_experts": gate.weight.shape[0],
-        "num_experts_per_tok": gate.top_k,
-        "router": {"name": "top_k", "norm_topk_prob": norm_topk_prob},
-        "experts": {"name": "ffn"},
-    }
+    readings = read_blocks(dense.base_model)
+    if not readings:
+        raise ValueError(f"{type(dense).__name__} has no MoE layer to adopt: upcycle it.")
+    layers = decoder_layers(dense.base_model)
 
     def copy(model: HfMoeForConditionalGeneration) -> None:
         copy_host(model, dense)
-        with torch.no_grad():
-            for layer_idx, moe_layer in model.moe_layers().items():
-                moe_layer.load_state_dict(blocks[layer_idx].state_dict())
-                if moe_layer.spec.num_experts_per_tok == gate.top_k:
-                    check_block(moe_layer, blocks[layer_idx])
+        for layer_idx, moe_layer in model.moe_layers().items():
+            block = getattr(layers[layer_idx], ffn_name(layers[layer_idx]))
+            take_block(moe_layer, block, readings[layer_idx])
 
-    return moe_config, copy
+    return adopted_config(readings), copy

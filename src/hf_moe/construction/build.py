@@ -5,26 +5,23 @@ and let go before the next layer's experts exist, so the dense decoder and the M
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import initialization as init
 
 from ..configuration import HfMoeConfig
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import decoder_layers, ffn_name, read_ffn, routed_layer_class
-from ..modeling.initialisation import initialize_mechanisms
-from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.moe_layer import MoELayer
 from ..modeling.processing_hf_moe import HfMoeProcessor
-from ..modeling.registry import build
 from ..modeling.routing import Decision, ExpertAssignment
-from .adoption import adopt
+from .adoption import adopt, hand_over_block, materialise
 from .generation import generation_settings
+from .moe_blocks import read_block
 from .pretrained import load_language_model, load_vision_tower
 from .tokenizer import IMAGE_TOKEN, add_image_token, default_chat_template
 from .upcycling import check_block, check_expert, ffn_state, fill_layer
@@ -199,7 +196,7 @@ def _from_decoder(
     std = config.initializer_range
     for module in (model.model.connector, model.objectives):
         if module is not None:
-            _materialise(module, std)
+            materialise(module, std)
     generator = torch.Generator().manual_seed(seed)
     exact = noise_std == 0.0
     for layer_idx, moe_layer in moe_layers.items():
@@ -208,14 +205,16 @@ def _from_decoder(
         ffn = getattr(layer, name)
         host = read_ffn(ffn)
         if host.layout is None:
-            _take_experts(moe_layer, ffn, host_routing, std)
+            reading = read_block(ffn, text_config)
+            assert reading is not None, "of a MoE block"
+            hand_over_block(moe_layer, ffn, reading, std)
             if own_routers:
-                check_block(moe_layer, ffn)
+                check_block(moe_layer, ffn, reading.branches)
         else:
             check_expert(model, moe_layer, ffn)
-            _materialise(moe_layer, std)
+            materialise(moe_layer, std)
             fill_layer(moe_layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise_std)
-        exact = exact and all(width % host.intermediate_size == 0 for width in _widths(moe_layer))
+            exact = exact and all(width % host.intermediate_size == 0 for width in _widths(moe_layer))
         setattr(layer, name, moe_layer)
     check = _step_zero(model, ids, reference, exact and own_routers == adopted, adopted)
     if check.exact and check.logit_difference > _tolerance(model) * max(1.0, reference.abs().max().item()):
@@ -255,19 +254,20 @@ def _adopted_config(
         ValueError: if `moe_config` asks for other experts than the decoder has.
     """
     adopted, _ = adopt(dense)
-    kept = {name: adopted[name] for name in ("layers", "num_experts", "experts")}
-    fixed = {"num_experts": adopted["num_experts"], "granularity": 1, "expert_banks": None}
+    routing = {name: adopted[name] for name in ("router", "num_experts_per_tok")}
+    kept = {name: value for name, value in adopted.items() if name not in routing}
+    fixed = {"granularity": 1, "expert_banks": None, **kept}
+    del fixed["layers"], fixed["experts"]
     for name, value in fixed.items():
         if moe_config.get(name, value) != value:
             raise ValueError(
                 f"moe_config.{name}={moe_config[name]!r} contradicts {type(dense).__name__}, whose "
                 f"{adopted['num_experts']} experts of one width are taken over: leave it out."
             )
-    routing = {name: adopted[name] for name in ("router", "num_experts_per_tok")}
     if system is None:
         return routing, {**adopted, **moe_config}
     own_sizes = {"num_shared_experts": 0, "granularity": 1, "expert_intermediate_size": None, "expert_banks": None}
-    return routing, {**kept, **own_sizes, **moe_config}
+    return routing, {**own_sizes, **kept, **moe_config}
 
 
 def _check_materialised(model: nn.Module) -> None:
@@ -360,33 +360,3 @@ def _hands_over_whole_tokens(decision: Decision) -> bool:
     no_identity = decision.identity_weight is None or not decision.identity_weight.any()
     sums = decision.expert_weight.float().sum(-1)  # (T,)
     return unscaled and no_identity and bool((sums - 1).abs().max() < 1e-3)
-
-
-@torch.no_grad()
-def _materialise(module: nn.Module, std: float) -> None:
-    """Give a module on the meta device memory, and its first values."""
-    module.to_empty(device="cpu")
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            init.normal_(part.weight, mean=0.0, std=std)
-            if part.bias is not None:
-                init.zeros_(part.bias)
-    initialize_mechanisms(module, std)
-
-
-@torch.no_grad()
-def _take_experts(moe_layer: MoELayer, block: Any, routing: dict[str, Any], std: float) -> None:
-    """Hand the expert stacks of a host's MoE block to a layer on the meta device, and its gate to the router.
-
-    No copy of the stacks is made. A shared branch, which the host does not have, starts without effect.
-    """
-    moe_layer.experts.load_state_dict(block.experts.state_dict(), assign=True)
-    _materialise(moe_layer.gate, std)
-    spec = replace(moe_layer.spec, num_experts_per_tok=routing["num_experts_per_tok"])
-    options = {name: value for name, value in routing["router"].items() if name != "name"}
-    host_router = build("router", get_mechanism("router", routing["router"]["name"]), options, spec)
-    host_router.load_state_dict(block.gate.state_dict())
-    moe_layer.gate.start_from(host_router)
-    if moe_layer.shared_expert is not None:
-        _materialise(moe_layer.shared_expert, std)
-        init.zeros_(moe_layer.shared_expert.down_proj.weight)

@@ -7,8 +7,10 @@ experts are narrower than the feed-forward; it is then a starting point, not a c
 Source: Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints, arXiv:2212.05055.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import FfnLayout, decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.moe_layer import MoELayer, SharedExperts
-from ..modeling.routing import ExpertAssignment
+from ..modeling.routing import ACTIVE_CONTEXT, ExpertAssignment, MoELayerSpec, RoutingContext
 
 
 def ffn_state(weights: Mapping[str, torch.Tensor], layout: FfnLayout) -> dict[str, torch.Tensor]:
@@ -236,8 +238,11 @@ def check_expert(model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.
         expert = FfnExperts(model.config, spec).to(weight.dtype)
     for name, tensor in ffn_state(dict(ffn.named_parameters()), host.layout).items():
         getattr(expert, name)[0].copy_(tensor)
-    difference = _output_difference(ffn, _Alone(expert), spec.hidden_size, weight)
-    if difference > _tolerance(weight):
+    differences = [
+        _output_difference(ffn, _Alone(expert), spec.hidden_size, weight, scale) for scale in (1.0, _large(weight))
+    ]
+    if not all(difference <= _tolerance(weight) for difference in differences):
+        difference = max(differences)
         raise ValueError(
             f"{type(ffn).__name__} cannot become a MoE layer: an expert that holds the feed-forward of layer "
             f"{spec.layer_idx} differs from it by {difference:.1e}; it does more than its projections and activation."
@@ -245,20 +250,82 @@ def check_expert(model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.
 
 
 @torch.no_grad()
-def check_block(layer: MoELayer, block: nn.Module) -> None:
+def check_block(layer: MoELayer, block: nn.Module, branches: Mapping[str, str] | None = None) -> None:
     """Refuse a host's MoE block that computes something else than the layer which has taken over its weights.
+
+    Args:
+        branches: paths of the parts that compute alone, in the block and in the layer, see [`BlockReading`]. They are
+            compared on large hidden states too, where a clamp shows; a gate's scores would only tie there.
 
     Raises:
         ValueError: with the difference, on random hidden states.
     """
     weight = next(block.parameters())
-    difference = _output_difference(block, layer, layer.spec.hidden_size, weight)
-    if difference > _tolerance(weight):
+    width = layer.spec.hidden_size
+    differences = {"the block": _output_difference(*_of_both_kinds(block, layer), width, weight)}
+    for path, own in (branches or {}).items():
+        theirs, ours = block.get_submodule(path), layer.get_submodule(own)
+        if isinstance(ours, SharedExperts):
+            theirs, ours = theirs, _Ungated(ours)
+        else:
+            theirs, ours = _Assigned(theirs, layer.spec), _Assigned(ours, layer.spec)
+        differences[path] = _output_difference(theirs, ours, width, weight, _large(weight))
+    part, difference = max(differences.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+    if not difference <= _tolerance(weight):
         raise ValueError(
             f"{type(block).__name__} cannot be adopted: the MoE layer that holds the weights of layer "
-            f"{layer.layer_idx} differs from it by {difference:.1e}; it does more than a top-k gate and gated experts "
-            "do. Choose another decoder."
+            f"{layer.layer_idx} differs from it by {difference:.1e} in {part}; it does more than a top-k gate and "
+            "gated experts do. Choose another decoder."
         )
+
+
+def _of_both_kinds(block: nn.Module, layer: MoELayer) -> tuple[nn.Module, nn.Module]:
+    """Return the two such that every other token is one of an image, where they have banks for these."""
+    return (_EveryOtherImage(block), _EveryOtherImage(layer)) if layer.spec.banks else (block, layer)
+
+
+class _EveryOtherImage(nn.Module):
+    """A block with a bank for text and one for vision: every other token is of an image."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        kinds = (torch.arange(hidden_states.shape[1], device=hidden_states.device) % 2)[None]  # (1, S)
+        if not isinstance(self.block, MoELayer):
+            return self.block(hidden_states, kinds)
+        token = ACTIVE_CONTEXT.set(RoutingContext(kinds, torch.ones_like(kinds, dtype=torch.bool)))
+        try:
+            return self.block(hidden_states)
+        finally:
+            ACTIVE_CONTEXT.reset(token)
+
+
+class _Assigned(nn.Module):
+    """A stack of experts, each of which sees some tokens."""
+
+    def __init__(self, experts: nn.Module, spec: MoELayerSpec):
+        super().__init__()
+        self.experts = experts
+        self.slots = spec.num_experts_per_tok
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.flatten(0, -2)  # (T, d)
+        index = torch.arange(len(rows) * self.slots, device=rows.device).view(len(rows), -1)
+        weight = torch.full_like(index, 1.0 / self.slots, dtype=rows.dtype)
+        return self.experts(rows, index % self.experts.down_proj.shape[0], weight).view_as(hidden_states)
+
+
+class _Ungated(nn.Module):
+    """A shared branch without the gate on its output."""
+
+    def __init__(self, shared: SharedExperts):
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.shared.feed_forward(hidden_states)
 
 
 class _Alone(nn.Module):
@@ -279,14 +346,23 @@ def _tolerance(weight: torch.Tensor) -> float:
     return 1e-4 if weight.dtype == torch.float32 else 1e-1
 
 
-def _output_difference(theirs: nn.Module, ours: nn.Module, width: int, weight: torch.Tensor) -> float:
+def _large(weight: torch.Tensor) -> float:
+    """Return by how much hidden states are scaled to reach a clamp; float16 has no room for their products."""
+    return 1.0 if weight.dtype == torch.float16 else 100.0
+
+
+def _output_difference(
+    theirs: nn.Module, ours: nn.Module, width: int, weight: torch.Tensor, scale: float = 1.0
+) -> float:
     """Return the largest difference of two modules' outputs on random hidden states (1, 8, d).
 
     It is relative to the largest output where that is above one: two kernels round in proportion to what they sum.
     """
-    hidden = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    hidden = scale * torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0)).to(weight)
     with evaluation_mode(theirs), evaluation_mode(ours):
         outputs = [module(hidden) for module in (theirs, ours)]
-    # A block may return its logits too.
-    expected, found = ((output[0] if isinstance(output, tuple) else output).float() for output in outputs)
+    # A block may return its logits too, and its tokens as one row each.
+    expected, found = (
+        (output[0] if isinstance(output, tuple) else output).float().view(hidden.shape) for output in outputs
+    )
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()

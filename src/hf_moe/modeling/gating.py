@@ -65,21 +65,21 @@ def renormalise(weight: torch.Tensor, minimum: float = 1e-20) -> torch.Tensor:
     return weight / weight.sum(-1, keepdim=True).clamp(min=minimum)
 
 
-def limit_groups(scores: torch.Tensor, n_group: int, topk_group: int) -> torch.Tensor:
+def limit_groups(scores: torch.Tensor, n_group: int, topk_group: int, group_score: str = "best_two") -> torch.Tensor:
     """Keep the `topk_group` best of `n_group` expert groups, the rest becomes -inf.
 
-    The score of a group is the sum of its two best experts (DeepSeek-V3, arXiv:2412.19437).
+    The score of a group is the sum of its two best experts (DeepSeek-V3, arXiv:2412.19437), or with `"best"` that of
+    its best one (DeepSeek-V2, arXiv:2405.04434).
     """
     if n_group <= 1:
         return scores
     grouped = scores.view(scores.shape[0], n_group, -1)  # (T, G, E / G)
-    best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values  # (T, G, 2)
+    counted = min(2 if group_score == "best_two" else 1, grouped.shape[-1])
+    best = grouped.topk(counted, dim=-1).values  # (T, G, 2 or 1)
     # A group of which one expert is left still counts by that one.
     second = best[..., 1:].masked_fill(best[..., 1:] == float("-inf"), 0.0)
-    group_score = best[..., 0] + second.sum(-1)  # (T, G)
-    kept = torch.zeros_like(group_score, dtype=torch.bool).scatter(
-        1, group_score.topk(topk_group, dim=-1).indices, True
-    )
+    value = best[..., 0] + second.sum(-1)  # (T, G)
+    kept = torch.zeros_like(value, dtype=torch.bool).scatter(1, value.topk(topk_group, dim=-1).indices, True)
     return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
 
 
@@ -160,6 +160,7 @@ def select_experts(
     bias: torch.Tensor | None = None,
     n_group: int = 1,
     topk_group: int = 1,
+    group_score: str = "best_two",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the K candidates with the highest `scores + bias`; a chosen expert weighs its unbiased score.
 
@@ -167,13 +168,14 @@ def select_experts(
         scores (`torch.Tensor` of shape `(T, C)`): non-negative; C >= E, the real experts first.
         logits (`torch.Tensor` of shape `(T, C)`): -inf where a token may not choose.
         bias (`torch.Tensor` broadcast to `(T, C)`, *optional*): moves the choice, not the weight.
+        n_group, topk_group, group_score: see [`limit_groups`].
 
     Returns:
         Index (T, K) and weight (T, K). A slot is empty (index E, weight 0) where it would go to a candidate beyond the
         real experts, or where a token has fewer than K candidates left.
     """
     choice = scores.detach() if bias is None else scores.detach() + bias
-    choice = limit_groups(choice.masked_fill(logits == float("-inf"), float("-inf")), n_group, topk_group)
+    choice = limit_groups(choice.masked_fill(logits == float("-inf"), float("-inf")), n_group, topk_group, group_score)
     value, index = choice.topk(spec.num_experts_per_tok, dim=-1)
     weight = scores.gather(1, index)
     empty = (index >= spec.num_experts) | (value == float("-inf"))

@@ -11,6 +11,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -61,12 +62,14 @@ class HostFfn:
         intermediate_size: f, of one expert if the host's layer is a MoE.
         gated, bias: see [`MoELayerSpec`].
         layout: how a dense feed-forward names its projections; `None` for a MoE layer.
+        returns_tuple: see [`MoELayerSpec`].
     """
 
     intermediate_size: int
     gated: bool
     bias: bool
     layout: FfnLayout | None
+    returns_tuple: bool = False
 
 
 def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
@@ -113,7 +116,7 @@ def read_ffn(ffn: nn.Module) -> HostFfn:
     inputs = [p.name for p in inspect.signature(ffn.forward).parameters.values() if p.default is p.empty]
     if len(inputs) != 1:
         raise ValueError(f"{name} cannot become a MoE layer: it takes {inputs}, not the hidden states alone.")
-    if hasattr(ffn, "experts"):
+    if hasattr(ffn, "experts") or expert_stacks(ffn):
         return _read_experts(ffn)
     for layout in LAYOUTS:
         projections = [item for item in (layout.gate, layout.up, layout.down) if item is not None]
@@ -136,14 +139,53 @@ def read_ffn(ffn: nn.Module) -> HostFfn:
     )
 
 
+def expert_stacks(block: nn.Module) -> dict[str, nn.Module]:
+    """Return the stacks of gated experts in a MoE block by their paths: one, or one for each of its banks."""
+    return {
+        path: module
+        for path, module in block.named_modules()
+        if getattr(module, "gate_up_proj", None) is not None and getattr(module.gate_up_proj, "ndim", 0) == 3
+    }
+
+
+def stored_in_out(experts: nn.Module) -> bool | None:
+    """Whether a stack keeps its matrices (in, out) rather than (out, in); `None` if it has neither form."""
+    stack, down = experts.gate_up_proj, experts.down_proj
+    if getattr(experts, "is_concatenated", True):  # Transformers marks stacks whose gate and up rows alternate
+        for in_out, (inner, outer) in ((False, (1, 2)), (True, (2, 1))):
+            if stack.shape[inner] == 2 * down.shape[outer] and stack.shape[outer] == down.shape[inner]:
+                return in_out
+    return None
+
+
 def _read_experts(ffn: nn.Module) -> HostFfn:
-    stack, down = getattr(ffn.experts, "gate_up_proj", None), getattr(ffn.experts, "down_proj", None)
-    if stack is None or stack.dim() != 3 or stack.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
+    stacks = list(expert_stacks(ffn).values())
+    forms = {stored_in_out(experts) for experts in stacks}
+    if len(forms) != 1 or None in forms:
         raise ValueError(
             f"{type(ffn).__name__} cannot become a MoE layer: its experts are not stacked as gate_up_proj (E, 2f, d) "
-            "and down_proj (E, d, f)."
+            "and down_proj (E, d, f), or both (in, out), with the gate before the up projection. Choose another host."
         )
-    return HostFfn(down.shape[2], gated=True, bias=hasattr(ffn.experts, "down_proj_bias"), layout=None)
+    width = stacks[0].down_proj.shape[1 if True in forms else 2]
+    bias = hasattr(stacks[0], "down_proj_bias")
+    return HostFfn(width, gated=True, bias=bias, layout=None, returns_tuple=_returns_tuple(ffn, stacks[0]))
+
+
+def _returns_tuple(block: nn.Module, experts: nn.Module) -> bool:
+    """Whether a MoE block returns more than its output, and its layer unpacks it.
+
+    Told on the meta device, at no cost. A block whose work depends on where tokens go does not run there; the layers
+    of those that Transformers has look at what they are given.
+    """
+    tensors = {name: tensor.to("meta") for name, tensor in (*block.named_parameters(), *block.named_buffers())}
+    hidden = experts.down_proj.new_empty(
+        1, 1, experts.down_proj.shape[2 if stored_in_out(experts) else 1], device="meta"
+    )
+    try:
+        with torch.no_grad():
+            return isinstance(torch.func.functional_call(block, tensors, (hidden,)), tuple)
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
@@ -176,6 +218,7 @@ def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
         gated=host_ffn.gated,
         bias=host_ffn.bias,
         banks=banks,
+        returns_tuple=host_ffn.returns_tuple,
     )
 
 

@@ -1,5 +1,7 @@
 """The MoE layer: a router, experts, and an optional branch that every token uses."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -79,10 +81,17 @@ def run_assignment(experts: nn.Module, hidden_states: torch.Tensor, assignment: 
 class SharedExperts(nn.Module):
     """The experts that every token uses, kept as one feed-forward of their total width.
 
-    With a gate the output is multiplied by `sigmoid(w . x)` per token, computed in float32.
+    With a gate the output is multiplied by `sigmoid(w . x)` per token, computed in float32. Experts that join their
+    gate and up projections in a way of their own hand it over as `unit`.
     """
 
-    def __init__(self, spec: MoELayerSpec, intermediate_size: int, gate: bool):
+    def __init__(
+        self,
+        spec: MoELayerSpec,
+        intermediate_size: int,
+        gate: bool,
+        unit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ):
         super().__init__()
         if spec.gated:
             self.gate_proj = nn.Linear(spec.hidden_size, intermediate_size, bias=spec.bias)
@@ -91,11 +100,18 @@ class SharedExperts(nn.Module):
         self.shared_expert_gate = nn.Linear(spec.hidden_size, 1, bias=False) if gate else None
         self.act_fn = ACT2FN[spec.hidden_act]
         self.gated = spec.gated
+        self.unit = unit
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the branch before its gate."""
+        up = self.up_proj(hidden_states)
+        if not self.gated:
+            return self.down_proj(self.act_fn(up))
+        gate = self.gate_proj(hidden_states)
+        return self.down_proj(self.act_fn(gate) * up if self.unit is None else self.unit(gate, up))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(hidden_states)
-        inner = self.act_fn(self.gate_proj(hidden_states)) * up if self.gated else self.act_fn(up)
-        output = self.down_proj(inner)
+        output = self.feed_forward(hidden_states)
         if self.shared_expert_gate is not None:
             output = output * torch.sigmoid(self.shared_expert_gate(hidden_states).float()).to(output.dtype)
         return output
@@ -108,6 +124,8 @@ class SharedExperts(nn.Module):
 
 class MoELayer(nn.Module):
     """Takes the place of a decoder layer's feed-forward: `forward(hidden (B, S, d)) -> (B, S, d)`.
+
+    Where the host's layer unpacks what its own block returns, it is `(output, None)`.
 
     The routing context is not an argument, since hosts pass none to their feed-forward: it is read from the context
     variable that the decoder layer sets for the duration of its forward (see `host.py`). The modules are named `gate`,
@@ -142,7 +160,8 @@ class MoELayer(nn.Module):
             width = (
                 at_layer(moe.shared_intermediate_size, spec.layer_idx) or num_shared * spec.expert_intermediate_size
             )
-            self.shared_expert = SharedExperts(spec, width, at_layer(moe.shared_expert_gate, spec.layer_idx))
+            gated = at_layer(moe.shared_expert_gate, spec.layer_idx)
+            self.shared_expert = SharedExperts(spec, width, gated, getattr(self.experts, "shared_unit", None))
         self.residual_mix = None
         if at_layer(moe.residual_mix, spec.layer_idx):
             if self.shared_expert is None:
@@ -157,7 +176,11 @@ class MoELayer(nn.Module):
         """The router itself, also where PEFT has wrapped `gate` to adapt its parameters."""
         return self.gate.get_base_layer() if hasattr(self.gate, "get_base_layer") else self.gate
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        output = self._mix(hidden_states)
+        return (output, None) if self.spec.returns_tuple else output
+
+    def _mix(self, hidden_states: torch.Tensor) -> torch.Tensor:
         context = ACTIVE_CONTEXT.get()
         if context is None:
             context = RoutingContext.all_text(hidden_states)

@@ -226,6 +226,7 @@ class MoELayerSpec:
         gated: whether an expert is `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
         bias: whether an expert's projections have biases.
         banks: (name, number of experts, width) of every isolated bank; empty for the usual single bank.
+        returns_tuple: whether the host's layer unpacks what its feed-forward returns, as Llama 4's does.
     """
 
     layer_idx: int
@@ -237,6 +238,7 @@ class MoELayerSpec:
     gated: bool = True
     bias: bool = False
     banks: tuple[tuple[str, int, int], ...] = ()
+    returns_tuple: bool = False
 
 
 class KeepsBufferTypes(nn.Module):

@@ -4,10 +4,11 @@
     w_i = routed_scaling_factor * s_i / (sum_{j in S} s_j)        for i in S
 
 The bias b moves the choice and never the weight, has no gradient, and follows the load after every optimizer step:
-`b_i += bias_update_rate * sign(mean load - load_i)`. A group's score is the sum of its two best experts.
+`b_i += bias_update_rate * sign(mean load - load_i)`. A group's score is the sum of its two best experts; in
+DeepSeek-V2 it was that of the best one.
 
 Sources: DeepSeek-V3 Technical Report, arXiv:2412.19437; Auxiliary-Loss-Free Load Balancing Strategy for
-Mixture-of-Experts, arXiv:2408.15664.
+Mixture-of-Experts, arXiv:2408.15664; DeepSeek-V2, arXiv:2405.04434.
 """
 
 from typing import Literal
@@ -42,6 +43,7 @@ class DeepseekV3Router(BiasBalancedRouter):
         routed_scaling_factor: multiplies the weights (2.5 in the 671B model).
         n_group: number of expert groups (8 in the 671B model); must divide E.
         topk_group: groups that a token may choose from (4 in the 671B model).
+        group_score: `"best_two"`: a group scores the sum of its two best experts; `"best"`: its best one.
         bias_update_rate: step of the bias, >= 0; 0 freezes it.
 
     Raises:
@@ -57,6 +59,7 @@ class DeepseekV3Router(BiasBalancedRouter):
         routed_scaling_factor: Positive = 1.0,
         n_group: PositiveInt = 1,
         topk_group: PositiveInt = 1,
+        group_score: Literal["best_two", "best"] = "best_two",
         bias_update_rate: NonNegative = 0.001,
     ):
         super().__init__(spec, (spec.num_experts,), bias_update_rate)
@@ -67,6 +70,7 @@ class DeepseekV3Router(BiasBalancedRouter):
         self.routed_scaling_factor = routed_scaling_factor
         self.n_group = n_group
         self.topk_group = topk_group
+        self.group_score = group_score
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
 
     def initialize(self, std: float) -> None:
@@ -77,7 +81,7 @@ class DeepseekV3Router(BiasBalancedRouter):
         logits = apply_overrides(gate_logits(hidden_states, self.weight), self.spec, context)  # (T, E)
         scores, probs = router_scores(logits, self.score_function)
         index, weight = select_experts(
-            scores, logits, self.spec, self.e_score_correction_bias, self.n_group, self.topk_group
+            scores, logits, self.spec, self.e_score_correction_bias, self.n_group, self.topk_group, self.group_score
         )  # (T, K) both
         weight = renormalise(weight) if self.norm_topk_prob else weight
         weight = weight * self.routed_scaling_factor
