@@ -16,6 +16,7 @@ from ..configuration.moe_config import objective_entry
 from ..configuration.systems import load_preset
 from .bundle import used_mechanisms
 from .evaluation import metric_name, scores, write_evaluation
+from .host_facts import packages
 
 
 # Beside this file in an installed package, in its own folder in the repository.
@@ -194,9 +195,7 @@ def eval_results(
 
 def requirements(config: Any) -> list[str]:
     """Return the packages that loading the checkpoint takes."""
-    tower = config.vision_config
-    vision = ["pillow"] if tower is not None else []
-    return ["torch", "transformers", *vision, *(["timm"] if vision and tower.model_type == "timm_wrapper" else [])]
+    return ["torch", "transformers", *packages(config)]
 
 
 def _tower_name(config: Any) -> str:
