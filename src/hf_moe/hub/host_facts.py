@@ -15,21 +15,25 @@ TOWERS = {"vision_config": ("image", "video"), "audio_config": ("audio",)}
 TOKENS = {"image": "patch of the picture", "video": "part of the video", "audio": "part of the sound"}
 
 
-def host_class(config: Any) -> Any:
-    """Return Transformers' class of a host; `None` for a model that was put together from parts."""
-    name = getattr(config, "host_class", None)
-    return None if name is None else getattr(transformers, name)
+def host_name(config: Any) -> str | None:
+    """Return the name of a host's class in Transformers; `None` for a model that was put together from parts.
+
+    Any other model of Transformers is its own host.
+    """
+    if config.model_type == "hf_moe":
+        return getattr(config, "host_class", None)
+    return next(iter(config.architectures or ()), None)
 
 
 def modalities(config: Any) -> tuple[str, ...]:
     """Return what a model takes, text first, in the order of the modality ids."""
-    host = host_class(config)
+    host = host_name(config)
     if host is None:
         declared: tuple[str, ...] | str = ("image",)
     else:
         # A decoder alone inherits what the host that it comes from declares.
-        whole = host.__name__ in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()
-        declared = host.input_modalities if whole else ()
+        whole = host in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()
+        declared = getattr(transformers, host).input_modalities if whole else ()
     # A class names a single one as a word.
     taken = {"text", *([declared] if isinstance(declared, str) else declared)}
     for tower, served in TOWERS.items():
@@ -48,6 +52,13 @@ def pipeline_tag(config: Any) -> str:
     if "image" in taken:
         return "image-text-to-text"
     return "video-text-to-text" if sees else "text-generation"
+
+
+def model_tags(config: Any) -> list[str]:
+    """Return the Hub's tags for what a model takes beside text."""
+    taken = modalities(config)
+    seen = ["vision-language"] if "image" in taken or "video" in taken else []
+    return [*seen, *(name for name in ("video", "audio") if name in taken)]
 
 
 def auto_model(config: Any) -> str:
@@ -77,7 +88,7 @@ def packages(config: Any) -> list[str]:
         needed.append("pillow")
         needed += ["timm"] if getattr(tower, "model_type", None) == "timm_wrapper" else []
         # The processors of Transformers resize with it.
-        needed += ["torchvision"] if host_class(config) is not None else []
+        needed += ["torchvision"] if host_name(config) is not None else []
     # What decodes sound and video.
     return [*needed, *(["torchcodec"] if "video" in taken or "audio" in taken else [])]
 
