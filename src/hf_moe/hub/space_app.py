@@ -65,7 +65,8 @@ def read(checkpoint: Checkpoint, question: str, media: dict[str, Any]) -> Any:
     except ImportError as error:
         raise said(f"This machine lacks what videos and sounds are read with: {error}") from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise said(str(error)) from error
+        decoded = " or ".join(MEDIA[name][1] for name in media if name != "image")
+        raise said(f"The file cannot be read as {decoded}. ({error})" if decoded else str(error)) from error
 
 
 def build_page(checkpoint: Checkpoint, title: str, examples: Sequence[str | Path] = ()) -> gr.Blocks:
