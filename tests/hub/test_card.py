@@ -160,7 +160,17 @@ def test_every_number_of_the_report_is_in_the_card(saved):
 def test_a_number_that_is_absent_leaves_no_trace(saved):
     card = card_of(saved, report={}, datasets=["easy-vqa"])
     assert card.data.eval_results is None
-    for word in ("Results", "Parameters:", "on average", "Seed", "GiB", "Versions", "without sight", "None", "Undefined"):
+    for word in (
+        "Results",
+        "Parameters:",
+        "on average",
+        "Seed",
+        "GiB",
+        "Versions",
+        "without sight",
+        "None",
+        "Undefined",
+    ):
         assert word not in card.text, word
     assert "No quality has been measured." in card.text
 

@@ -187,7 +187,10 @@ def _diagram(model: Any, parts: HostParts, kinds: list[dict[str, Any]]) -> str:
         for row in kinds
         for index in row["layers"]
     }
-    layers = [feed_forward.get(index, "feed-forward") for index in range(config.get_text_config(decoder=True).num_hidden_layers)]
+    layers = [
+        feed_forward.get(index, "feed-forward")
+        for index in range(config.get_text_config(decoder=True).num_hidden_layers)
+    ]
     runs: list[tuple[int, int, str]] = []
     for kind, members in groupby(enumerate(layers), key=lambda item: item[1]):
         indices = [index for index, _ in members]
@@ -198,9 +201,7 @@ def _diagram(model: Any, parts: HostParts, kinds: list[dict[str, Any]]) -> str:
     return "\n".join([*paths, "  |", *blocks, "  |", "answer"])
 
 
-def eval_results(
-    report: dict[str, Any], datasets: Sequence[str], task_type: str
-) -> list[EvalResult] | None:
+def eval_results(report: dict[str, Any], datasets: Sequence[str], task_type: str) -> list[EvalResult] | None:
     """Return the accuracies as the Hub's model index wants them; it lists no result without a data set."""
     results = [
         EvalResult(

@@ -68,14 +68,14 @@ def inspect_checkpoint(
         token: as in `huggingface_hub`.
 
     Returns:
-        `commit`, `system`, `num_hidden_layers`, `layers` (the kinds of MoE layer), `parameters_total`,
-        `host` (its class in Transformers; `None` where decoder, tower and connector were put together), `parts` (paths
-        of the decoder, the towers and the connectors), `parameters_active` (of the decoder, at most at work on a token,
-        by modality), `parameters_encoding` (of the towers and connectors that encode each modality), `bytes` and
-        `parameters` by group, `mechanisms` with their sources, `code` (file, SHA-256, how
-        it compares with the installed package), `problems`, the versions it was `written_by`, and the reasons to
-        `refresh` its code. Of a router that is not installed all parameters count as active, its buffers too, and
-        `num_experts_per_tok` experts.
+        `commit`, `host` (its class in Transformers; `None` where decoder, tower and connector were put together),
+        `parts` (paths of the decoder, the towers and the connectors), `system`, `num_hidden_layers`, `layers` (the
+        kinds of MoE layer), `parameters_total`, `parameters_active` (of the decoder, at most at work on a token, by
+        modality), `parameters_encoding` (of the towers and connectors that encode each modality), `bytes` and
+        `parameters` by group, `mechanisms` with their sources, `code` (file, SHA-256, how it compares with the
+        installed package), `problems`, the versions it was `written_by`, and the reasons to `refresh` its code. Of
+        a router that is not installed all parameters count as active, its buffers too, and `num_experts_per_tok`
+        experts.
 
     Raises:
         FileNotFoundError: if there is no such folder or no config in it.
@@ -160,9 +160,7 @@ def _remote(repo_id: str, revision: str | None, token: str | bool | None) -> _Fi
     )
 
 
-def _groups(
-    tensors: dict[str, Any], parts: HostParts, routers: dict[int, Router | None]
-) -> dict[str, dict[str, int]]:
+def _groups(tensors: dict[str, Any], parts: HostParts, routers: dict[int, Router | None]) -> dict[str, dict[str, int]]:
     """Return the parameters and the bytes of each group that the checkpoint holds something of."""
     groups: dict[str, dict[str, int]] = {group: {"parameters": 0, "bytes": 0} for group in GROUPS}
     buffers = {name for router in routers.values() if router is not None for name, _ in router.named_buffers()}
