@@ -1,15 +1,25 @@
 """The double of the Hub, and a small complete checkpoint to push to it."""
 
+import os
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_checkpoints import tiny_config, tiny_model, tiny_processor
 from hub_server import OWNER_TOKEN, HubServer
 from huggingface_hub import constants
+from open_checkpoint import sample_image
+from space_pages import free_port
 from transformers.utils import hub as transformers_hub
 
+from hf_moe.cli import main
 
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Without the last ones it keeps looking for its maker's servers.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 CARD = """\
 ---
 license: apache-2.0
@@ -59,3 +69,49 @@ def saved_checkpoint(tmp_path_factory):
 def checkpoint(saved_checkpoint, tmp_path):
     """A complete checkpoint that the test may change."""
     return shutil.copytree(saved_checkpoint, tmp_path / "tiny")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    sample_image().save(path)
+    return path
+
+
+@pytest.fixture(params=["nothing", "truncated"])
+def broken_picture(request, tmp_path, picture):
+    content = {"nothing": b"no picture", "truncated": picture.read_bytes()[:60]}[request.param]
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        message = "no Chromium on the PATH: apt-get install chromium"
+        # The tests over HTTP hold the same promises; where CI lacks the browser, that is a defect of CI.
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """Start `hf-moe demo` in this process and return its client."""
+    import gradio
+    from gradio_client import Client
+
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
+
+    def start(folder: Path) -> Any:
+        port = free_port()
+        assert main(["demo", str(folder), "--port", str(port)]) == 0
+        return Client(f"http://127.0.0.1:{port}", verbose=False)
+
+    yield start
+    gradio.close_all()

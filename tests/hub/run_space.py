@@ -9,6 +9,7 @@ from open_checkpoint import NoHfMoe
 
 
 sys.meta_path.insert(0, NoHfMoe())
-sys.path.remove(str(Path(__file__).parent))
 os.chdir(sys.argv[1])
+# As `python app.py` would have it.
+sys.path[sys.path.index(str(Path(__file__).parent))] = os.getcwd()
 runpy.run_path("app.py", run_name="__main__")

@@ -14,6 +14,7 @@ from hf_moe.construction.pretrained import square_image_processor
 from hf_moe.construction.tokenizer import train_word_tokenizer
 from hf_moe.hub.card import write_card
 from hf_moe.hub.evaluation import check_evaluation
+from hf_moe.modeling.parts import text_decoder
 
 
 REPORT = {
@@ -114,6 +115,21 @@ def test_the_card_draws_the_way_from_image_and_text_to_the_answer(saved):
     ]
 
 
+def test_the_card_counts_what_works_on_a_token_of_each_modality(saved):
+    rows = re.findall(r"^\| (decoder.*?|tower.*?) \| (.*?) \| (.*?) \|$", card_of(saved).text, flags=re.MULTILINE)
+    model = saved[1]
+    held = {id(p): p.numel() for layer in model.moe_layers().values() for p in layer.experts.parameters()}
+    decoder = sum(p.numel() for p in text_decoder(model).parameters()) + model.lm_head.weight.numel()
+    at_most = f"{decoder - sum(held.values()) // 2:,}"
+    encoders = [model.get_submodule(path) for path in ("model.vision_tower", "model.connector")]
+    encoding = f"{sum(p.numel() for module in encoders for p in module.parameters()):,}"
+    assert rows == [
+        ("decoder, on average in the evaluation", "1,234,567", "2,345,678"),
+        ("decoder, at most", at_most, at_most),
+        ("tower and connector", "–", encoding),
+    ]
+
+
 def test_the_code_brings_its_license_and_leaves_that_of_the_weights_alone(saved):
     card_of(saved)
     license = (saved[0] / "LICENSE").read_text()
@@ -136,15 +152,25 @@ def test_where_and_at_what_cost_it_was_trained_is_said(saved):
 def test_every_number_of_the_report_is_in_the_card(saved):
     text = card_of(saved, recipe={"name": "demo", "training": {"max_steps": 12}}).text
     assert text.strip().startswith("# demo")
-    shown = ["0.9361", "0.6512", "0.9123", "0.9765", "271", "403", "2.35 GiB", "6,543,210", "1,234,567 for text"]
-    for number in [*shown, "9,673 questions", "2,345,678 for image", "Seed: 7", "torch 2.14.1", "max_steps: 12"]:
+    shown = ["0.9361", "0.6512", "0.9123", "0.9765", "271", "403", "2.35 GiB", "6,543,210", "| 1,234,567 |"]
+    for number in [*shown, "9,673 questions", " 2,345,678 |", "Seed: 7", "torch 2.14.1", "max_steps: 12"]:
         assert number in text, number
 
 
 def test_a_number_that_is_absent_leaves_no_trace(saved):
     card = card_of(saved, report={}, datasets=["easy-vqa"])
     assert card.data.eval_results is None
-    for word in ("Results", "Parameters", "Seed", "GiB", "Versions", "without sight", "None", "Undefined"):
+    for word in (
+        "Results",
+        "Parameters:",
+        "on average",
+        "Seed",
+        "GiB",
+        "Versions",
+        "without sight",
+        "None",
+        "Undefined",
+    ):
         assert word not in card.text, word
     assert "No quality has been measured." in card.text
 

@@ -140,7 +140,7 @@ def test_old_code_that_is_dead_is_said(checkpoint, monkeypatch, capsys):
     assert main(["refresh", str(checkpoint)]) == 0
     output = capsys.readouterr().out
     assert "The old code does not run under Transformers" in output and "TypeError: dead" in output
-    assert "from those of the installed classes: 0.0e+00" in output
+    assert "from those of the installed classes, on text and image: 0.0e+00" in output
 
 
 def test_a_mechanism_that_is_nowhere_is_named(checkpoint):

@@ -25,7 +25,12 @@ from transformers import {auto_class}
 base = {auto_class}.from_pretrained("{base}"{revision}{trust})
 model = PeftModel.from_pretrained(base, "{repo_id}", revision="{commit}")
 """
-GENERATING = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+GENERATING = (
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+)
 # Where the class of the base is unknown.
 BY_TASK = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

@@ -11,6 +11,7 @@ from ..adapters.systems import load_system
 from .adapter import auto_class, has_own_code, is_adapter
 from .card import card_template, eval_results, write_readme
 from .evaluation import write_evaluation
+from .host_facts import auto_processor, pipeline_tag
 
 
 def write_adapter_card(
@@ -53,18 +54,18 @@ def write_adapter_card(
     report = write_evaluation(folder, report, datasets)
     config = model.active_peft_config
     bases = list(base_models) or [config.base_model_name_or_path]
-    multimodal = getattr(model.get_base_model().config, "vision_config", None) is not None
+    task = pipeline_tag(model.get_base_model().config)
     metadata = ModelCardData(
         model_name=recipe["name"] if recipe else folder.resolve().name,
         library_name="peft",
-        pipeline_tag="image-text-to-text" if multimodal else "text-generation",
+        pipeline_tag=task,
         tags=["lora", "moe", "hf_moe"],
         license=license,
         language=[language] if isinstance(language, str) else list(language) or None,
         base_model=bases,
         base_model_relation="adapter",
         datasets=list(datasets) or None,
-        eval_results=eval_results(report, datasets, "image-text-to-text" if multimodal else "text-generation"),
+        eval_results=eval_results(report, datasets, task),
     )
     targets = config.target_modules or config.target_parameters or []
     system = (recipe or {}).get("adapter", {}).get("system")
@@ -75,7 +76,7 @@ def write_adapter_card(
         base=bases[0],
         auto_class=auto_class(type(model.get_base_model()).__name__) or "AutoModelForCausalLM",
         trust=", trust_remote_code=True" if has_own_code(type(model.get_base_model()).__module__) else "",
-        processor_class="AutoProcessor" if multimodal else "AutoTokenizer",
+        processor_class=auto_processor(model.get_base_model().config),
         config=config,
         system=load_system(system) if system else None,
         targets=[targets] if isinstance(targets, str) else sorted(targets),

@@ -114,7 +114,7 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
         obj.auto_map = {**(getattr(obj, "auto_map", None) or {}), **AUTO_MAP}
         obj.hf_moe_version = __version__
         entry_files = [CONFIGURATION, MODELING]
-        if (target / PROCESSING.name).is_file():
+        if has_own_processor(obj) and (target / PROCESSING.name).is_file():
             entry_files.append(PROCESSING)
         files = seal(bundle_files(entry_files, used_mechanisms(obj)))
         stale = {path.name for path in target.glob("*.py") if is_marked(path)} - set(files)
@@ -137,6 +137,11 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
             add_processor_auto_map(target)
 
     return write
+
+
+def has_own_processor(config: Any) -> bool:
+    """Return whether the processor of a model travels with it: the one of a host of Transformers does not."""
+    return config.host_type is None
 
 
 def _warn_of_subclasses(obj: Any) -> None:

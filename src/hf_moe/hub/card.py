@@ -13,13 +13,24 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..configuration.layer_maps import at_layer
 from ..configuration.moe_config import objective_entry
+from ..configuration.reading import is_path
 from ..configuration.systems import load_preset
+from ..modeling.parts import HostParts, host_parts
 from .bundle import used_mechanisms
+from .contents import DECODER, active_parameters, encoder_parameters, group_of, size
 from .evaluation import metric_name, scores, write_evaluation
+from .host_facts import host_name, modalities, model_tags, packages, pipeline_tag
+from .usage import usage
 
 
 # Beside this file in an installed package, in its own folder in the repository.
 REPOSITORY = Path(__file__).parents[3]
+KINDS_OF_MODEL = {
+    "text-generation": "language",
+    "image-text-to-text": "vision-language",
+    "video-text-to-text": "video-language",
+    "audio-text-to-text": "audio-language",
+}
 LICENSES = (Path(__file__).with_name("LICENSE"), REPOSITORY / "LICENSE")
 
 
@@ -70,31 +81,39 @@ def write_card(
     template = card_template("card.md.jinja")
     report = write_evaluation(folder, report, datasets)
     config = model.config
-    multimodal = config.vision_config is not None
+    parts = host_parts(model)
+    taken = modalities(config)
+    base_models = list(base_models) or _host_of_recipe(recipe)
     metadata = ModelCardData(
         model_name=recipe["name"] if recipe else folder.resolve().name,
         library_name="transformers",
-        pipeline_tag="image-text-to-text" if multimodal else "text-generation",
-        tags=["moe", *(["vision-language"] if multimodal else []), "custom_code", "hf_moe"],
+        pipeline_tag=(task := pipeline_tag(config)),
+        tags=["moe", *model_tags(config), "custom_code", "hf_moe"],
         license=license,
         language=[language] if isinstance(language, str) else list(language) or None,
-        base_model=list(base_models) or None,
+        base_model=base_models or None,
         # Of several base models the Hub would conclude that they were merged.
         base_model_relation="finetune" if base_models else None,
         datasets=list(datasets) or None,
         co2_eq_emissions=report.get("co2_eq_emissions"),
-        eval_results=eval_results(report, datasets),
+        eval_results=eval_results(report, datasets, task),
     )
     text = template.render(
         metadata=metadata.to_yaml(),
         name=metadata.model_name,
         folder=folder.resolve().name,
         config=config,
-        multimodal=multimodal,
+        decoder=config.get_text_config(decoder=True),
+        host=host_name(config),
+        kind=KINDS_OF_MODEL.get(task, "multimodal"),
         requirements=requirements(config),
-        tower=_tower_name(config) if multimodal else None,
+        tower=_tower_name(config) if host_name(config) is None and len(taken) > 1 else None,
+        encoders=_encoders(model, parts),
         layers=(layers := _layer_rows(model)),
-        diagram=_diagram(config, layers),
+        diagram=_diagram(model, parts, layers),
+        modalities=taken,
+        at_work=_at_work(model, parts, report),
+        usage=usage(folder, config),
         system=load_preset(config.system) if config.system else None,
         objectives=_objectives(config),
         sources=_sources(config),
@@ -149,10 +168,16 @@ def _write_license(folder: Path, license: str | None) -> str:
     return name
 
 
-def _diagram(config: Any, kinds: list[dict[str, Any]]) -> str:
-    """Return the way from image and text to the answer, drawn with letters."""
+def _diagram(model: Any, parts: HostParts, kinds: list[dict[str, Any]]) -> str:
+    """Return the way from text and what is seen or heard to the answer, drawn with letters."""
+    config = model.config
     paths = ["text -> embeddings"]
-    if config.vision_config is not None:
+    if host_name(config) is not None:
+        ways: dict[tuple[str, ...], list[str]] = {}
+        for row in _encoders(model, parts):
+            ways.setdefault(row["takes"], []).append(row["path"])
+        paths = [*(" -> ".join([", ".join(takes), *way]) for takes, way in ways.items()), *paths]
+    elif config.vision_config is not None:
         tower, connector = _tower_name(config), config.connector["name"]
         image = f"image {config.image_size} x {config.image_size}"
         paths.insert(0, f"{image} -> {tower} -> {connector} -> {config.image_seq_length} tokens")
@@ -162,7 +187,10 @@ def _diagram(config: Any, kinds: list[dict[str, Any]]) -> str:
         for row in kinds
         for index in row["layers"]
     }
-    layers = [feed_forward.get(index, "feed-forward") for index in range(config.text_config.num_hidden_layers)]
+    layers = [
+        feed_forward.get(index, "feed-forward")
+        for index in range(config.get_text_config(decoder=True).num_hidden_layers)
+    ]
     runs: list[tuple[int, int, str]] = []
     for kind, members in groupby(enumerate(layers), key=lambda item: item[1]):
         indices = [index for index, _ in members]
@@ -173,9 +201,7 @@ def _diagram(config: Any, kinds: list[dict[str, Any]]) -> str:
     return "\n".join([*paths, "  |", *blocks, "  |", "answer"])
 
 
-def eval_results(
-    report: dict[str, Any], datasets: Sequence[str], task_type: str = "image-text-to-text"
-) -> list[EvalResult] | None:
+def eval_results(report: dict[str, Any], datasets: Sequence[str], task_type: str) -> list[EvalResult] | None:
     """Return the accuracies as the Hub's model index wants them; it lists no result without a data set."""
     results = [
         EvalResult(
@@ -194,9 +220,7 @@ def eval_results(
 
 def requirements(config: Any) -> list[str]:
     """Return the packages that loading the checkpoint takes."""
-    tower = config.vision_config
-    vision = ["pillow"] if tower is not None else []
-    return ["torch", "transformers", *vision, *(["timm"] if vision and tower.model_type == "timm_wrapper" else [])]
+    return ["torch", "transformers", *packages(config)]
 
 
 def _tower_name(config: Any) -> str:
@@ -222,6 +246,44 @@ def _layer_rows(model: Any) -> list[dict[str, Any]]:
         layers_of.setdefault(kind, []).append(index)
     names = ("router", "experts", "slots", "width", "shared")
     return [{**dict(zip(names, kind, strict=True)), "layers": layers} for kind, layers in layers_of.items()]
+
+
+def _encoders(model: Any, parts: HostParts) -> list[dict[str, Any]]:
+    """Return the towers and the connectors of a host: path, class, what each takes, and its own parameters."""
+    held: dict[str | None, int] = {}
+    for name, parameter in model.named_parameters():
+        held[parts.holder(name)] = held.get(parts.holder(name), 0) + parameter.numel()
+    return [
+        {
+            "part": part,
+            "path": path,
+            "class": type(model.get_submodule(path)).__name__,
+            "takes": parts.modalities[path],
+            "parameters": held[path],
+        }
+        for part, paths in {"tower": parts.towers, "connector": parts.connectors}.items()
+        for path in paths
+    ]
+
+
+def _at_work(model: Any, parts: HostParts, report: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Return rows of parameters at work on a token, by modality."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    routers = {index: layer.router for index, layer in model.moe_layers().items()}
+    always = sum(size(shape) for name, shape in shapes.items() if group_of(name, parts) in DECODER)
+    encoding = encoder_parameters(shapes, parts, model.config)
+    rows = {
+        "decoder, on average in the evaluation": report.get("parameters_active") or {},
+        "decoder, at most": active_parameters(model.config, shapes, parts, routers, always),
+        "tower and connector": {name: count for name, count in encoding.items() if count},
+    }
+    return {label: row for label, row in rows.items() if row}
+
+
+def _host_of_recipe(recipe: dict[str, Any] | None) -> list[str]:
+    """Return the checkpoint that a recipe names as its host, where it is one of the Hub."""
+    host = ((recipe or {}).get("model") or {}).get("host")
+    return [host] if isinstance(host, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", host) and not is_path(host) else []
 
 
 def _objectives(config: Any) -> dict[str, float]:

@@ -8,7 +8,6 @@ import argparse
 import ast
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,27 +23,27 @@ from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 from ..configuration.layer_maps import at_layer
 from ..configuration.reading import is_path, read_text
 from ..modeling.mechanisms import get_mechanism, mechanism_names
+from ..modeling.parts import HostParts
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
-from .bundle import PROCESSING, unsealed, used_names
+from .bundle import PROCESSING, has_own_processor, unsealed, used_names
 from .carried import Renewed, listed_mechanisms, parsed, reasons_to_refresh, renew
+from .contents import (
+    DECODER,
+    GROUPS,
+    STATE,
+    Shapes,
+    active_parameters,
+    encoder_parameters,
+    expert_tensors,
+    group_of,
+    parts_of_config,
+    size,
+)
 from .files import parse_config, tensor_problems
+from .host_facts import host_name
 
 
-# The first that matches gives the group of a tensor.
-GROUPS = {
-    "vision tower": r"vision_tower\.",
-    "connector": r"connector\.",
-    "objectives": r"^objectives\.",
-    "routers": r"\.gate\.",
-    "routed experts": r"\.experts\.",
-    "shared experts": r"\.shared_experts?\.",
-    "embeddings": r"\.(embed|wte)|^lm_head\.",
-    "rest of the decoder": "",
-}
-DECODER = ("routers", "shared experts", "embeddings", "rest of the decoder")
-# Counters and running statistics: state of a model, no parameters.
-STATE = re.compile(r"^objectives\.|\.running_(mean|var)$|\.num_batches_tracked$")
 SAME, OTHER, UNKNOWN = "as installed", "differs from the installed one", "not part of the package"
 
 
@@ -69,12 +68,14 @@ def inspect_checkpoint(
         token: as in `huggingface_hub`.
 
     Returns:
-        `commit`, `system`, `num_hidden_layers`, `layers` (the kinds of MoE layer), `parameters_total`,
-        `parameters_active` (of the decoder, at most at work on a token: by modality, or by bank where the layers have
-        isolated banks), `bytes` and `parameters` by group, `mechanisms` with their sources, `code` (file, SHA-256, how
-        it compares with the installed package), `problems`, the versions it was `written_by`, and the reasons to
-        `refresh` its code. Of a router that is not installed all parameters count as active, its buffers too, and
-        `num_experts_per_tok` experts.
+        `commit`, `host` (its class in Transformers; `None` where decoder, tower and connector were put together),
+        `parts` (paths of the decoder, the towers and the connectors), `system`, `num_hidden_layers`, `layers` (the
+        kinds of MoE layer), `parameters_total`, `parameters_active` (of the decoder, at most at work on a token, by
+        modality), `parameters_encoding` (of the towers and connectors that encode each modality), `bytes` and
+        `parameters` by group, `mechanisms` with their sources, `code` (file, SHA-256, how it compares with the
+        installed package), `problems`, the versions it was `written_by`, and the reasons to `refresh` its code. Of
+        a router that is not installed all parameters count as active, its buffers too, and `num_experts_per_tok`
+        experts.
 
     Raises:
         FileNotFoundError: if there is no such folder or no config in it.
@@ -103,27 +104,26 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         if re.fullmatch(r"[^/]+\.safetensors", file)
         for name, tensor in files.header(file).tensors.items()
     }
-    groups: dict[str, dict[str, int]] = {group: {"parameters": 0, "bytes": 0} for group in GROUPS}
-    routers = {layer: _router(config, tensors, layer) for layer in config.moe_layers()}
-    buffers = {name for router in routers.values() if router is not None for name, _ in router.named_buffers()}
-    for name, tensor in tensors.items():
-        group = groups[_group(name)]
-        group["bytes"] += tensor.data_offsets[1] - tensor.data_offsets[0]
-        is_state = STATE.search(name) or name.partition(".gate.")[2] in buffers
-        group["parameters"] += 0 if is_state else math.prod(tensor.shape)
-    groups = {name: group for name, group in groups.items() if group["bytes"]}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    parts = parts_of_config(config)
+    routers = {layer: _router(config, shapes, parts, layer) for layer in config.moe_layers()}
+    groups = _groups(tensors, parts, routers)
+    always = sum(groups[name]["parameters"] for name in DECODER if name in groups)
     code = {name: files.text(name) for name in files.names if re.fullmatch(r"[^/]+\.py", name)}
-    renewed = renew(config, code, PROCESSING.name in code)
+    renewed = renew(config, code, has_own_processor(config) and PROCESSING.name in code)
     rows, problems = _compare_code(files, config, code, renewed)
     if not tensors:
         problems.append("there is no weights file (.safetensors)")
     problems += tensor_problems(config, tensors)
     return {
+        "host": host_name(config),
+        "parts": {"decoder": parts.decoder, "towers": list(parts.towers), "connectors": list(parts.connectors)},
         "system": config.system,
-        "num_hidden_layers": config.text_config.num_hidden_layers,
-        "layers": _layers(config, tensors),
+        "num_hidden_layers": config.get_text_config(decoder=True).num_hidden_layers,
+        "layers": _layers(config, shapes, parts),
         "parameters_total": sum(group["parameters"] for group in groups.values()),
-        "parameters_active": _active(config, tensors, groups, routers),
+        "parameters_active": active_parameters(config, shapes, parts, routers, always),
+        "parameters_encoding": encoder_parameters(shapes, parts, config),
         "groups": groups,
         "mechanisms": _mechanisms(code),
         "code": rows,
@@ -160,35 +160,35 @@ def _remote(repo_id: str, revision: str | None, token: str | bool | None) -> _Fi
     )
 
 
-def _group(name: str) -> str:
-    return next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
+def _groups(tensors: dict[str, Any], parts: HostParts, routers: dict[int, Router | None]) -> dict[str, dict[str, int]]:
+    """Return the parameters and the bytes of each group that the checkpoint holds something of."""
+    groups: dict[str, dict[str, int]] = {group: {"parameters": 0, "bytes": 0} for group in GROUPS}
+    buffers = {name for router in routers.values() if router is not None for name, _ in router.named_buffers()}
+    for name, tensor in tensors.items():
+        group = groups[group_of(name, parts)]
+        group["bytes"] += tensor.data_offsets[1] - tensor.data_offsets[0]
+        is_state = STATE.search(name) or name.partition(".gate.")[2] in buffers
+        group["parameters"] += 0 if is_state else size(tensor.shape)
+    return {name: group for name, group in groups.items() if group["bytes"]}
 
 
-def _expert_tensors(tensors: dict[str, Any], layer: int, bank: str | None = None) -> dict[str, Any]:
-    """Return the tensors of a layer's routed experts, stacked or one per expert as the host's files have them."""
-    inside = re.compile(rf"^[^0-9]*\.{layer}\.(.*\.)?experts\.{re.escape(bank) + '[.]' if bank else ''}")
-    return {
-        name: tensor for name, tensor in tensors.items() if inside.search(name) and _group(name) == "routed experts"
-    }
-
-
-def _expert_widths(tensors: dict[str, Any], layer: int) -> list[int]:
+def _expert_widths(shapes: Shapes, parts: HostParts, layer: int) -> list[int]:
     """Return the inner widths of a layer's routed experts, smallest first."""
-    outputs = {name: tensor.shape[-1] for name, tensor in _expert_tensors(tensors, layer).items()}
+    outputs = {name: list(shapes[name])[-1] for name in expert_tensors(shapes, parts, layer)}
     return sorted({width for name, width in outputs.items() if re.search(r"\.(down_proj|w2)(\.weight)?$", name)})
 
 
-def _router(config: Any, tensors: dict[str, Any], layer: int) -> Router | None:
+def _router(config: Any, shapes: Shapes, parts: HostParts, layer: int) -> Router | None:
     """Build a layer's router without memory: it knows what of it works on a token. `None` if it is not installed."""
     moe = config.moe_config
     options = dict(at_layer(moe.router, layer))
     name = options.pop("name")
     if name not in mechanism_names("router"):
         return None
-    width = max(_expert_widths(tensors, layer), default=1)
+    width = max(_expert_widths(shapes, parts, layer), default=1)
     spec = MoELayerSpec(
         layer_idx=layer,
-        hidden_size=config.text_config.hidden_size,
+        hidden_size=config.get_text_config(decoder=True).hidden_size,
         num_experts=at_layer(moe.num_experts, layer),
         num_experts_per_tok=at_layer(moe.num_experts_per_tok, layer),
         expert_intermediate_size=width,
@@ -200,7 +200,7 @@ def _router(config: Any, tensors: dict[str, Any], layer: int) -> Router | None:
         return build("router", get_mechanism("router", name), options, spec)
 
 
-def _layers(config: Any, tensors: dict[str, Any]) -> list[dict[str, Any]]:
+def _layers(config: Any, shapes: Shapes, parts: HostParts) -> list[dict[str, Any]]:
     """Return the kinds of MoE layer, each with its layers, in order of first appearance."""
     moe = config.moe_config
     kinds: dict[str, dict[str, Any]] = {}
@@ -212,31 +212,10 @@ def _layers(config: Any, tensors: dict[str, Any]) -> list[dict[str, Any]]:
             "num_experts_per_tok": at_layer(moe.num_experts_per_tok, layer),
             "num_shared_experts": at_layer(moe.num_shared_experts, layer),
             "banks": {name: bank["num_experts"] for name, bank in (at_layer(moe.expert_banks, layer) or {}).items()},
-            "expert_width": _expert_widths(tensors, layer),
+            "expert_width": _expert_widths(shapes, parts, layer),
         }
         kinds.setdefault(json.dumps(row, sort_keys=True), {"layers": [], **row})["layers"].append(layer)
     return list(kinds.values())
-
-
-def _active(
-    config: Any, tensors: dict[str, Any], groups: dict[str, dict[str, int]], routers: dict[int, Router | None]
-) -> dict[str, int]:
-    """Return the decoder's parameters at work on a token: of the routed experts as many as a router takes at most."""
-    moe = config.moe_config
-    always = sum(groups[name]["parameters"] for name in DECODER if name in groups)
-    names = dict.fromkeys(name for layer in routers for name in at_layer(moe.expert_banks, layer) or {})
-    modalities = ("text",) if config.vision_config is None else ("text", "image")
-    active = dict.fromkeys(names or modalities, always)
-    for layer, router in routers.items():
-        banks = at_layer(moe.expert_banks, layer) or {}
-        slots = at_layer(moe.num_experts_per_tok, layer) if router is None else router.most_experts_per_tok()
-        idle = 0 if router is None else router.idle_parameters()
-        for name in active:
-            bank = name if name in banks else None
-            held = sum(math.prod(tensor.shape) for tensor in _expert_tensors(tensors, layer, bank).values())
-            size = banks[bank]["num_experts"] if bank else at_layer(moe.num_experts, layer)
-            active[name] += held * min(slots, size) // size - idle
-    return active
 
 
 def _mechanisms(code: dict[str, str]) -> list[dict[str, str]]:
@@ -286,6 +265,9 @@ def run(args: argparse.Namespace) -> int:
     """Run `hf-moe inspect`."""
     found = inspect_checkpoint(args.source, revision=args.revision)
     print(f"{found['source']}" + (f" at {found['commit']}" if found["commit"] else ""))
+    print(f"Host: {found['host'] or 'put together'}")
+    for kind, paths in found["parts"].items():
+        print(f"  {kind}: {', '.join([paths] if isinstance(paths, str) else paths) or 'none'}")
     system = f", system {found['system']}" if found["system"] else ""
     print(f"\n{found['num_hidden_layers']} decoder layers{system}. Layers with a mixture of experts:")
     for row in found["layers"]:
@@ -302,7 +284,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"    {kind} {row[kind]['name']}" + (f" ({options})" if options else ""))
     print(f"\n{found['parameters_total']:,} parameters; of the decoder, at most at work on a token:")
     for name, count in found["parameters_active"].items():
-        print(f"  {count:>16,}  {name}")
+        encoding = found["parameters_encoding"][name]
+        print(f"  {count:>16,}  {name}" + (f", and {encoding:,} that encode it" if encoding else ""))
     print("\nParameters and bytes by group:")
     for name, group in found["groups"].items():
         print(f"  {group['parameters']:>16,} {group['bytes']:>16,}  {name}")

@@ -1,7 +1,6 @@
 """Pushes a checkpoint to the Hub: one commit that holds everything a reader needs, or none."""
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +12,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from ..configuration.reading import check_config_fields, read_object
 from .adapter import adapter_snippet, is_adapter, needed_files
 from .evaluation import check_evaluation
-from .files import check_whole, weights_files
+from .files import check_whole, read_config, weights_files
+from .host_facts import auto_model, auto_processor, modalities
 from .leaks import find_leaks
 
 
@@ -176,12 +175,10 @@ def _needed(folder: Path) -> Iterator[str]:
     if is_adapter(folder):
         yield from needed_files(folder)
         return
-    path = folder / "config.json"
-    config = read_object(path)
-    check_config_fields(str(path), config)
-    yield from sorted({f"{target.partition('.')[0]}.py" for target in config.get("auto_map", {}).values()})
+    config = read_config(folder)
+    yield from sorted({f"{target.partition('.')[0]}.py" for target in (config.auto_map or {}).values()})
     yield from weights_files(folder)
-    if config.get("vision_config") is not None:
+    if modalities(config) != ("text",):
         yield "processor_config.json"
     yield "tokenizer_config.json"
     yield "README.md"
@@ -309,12 +306,11 @@ def failure_reason(error: BaseException, api: HfApi, repo_id: str) -> str:
 def loading_snippet(folder: Path, repo_id: str, commit: str) -> str:
     if is_adapter(folder):
         return adapter_snippet(folder, repo_id, commit)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text_only = config.get("vision_config") is None
+    config = read_config(folder)
     return SNIPPET.format(
-        auto_class="AutoModelForCausalLM" if text_only else "AutoModelForImageTextToText",
-        auto_processor="AutoTokenizer" if text_only else "AutoProcessor",
-        name="tokenizer" if text_only else "processor",
+        auto_class=auto_model(config),
+        auto_processor=auto_processor(config),
+        name="tokenizer" if auto_processor(config) == "AutoTokenizer" else "processor",
         repo_id=repo_id,
         commit=commit,
     )

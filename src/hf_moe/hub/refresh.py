@@ -17,16 +17,17 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from transformers import AutoProcessor
 
 from .. import __version__
 from ..configuration.configuration_hf_moe import AUTO_MAP
 from ..configuration.reading import PROCESSOR_FILES, check_files, is_path, read_text
 from .adapter import is_adapter
-from .bundle import add_processor_auto_map, is_marked, replace_text
+from .bundle import add_processor_auto_map, has_own_processor, is_marked, replace_text
 from .card import refresh_digests
 from .carried import renew
 from .files import read_config
-from .probe import Answer, ask, probe_inputs
+from .probe import Answer, ask, probe_inputs, probed
 from .push import FAILURES, Operation, PushError, commit_operations, failure_reason, next_version, set_tag
 
 
@@ -44,6 +45,7 @@ class RefreshResult:
         kept: a user's files of code, which only the checkpoint has; they stay as they are.
         compared_with: `"old code"`, `"installed classes"` where the old code no longer runs, or `"nothing"` where it
             does not and the checkpoint's own mechanisms are not installed.
+        compared_on: the modalities that stood in the inputs of both.
         difference: the largest between the logits of before and after; `None` where there is nothing to compare with.
         old_error: why the old code does not run.
         commit: of the repository, after a push.
@@ -53,6 +55,7 @@ class RefreshResult:
     removed: list[str]
     kept: list[str]
     compared_with: str = "old code"
+    compared_on: tuple[str, ...] = ()
     difference: float | None = 0.0
     old_error: str | None = None
     commit: str | None = None
@@ -145,7 +148,7 @@ def _renew(folder: Path, fresh: Path) -> RefreshResult:
     config = read_config(folder)
     check_files(folder, PROCESSOR_FILES)
     old = {path.name: read_text(path) for path in sorted(folder.glob("*.py")) if is_marked(path)}
-    has_processor = (folder / "processor_config.json").is_file()
+    has_processor = has_own_processor(config) and (folder / "processor_config.json").is_file()
     renewed = renew(config, old, has_processor)
     if renewed.unknown:
         missing = " and ".join(f"the {kind} {name!r}" for kind, name in renewed.unknown)
@@ -173,7 +176,7 @@ def _renew(folder: Path, fresh: Path) -> RefreshResult:
 
 def _checked(folder: Path, fresh: Path, config: Any, result: RefreshResult) -> RefreshResult:
     """Compare what the checkpoint answers before and after, each in a process without the package."""
-    inputs = probe_inputs(config)
+    inputs = probe_inputs(config, processor=None if has_own_processor(config) else _processor(folder))
     with tempfile.TemporaryDirectory() as scratch:
 
         def answer(where: Path, installed: bool = False) -> Answer:
@@ -201,7 +204,16 @@ def _checked(folder: Path, fresh: Path, config: Any, result: RefreshResult) -> R
             f"The code of hf-moe {__version__} gives {folder} other logits than the {compared_with}: they differ by "
             f"{difference:.1e} where {allowed:.1e} is allowed. The checkpoint stays as it was."
         )
-    return replace(result, compared_with=compared_with, difference=difference, old_error=old_error)
+    compared = {"compared_with": compared_with, "compared_on": probed(config, inputs), "difference": difference}
+    return replace(result, **compared, old_error=old_error)
+
+
+def _processor(folder: Path) -> Any:
+    """Return a host's own processor; `None` where it cannot be opened."""
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (ImportError, OSError, ValueError):
+        return None
 
 
 @contextmanager
@@ -251,7 +263,11 @@ def run(args: argparse.Namespace) -> int:
     if result.difference is None:
         print("So the answers could not be compared: the new code opens the checkpoint and reads every tensor of it.")
     else:
-        print(f"Largest difference of the logits from those of the {result.compared_with}: {result.difference:.1e}")
+        where = f", on {' and '.join(result.compared_on)}" if result.compared_on else ""
+        print(
+            f"Largest difference of the logits from those of the {result.compared_with}{where}: "
+            f"{result.difference:.1e}"
+        )
     if result.commit:
         print(f"commit {result.commit}")
     elif not is_path(args.source):

@@ -1,23 +1,28 @@
 """A Space for a checkpoint: the application of `space_app.py` with requirements and metadata, ready to be pushed."""
 
 import argparse
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, SpaceCardData
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.saving import MINIMUM_TRANSFORMERS
 from .card import requirements
+from .files import read_config
+from .host_facts import described_tokens, modalities
 from .push import FAILURES, PushError, failure_reason
 
 
 # What the application is tested with.
 GRADIO_VERSION = "6.31.0"
 PYTHON_VERSION = "3.11"
-APPLICATION = Path(__file__).with_name("space_app.py")
+APPLICATION = "space_app.py"
+# What it imports from beside it, there as here.
+BESIDE = ("host_facts.py", "space_checkpoint.py", "space_drawings.py")
 PICTURES = (".jpeg", ".jpg", ".png", ".webp")
 
 README = """\
@@ -60,9 +65,8 @@ def write_space(
     output = beside if output_dir is None else Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
-    config = HfMoeConfig.from_pretrained(folder)
-    application = APPLICATION.read_text(encoding="utf-8")
-    application = application.replace('CHECKPOINT = "user/name"', f'CHECKPOINT = "{repo_id}"')
+    config = read_config(folder)
+    application = _source(APPLICATION).replace('CHECKPOINT = "user/name"', f'CHECKPOINT = "{repo_id}"')
     if revision is not None:
         application = application.replace("REVISION = None", f'REVISION = "{revision}"')
     packages = [
@@ -70,12 +74,20 @@ def write_space(
         for package in requirements(config)
     ]
     (output / "app.py").write_text(application, encoding="utf-8")
+    for name in BESIDE:
+        (output / name).write_text(_source(name), encoding="utf-8")
     (output / "requirements.txt").write_text("".join(f"{package}\n" for package in packages), encoding="utf-8")
-    (output / "README.md").write_text(_readme(folder, repo_id, config.vision_config is not None), encoding="utf-8")
+    (output / "README.md").write_text(_readme(folder, repo_id, modalities(config)), encoding="utf-8")
     for picture in example_pictures(folder):
         (output / "examples").mkdir(exist_ok=True)
         shutil.copy(picture, output / "examples")
     return output
+
+
+def _source(name: str) -> str:
+    """Return a file of the application as it stands on a Space, where no package is around it."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return re.sub(r"^from \.(\w+) import", r"from \1 import", text, flags=re.MULTILINE)
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -112,7 +124,7 @@ def push_space(output: Path, repo_id: str, *, revision: str | None = None, priva
         raise PushError(f"{failure_reason(error, api, repo_id)} Nothing has been uploaded.") from error
     try:
         space = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        written = ["app.py", "requirements.txt", "README.md", "examples/*"]
+        written = ["app.py", *BESIDE, "requirements.txt", "README.md", "examples/*"]
         api.upload_folder(
             repo_id=repo_id,
             repo_type="space",
@@ -126,7 +138,7 @@ def push_space(output: Path, repo_id: str, *, revision: str | None = None, priva
     return str(space)
 
 
-def _readme(folder: Path, repo_id: str, multimodal: bool) -> str:
+def _readme(folder: Path, repo_id: str, taken: Sequence[str]) -> str:
     card = folder / "README.md"
     name = repo_id.split("/")[1]
     metadata = SpaceCardData(
@@ -141,8 +153,7 @@ def _readme(folder: Path, repo_id: str, multimodal: bool) -> str:
         # A model of a few hundred million parameters takes a while to arrive and to load.
         startup_duration_timeout="1h",
     )
-    tokens = "every patch of the picture and every word" if multimodal else "every word"
-    return README.format(metadata=metadata.to_yaml(), name=name, repo_id=repo_id, tokens=tokens)
+    return README.format(metadata=metadata.to_yaml(), name=name, repo_id=repo_id, tokens=described_tokens(taken))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

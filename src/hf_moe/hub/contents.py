@@ -1,0 +1,127 @@
+"""What the tensors of a checkpoint are: the part that each belongs to, and what works on a token of each modality."""
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..configuration.layer_maps import at_layer
+from ..modeling.mechanisms import mechanism_names
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.parts import HostParts, host_parts, part_of
+from .host_facts import modalities
+
+
+GROUPS = (
+    "vision tower",
+    "audio tower",
+    "connector",
+    "objectives",
+    "routers",
+    "routed experts",
+    "shared experts",
+    "embeddings",
+    "rest of the decoder",
+)
+DECODER = ("routers", "shared experts", "embeddings", "rest of the decoder")
+# In the decoder the first that matches gives the group of a tensor; the others are known by structure.
+MECHANISMS = {
+    "routers": r"\.gate\.",
+    "routed experts": r"\.experts\.",
+    "shared experts": r"\.shared_experts?\.",
+}
+# Counters and running statistics: state of a model, no parameters.
+STATE = re.compile(r"^objectives\.|\.running_(mean|var)$|\.num_batches_tracked$")
+
+Shapes = Mapping[str, Iterable[int]]
+
+
+def parts_of_config(config: Any) -> HostParts:
+    """Return where the parts of a checkpoint's model are, without its weights and without its mechanisms."""
+    bare = copy.deepcopy(config)
+    bare.moe_config.layers = []
+    bare.moe_config.objectives = {}
+    connector = getattr(bare, "connector", None)
+    if isinstance(connector, dict) and connector["name"] not in mechanism_names("connector"):
+        # A user's own that is not installed: it lies where any other would.
+        bare.connector = {"name": "mlp"}
+    with torch.device("meta"):
+        return host_parts(HfMoeForConditionalGeneration(bare))
+
+
+def group_of(name: str, parts: HostParts) -> str:
+    """Return the group, of [`GROUPS`], that a tensor belongs to."""
+    if name.startswith("objectives."):
+        return "objectives"
+    part = part_of(name, parts)
+    if part == "tower":
+        served = parts.modalities[str(parts.holder(name))]
+        return "audio tower" if set(served) == {"audio"} else "vision tower"
+    if part in GROUPS:
+        return part
+    return next((group for group, pattern in MECHANISMS.items() if re.search(pattern, name)), "rest of the decoder")
+
+
+def size(shape: Iterable[int]) -> int:
+    """Return how many numbers a tensor of this shape holds."""
+    return math.prod(shape)
+
+
+def encoder_parameters(shapes: Shapes, parts: HostParts, config: Any) -> dict[str, int]:
+    """Return the parameters of the towers and connectors that encode each modality."""
+    found = dict.fromkeys(modalities(config), 0)
+    for name, shape in shapes.items():
+        part = part_of(name, parts)
+        if part not in ("tower", "connector") or STATE.search(name):
+            continue
+        holder = parts.holder(name)
+        # What stands by itself beside the decoder, such as the embedding of a line's end, serves whatever is seen.
+        served = ("image", "video") if holder is None else parts.modalities[holder]
+        for modality in found:
+            # Where a tower of pictures is all that there is, it sees the frames of a video too.
+            alone = modality == "video" and not any("video" in names for names in parts.modalities.values())
+            if modality in served or (alone and "image" in served):
+                found[modality] += size(shape)
+    return found
+
+
+def expert_tensors(shapes: Shapes, parts: HostParts, layer: int, bank: str | None = None) -> list[str]:
+    """Return the names of a layer's routed experts, stacked or one per expert as older files have them."""
+    inside = re.compile(rf"\.{layer}\.([^0-9]*\.)?experts\.{re.escape(bank) + '[.]' if bank else ''}")
+    return [name for name in shapes if inside.search(name) and group_of(name, parts) == "routed experts"]
+
+
+def active_parameters(
+    config: Any, shapes: Shapes, parts: HostParts, routers: Mapping[int, Any], always: int
+) -> dict[str, int]:
+    """Return the decoder's parameters at most at work on a token of each modality.
+
+    Args:
+        config: of the model.
+        shapes: of its tensors, by name.
+        parts: where its parts are.
+        routers: by layer, or `None` for one that is not installed: it takes `num_experts_per_tok` experts.
+        always: parameters of the decoder outside the routed experts.
+    """
+    moe = config.moe_config
+    active = dict.fromkeys(modalities(config), always)
+    for layer, router in routers.items():
+        banks = at_layer(moe.expert_banks, layer) or {}
+        slots = at_layer(moe.num_experts_per_tok, layer) if router is None else router.most_experts_per_tok()
+        idle = 0 if router is None else router.idle_parameters()
+        for modality in active:
+            bank = bank_of(modality, list(banks))
+            held = sum(size(shapes[name]) for name in expert_tensors(shapes, parts, layer, bank))
+            experts = at_layer(moe.num_experts, layer) if bank is None else banks[bank]["num_experts"]
+            active[modality] += held * min(slots, experts) // experts - idle
+    return active
+
+
+def bank_of(modality: str, banks: list[str]) -> str | None:
+    """Return the bank of experts that serves a modality: of two isolated banks the second is for what is seen."""
+    if not banks:
+        return None
+    return banks[-1] if modality in ("image", "video") else banks[0]
