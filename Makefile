@@ -10,7 +10,7 @@ QUANTISERS := $(VENV)/.quantisers
 SMOLLM2 := $(VENV)/.smollm2
 FLOOR := $(VENV)/floor
 NEWEST := .venv-newest
-EXTRAS := timm,train,demo,eval,space,dev
+EXTRAS := timm,train,demo,senses,eval,space,dev
 
 .PHONY: demo test test-all test-bare test-floor test-newest upgrade lint mutation bench cards docs clean
 

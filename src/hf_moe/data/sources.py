@@ -1,4 +1,4 @@
-"""Where rows come from: easy-VQA, two opposite tasks, files, folders, the Hub."""
+"""Where rows come from: the data sets of this package, files, folders, the Hub."""
 
 import difflib
 import re
@@ -14,9 +14,14 @@ from .file_rows import rows_of_file, rows_of_list
 from .files import FORMATS, READERS
 from .media_folders import ENDINGS, rows_of_folder
 from .opposite_tasks import load_opposite_tasks
+from .speech_and_sight import load_speech_and_sight
 
 
-DATASETS = {"easy_vqa": load_easy_vqa, "opposite_tasks": load_opposite_tasks}
+DATASETS: dict[str, Callable[[str], Dataset]] = {
+    "easy_vqa": load_easy_vqa,
+    "opposite_tasks": load_opposite_tasks,
+    "speech_and_sight": load_speech_and_sight,
+}
 # The kinds of sources, the one that decides first, with their own options.
 MEDIA_FOLDERS = {"image_folder": "image", "video_folder": "video", "audio_folder": "audio"}
 KINDS = {**dict.fromkeys(MEDIA_FOLDERS, ("question",)), "hub": ("name", "streaming"), "path": (), "name": ()}
@@ -40,7 +45,7 @@ def load_rows(
 
     A source is one of:
 
-    - `{"name": "easy_vqa"}`: a dataset this package knows, or `opposite_tasks`.
+    - `{"name": "easy_vqa"}`: a dataset this package knows; the others are `opposite_tasks` and `speech_and_sight`.
     - `{"path": "rows.jsonl"}`: a file of rows (JSON lines, JSON, CSV, Parquet, Arrow), image paths relative to the
       file; or a folder of such files, named after their splits. `{split}` in the path is filled in.
     - `{"image_folder": "folder", "question": "What is this?"}`: as `datasets`' `imagefolder` finds them. The question
