@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from near import assert_near
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -173,3 +174,24 @@ def test_initialize_gives_every_expert_its_own_weights_and_zero_biases():
         assert 0.04 < parameter.std() < 0.06
         assert not torch.equal(parameter[0], parameter[1])
     assert not experts.gate_up_proj_bias.any() and not experts.down_proj_bias.any()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_split_by_width_add_up_to_whole_ones(gated):
+    whole = build_experts(gated, bias=True)
+    index = torch.tensor([[0, 1], [2, 3], [3, 3], [1, 0], [2, 1]])  # 3 marks an empty slot
+    weight = torch.rand(5, 2).masked_fill(index == EXPERTS, 0.0)
+    hidden_states = torch.randn(5, HIDDEN)
+
+    total = torch.zeros_like(hidden_states)
+    for half in range(2):
+        # As tensor parallelism splits them: every process holds the last bias whole.
+        own = build_experts(gated, bias=True)
+        for name, parameter in own.named_parameters():
+            if name == "down_proj":
+                parameter.data = parameter.data.chunk(2, dim=-1)[half]
+            elif name != "down_proj_bias":
+                halves = [part.chunk(2, dim=1)[half] for part in parameter.data.chunk(2 if gated else 1, dim=1)]
+                parameter.data = torch.cat(halves, dim=1)
+        total += own(hidden_states, index, weight)
+    assert_near(total, whole(hidden_states, index, weight))

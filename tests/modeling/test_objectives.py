@@ -177,6 +177,15 @@ def test_every_gate_is_a_population_of_its_own():
     torch.testing.assert_close(objective({0: assign(index, logits, gate_index=gate)}, context), torch.tensor([4.0]))
 
 
+def test_a_gate_of_one_token_weighs_as_much_as_one_of_three():
+    objective, context = make_objective("load_balance", per_gate=True), make_context(1, 4)
+    index, gate = [0, 0, 0, 1], torch.tensor([0, 0, 0, 1])
+    # Each gate has one expert, whose share and probability are 1: 4 for it, and the two gates add up.
+    torch.testing.assert_close(
+        objective({0: assign(index, certain(index), gate_index=gate)}, context), torch.tensor([8.0])
+    )
+
+
 def test_per_modality_separates_what_the_batch_hides():
     context = make_context(1, 4, modality=[[0, 0, 1, 1]])
     decision = assign([0, 0, 1, 1], certain([0, 0, 1, 1]))
