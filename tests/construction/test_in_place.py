@@ -89,10 +89,15 @@ def test_a_config_gives_a_fresh_model(model_type):
     assert not torch.equal(experts[0], experts[1]) and torch.isfinite(logits(model)).all()
 
 
-def test_routers_of_a_bfloat16_host_are_float32():
-    model = from_host(small_host("llama").bfloat16(), moe_config=EXPERTS)
+@pytest.mark.parametrize("fresh", [False, True], ids=["loaded", "fresh"])
+def test_routers_of_a_bfloat16_host_are_float32(fresh):
+    if fresh:
+        model = from_host(fields_of("llama"), system="anyexperts", dtype=torch.bfloat16)
+    else:
+        model = from_host(small_host("llama").bfloat16(), system="anyexperts")
     layer = model.moe_layers()[0]
-    assert layer.gate.weight.dtype == torch.float32 and layer.experts.down_proj.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in layer.gate.parameters()} == {torch.float32}
+    assert layer.experts.down_proj.dtype == torch.bfloat16
 
 
 def test_feed_forwards_of_a_folder_are_let_go_one_by_one(tmp_path, monkeypatch):
