@@ -19,6 +19,7 @@ from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.moe_layer import MoELayer
 from ..modeling.registry import build
+from .materialisation import materialise
 from .moe_blocks import BlockReading, read_block
 from .upcycling import check_block, copy_host
 
@@ -81,18 +82,6 @@ def take_block(layer: MoELayer, block: nn.Module, reading: BlockReading) -> None
         )
     if layer.spec.num_experts_per_tok == reading.fields["num_experts_per_tok"]:
         check_block(layer, block, reading.branches)
-
-
-@torch.no_grad()
-def materialise(module: nn.Module, std: float) -> None:
-    """Give a module on the meta device memory, and its first values."""
-    module.to_empty(device="cpu")
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            init.normal_(part.weight, mean=0.0, std=std)
-            if part.bias is not None:
-                init.zeros_(part.bias)
-    initialize_mechanisms(module, std)
 
 
 @torch.no_grad()

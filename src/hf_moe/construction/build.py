@@ -5,41 +5,23 @@ and let go before the next layer's experts exist, so the dense decoder and the M
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration import HfMoeConfig
-from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import decoder_layers, ffn_name, read_ffn, routed_layer_class
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.moe_layer import MoELayer
 from ..modeling.processing_hf_moe import HfMoeProcessor
-from ..modeling.routing import Decision, ExpertAssignment
-from .adoption import adopt, hand_over_block, materialise
+from .adoption import adopt, hand_over_block
 from .generation import generation_settings
+from .materialisation import check_materialised, materialise
 from .moe_blocks import read_block
 from .pretrained import load_language_model, load_vision_tower
+from .step_zero import StepZero, compare_at_step_zero, expert_widths, logit_difference, tolerance
 from .tokenizer import IMAGE_TOKEN, add_image_token, default_chat_template
 from .upcycling import check_block, check_expert, ffn_state, fill_layer
-
-
-@dataclass(frozen=True)
-class StepZero:
-    """How the fresh MoE compares with the decoder it was made from, on random text.
-
-    Attributes:
-        logit_difference: the largest absolute difference of a logit.
-        exact: whether the two are equal by design. An upcycled decoder is where experts are whole copies without noise
-            and every decision hands the tokens to them unscaled, with weights that sum to 1; an adopted one where it
-            keeps its routers.
-    """
-
-    logit_difference: float
-    exact: bool
 
 
 def build_model(
@@ -106,7 +88,7 @@ def build_model(
             for name, parameter in model.model.vision_tower.named_parameters():
                 tower.get_parameter(name).requires_grad_(parameter.requires_grad)
             model.model.vision_tower = _with_config(tower.to(dtype), model.config.vision_config)  # its buffers too
-    _check_materialised(model)
+    check_materialised(model)
     for layer in model.moe_layers().values():
         layer.gate.float()
     template = chat_template or default_chat_template(tokenizer, image_token if tower is not None else None)
@@ -214,14 +196,10 @@ def _from_decoder(
             check_expert(model, moe_layer, ffn)
             materialise(moe_layer, std)
             fill_layer(moe_layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise_std)
-            exact = exact and all(width % host.intermediate_size == 0 for width in _widths(moe_layer))
+            exact = exact and all(width % host.intermediate_size == 0 for width in expert_widths(moe_layer))
         setattr(layer, name, moe_layer)
-    check = _step_zero(model, ids, reference, exact and own_routers == adopted, adopted)
-    if check.exact and check.logit_difference > _tolerance(model) * max(1.0, reference.abs().max().item()):
-        raise ValueError(
-            f"{type(dense).__name__} cannot become this model: the logits differ by {check.logit_difference:.1e}, "
-            "where both should compute the same. Please report it with the names of the decoder and of the system."
-        )
+    inputs, equal = {"input_ids": ids}, exact and own_routers == adopted
+    check = compare_at_step_zero(model.eval(), inputs, reference, equal, adopted)
     if on_check is not None:
         on_check(check)
     return model
@@ -270,18 +248,6 @@ def _adopted_config(
     return routing, {**own_sizes, **kept, **moe_config}
 
 
-def _check_materialised(model: nn.Module) -> None:
-    """Refuse a model of which a part has no memory yet.
-
-    Raises:
-        ValueError: with the names.
-    """
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    empty = [name for name, tensor in tensors if tensor.is_meta]
-    if empty:
-        raise ValueError(f"{len(empty)} tensors of the model were never filled, among them {empty[:3]}.")
-
-
 def _with_config(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     """Let a model and its parts read the whole's copy of their config, as those do that are made from it."""
     own = model.config
@@ -310,53 +276,9 @@ def _check_host(model: HfMoeForConditionalGeneration, ids: torch.Tensor, referen
         ValueError: if the host's logits change under this library's head.
     """
     name = type(decoder_layers(model.model.language_model)[0]).__name__
-    difference = _logit_difference(model.eval()(input_ids=ids).logits, reference)
-    if difference > _tolerance(model):
+    difference = logit_difference(model.eval()(input_ids=ids).logits, reference)
+    if difference > tolerance(model.dtype):
         raise ValueError(
             f"A decoder of {name}s cannot host MoE layers: its own logits differ by {difference:.1e} from those of "
             "its layers under this library's head."
         )
-
-
-def _tolerance(model: HfMoeForConditionalGeneration) -> float:
-    """Float32 rounding stays well below; a lower precision rounds experts differently."""
-    return 1e-4 if model.lm_head.weight.dtype == torch.float32 else 1e-1
-
-
-def _widths(moe_layer: MoELayer) -> list[int]:
-    """Return the inner widths of a layer's experts and of its shared branch."""
-    shared = moe_layer.shared_expert
-    widths = [module.intermediate_dim for module in moe_layer.experts.modules() if isinstance(module, FfnExperts)]
-    return widths + ([] if shared is None else [shared.down_proj.in_features])
-
-
-def _logit_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    return (logits.float() - reference).abs().max().item()
-
-
-@torch.no_grad()
-def _step_zero(
-    model: HfMoeForConditionalGeneration,
-    ids: torch.Tensor,
-    reference: torch.Tensor,
-    equal_experts: bool,
-    adopted: bool,
-) -> StepZero:
-    """Compare the finished model with its decoder, as both are used: noise and capacities belong to training."""
-    output = model.eval()(input_ids=ids, output_routing=True)
-    whole = adopted or all(
-        _hands_over_whole_tokens(output.routing.decisions[layer_idx])
-        and (layer.shared_expert is None or layer.shared_expert.shared_expert_gate is None)
-        for layer_idx, layer in model.moe_layers().items()
-    )
-    return StepZero(_logit_difference(output.logits, reference), equal_experts and whole)
-
-
-def _hands_over_whole_tokens(decision: Decision) -> bool:
-    """Whether equal experts give what one of them does: every token arrives unscaled, with weights that sum to 1."""
-    if not isinstance(decision, ExpertAssignment):
-        return False
-    unscaled = decision.input_scale is None or bool((decision.input_scale == 1).all())
-    no_identity = decision.identity_weight is None or not decision.identity_weight.any()
-    sums = decision.expert_weight.float().sum(-1)  # (T,)
-    return unscaled and no_identity and bool((sums - 1).abs().max() < 1e-3)

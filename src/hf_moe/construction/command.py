@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..hub.card import write_card
 from ..hub.probe import probe_inputs
-from .build import StepZero, build_model
+from .build import build_model
+from .step_zero import StepZero
 
 
 LARGEST_SHARD = 5_000_000_000  # in bytes

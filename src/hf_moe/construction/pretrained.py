@@ -21,10 +21,13 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
+
+from .refusals import host_class_of, host_config_class
 
 
 PACKAGED = {
@@ -81,6 +84,30 @@ def load_language_model(
     return dense, AutoTokenizer.from_pretrained(path.parent, **options)
 
 
+def load_host(source: str | Path, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
+    """Load a model of Transformers with its language head.
+
+    Args:
+        source: a Hub id or folder.
+        dtype: of the weights; that of the checkpoint when absent.
+        revision: branch, tag or commit of a repository on the Hub.
+
+    Raises:
+        ValueError: if it cannot become a MoE in place, which its config tells, or lacks weights.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    # Code that a checkpoint carries is never run: its type has to be one of Transformers.
+    config = host_config_class(fields.get("model_type")).from_pretrained(source, revision=revision)
+    dtype = dtype or config.dtype or torch.float32
+    host, report = _read(host_class_of(config), config, str(source), dtype, revision)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks {len(missing)} tensors of {type(host).__name__}, among them {missing[:3]}: it is "
+            "damaged, or a checkpoint of a part. Take one of the whole model with its head."
+        )
+    return host
+
+
 def local_config(source: str) -> Any:
     """Return the config of a decoder whose files are on this machine; `None` where they are elsewhere."""
     path = Path(source)
@@ -96,26 +123,35 @@ def local_config(source: str) -> Any:
 
 
 def _load(auto: Any, source: str, dtype: torch.dtype, revision: str | None = None) -> Any:
-    """Load a checkpoint as `auto.from_pretrained` does, with every tensor read into memory of its own.
+    """Load a checkpoint as `auto.from_pretrained` does, see [`_read`]."""
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    with torch.device("meta"):
+        empty = auto.from_config(config, dtype=dtype)
+    return _read(type(empty), empty.config, source, dtype, revision)[0]
+
+
+def _read(
+    model_class: Any, config: Any, source: str, dtype: torch.dtype, revision: str | None
+) -> tuple[Any, dict[str, Any]]:
+    """Load a checkpoint with every tensor read into memory of its own, and return the model and the report of it.
 
     Transformers maps the files. A mapped file stays in memory until the last of its tensors is let go, those that
     were only copied into experts included.
     """
     files = _safetensors_files(source, revision)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if not files:
-        return auto.from_pretrained(source, dtype=dtype, revision=revision)
+        return model_class.from_pretrained(source, revision=revision, **options)
     tensors: dict[str, Any] = {}
     for file in files:
         weights = safe_open(file, "pt", backend="pread")
         tensors |= {name: weights.get_slice(name) for name in weights.keys()}
-    with torch.device("meta"):
-        empty = auto.from_config(AutoConfig.from_pretrained(source, revision=revision), dtype=dtype)
-    model = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, dtype=dtype)
+    model, report = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
     model.config.name_or_path = source
     if model.can_generate():
         with suppress(OSError):  # Without a file of its own it keeps what the config says.
             model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
-    return model
+    return model, report
 
 
 def _safetensors_files(source: str, revision: str | None) -> list[str]:

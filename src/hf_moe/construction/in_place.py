@@ -1,0 +1,225 @@
+"""A model of Transformers as a MoE, in place: every tensor but those of its feed-forwards stays what it is.
+
+The MoE is made without memory, as a subclass of the host's own class, and takes over the host's tensors by their
+names. Its feed-forwards follow one layer at a time: each is let go before the next layer's experts exist, so that host
+and MoE are never both whole in memory.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration import HfMoeConfig
+from ..configuration.systems import load_preset
+from ..evaluation.mode import evaluation_mode
+from ..modeling.host import decoder_layers, ffn_name, read_ffn
+from ..modeling.initialisation import initializer_std
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.parts import text_decoder
+from .generation import savable
+from .materialisation import check_materialised, empty_model, materialise
+from .pretrained import load_host
+from .refusals import host_class_of, host_config_class, refuse_decoder, refuse_loaded
+from .step_zero import StepZero, compare_at_step_zero, expert_widths, logit_difference, random_text, tolerance
+from .upcycling import check_expert, ffn_state, fill_layer
+
+
+def from_host(
+    host: PreTrainedModel | str | Path | Mapping[str, Any],
+    *,
+    system: str | None = None,
+    moe_config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    noise: float = 0.0,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    on_check: Callable[[StepZero], None] | None = None,
+) -> HfMoeForConditionalGeneration:
+    """Return a model of Transformers as a MoE, in evaluation mode.
+
+    The experts of a dense host start as copies of its feed-forwards. Towers, connectors, attention, embeddings and
+    head are the host's, and so are the inputs, the processor and generation.
+
+        model = HfMoeForConditionalGeneration.from_host("Qwen/Qwen2.5-VL-3B-Instruct", system="moiie")
+
+    Args:
+        host: a loaded model with a language head, which is left as it is and whose tensors are copied; a Hub id or
+            folder, of which nothing is in memory twice; or the fields of a config with `model_type`, which gives a
+            fresh model.
+        system: a key of `hf_moe.list_systems()`; `"top_k"` for a dense host when absent.
+        moe_config: fields that override the system's.
+        seed: of everything that is drawn at random.
+        noise: on the expert copies, relative to the standard deviation of each matrix.
+        dtype: of the weights of a host that is loaded here, its own when absent; routers are float32.
+        revision: branch, tag or commit of a repository on the Hub.
+        on_check: called with the comparison with the host's own logits, where it had weights.
+
+    Raises:
+        ValueError: if the host cannot become a MoE, or would compute something else as one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(host, Mapping):
+            return _fresh(host, system, moe_config, dtype)
+        keep = isinstance(host, PreTrainedModel)
+        if not isinstance(host, PreTrainedModel):
+            host = load_host(host, dtype, revision)
+        elif dtype is not None:
+            raise ValueError("dtype is of a host that is loaded here: convert a loaded one with host.to(dtype).")
+        refuse_loaded(host)
+        refuse_decoder(host)
+        config = config_on_host(host, system, moe_config)
+        model, inputs, reference = _around(host, config, keep)
+        layers = decoder_layers(text_decoder(host))
+        feed_forwards = {index: getattr(layers[index], ffn_name(layers[index])) for index in model.moe_layers()}
+        del host, layers  # else its feed-forwards would stay in memory
+        _check_host(model, feed_forwards, inputs, reference)
+        exact = _replace_feed_forwards(model, feed_forwards, noise, seed)
+        check_materialised(model)
+        check = compare_at_step_zero(model, inputs, reference, exact, adopted=False)
+        if on_check is not None:
+            on_check(check)
+    return model
+
+
+def config_on_host(host: PreTrainedModel, system: str | None, moe_config: Mapping[str, Any] | None) -> HfMoeConfig:
+    """Return the config of a host with MoE layers.
+
+    Args:
+        host: also on the meta device.
+    """
+    system = system or "top_k"
+    fields = {**load_preset(system)["moe_config"], **(moe_config or {})}
+    return HfMoeConfig.on_host(host.config, type(host).__name__, moe_config=fields, system=system)
+
+
+def _fresh(
+    fields: Mapping[str, Any], system: str | None, moe_config: Mapping[str, Any] | None, dtype: torch.dtype | None
+) -> HfMoeForConditionalGeneration:
+    """Return a MoE on a host without weights."""
+    options = dict(fields)
+    host_config = host_config_class(options.pop("model_type", None))(**options)
+    empty = empty_model(host_class_of(host_config), host_config)
+    refuse_decoder(empty)
+    config = config_on_host(empty, system, moe_config)
+    return float32_gates(HfMoeForConditionalGeneration._from_config(config, dtype=dtype or torch.float32)).eval()
+
+
+def float32_gates(model: Any) -> Any:
+    """Keep the routers of a model in float32, as loading does, and return the model."""
+    for layer in model.moe_layers().values():
+        layer.gate.float()
+    return model
+
+
+def _around(
+    host: PreTrainedModel, config: HfMoeConfig, keep: bool
+) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
+    """Return the MoE with the tensors and the feed-forwards of a host, whose logits it has.
+
+    Args:
+        keep: whether the host stays in use, so that its tensors are copied.
+
+    Returns:
+        The model, inputs, and the host's logits for them.
+    """
+    inputs = random_text(host)
+    with torch.no_grad(), evaluation_mode(host):
+        reference = host(**inputs).logits.float()
+    model = empty_model(HfMoeForConditionalGeneration, config, host.dtype, host.config._attn_implementation)
+    take_over(model, host, keep)
+    model.generation_config = savable(deepcopy(host.generation_config))
+    return model.eval(), inputs, reference
+
+
+@torch.no_grad()
+def take_over(model: Any, host: PreTrainedModel, keep: bool) -> None:
+    """Give a MoE on the meta device the host's tensors, all but those that its MoE layers and its objectives hold.
+
+    Args:
+        keep: whether the host stays in use, so that its tensors are copied; tied ones stay tied.
+
+    Raises:
+        ValueError: if the host holds other tensors than its class.
+    """
+    taken: dict[int, torch.Tensor] = {}
+
+    def take(tensor: Any) -> Any:
+        if keep and isinstance(tensor, torch.Tensor) and id(tensor) not in taken:
+            taken[id(tensor)] = deepcopy(tensor)
+        return taken.get(id(tensor), tensor)
+
+    own = {id(part) for layer in model.moe_layers().values() for part in layer.modules()}
+    own |= {id(part) for part in model.objectives.modules()}
+    theirs = dict(host.named_modules(remove_duplicate=False))
+    for path, module in model.named_modules():
+        if id(module) in own:
+            continue
+        source = theirs.get(path, nn.Module())
+        for kind in ("_parameters", "_buffers"):
+            ours, given = vars(module)[kind], vars(source)[kind]
+            if _shapes(ours) != _shapes(given):
+                raise ValueError(
+                    f"{type(host).__name__} cannot become a MoE: its {path or 'root'} holds {_shapes(given)}, and its "
+                    f"class {_shapes(ours)}. Load it anew, without what was added to it."
+                )
+            ours |= {name: take(tensor) for name, tensor in given.items()}
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+
+
+@torch.no_grad()
+def _replace_feed_forwards(model: Any, feed_forwards: dict[int, nn.Module], noise: float, seed: int) -> bool:
+    """Fill the MoE layers of a model from the feed-forwards that they replace, which are let go one by one.
+
+    Returns:
+        Whether every expert computes what the feed-forward did.
+
+    Raises:
+        ValueError: naming the layer whose feed-forward does more than an expert can.
+    """
+    std, generator = initializer_std(model.config), torch.Generator().manual_seed(seed)
+    device = model.device
+    exact = noise == 0.0
+    for layer_idx, layer in model.moe_layers().items():
+        ffn = feed_forwards.pop(layer_idx)
+        host = read_ffn(ffn)
+        assert host.layout is not None, "of a dense feed-forward"
+        check_expert(model, layer, ffn)
+        materialise(layer, std, next(ffn.parameters()).device)
+        layer.gate.float()
+        fill_layer(layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise)
+        exact = exact and all(width % host.intermediate_size == 0 for width in expert_widths(layer))
+    materialise(model.objectives, std, device)
+    return exact
+
+
+def _check_host(
+    model: Any, feed_forwards: dict[int, nn.Module], inputs: dict[str, torch.Tensor], reference: torch.Tensor
+) -> None:
+    """Refuse a host that this library would change, whatever the router does: by its own feed-forwards in the MoE.
+
+    Raises:
+        ValueError: with the difference of the logits.
+    """
+    moe_layers, layers = model.moe_layers(), decoder_layers(text_decoder(model))
+    try:
+        for layer_idx, ffn in feed_forwards.items():
+            setattr(layers[layer_idx], ffn_name(layers[layer_idx]), ffn)
+        with torch.no_grad():
+            difference = logit_difference(model(**inputs).logits, reference)
+    finally:
+        for layer_idx, moe_layer in moe_layers.items():
+            setattr(layers[layer_idx], ffn_name(layers[layer_idx]), moe_layer)
+    if difference > tolerance(model.dtype):
+        raise ValueError(
+            f"{type(model).hf_moe_host.__name__} cannot become a MoE: its own logits differ by {difference:.1e} from "
+            "those of its parts in this library's model."
+        )

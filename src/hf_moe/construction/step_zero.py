@@ -1,0 +1,120 @@
+"""Step 0: how a fresh MoE compares with the model it was made from, on random text."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..modeling.experts.ffn import FfnExperts
+from ..modeling.inputs import placeholder_ids
+from ..modeling.moe_layer import MoELayer
+from ..modeling.routing import Decision, ExpertAssignment
+
+
+@dataclass(frozen=True)
+class StepZero:
+    """How the fresh MoE compares with the model it was made from, on random text.
+
+    Attributes:
+        logit_difference: the largest absolute difference of a logit.
+        exact: whether the two are equal by design. An upcycled model is where experts are whole copies without noise
+            and every decision hands the tokens to them unscaled, with weights that sum to 1; an adopted one where it
+            keeps its routers.
+    """
+
+    logit_difference: float
+    exact: bool
+
+
+def random_text(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return the inputs of two rows of 16 random tokens, for any model of Transformers with a language head.
+
+    Special tokens are not among them: for placeholders there would be no features.
+    """
+    config = model.config
+    vocabulary = min(config.get_text_config(decoder=True).vocab_size, model.get_input_embeddings().weight.shape[0])
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(seed))
+    special = {*placeholder_ids(config).values(), *_special_tokens(config)} & set(range(vocabulary))
+    plain = next((token for token in range(vocabulary) if token not in special), 0)
+    ids = torch.where(torch.isin(ids, torch.tensor(sorted(special), dtype=torch.long)), plain, ids)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "image_attention_mask" in inspect.signature(model.forward).parameters:
+        # Idefics takes no text without an image, but text that does not look at its image.
+        side = config.vision_config.image_size
+        inputs["pixel_values"] = torch.zeros(2, 1, 3, side, side, dtype=model.dtype)
+        inputs["image_attention_mask"] = torch.zeros(2, ids.shape[1], 1, dtype=torch.long)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _special_tokens(config: Any) -> set[int]:
+    """Return the tokens that a config and its parts name."""
+    found = set()
+    for name, value in vars(config).items():
+        if name in config.sub_configs and value is not None:
+            found |= _special_tokens(value)
+        elif isinstance(value, int) and name.endswith(("token_id", "token_index")):
+            found.add(value)
+    return found
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the largest difference of equal models: float32 rounds well below, a lower precision sums otherwise."""
+    return 1e-4 if dtype == torch.float32 else 1e-1
+
+
+def logit_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest absolute difference of a logit."""
+    return (logits.float() - reference).abs().max().item()
+
+
+def expert_widths(layer: MoELayer) -> list[int]:
+    """Return the inner widths of a layer's experts and of its shared branch."""
+    shared = layer.shared_expert
+    widths = [module.intermediate_dim for module in layer.experts.modules() if isinstance(module, FfnExperts)]
+    return widths + ([] if shared is None else [shared.down_proj.in_features])
+
+
+@torch.no_grad()
+def compare_at_step_zero(
+    model: Any, inputs: dict[str, torch.Tensor], reference: torch.Tensor, equal_experts: bool, adopted: bool
+) -> StepZero:
+    """Compare a finished model, in evaluation mode, with what it was made from.
+
+    Both as they are used: noise and capacities belong to training.
+
+    Args:
+        inputs, reference: of the other model, and its logits.
+        equal_experts: whether every expert computes what the feed-forward did, or the routers are the model's own.
+        adopted: whether it was a MoE already.
+
+    Raises:
+        ValueError: if the two are equal by design, and differ.
+    """
+    output = model(**inputs, output_routing=True)
+    layers = model.moe_layers()
+    # Layers of cross-attention do not run without images.
+    whole = adopted or all(
+        _hands_over_whole_tokens(decision)
+        and (layers[index].shared_expert is None or layers[index].shared_expert.shared_expert_gate is None)
+        for index, decision in output.routing.decisions.items()
+    )
+    check = StepZero(logit_difference(output.logits, reference), equal_experts and whole)
+    largest = tolerance(output.logits.dtype) * max(1.0, reference.abs().max().item())
+    if check.exact and check.logit_difference > largest:
+        raise ValueError(
+            f"The model differs from the one it was made from by {check.logit_difference:.1e} in a logit, where both "
+            "should compute the same. Please report it with the names of the model and of the system."
+        )
+    return check
+
+
+def _hands_over_whole_tokens(decision: Decision) -> bool:
+    """Whether equal experts give what one of them does: every token arrives unscaled, with weights that sum to 1."""
+    if not isinstance(decision, ExpertAssignment):
+        return False
+    unscaled = decision.input_scale is None or bool((decision.input_scale == 1).all())
+    no_identity = decision.identity_weight is None or not decision.identity_weight.any()
+    sums = decision.expert_weight.float().sum(-1)  # (T,)
+    return unscaled and no_identity and bool((sums - 1).abs().max() < 1e-3)

@@ -1,0 +1,191 @@
+"""Models of Transformers that become a MoE in place: equal at step 0, whole, and the host left as it was."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from near import assert_near
+from small_hosts import fields_of, small_host
+
+from hf_moe import HfMoeForConditionalGeneration
+from hf_moe.construction import in_place
+from hf_moe.construction.in_place import from_host
+
+
+HOSTS = ["llama", "llava", "qwen2_5_vl"]
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2}
+IDS = torch.arange(5, 25)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("model_type", HOSTS)
+def test_a_loaded_host_is_left_as_it_was(model_type):
+    host = small_host(model_type).train()
+    before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
+    modules = {name: (type(module), module.training) for name, module in host.named_modules()}
+    model = from_host(host, moe_config=EXPERTS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0
+    assert {name: (type(module), module.training) for name, module in host.named_modules()} == modules
+    assert host.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in host.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", HOSTS)
+def test_a_folder_gives_the_logits_of_its_model(model_type, tmp_path):
+    host, checks = small_host(model_type), []
+    host.save_pretrained(tmp_path)
+    model = HfMoeForConditionalGeneration.from_host(tmp_path, moe_config=EXPERTS, on_check=checks.append)
+    assert_near(logits(model), logits(host), 1e-5)
+    assert checks[0].exact and checks[0].logit_difference < 1e-5
+    assert not model.training and model.name_or_path == str(tmp_path)
+
+
+def test_tied_embeddings_stay_tied():
+    model = from_host(small_host("llama", tie_word_embeddings=True), moe_config=EXPERTS)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert isinstance(model.lm_head.weight, torch.nn.Parameter)
+
+
+def test_frozen_parts_stay_frozen():
+    host = small_host("llava")
+    host.model.vision_tower.requires_grad_(False)
+    model = from_host(host, moe_config=EXPERTS)
+    assert not any(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
+    assert all(parameter.requires_grad for parameter in model.moe_layers()[0].parameters())
+
+
+def test_a_system_decides_layers_routers_and_objectives():
+    model = from_host(small_host("llava"), system="moiie", moe_config={"layers": [1]})
+    assert list(model.moe_layers()) == [1] and model.config.system == "moiie"
+    assert model.config.moe_config.router["name"] == "moiie" and "load_balance" in model.config.moe_config.objectives
+    assert type(model.model.language_model.layers[0].mlp).__name__ == "LlamaMLP"
+
+
+def test_experts_are_copies_and_noise_sets_them_apart():
+    host = small_host("llama")
+    experts = from_host(host, moe_config=EXPERTS).moe_layers()[1].experts
+    assert torch.equal(experts.down_proj[2], host.model.layers[1].mlp.down_proj.weight)
+    noisy, again, other = (
+        from_host(host, moe_config=EXPERTS, noise=0.1, seed=seed).moe_layers()[1] for seed in (1, 1, 2)
+    )
+    assert not torch.equal(noisy.experts.down_proj[0], noisy.experts.down_proj[1])
+    assert torch.equal(noisy.experts.down_proj, again.experts.down_proj)
+    assert torch.equal(noisy.gate.weight, again.gate.weight)
+    assert not torch.equal(noisy.gate.weight, other.gate.weight)
+
+
+@pytest.mark.parametrize("model_type", HOSTS)
+def test_a_config_gives_a_fresh_model(model_type):
+    model = from_host(fields_of(model_type), system="top_k", moe_config=EXPERTS)
+    assert model.config.host_type == model_type and len(model.moe_layers()) == 3
+    experts = model.moe_layers()[0].experts.down_proj
+    assert not torch.equal(experts[0], experts[1]) and torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["loaded", "fresh"])
+def test_routers_of_a_bfloat16_host_are_float32(fresh):
+    if fresh:
+        model = from_host(fields_of("llama"), system="anyexperts", dtype=torch.bfloat16)
+    else:
+        model = from_host(small_host("llama").bfloat16(), system="anyexperts")
+    layer = model.moe_layers()[0]
+    assert {parameter.dtype for parameter in layer.gate.parameters()} == {torch.float32}
+    assert layer.experts.down_proj.dtype == torch.bfloat16
+
+
+def test_feed_forwards_of_a_folder_are_let_go_one_by_one(tmp_path, monkeypatch):
+    small_host("llama").save_pretrained(tmp_path)
+    feed_forwards, alive = [], []
+    fill = in_place.fill_layer
+    load = in_place.load_host
+
+    def loaded(*args):
+        host = load(*args)
+        feed_forwards.extend(weakref.ref(layer.mlp) for layer in host.model.layers)
+        return host
+
+    def counted(*args):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in feed_forwards))
+        return fill(*args)
+
+    monkeypatch.setattr(in_place, "load_host", loaded)
+    monkeypatch.setattr(in_place, "fill_layer", counted)
+    from_host(tmp_path, moe_config=EXPERTS)
+    assert alive == [3, 2, 1]
+
+
+def test_a_feed_forward_that_does_more_is_refused_by_layer():
+    host = small_host("llama")
+
+    class Shifted(type(host.model.layers[1].mlp)):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) + 0.001
+
+    host.model.layers[1].mlp.__class__ = Shifted
+    with pytest.raises(
+        ValueError, match=r"Shifted cannot become a MoE layer: .* of layer 1 differs from it by 6.6e-04"
+    ):
+        from_host(host, moe_config=EXPERTS)
+
+
+def test_a_host_with_more_than_its_class_holds_is_refused():
+    host = small_host("llava")
+    host.model.vision_tower.register_parameter("added", torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match=r"vision_tower.*'added': \(2,\).*Load it anew"):
+        from_host(host, moe_config=EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ({"model_type": "t5"}, "t5 is an encoder-decoder.*Take a model of that kind"),
+        ({"model_type": "qwen2_5_omni"}, r"from_host\(Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained"),
+        ({"model_type": "llamma"}, "model_type='llamma' is no type of model.*llama"),
+        ({"model_type": "clip"}, "clip has no language head in Transformers. Take a model that writes"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_what_cannot_become_a_moe_names_what_can(host, message):
+    with pytest.raises(ValueError, match=message):
+        from_host(host)
+
+
+def test_a_model_without_its_head_is_refused():
+    with pytest.raises(ValueError, match="LlamaModel has no language head: load the model with the class"):
+        from_host(small_host("llama").model)
+
+
+def test_a_checkpoint_without_its_head_is_refused(tmp_path):
+    host = small_host("llama")
+    host.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LlamaModel"):
+        from_host(tmp_path)
+    host.config.architectures = ["LlamaForCausalLM"]
+    host.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of LlamaForCausalLM, among them \['lm_head.weight'\]"):
+        from_host(tmp_path)
+
+
+def test_a_moe_of_this_library_is_refused(tmp_path):
+    model = from_host(small_host("llama"), moe_config=EXPERTS)
+    model.save_pretrained(tmp_path)
+    for host in (model, tmp_path):
+        with pytest.raises(ValueError, match="is a MoE of this library already.*convert_router"):
+            from_host(host)
+
+
+def test_a_dtype_is_of_what_is_loaded_here(tmp_path):
+    host = small_host("llama")
+    with pytest.raises(ValueError, match=r"convert a loaded one with host.to\(dtype\)"):
+        from_host(host, dtype=torch.bfloat16)
+    host.save_pretrained(tmp_path)
+    model = from_host(tmp_path, dtype=torch.bfloat16, moe_config=EXPERTS)
+    assert model.dtype == torch.bfloat16 and model.moe_layers()[0].gate.weight.dtype == torch.float32
