@@ -40,12 +40,6 @@ def test_a_clamp_that_small_inputs_do_not_reach_is_seen(name, experts, part):
         check_block(layer, block, reading.branches)
 
 
-def test_a_soft_cap_is_no_clamp():
-    block, reading, layer = filled("inkling2")
-    with pytest.raises(ValueError, match="Inkling2SparseMoeBlock cannot be adopted: .* of layer 0 differs"):
-        check_block(layer, block, reading.branches)
-
-
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [

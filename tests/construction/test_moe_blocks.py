@@ -66,6 +66,7 @@ def test_only_the_layer_of_llama_4_unpacks_its_block():
     [
         ("gpt_oss", "GptOssMLP cannot become a MoE layer: its experts are not stacked as"),
         ("muse_spark", r"MuseSparkMoE cannot be adopted: it holds .*post_expert_proj.weight.* besides"),
+        ("inkling2", "Inkling2SparseMoeBlock cannot be adopted: its experts join .* by Inkling2SoftcappedSwiGLU"),
         ("inkling", r"InklingMoE cannot be adopted: .*'gammas'"),
     ],
 )

@@ -53,7 +53,9 @@ def labels_of(inputs) -> torch.Tensor:
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    found = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad()
     return found
 

@@ -69,9 +69,7 @@ HOSTS = {
         "GraniteSpeechForConditionalGeneration",
         {
             "model_type": "granite_speech",
-            "text_config": decoder(
-                "granite", logits_scaling=2.0, residual_multiplier=0.5, embedding_multiplier=3.0
-            ),
+            "text_config": decoder("granite", logits_scaling=2.0, residual_multiplier=0.5, embedding_multiplier=3.0),
             "encoder_config": {
                 "input_dim": 8,
                 "num_layers": 2,

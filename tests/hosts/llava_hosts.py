@@ -141,9 +141,7 @@ HOSTS = {
         "AyaVisionForConditionalGeneration",
         4,
         pictures(3, 16, 16),
-        decoder(
-            "cohere2", layer_types=["sliding_attention", "full_attention"], sliding_window=16, logit_scale=0.25
-        ),
+        decoder("cohere2", layer_types=["sliding_attention", "full_attention"], sliding_window=16, logit_scale=0.25),
         SIGLIP,
         downsample_factor=2,
         adapter_layer_norm_eps=1e-6,

@@ -46,7 +46,10 @@ def files_of(folder: Path) -> list[str]:
 
 def inspect(folder: Path, trust: bool) -> dict:
     reference = torch.load(folder / REFERENCE)
-    found: dict = {"differences": {}, "config": type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).__module__}
+    found: dict = {
+        "differences": {},
+        "config": type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).__module__,
+    }
     for auto_class in AUTO_CLASSES:
         model = auto_class.from_pretrained(folder, trust_remote_code=trust)
         found["differences"][auto_class.__name__] = largest_difference(model, reference)

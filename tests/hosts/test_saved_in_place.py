@@ -67,7 +67,9 @@ def remote(root, models):
 @pytest.fixture(scope="module")
 def local(root, models, tmp_path_factory):
     """What a process with the package finds, which trusts no code of theirs."""
-    return open_folders("local", [root / name for name in ("qwen2_5_vl", "qwen3_vl_moe", "llama")], root / "no_modules")
+    return open_folders(
+        "local", [root / name for name in ("qwen2_5_vl", "qwen3_vl_moe", "llama")], root / "no_modules"
+    )
 
 
 def assert_opens(found):

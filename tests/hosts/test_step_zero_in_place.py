@@ -70,10 +70,14 @@ def test_a_folder_gives_the_same_model_as_the_loaded_host(name, tmp_path):
     moe_config = {"num_experts": 3, "num_experts_per_tok": 2}
     from_folder = HfMoeForConditionalGeneration.from_host(tmp_path, moe_config=moe_config)
     expected = in_place(name, moe_config).state_dict()
-    assert {key: value for key, value in from_folder.state_dict().items() if not torch.equal(value, expected[key])} == {}
+    assert {
+        key: value for key, value in from_folder.state_dict().items() if not torch.equal(value, expected[key])
+    } == {}
     assert from_folder.state_dict().keys() == expected.keys()
 
 
 def test_its_arguments_are_those_of_the_host():
     parameters = transformers.utils.generic.inspect.signature(in_place("qwen2_5_vl").forward).parameters
-    assert {"pixel_values", "image_grid_thw", "second_per_grid_ts", "output_routing", "condition_ids"} <= set(parameters)
+    assert {"pixel_values", "image_grid_thw", "second_per_grid_ts", "output_routing", "condition_ids"} <= set(
+        parameters
+    )

@@ -153,6 +153,8 @@ def test_text_compiles_as_one_graph(name):
         pytest.skip("the native model does not compile as one graph, or takes no text alone")
     inputs = {key: value for key, value in HOSTS[name].inputs().items() if "ids" in key or key == "attention_mask"}
     inputs = {key: value for key, value in inputs.items() if value.shape == inputs["input_ids"].shape}
-    words = torch.tensor([[50 if token in MODALITY_OF else token for token in row] for row in inputs["input_ids"].tolist()])
+    words = torch.tensor(
+        [[50 if token in MODALITY_OF else token for token in row] for row in inputs["input_ids"].tolist()]
+    )
     types = {key: torch.zeros_like(words) for key in inputs if "type" in key}
     assert_compiles(name, {**inputs, **types, "input_ids": words})

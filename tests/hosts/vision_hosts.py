@@ -127,9 +127,7 @@ HOSTS = {
         "Gemma3ForConditionalGeneration",
         {
             "model_type": "gemma3",
-            "text_config": decoder(
-                "gemma3_text", **SLIDING, query_pre_attn_scalar=8, final_logit_softcapping=5.0
-            ),
+            "text_config": decoder("gemma3_text", **SLIDING, query_pre_attn_scalar=8, final_logit_softcapping=5.0),
             "vision_config": SIGLIP,
             "image_token_index": IMAGE,
             "boi_token_index": IMAGE_START,

@@ -142,6 +142,11 @@ def _read_one(block: nn.Module, config: Any) -> BlockReading:
         )
     (path, experts), gate_name = next(iter(stacks.items())), gates[0]
     gate: Any = getattr(block, gate_name)
+    activation = getattr(experts, "act_fn", None)
+    if isinstance(activation, nn.Module) and len(inspect.signature(activation.forward).parameters) != 1:
+        raise _refusal(
+            block, f"its experts join the gate and the up projection by {type(activation).__name__}, not by a product"
+        )
     slots = _first(("top_k", "num_experts_per_tok"), gate, block)
     if slots is None:
         raise _refusal(block, f"its gate {type(gate).__name__} does not say how many experts a token uses (top_k)")
@@ -171,8 +176,7 @@ def _scores_of(bias: str | None) -> str:
 
 def _takes_hidden_states_alone(experts: nn.Module) -> bool:
     """Whether the experts are told neither who goes where nor with what weight: every one is handed its own rows."""
-    needed = [p for p in inspect.signature(experts.forward).parameters.values() if p.default is p.empty]
-    return len(needed) == 1
+    return len(inspect.signature(experts.forward).parameters) == 1
 
 
 def _scaled_input_router(block: nn.Module, slots: int, bias: str | None) -> dict[str, Any]:

@@ -144,6 +144,28 @@ def is_vision(context: RoutingContext, device: torch.device) -> torch.Tensor:
     return (modality == 1) | (modality == 2)
 
 
+def bank_sizes(spec: MoELayerSpec, name: str) -> list[int]:
+    """Return how many experts the text bank and the vision bank of a layer hold: without banks, half of them each.
+
+    Raises:
+        ValueError: if there are not two banks of at least K experts each.
+    """
+    half = spec.num_experts // 2
+    sizes = [size for _, size, _ in spec.banks] or [half, spec.num_experts - half]
+    if len(sizes) != 2 or min(sizes) < spec.num_experts_per_tok:
+        raise ValueError(
+            f"Router {name!r} of layer {spec.layer_idx} needs two banks, text and vision, of at least "
+            f"num_experts_per_tok={spec.num_experts_per_tok} experts each; got {sizes}."
+        )
+    return sizes
+
+
+def mask_other_bank(logits: torch.Tensor, bank_index: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Make the logits (T, E) of the experts that are not in a token's bank, 0 or 1 in `bank_index` (T,), -inf."""
+    bank_of_expert = torch.arange(sum(sizes), device=logits.device) >= sizes[0]  # (E,)
+    return logits.masked_fill(bank_index[:, None] != bank_of_expert, float("-inf"))
+
+
 def router_scores(logits: torch.Tensor, score_function: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scores (T, C) of a softmax or sigmoid gate, and the probabilities; a logit of -inf gives 0."""
     if score_function == "softmax":

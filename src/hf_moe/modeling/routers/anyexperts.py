@@ -19,6 +19,9 @@ mass attenuates the layer. Virtual and unused slots carry the index E and weight
 of an unused slot gets no gradient. The objective `slot_budget` holds the mean of real slots at a budget. At inference
 nothing looks at another token: prefill and decoding agree, and the target may be moved without retraining.
 
+A converted model starts as its host's gate: sigmoids take part by their logarithm in place of l, a bias on scores
+moves a choice that is made among scores, groups and banks leave a token fewer candidates.
+
 Signals per token: `importance` w, `slots` K_tot, `real_slots`, `soft_real_slots` (with gradient, for `slot_budget`),
 `virtual_share`.
 
@@ -39,7 +42,17 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, Positive, PositiveInt, Share
-from ..gating import BiasBalancedRouter, apply_overrides, gate_logits
+from ..gating import (
+    BiasBalancedRouter,
+    apply_overrides,
+    bank_sizes,
+    check_groups,
+    gate_logits,
+    is_vision,
+    limit_groups,
+    mask_other_bank,
+    router_scores,
+)
 from ..registry import register_router
 from ..routing import Decision, ExpertAssignment, MoELayerSpec, Router, RoutingContext, sum_over_ranks
 
@@ -73,6 +86,10 @@ class AnyExpertsRouter(BiasBalancedRouter):
         ste_tau: tau, > 0.
         normalise: `"filled"` as above, or `"none"`: weights are the plain probabilities over the real experts, as in
             hosts with `norm_topk_prob=False`.
+        score_function: what slots compete by and a bias is added to: `"logits"`, `"softmax"` or `"sigmoid"` scores.
+        routed_scaling_factor: multiplies the weights.
+        n_group, topk_group, group_score: see [`DeepseekV3Router`].
+        isolated_banks: image and video tokens see the second bank of experts, all others the first.
         importance_norm: `"running_center"` subtracts from a its running mean before step 3, `"running_norm"` also
             divides by its running standard deviation: averages over the real tokens of the optimizer steps, with the
             weight 0.05 for the newest. Fusion and signals see a itself.
@@ -83,8 +100,6 @@ class AnyExpertsRouter(BiasBalancedRouter):
     Raises:
         ValueError: if the slot bounds do not fit E or each other, or an option is out of its range.
     """
-
-    score_function = "logits"
 
     def __init__(
         self,
@@ -103,8 +118,15 @@ class AnyExpertsRouter(BiasBalancedRouter):
         importance_norm: Literal["none", "running_center", "running_norm"] = "none",
         probe_slot: bool = True,
         bias_update_rate: NonNegative = 0.0,
+        score_function: Literal["logits", "softmax", "sigmoid"] = "logits",
+        routed_scaling_factor: Positive = 1.0,
+        n_group: PositiveInt = 1,
+        topk_group: PositiveInt = 1,
+        group_score: Literal["best_two", "best"] = "best_two",
+        isolated_banks: bool = False,
     ):
         super().__init__(spec, (spec.num_experts,), bias_update_rate)
+        check_groups(spec, n_group, topk_group, "anyexperts")
         if virtual_gate == "excluded" and virtual_output == "identity":
             raise ValueError(
                 "virtual_gate='excluded' leaves virtual slots no weight to return their input with: set "
@@ -131,8 +153,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
         self.max_virtual_share = max_virtual_share
         self.virtual_output = virtual_output
         self.virtual_gate = virtual_gate
-        self.fusion_alpha = fusion_alpha
-        self.ste_tau = ste_tau
+        self.fusion_alpha, self.ste_tau = fusion_alpha, ste_tau
         self.normalise = normalise
         self.probe_slot = probe_slot
         self.importance_norm = importance_norm
@@ -140,6 +161,10 @@ class AnyExpertsRouter(BiasBalancedRouter):
             # Running mean and variance of a; of the current step: count, sum and sum of squares.
             self.register_buffer("importance_statistics", torch.tensor([0.0, 1.0], dtype=torch.float64))
             self.register_buffer("importance_sums", torch.zeros(3, dtype=torch.float64))
+        self.score_function = score_function
+        self.routed_scaling_factor = routed_scaling_factor
+        self.groups = (n_group, topk_group, group_score)
+        self.bank_sizes = bank_sizes(spec, "anyexperts") if isolated_banks else None
         # In plain numbers: models are loaded on the meta device.
         self.num_virtual = int(max_virtual_share * self.max_slots + 1e-6)
         hidden = max(16, spec.hidden_size // 16) if importance_hidden is None else importance_hidden
@@ -210,12 +235,11 @@ class AnyExpertsRouter(BiasBalancedRouter):
         if self.num_virtual > 0:
             self.virtual_bias.fill_(CONVERTED_VIRTUAL_BIAS)
 
+    def balanced_together(self, load: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (load,) if self.bank_sizes is None else load.split(self.bank_sizes, dim=-1)
+
     def most_experts_per_tok(self) -> int:
         return self.max_slots
-
-    def _virtual_cap(self, slots: torch.Tensor) -> torch.Tensor:
-        """Return floor(rho * slots); the margin keeps 0.29 * 100 from coming out one short."""
-        return (self.max_virtual_share * slots + 1e-6).floor().long()
 
     def importance(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the importance logit a, (T,) float32."""
@@ -271,25 +295,13 @@ class AnyExpertsRouter(BiasBalancedRouter):
         fused = hidden_states.float() * scale[:, None]  # (T, d)
         logits = apply_overrides(gate_logits(fused, self.weight), self.spec, context)  # (T, E)
 
-        budget = None if context.overrides is None else context.overrides.expert_budget
-        self.check_budget(budget)
-        if self.training and self.target_is_an_end():
-            raise ValueError(
-                f"Layer {self.spec.layer_idx}: target_slots={self.target_slots} at an end of [{self.min_slots}, "
-                f"{self.max_slots}] leaves the importance without a gradient: train strictly between them."
-            )
-        k_soft, excess = self.soft_slots(self.normed(a), self.target_slots if budget is None else budget)  # (T,) both
-        k_total = k_soft.detach().round().long().clamp(self.min_slots, self.max_slots)  # (T,)
+        gate_index = None
+        if self.bank_sizes is not None:
+            gate_index = is_vision(context, hidden_states.device).long()  # (T,)
+            logits = mask_other_bank(logits, gate_index, self.bank_sizes)
 
-        choice = logits.detach() + self.e_score_correction_bias  # (T, E)
-        candidates = logits
-        if self.num_virtual > 0:
-            virtual = self._virtual_logits(fused, logits, k_total, excess)  # (T, V)
-            candidates = torch.cat([logits, virtual], dim=-1)  # (T, E + V)
-            # Of the virtual candidates only the floor(rho K_tot) best may compete.
-            rank = virtual.detach().argsort(dim=-1, descending=True).argsort(dim=-1)
-            barred = rank >= self._virtual_cap(k_total)[:, None]
-            choice = torch.cat([choice, virtual.detach().masked_fill(barred, float("-inf"))], dim=-1)
+        k_soft, k_total, excess = self._slots(a, context)  # (T,) each
+        candidates, choice = self._candidates(fused, logits, k_total, excess)  # (T, E + V) both
         width = min(self.max_slots + self.probe_slot, experts)
         value, index = choice.topk(width, dim=-1)  # (T, width)
 
@@ -297,10 +309,10 @@ class AnyExpertsRouter(BiasBalancedRouter):
         filled = (rank < k_total[:, None]) & (value > float("-inf"))  # (T, width)
         soft = torch.sigmoid((k_soft[:, None] - rank - 0.5) / self.ste_tau)
         mask = filled + soft - soft.detach()  # (T, width), the slots' straight-through indicator
-        slot_logits = candidates.gather(1, index)
         real = filled & (index < experts)
         probed = (rank == k_total[:, None]) & (index < experts) if self.probe_slot and self.training else None
-        weight = self._weights(slot_logits, logits, filled, real, mask, probed)  # (T, width)
+        weight = self._weights(candidates.gather(1, index), logits, filled, real, mask, probed)  # (T, width)
+        weight = weight * self.routed_scaling_factor
 
         kept = real if probed is None else real | probed
         identity = (weight * (filled & ~real)).sum(-1) if self.virtual_output == "identity" else None
@@ -309,7 +321,8 @@ class AnyExpertsRouter(BiasBalancedRouter):
             expert_weight=weight.masked_fill(~kept, 0.0),
             num_experts=experts,
             router_logits=logits,
-            router_probs=logits.softmax(-1),
+            router_probs=router_scores(logits, "sigmoid" if self.score_function == "sigmoid" else "softmax")[1],
+            gate_index=gate_index,
             chosen_index=index.masked_fill(~real, experts),
             input_scale=scale,
             identity_weight=identity,
@@ -323,14 +336,42 @@ class AnyExpertsRouter(BiasBalancedRouter):
             },
         )
 
-    def _virtual_logits(
+    def _slots(self, importance: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, ...]:
+        """Return K_soft, K_tot and u - b of every token, (T,) each."""
+        budget = None if context.overrides is None else context.overrides.expert_budget
+        self.check_budget(budget)
+        if self.training and self.target_is_an_end():
+            raise ValueError(
+                f"Layer {self.spec.layer_idx}: target_slots={self.target_slots} at an end of [{self.min_slots}, "
+                f"{self.max_slots}] leaves the importance without a gradient: train strictly between them."
+            )
+        target = self.target_slots if budget is None else budget
+        k_soft, excess = self.soft_slots(self.normed(importance), target)
+        return k_soft, k_soft.detach().round().long().clamp(self.min_slots, self.max_slots), excess
+
+    def _candidates(
         self, fused: torch.Tensor, logits: torch.Tensor, k_total: torch.Tensor, excess: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the virtual candidates' logits (T, V), relative to the K_tot-th best real expert."""
-        ordered = logits.detach().sort(dim=-1, descending=True).values
-        margin = ordered.gather(1, k_total[:, None] - 1)  # (T, 1)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the slots' weights are made of and, detached, what they compete by, (T, E + V) both."""
+        candidates = F.logsigmoid(logits) if self.score_function == "sigmoid" else logits  # (T, E)
+        scores = logits if self.score_function == "logits" else router_scores(logits, self.score_function)[0]
+        choice = scores.detach() + self.e_score_correction_bias  # (T, E)
+        choice = choice.masked_fill(logits == float("-inf"), float("-inf"))
+        choice = limit_groups(choice, *self.groups)
+        if self.num_virtual == 0:
+            return candidates, choice
+        # Relative to the K_tot-th best real expert.
+        ordered = (logits.detach() if self.score_function == "logits" else choice).sort(dim=-1, descending=True)
+        last = k_total[:, None] - 1
+        margin = candidates.detach().gather(1, ordered.indices.gather(1, last))  # (T, 1)
         offset = gate_logits(fused, self.virtual_weight, self.virtual_bias)  # (T, V)
-        return margin + offset - F.relu(self.gamma.float()) * excess[:, None]
+        offset = offset - F.relu(self.gamma.float()) * excess[:, None]
+        virtual = margin + offset
+        # Of these the floor(rho K_tot) best may compete; the addend keeps 0.29 * 100 from coming out one short.
+        rank = virtual.detach().argsort(dim=-1, descending=True).argsort(dim=-1)
+        barred = rank >= (self.max_virtual_share * k_total + 1e-6).floor()[:, None]
+        competing = (ordered.values.gather(1, last) + offset.detach()).masked_fill(barred, float("-inf"))
+        return torch.cat([candidates, virtual], dim=-1), torch.cat([choice, competing], dim=-1)
 
     def _weights(
         self,
@@ -349,7 +390,9 @@ class AnyExpertsRouter(BiasBalancedRouter):
         counted = counted if probed is None else counted | probed
         slot_logits = slot_logits.masked_fill(~counted, float("-inf"))
         if self.normalise == "none":
-            return (slot_logits - logits.logsumexp(-1, keepdim=True)).exp() * mask
+            # A sigmoid is a score by itself; a softmax is one among all.
+            total = 0.0 if self.score_function == "sigmoid" else logits.logsumexp(-1, keepdim=True)
+            return (slot_logits - total).exp() * mask
         # Over the counted slots alone: over all candidates the softmax would underflow where barred virtual ones hold
         # the mass. A token without any gets weights of 0, not NaN.
         peak = slot_logits.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)

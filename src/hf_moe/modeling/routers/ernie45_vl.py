@@ -18,9 +18,11 @@ from ...configuration.checks import NonNegative, NonNegativeInt, Positive
 from ..gating import (
     BiasBalancedRouter,
     apply_overrides,
+    bank_sizes,
     gate_logits,
     gate_overlap,
     is_vision,
+    mask_other_bank,
     renormalise,
     router_scores,
     select_experts,
@@ -56,13 +58,7 @@ class Ernie45VLRouter(BiasBalancedRouter):
         boundary_token_ids: list[NonNegativeInt] | None = None,
     ):
         super().__init__(spec, (spec.num_experts,), bias_update_rate)
-        half = spec.num_experts // 2
-        self.bank_sizes = [size for _, size, _ in spec.banks] or [half, spec.num_experts - half]
-        if len(self.bank_sizes) != 2 or min(self.bank_sizes) < spec.num_experts_per_tok:
-            raise ValueError(
-                f"Router 'ernie45_vl' of layer {spec.layer_idx} needs two banks, text and vision, of at least "
-                f"num_experts_per_tok={spec.num_experts_per_tok} experts each; got {self.bank_sizes}."
-            )
+        self.bank_sizes = bank_sizes(spec, "ernie45_vl")
         self.norm_min = norm_min
         self.boundary_token_ids = boundary_token_ids or []
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
@@ -90,9 +86,7 @@ class Ernie45VLRouter(BiasBalancedRouter):
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         device = hidden_states.device
         gate_index = self.in_vision_bank(context, device).long()  # (T,)
-        bank_of_expert = torch.arange(self.spec.num_experts, device=device) >= self.bank_sizes[0]  # (E,)
-        logits = gate_logits(hidden_states, self.weight)  # (T, E)
-        logits = logits.masked_fill(gate_index[:, None] != bank_of_expert, float("-inf"))
+        logits = mask_other_bank(gate_logits(hidden_states, self.weight), gate_index, self.bank_sizes)  # (T, E)
         logits = apply_overrides(logits, self.spec, context)
         scores, probs = router_scores(logits, "softmax")
         index, weight = select_experts(scores, logits, self.spec, self.e_score_correction_bias)  # (T, K) both
