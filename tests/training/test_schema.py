@@ -1,5 +1,6 @@
 """Every section and key of a recipe is checked as it is read: unknown names, wrong types, ranges, missing files."""
 
+from pathlib import Path
 from typing import get_type_hints, is_typeddict
 
 import pytest
@@ -13,10 +14,12 @@ from hf_moe.training.schema import fit, read_yaml
 
 
 MODEL, ADAPTER, STAGED = "easyvqa_demo", "smollm2_opposite_tasks", "evomoe_easyvqa"
+HOSTED = str(Path(__file__).with_name("hosted.yaml"))
 # Prefix of the keys, the class that declares them, a recipe that has them.
 SECTIONS = {
     "": (sections.Recipe, MODEL),
     "model.": (sections.Model, MODEL),
+    "model. on a host": (sections.Host, HOSTED),
     "data.": (sections.Data, MODEL),
     "evaluation.": (sections.Evaluation, MODEL),
     "card.": (sections.Card, MODEL),

@@ -108,7 +108,7 @@ def check_sources(recipe: Recipe, place: str) -> None:
             # A path may be a folder of files.
             if not (found.is_dir() or (what == "file" and found.is_file())):
                 raise FileNotFoundError(f"The {place} has {key}.{option}={given!r}, and there is no such {what}.")
-    for option in ("language_model", "vision_tower", "base"):
+    for option in ("language_model", "vision_tower", "base", "host", "processor"):
         given = recipe.model.get(option)
         if isinstance(given, str) and not _may_exist(given):
             known = ", ".join(PACKAGED)
@@ -134,7 +134,52 @@ def check_model(recipe: Recipe, place: str) -> None:
     Raises:
         ValueError: naming the field that cannot be built.
     """
-    model = recipe.model
+    config = _check_host(recipe.model, place) if "host" in recipe.model else _check_parts(recipe.model, place)
+    if config is not None:
+        check_stages(config, recipe, place)
+    else:
+        for stage in recipe.stages or [Stage(recipe.name, recipe.trainable)]:
+            with named(f"trainable of the {place}"):
+                for selector in stage.trainable:
+                    Selector.read(selector)
+
+
+def _check_host(model: dict[str, Any], place: str) -> HfMoeConfig | None:
+    """Return the config of a host with MoE layers, where it is known without the Hub."""
+    source, moe_config = model["host"], deepcopy(model.get("moe_config") or {})
+    fresh = isinstance(source, dict)
+    if fresh and "processor" not in model:
+        raise ValueError(
+            f"The {place} has a fresh host and no processor: add model.processor, the folder or Hub id of a processor "
+            "for such models."
+        )
+    _check_system(model, place)
+    with named(f"model.host of the {place}"):
+        host = (_fresh_config if fresh else local_config)(source)
+    with named(f"model.moe_config of the {place}"):
+        MoeConfig(**moe_config)
+        if host is None:
+            return None
+        system = model.get("system") or "top_k"
+        fields = {**load_preset(system)["moe_config"], **moe_config}
+        return _on_meta(HfMoeConfig.on_host(host, moe_config=fields, system=system))
+
+
+def _on_meta(config: HfMoeConfig) -> HfMoeConfig:
+    """Try to make the model of a config, and return the config."""
+    with torch.device("meta"):
+        HfMoeForConditionalGeneration._from_config(deepcopy(config))
+    return config
+
+
+def _check_system(model: dict[str, Any], place: str) -> None:
+    if model.get("system") is not None:
+        with named(f"model.system of the {place}"):
+            load_preset(model["system"])
+
+
+def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
+    """Return the config of a model that is put together, where it is known without the Hub; towers are left out."""
     config = None
     fresh = isinstance(model["language_model"], dict)
     if fresh and "tokenizer" not in model:
@@ -155,9 +200,7 @@ def check_model(recipe: Recipe, place: str) -> None:
             # Of any sizes: what is tried are the options.
             build("connector", get_mechanism("connector", connector["name"]), options, 8, 8)
     moe_config = model.get("moe_config") or {}
-    if model.get("system") is not None:
-        with named(f"model.system of the {place}"):
-            load_preset(model["system"])
+    _check_system(model, place)
     with named(f"model.moe_config of the {place}"):
         if text_config is None:
             MoeConfig(**moe_config)
@@ -165,16 +208,7 @@ def check_model(recipe: Recipe, place: str) -> None:
             config = _config(model.get("system"), moe_config, text_config)
         else:
             config, _ = config_of_decoder(decoder, model.get("system"), deepcopy(moe_config), {})
-        if config is not None:
-            with torch.device("meta"):
-                HfMoeForConditionalGeneration._from_config(deepcopy(config))
-    if config is not None:
-        check_stages(config, recipe, place)
-    else:
-        for stage in recipe.stages or [Stage(recipe.name, recipe.trainable)]:
-            with named(f"trainable of the {place}"):
-                for selector in stage.trainable:
-                    Selector.read(selector)
+        return None if config is None else _on_meta(config)
 
 
 def _fresh_config(source: dict[str, Any]) -> Any:

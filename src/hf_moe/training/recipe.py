@@ -13,7 +13,7 @@ from ..configuration.configuration_hf_moe import unknown_name_message
 from .arguments import check_arguments, check_training
 from .checks import check_model, check_sources, named
 from .schema import fit, read_yaml, refuse_words
-from .sections import SECTIONS, Recipe, Stage
+from .sections import SECTIONS, Host, Recipe, Stage
 
 
 RECIPES = Path(str(files("hf_moe.configuration") / "recipes"))
@@ -107,7 +107,8 @@ def _checked(content: dict[str, Any], place: str, file: str) -> Recipe:
     fitted = fit({**content, "stages": [] if in_stages else stages}, Recipe, place)
     for name, kinds in SECTIONS.items():
         if name in fitted:
-            fitted[name] = fit(fitted[name], kinds[of_adapter], place, name)
+            kind = Host if name == "model" and "host" in fitted[name] else kinds[of_adapter]
+            fitted[name] = fit(fitted[name], kind, place, name)
     for owner, where in ((fitted, place), *((stage, f"stage {n} of {file}") for n, stage in enumerate(checked, 1))):
         if "training" in owner:
             owner["training"] = check_training(owner["training"], where)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoProcessor, ProcessorMixin, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..analysis.pictures import draw_routing
@@ -23,7 +23,8 @@ from ..data.text import tokenizer_or_processor
 from ..evaluation.mode import evaluation_mode
 from ..evaluation.vqa import batches, evaluate_vqa, predict_answers
 from ..hub.card import write_card
-from ..modeling.processing_hf_moe import HfMoeProcessor
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.parts import host_parts
 from .adapter import AdapterJob
 from .checks import check_stages
 from .job import (
@@ -112,6 +113,27 @@ class ModelJob(Job):
     statistics: RoutingStatistics
 
     def build(self) -> None:
+        say("Building the model")
+        self.model, self.processor = (self._on_host if "host" in self.recipe.model else self._of_parts)()
+        check_stages(self.model.config, self.recipe, f"recipe {self.recipe.name}")
+        self._read_images()
+
+    def _on_host(self) -> tuple[Any, AnyProcessor]:
+        """Return a model of Transformers as a MoE, and its processor."""
+        options = dict(self.recipe.model)
+        host, template = options.pop("host"), options.pop("chat_template", None)
+        processor = AutoProcessor.from_pretrained(options.pop("processor", host))
+        if template is not None:
+            processor.chat_template = template
+        if "dtype" in options:
+            options["dtype"] = getattr(torch, options["dtype"])
+        if "noise_std" in options:
+            options["noise"] = options.pop("noise_std")
+        model = HfMoeForConditionalGeneration.from_host(host, **options, seed=self.recipe.seed)
+        return model, as_processor(processor)
+
+    def _of_parts(self) -> tuple[Any, AnyProcessor]:
+        """Return the model that a decoder and a tower make, and its processor."""
         options = {"vision_tower": None, **self.recipe.model}
         rows = self.rows["train"]
         if options.get("tokenizer") == "words":
@@ -120,11 +142,8 @@ class ModelJob(Job):
             options["tokenizer"] = train_word_tokenizer(texts)
         if "dtype" in options:
             options["dtype"] = getattr(torch, options["dtype"])
-        say("Building the model")
-        self.model, processor = build_model(**options, seed=self.recipe.seed)
-        self.processor = as_processor(processor)
-        check_stages(self.model.config, self.recipe, f"recipe {self.recipe.name}")
-        self._read_images()
+        model, processor = build_model(**options, seed=self.recipe.seed)
+        return model, as_processor(processor)
 
     def _read_images(self) -> None:
         # Of stages, the last decides what the evaluation sees.
@@ -133,8 +152,7 @@ class ModelJob(Job):
 
     def open(self, folder: Path) -> None:
         self.model = load_trained(folder)
-        sees = self.model.config.vision_config is not None
-        self.processor = as_processor((HfMoeProcessor if sees else AutoTokenizer).from_pretrained(folder))
+        self.processor = as_processor(AutoProcessor.from_pretrained(folder))
         self._read_images()
 
     def train(self, resume: bool) -> dict[str, Any]:
@@ -182,8 +200,8 @@ class ModelJob(Job):
 
 
 def as_processor(processor: Any) -> AnyProcessor:
-    """Return what [`build_model`] gives as the data pipeline takes it."""
-    return processor if isinstance(processor, HfMoeProcessor) else TextProcessor(processor)
+    """Return a processor, or a tokenizer alone, as the data pipeline takes it."""
+    return processor if isinstance(processor, ProcessorMixin) else TextProcessor(processor)
 
 
 def evaluate(
@@ -202,7 +220,7 @@ def evaluate(
             "parameters_active": active_parameters(model, statistics),
             "routing": statistics.to_dict(),
         }
-        if wanted.get("blind") and model.config.vision_config is not None:
+        if wanted.get("blind") and host_parts(model).towers:
             blind = evaluate_vqa(model, processor, rows, zero_images=True, **options)
             report["blind_accuracy"] = blind["accuracy"]
             report["blind_accuracy_by_question_type"] = blind["accuracy_by_question_type"]

@@ -28,6 +28,22 @@ class Model(TypedDict, total=False):
     dtype: Dtype
 
 
+class Host(TypedDict, total=False):
+    """A model of Transformers that becomes a MoE in place, see [`~hf_moe.HfMoeForConditionalGeneration.from_host`].
+
+    `host` is a Hub id, a folder, or the fields of a config with `model_type`, which give fresh weights. The processor
+    is the host's own, unless `processor` names another; fresh weights need one.
+    """
+
+    host: Required[str | dict[str, Any]]
+    processor: str
+    system: str | None
+    moe_config: dict[str, Any] | None
+    chat_template: str | None
+    noise_std: Annotated[float, Range(low=0)]
+    dtype: Dtype
+
+
 class Base(TypedDict, total=False):
     """The frozen model under an adapter, see [`~hf_moe.training.adapter.load_base`]."""
 
@@ -130,7 +146,7 @@ class Recipe:
 
     Args:
         name: of the run; the default output folder is `runs/<name>`.
-        model: see [`Model`]; for an adapter see [`Base`].
+        model: see [`Model`], or [`Host`] for a model of Transformers as it is; for an adapter see [`Base`].
         adapter: the fields of a [`MoeLoraConfig`], or `system`, `variant` and what differs from that preset. The base
             is frozen, and the adapter alone is trained and saved.
         data: see [`Data`].
@@ -159,7 +175,7 @@ class Recipe:
         return {name: value for name, value in asdict(self).items() if name not in foreign}
 
 
-# The sections whose fields depend on what is trained: a model, or an adapter.
+# The sections whose fields depend on what is trained: a model, or an adapter. A `model` with a host is a `Host`.
 SECTIONS: dict[str, tuple[Any, Any]] = {
     "model": (Model, Base),
     "data": (Data, Data),

@@ -17,6 +17,7 @@ from ..construction.evolution import EVOLUTION_FILE, ExpertEvolution
 from ..data import FeatureCache, VisionLanguageCollator, tokenize_rows
 from ..data.text import tokenizer_or_processor
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.parts import host_parts
 from .arguments import training_arguments
 from .constructions import construct_stage, evolution_of
 from .job import STAGE_FILE, run_trainer, say, stage_folders
@@ -163,11 +164,12 @@ def train_model(
 def image_features(
     model: Any, processor: Any, rows: dict[str, Any], trainable: list[str], folder: Path
 ) -> FeatureCache | None:
-    """Return the features of all images of a run; `None` without a tower, or where the tower is trained."""
-    tower = model.model.vision_tower
-    if tower is None or any(Selector.read(selector).part == "tower" for selector in trainable):
+    """Return the features of all images of a run; `None` where the tower is trained, or the model has none of ours."""
+    towers = host_parts(model).towers
+    trained = any(Selector.read(selector).part == "tower" for selector in trainable)
+    if not towers or trained or model.config.host_type is not None:
         return None
-    tower.requires_grad_(False)
-    parts = [part for part in rows.values() if "images" in part.column_names]
-    images = concatenate_datasets([part.select_columns(["images"]) for part in parts]) if parts else []
+    model.get_submodule(towers[0]).requires_grad_(False)
+    pictured = [part for part in rows.values() if "images" in part.column_names]
+    images = concatenate_datasets([part.select_columns(["images"]) for part in pictured]) if pictured else []
     return FeatureCache.build(model, processor, images, cache_dir=folder / "features")
