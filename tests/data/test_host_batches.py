@@ -9,6 +9,7 @@ from datasets import Dataset
 from host_processors import HOSTS, RATE
 from PIL import Image
 
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.data import VisionLanguageCollator, tokenize_rows
 from hf_moe.data.placeholders import check_processor
 from hf_moe.data.sounds import open_sound
@@ -133,6 +134,16 @@ def test_the_native_model_takes_the_batch(host, made):
         torch.testing.assert_close(losses(rows), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_hosted_model_routes_the_batch(host, made):
+    moe_config = {"num_experts": 4, "num_experts_per_tok": 2, "router": "top_k"}
+    model = HfMoeForConditionalGeneration(HfMoeConfig.on_host(host.config(), host.model_class, moe_config=moe_config))
+    batch = VisionLanguageCollator(host.processor, config=model.config)(several(made, host))
+    outputs = model(**batch, output_routing=True)
+    outputs.loss.backward()
+    assert outputs.loss.isfinite()
+    assert torch.equal(outputs.routing.modality_ids.view(batch["input_ids"].shape), batch["mm_token_type_ids"])
+
+
 def test_modality_ids_tell_the_kinds_apart(host, made):
     for kind in host.kinds:
         batch = VisionLanguageCollator(host.processor)([row(made, kind), row(made)])
@@ -193,7 +204,7 @@ def test_a_processor_of_another_model_is_refused(host):
     field = f"{host.kinds[0]}_token_id"
     field = field if hasattr(config, field) else f"{host.kinds[0]}_token_index"
     setattr(config, field, 3)
-    with pytest.raises(ValueError, match=f"does not fit the model: .*{field} of the model is 3"):
+    with pytest.raises(ValueError, match="does not fit the model: .* is 3 to the model"):
         VisionLanguageCollator(host.processor, config=config)
     config = host.config()
     config.get_text_config(decoder=True).vocab_size = 200

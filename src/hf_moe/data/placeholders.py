@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..modeling.inputs import placeholder_ids
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from .messages import KINDS
 from .text import TextProcessor
@@ -37,19 +38,14 @@ def media_ids(processor: Any, config: Any = None) -> dict[str, set[int]]:
         config: of the host.
     """
     found: dict[str, set[int]] = {}
-    for kind in KINDS:
+    for number, kind in enumerate(KINDS, 1):
         named = [*(getattr(processor, f"{kind}_token_ids", None) or []), getattr(processor, f"{kind}_token_id", None)]
         ids = {token for token in named if isinstance(token, int) and token >= 0}
-        ids = ids or {token for token in config_ids(config, kind).values() if token is not None}
+        if not ids and config is not None and number in placeholder_ids(config):
+            ids = {placeholder_ids(config)[number]}
         if ids:
             found[kind] = ids
     return found
-
-
-def config_ids(config: Any, kind: str) -> dict[str, int]:
-    """Return the placeholder of a kind in a host's config, by its field."""
-    names = (f"{kind}_token_id", f"{kind}_token_index")
-    return {name: token for name in names if isinstance(token := getattr(config, name, None), int)}
 
 
 def modality_ids(input_ids: torch.Tensor, ids: Mapping[str, set[int]]) -> torch.Tensor:
@@ -107,9 +103,9 @@ def check_processor(processor: Any, config: Any) -> None:
                 "take the tokenizer of this processor."
             )
         ids = media_ids(processor).get(kind, {own}) | {own}
-        for field, token_id in config_ids(config, kind).items():
-            if token_id not in ids:
-                raise ValueError(
-                    f"{name} does not fit the model: {token!r} is the id {own} to its tokenizer, and {field} of the "
-                    f"model is {token_id}. Take the processor of this model."
-                )
+        wanted = placeholder_ids(config).get(KINDS.index(kind) + 1)
+        if wanted is not None and wanted not in ids:
+            raise ValueError(
+                f"{name} does not fit the model: {token!r} is the id {own} to its tokenizer, and the placeholder of "
+                f"{NOUNS[kind]} is {wanted} to the model. Take the processor of this model."
+            )
