@@ -5,6 +5,7 @@ import shutil
 
 import gradio
 import pytest
+from hosted_checkpoints import save_hosted
 from huggingface_hub import ModelCard, constants
 from packaging.version import Version
 from space_pages import REPO
@@ -44,6 +45,18 @@ def test_pictures_in_the_folder_examples_come_along(checkpoint, picture):
     output = write_space(checkpoint, REPO)
     assert output == checkpoint.with_name("tiny-space")
     assert [path.name for path in (output / "examples").iterdir()] == ["picture.png"]
+
+
+def test_of_the_examples_a_host_gets_those_that_it_takes(tmp_path):
+    folder = tmp_path / "hearing"
+    save_hosted("qwen2_audio", folder)
+    (folder / "examples").mkdir()
+    for name in ("voice.wav", "seen.png", "film.mp4"):
+        (folder / "examples" / name).write_bytes(b"content")
+    output = write_space(folder, REPO)
+    assert [path.name for path in (output / "examples").iterdir()] == ["voice.wav"]
+    assert (output / "requirements.txt").read_text().splitlines()[2:] == ["torchcodec"]
+    assert "every part of the sound and every word" in (output / "README.md").read_text()
 
 
 def test_a_space_is_pushed_in_one_commit_and_again_without_what_is_gone(hub, checkpoint, picture):

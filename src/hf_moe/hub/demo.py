@@ -2,7 +2,8 @@
 
 import argparse
 
-from .space import check_folder, example_pictures
+from .host_facts import EXAMPLES
+from .space import check_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
         raise ImportError("The page needs gradio: pip install 'hf-moe[space]'") from error
     from .space_app import serve
 
-    serve(str(folder), examples=example_pictures(folder), server_port=args.port)
+    serve(str(folder), examples=folder / EXAMPLES, server_port=args.port)
     return 0

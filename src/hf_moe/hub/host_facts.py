@@ -1,6 +1,7 @@
 """What a model takes and how it is opened, read from its config alone; a Space carries this file too."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -13,6 +14,14 @@ MODALITIES = ("text", "image", "video", "audio")
 TOWERS = {"vision_config": ("image", "video"), "audio_config": ("audio",)}
 # What one token of each stands for.
 TOKENS = {"image": "patch of the picture", "video": "part of the video", "audio": "part of the sound"}
+# The folder of a checkpoint and of a Space with what a page offers to click.
+EXAMPLES = "examples"
+# How the names of files of each end.
+ENDINGS = {
+    "image": (".jpeg", ".jpg", ".png", ".webp"),
+    "video": (".mp4", ".webm"),
+    "audio": (".flac", ".mp3", ".wav"),
+}
 
 
 def host_name(config: Any) -> str | None:
@@ -28,12 +37,12 @@ def host_name(config: Any) -> str | None:
 def modalities(config: Any) -> tuple[str, ...]:
     """Return what a model takes, text first, in the order of the modality ids."""
     host = host_name(config)
+    declared: tuple[str, ...] | str = ()
     if host is None:
-        declared: tuple[str, ...] | str = ("image",)
-    else:
-        # A decoder alone inherits what the host that it comes from declares.
-        whole = host in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()
-        declared = getattr(transformers, host).input_modalities if whole else ()
+        declared = ("image",) if getattr(config, "vision_config", None) is not None else ()
+    # A decoder alone inherits what the host that it comes from declares.
+    elif host in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values():
+        declared = getattr(transformers, host).input_modalities
     # A class names a single one as a word.
     taken = {"text", *([declared] if isinstance(declared, str) else declared)}
     for tower, served in TOWERS.items():
@@ -91,6 +100,11 @@ def packages(config: Any) -> list[str]:
         needed += ["torchvision"] if host_name(config) is not None else []
     # What decodes sound and video.
     return [*needed, *(["torchcodec"] if "video" in taken or "audio" in taken else [])]
+
+
+def files_of(folder: Path, modality: str) -> list[Path]:
+    """Return the pictures, the videos or the sounds in a folder."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in ENDINGS[modality])
 
 
 def described_tokens(taken: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..configuration.saving import MINIMUM_TRANSFORMERS
 from .card import requirements
 from .files import read_config
-from .host_facts import described_tokens, modalities
+from .host_facts import EXAMPLES, described_tokens, files_of, modalities
 from .push import FAILURES, PushError, failure_reason
 
 
@@ -23,7 +23,6 @@ PYTHON_VERSION = "3.11"
 APPLICATION = "space_app.py"
 # What it imports from beside it, there as here.
 BESIDE = ("host_facts.py", "space_checkpoint.py", "space_drawings.py")
-PICTURES = (".jpeg", ".jpg", ".png", ".webp")
 
 README = """\
 ---
@@ -42,7 +41,8 @@ def write_space(
 ) -> Path:
     """Write a Gradio Space that loads a checkpoint from the Hub and needs nothing of this package.
 
-    Pictures in the checkpoint's folder `examples` come along. Files of an earlier call are written anew.
+    What the checkpoint's folder `examples` holds of what the model takes comes along: pictures, videos, sounds. Files
+    of an earlier call are written anew.
 
     Args:
         folder: the checkpoint, as it is or will be on the Hub.
@@ -78,9 +78,9 @@ def write_space(
         (output / name).write_text(_source(name), encoding="utf-8")
     (output / "requirements.txt").write_text("".join(f"{package}\n" for package in packages), encoding="utf-8")
     (output / "README.md").write_text(_readme(folder, repo_id, modalities(config)), encoding="utf-8")
-    for picture in example_pictures(folder):
-        (output / "examples").mkdir(exist_ok=True)
-        shutil.copy(picture, output / "examples")
+    for example in [path for name in modalities(config)[1:] for path in files_of(folder / EXAMPLES, name)]:
+        (output / EXAMPLES).mkdir(exist_ok=True)
+        shutil.copy(example, output / EXAMPLES)
     return output
 
 
@@ -102,11 +102,6 @@ def check_folder(folder: str | Path) -> Path:
     return folder
 
 
-def example_pictures(folder: Path) -> list[Path]:
-    """Return the pictures that a checkpoint's page offers to click."""
-    return sorted(path for path in (folder / "examples").glob("*") if path.suffix.lower() in PICTURES)
-
-
 def push_space(output: Path, repo_id: str, *, revision: str | None = None, private: bool | None = None) -> str:
     """Upload a written Space in one commit and return the address of its page.
 
@@ -124,13 +119,13 @@ def push_space(output: Path, repo_id: str, *, revision: str | None = None, priva
         raise PushError(f"{failure_reason(error, api, repo_id)} Nothing has been uploaded.") from error
     try:
         space = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        written = ["app.py", *BESIDE, "requirements.txt", "README.md", "examples/*"]
+        written = ["app.py", *BESIDE, "requirements.txt", "README.md", f"{EXAMPLES}/*"]
         api.upload_folder(
             repo_id=repo_id,
             repo_type="space",
             folder_path=output,
             allow_patterns=written,
-            delete_patterns="examples/*",
+            delete_patterns=f"{EXAMPLES}/*",
             commit_message="Upload the application",
         )
     except FAILURES as error:

@@ -6,13 +6,13 @@ brings its own code.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from .host_facts import MODALITIES, described_tokens
+from .host_facts import EXAMPLES, MODALITIES, described_tokens, files_of
 from .space_checkpoint import IMAGE, TEXT, Checkpoint, Trace
 from .space_drawings import CSS, draw, draw_runs
 
@@ -69,8 +69,8 @@ def read(checkpoint: Checkpoint, question: str, media: dict[str, Any]) -> Any:
         raise said(f"The file cannot be read as {decoded}. ({error})" if decoded else str(error)) from error
 
 
-def build_page(checkpoint: Checkpoint, title: str, examples: Sequence[str | Path] = ()) -> gr.Blocks:
-    """Return the page: question and answer above, routing below."""
+def build_page(checkpoint: Checkpoint, title: str, examples: Path = Path(EXAMPLES)) -> gr.Blocks:
+    """Return the page: question and answer above, routing below; `examples` is a folder with what can be clicked."""
     budgets = checkpoint.budgets()
     first = min(checkpoint.layers)
     shown = [name for name in checkpoint.modalities if name in MEDIA]
@@ -105,9 +105,7 @@ def build_page(checkpoint: Checkpoint, title: str, examples: Sequence[str | Path
         trace, runs = gr.State(), gr.State([])
         with gr.Row():
             with gr.Column():
-                media = [_medium(name) for name in shown]
-                if "image" in shown and examples:
-                    gr.Examples([[str(path)] for path in examples], media[:1], label="Example pictures")
+                media = [_medium(name, examples) for name in shown]
             with gr.Column():
                 question = gr.Textbox(label="Question", max_length=2000)
                 budget = gr.Slider(*budgets, step=0.25, label="Experts per token") if budgets else gr.State()
@@ -138,10 +136,13 @@ def build_page(checkpoint: Checkpoint, title: str, examples: Sequence[str | Path
     return page
 
 
-def _medium(name: str) -> Any:
-    """Return the component through which a picture, a video or a sound comes."""
+def _medium(name: str, examples: Path) -> Any:
+    """Return the component through which a picture, a video or a sound comes, with examples below it."""
     label, _, component = MEDIA[name]
-    return component(label=label, **({"height": 300} if name != "audio" else {}))
+    medium = component(label=label, **({"height": 300} if name != "audio" else {}))
+    if files := files_of(examples, name):
+        gr.Examples([[str(path)] for path in files], [medium], label=f"Example {label.lower()}s")
+    return medium
 
 
 def _run(trace: Trace, budget: float | None, milliseconds: float, length: int) -> dict[str, float | None]:
@@ -161,11 +162,11 @@ def _run(trace: Trace, budget: float | None, milliseconds: float, length: int) -
     }
 
 
-def serve(name: str, revision: str | None = None, examples: Sequence[str | Path] = (), **options: Any) -> None:
+def serve(name: str, revision: str | None = None, examples: Path = Path(EXAMPLES), **options: Any) -> None:
     """Load a checkpoint and open its page; `options` are those of gradio's `launch`."""
     page = build_page(Checkpoint(name, revision), name, examples)
     page.launch(theme=THEME, css=CSS, **options)
 
 
 if __name__ == "__main__":
-    serve(CHECKPOINT, REVISION, sorted(Path("examples").glob("*")) if Path("examples").is_dir() else ())
+    serve(CHECKPOINT, REVISION)
