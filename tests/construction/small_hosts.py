@@ -51,6 +51,10 @@ VISION_TOKENS = {
 
 FIELDS = {
     "llama": ("LlamaForCausalLM", TEXT),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {**TEXT, "num_hidden_layers": 2, "num_local_experts": 6, "num_experts_per_tok": 3},
+    ),
     "llava": (
         "LlavaForConditionalGeneration",
         {"text_config": {"model_type": "llama", **TEXT}, "vision_config": CLIP, "image_token_index": 100},

@@ -23,12 +23,12 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("model_type", HOSTS)
+@pytest.mark.parametrize("model_type", [*HOSTS, "mixtral"])
 def test_a_loaded_host_is_left_as_it_was(model_type):
     host = small_host(model_type).train()
     before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
     modules = {name: (type(module), module.training) for name, module in host.named_modules()}
-    model = from_host(host, moe_config=EXPERTS)
+    model = from_host(host)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1.0
@@ -37,11 +37,11 @@ def test_a_loaded_host_is_left_as_it_was(model_type):
     assert all(torch.equal(tensor, before[name]) for name, tensor in host.state_dict().items())
 
 
-@pytest.mark.parametrize("model_type", HOSTS)
+@pytest.mark.parametrize("model_type", [*HOSTS, "mixtral"])
 def test_a_folder_gives_the_logits_of_its_model(model_type, tmp_path):
     host, checks = small_host(model_type), []
     host.save_pretrained(tmp_path)
-    model = HfMoeForConditionalGeneration.from_host(tmp_path, moe_config=EXPERTS, on_check=checks.append)
+    model = HfMoeForConditionalGeneration.from_host(tmp_path, on_check=checks.append)
     assert_near(logits(model), logits(host), 1e-5)
     assert checks[0].exact and checks[0].logit_difference < 1e-5
     assert not model.training and model.name_or_path == str(tmp_path)
@@ -100,6 +100,63 @@ def test_routers_of_a_bfloat16_host_are_float32(fresh):
     assert layer.experts.down_proj.dtype == torch.bfloat16
 
 
+def test_an_adopted_host_keeps_its_routers_and_experts():
+    host = small_host("mixtral")
+    model = from_host(host, system="top_k")
+    layer, block = model.moe_layers()[1], host.model.layers[1].mlp
+    assert torch.equal(layer.experts.down_proj, block.experts.down_proj)
+    assert torch.equal(layer.gate.weight, block.gate.weight)
+    assert layer.spec.num_experts_per_tok == 3 and "load_balance" in model.config.moe_config.objectives
+    assert [type(item).__name__ for item in model.objectives.modules() if "LoadBalance" in type(item).__name__]
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "folder"])
+def test_an_adopted_host_becomes_elastic_and_stays_equal(loaded, tmp_path):
+    host, checks = small_host("mixtral"), []
+    host.save_pretrained(tmp_path)
+    model = from_host(host if loaded else tmp_path, system="anyexperts", on_check=checks.append)
+    assert checks[0].logit_difference < 1e-5
+    assert_near(logits(model), logits(host), 1e-5)
+    router, moe = model.config.moe_config.router, model.config.moe_config
+    assert (router["name"], router["max_slots"], router["max_virtual_share"]) == ("anyexperts", 4, 0.2)
+    assert moe.num_experts_per_tok == 3 and "slot_budget" in moe.objectives and model.config.system == "anyexperts"
+
+
+def test_options_of_a_new_router_are_those_that_were_asked_for():
+    asked = {"router": {"name": "anyexperts", "max_slots": 6}, "objectives": {}}
+    model = from_host(small_host("mixtral"), system="anyexperts", moe_config=asked)
+    assert model.config.moe_config.router["max_slots"] == 6 and not model.config.moe_config.objectives
+
+
+def test_a_router_may_be_given_by_options_alone():
+    model = from_host(small_host("mixtral"), moe_config={"router": {"name": "top_k", "norm_topk_prob": False}})
+    assert not model.moe_layers()[0].router.norm_topk_prob
+
+
+def test_a_config_of_a_moe_gives_a_fresh_one_with_the_router():
+    model = from_host(fields_of("mixtral"), system="anyexperts")
+    assert type(model.moe_layers()[0].router).__name__ == "AnyExpertsRouter"
+    assert model.moe_layers()[0].spec.num_experts == 6 and torch.isfinite(logits(model)).all()
+
+
+def test_other_experts_than_those_of_the_host_are_refused():
+    with pytest.raises(ValueError, match=r"moe_config.num_experts=8 contradicts Mixtral.*num_experts=6: leave it out"):
+        from_host(small_host("mixtral"), moe_config={"num_experts": 8})
+
+
+def test_fewer_slots_than_those_of_the_host_are_not_exact():
+    checks = []
+    model = from_host(small_host("mixtral"), moe_config={"num_experts_per_tok": 1}, on_check=checks.append)
+    assert not checks[0].exact and checks[0].logit_difference > 1e-3
+    assert model.moe_layers()[0].spec.num_experts_per_tok == 1
+
+
+def test_a_shared_branch_joins_an_adopted_host_without_effect():
+    checks = []
+    model = from_host(small_host("mixtral"), moe_config={"num_shared_experts": 1}, on_check=checks.append)
+    assert checks[0].exact and model.moe_layers()[0].shared_expert is not None
+
+
 def test_feed_forwards_of_a_folder_are_let_go_one_by_one(tmp_path, monkeypatch):
     small_host("llama").save_pretrained(tmp_path)
     feed_forwards, alive = [], []
@@ -120,6 +177,22 @@ def test_feed_forwards_of_a_folder_are_let_go_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(in_place, "fill_layer", counted)
     from_host(tmp_path, moe_config=EXPERTS)
     assert alive == [3, 2, 1]
+
+
+def test_experts_of_a_folder_are_not_copied(tmp_path, monkeypatch):
+    small_host("mixtral").save_pretrained(tmp_path)
+    loaded, load = [], in_place.load_host
+
+    def load_and_note(*args):
+        host = load(*args)
+        loaded.extend(layer.mlp.experts.down_proj.data_ptr() for layer in host.model.layers)
+        loaded.append(host.model.embed_tokens.weight.data_ptr())
+        return host
+
+    monkeypatch.setattr(in_place, "load_host", load_and_note)
+    model = from_host(tmp_path)
+    held = [layer.experts.down_proj.data_ptr() for layer in model.moe_layers().values()]
+    assert [*held, model.model.embed_tokens.weight.data_ptr()] == loaded
 
 
 def test_a_feed_forward_that_does_more_is_refused_by_layer():

@@ -15,18 +15,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import HfMoeConfig
-from ..configuration.systems import load_preset
 from ..evaluation.mode import evaluation_mode
 from ..modeling.host import decoder_layers, ffn_name, read_ffn
 from ..modeling.initialisation import initializer_std
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.moe_layer import MoELayer
 from ..modeling.parts import text_decoder
+from .adoption import hand_over_block
+from .conversion import convert_router, set_objectives
 from .generation import savable
+from .host_plan import HostPlan, plan_host
 from .materialisation import check_materialised, empty_model, materialise
+from .moe_blocks import BlockReading
 from .pretrained import load_host
-from .refusals import host_class_of, host_config_class, refuse_decoder, refuse_loaded
+from .refusals import host_class_of, host_config_class, refuse_loaded
 from .step_zero import StepZero, compare_at_step_zero, expert_widths, logit_difference, random_text, tolerance
-from .upcycling import check_expert, ffn_state, fill_layer
+from .upcycling import check_block, check_expert, ffn_state, fill_layer
+
+
+# Options of a router that fit one number of slots.
+OTHER_SLOTS = ("min_slots", "max_slots")
 
 
 def from_host(
@@ -65,56 +73,59 @@ def from_host(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(host, Mapping):
-            return _fresh(host, system, moe_config, dtype)
+            return _fresh(host, system, moe_config, dtype, seed)
         keep = isinstance(host, PreTrainedModel)
         if not isinstance(host, PreTrainedModel):
             host = load_host(host, dtype, revision)
         elif dtype is not None:
             raise ValueError("dtype is of a host that is loaded here: convert a loaded one with host.to(dtype).")
         refuse_loaded(host)
-        refuse_decoder(host)
-        config = config_on_host(host, system, moe_config)
-        model, inputs, reference = _around(host, config, keep)
+        plan = plan_host(host, system, moe_config)
+        model, inputs, reference = _around(host, plan.config, keep)
         layers = decoder_layers(text_decoder(host))
         feed_forwards = {index: getattr(layers[index], ffn_name(layers[index])) for index in model.moe_layers()}
         del host, layers  # else its feed-forwards would stay in memory
         _check_host(model, feed_forwards, inputs, reference)
-        exact = _replace_feed_forwards(model, feed_forwards, noise, seed)
+        exact = _replace_feed_forwards(model, feed_forwards, plan, keep, noise, seed)
         check_materialised(model)
-        check = compare_at_step_zero(model, inputs, reference, exact, adopted=False)
+        check = compare_at_step_zero(model, inputs, reference, exact, adopted=bool(plan.readings))
+        if plan.readings:
+            _convert(model, plan, seed)
+        if plan.router is not None:
+            check = compare_at_step_zero(model, inputs, reference, equal_experts=False, adopted=True)
         if on_check is not None:
             on_check(check)
     return model
 
 
-def config_on_host(host: PreTrainedModel, system: str | None, moe_config: Mapping[str, Any] | None) -> HfMoeConfig:
-    """Return the config of a host with MoE layers.
-
-    Args:
-        host: also on the meta device.
-    """
-    system = system or "top_k"
-    fields = {**load_preset(system)["moe_config"], **(moe_config or {})}
-    return HfMoeConfig.on_host(host.config, type(host).__name__, moe_config=fields, system=system)
-
-
 def _fresh(
-    fields: Mapping[str, Any], system: str | None, moe_config: Mapping[str, Any] | None, dtype: torch.dtype | None
+    fields: Mapping[str, Any],
+    system: str | None,
+    moe_config: Mapping[str, Any] | None,
+    dtype: torch.dtype | None,
+    seed: int,
 ) -> HfMoeForConditionalGeneration:
     """Return a MoE on a host without weights."""
     options = dict(fields)
     host_config = host_config_class(options.pop("model_type", None))(**options)
-    empty = empty_model(host_class_of(host_config), host_config)
-    refuse_decoder(empty)
-    config = config_on_host(empty, system, moe_config)
-    return float32_gates(HfMoeForConditionalGeneration._from_config(config, dtype=dtype or torch.float32)).eval()
-
-
-def float32_gates(model: Any) -> Any:
-    """Keep the routers of a model in float32, as loading does, and return the model."""
+    plan = plan_host(empty_model(host_class_of(host_config), host_config), system, moe_config)
+    model = HfMoeForConditionalGeneration._from_config(plan.config, dtype=dtype or torch.float32).eval()
     for layer in model.moe_layers().values():
         layer.gate.float()
+    if plan.readings:
+        _convert(model, plan, seed)
     return model
+
+
+def _convert(model: Any, plan: HostPlan, seed: int) -> None:
+    """Give an adopted model the routers and the objectives that were asked for, instead of the host's own."""
+    system = model.config.system
+    if plan.router is not None:
+        # What the host's gate needs of the router goes before what the system would choose for a fresh one.
+        chosen = {name: value for name, value in plan.defaults.items() if name not in OTHER_SLOTS}
+        convert_router(model, plan.router, seed=seed, **{**chosen, **plan.options})
+        model.config.system = system
+    set_objectives(model, plan.objectives)
 
 
 def _around(
@@ -176,29 +187,52 @@ def _shapes(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, tuple[int, 
 
 
 @torch.no_grad()
-def _replace_feed_forwards(model: Any, feed_forwards: dict[int, nn.Module], noise: float, seed: int) -> bool:
+def _replace_feed_forwards(
+    model: Any, feed_forwards: dict[int, nn.Module], plan: HostPlan, keep: bool, noise: float, seed: int
+) -> bool:
     """Fill the MoE layers of a model from the feed-forwards that they replace, which are let go one by one.
 
+    Args:
+        keep: whether the feed-forwards stay in use, so that their tensors are copied.
+
     Returns:
-        Whether every expert computes what the feed-forward did.
+        Whether every layer computes what the feed-forward did, if its router hands over whole tokens.
 
     Raises:
-        ValueError: naming the layer whose feed-forward does more than an expert can.
+        ValueError: naming the layer whose feed-forward does more than a MoE layer can.
     """
     std, generator = initializer_std(model.config), torch.Generator().manual_seed(seed)
-    device = model.device
-    exact = noise == 0.0
+    materialise(model.objectives, std, model.device)
+    exact = True
     for layer_idx, layer in model.moe_layers().items():
         ffn = feed_forwards.pop(layer_idx)
-        host = read_ffn(ffn)
-        assert host.layout is not None, "of a dense feed-forward"
-        check_expert(model, layer, ffn)
-        materialise(layer, std, next(ffn.parameters()).device)
+        if layer_idx in plan.readings:
+            equal = _adopt(layer, ffn, plan.readings[layer_idx], keep, std)
+        else:
+            host = read_ffn(ffn)
+            assert host.layout is not None, "of a dense feed-forward"
+            check_expert(model, layer, ffn)
+            materialise(layer, std, next(ffn.parameters()).device)
+            fill_layer(layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise)
+            equal = noise == 0.0 and all(width % host.intermediate_size == 0 for width in expert_widths(layer))
         layer.gate.float()
-        fill_layer(layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise)
-        exact = exact and all(width % host.intermediate_size == 0 for width in expert_widths(layer))
-    materialise(model.objectives, std, device)
+        exact = exact and equal
     return exact
+
+
+def _adopt(layer: MoELayer, block: nn.Module, reading: BlockReading, keep: bool, std: float) -> bool:
+    """Fill a MoE layer from a host's MoE block, and return whether it computes the same: with as many slots."""
+    hand_over_block(layer, block, reading, std)
+    if keep:
+        for parameter in layer.parameters():
+            parameter.data = parameter.detach().clone()
+    if layer.residual_mix is not None:
+        materialise(layer.residual_mix, std)
+    layer.to(next(block.parameters()).device)
+    if layer.spec.num_experts_per_tok != reading.fields["num_experts_per_tok"]:
+        return False
+    check_block(layer, block, reading.branches)
+    return layer.residual_mix is None
 
 
 def _check_host(

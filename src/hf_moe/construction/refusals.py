@@ -8,9 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
 from ..configuration import HfMoeConfig
-from ..modeling.host import decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HEADS, host_model_class
-from ..modeling.parts import text_decoder
 
 
 def host_config_class(model_type: Any) -> Any:
@@ -95,20 +93,3 @@ def refuse_loaded(host: PreTrainedModel) -> None:
     elsewhere = [key for key, tensor in host.named_parameters() if tensor.is_meta]
     if elsewhere or len(set((getattr(host, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError(f"The weights of this {name} are spread over devices or disk: load it on one device.")
-
-
-def refuse_decoder(host: PreTrainedModel) -> None:
-    """Refuse a model whose decoder has no feed-forwards that MoE layers can take the place of.
-
-    Args:
-        host: also on the meta device.
-
-    Raises:
-        ValueError: with the layer and the reason.
-    """
-    decoder = text_decoder(host)
-    for layer_idx, layer in enumerate(decoder_layers(decoder)):
-        try:
-            read_ffn(getattr(layer, ffn_name(layer)))
-        except ValueError as error:
-            raise ValueError(f"Layer {layer_idx} of {type(host).__name__}: {error}") from error

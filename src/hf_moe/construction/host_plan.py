@@ -1,0 +1,93 @@
+"""What a model of Transformers becomes as a MoE: its config, which blocks are adopted, and which router comes then."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..configuration import HfMoeConfig
+from ..configuration.layer_maps import at_layer
+from ..configuration.systems import load_preset
+from ..modeling.parts import text_decoder
+from .adoption import adopted_config, read_blocks
+from .moe_blocks import BlockReading
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """What a host becomes.
+
+    Attributes:
+        config: of the MoE; with the host's own routers where the host is a MoE.
+        readings: the MoE blocks that are adopted, by layer.
+        router: the router that takes the place of the host's, by its name; `None` where they stay.
+        options: of that router, as they were asked for.
+        defaults: of that router, as the system has them; the host's own gate may need others.
+        objectives: of a host that is a MoE: they may need the new router.
+    """
+
+    config: HfMoeConfig
+    readings: dict[int, BlockReading] = field(default_factory=dict)
+    router: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[str, Any] = field(default_factory=dict)
+
+
+def plan_host(host: PreTrainedModel, system: str | None, moe_config: Mapping[str, Any] | None) -> HostPlan:
+    """Return what a host becomes.
+
+    A dense host is upcycled, with the system `"top_k"` where none is given. Of a host that is a MoE the experts stay;
+    a system or `moe_config` may bring another router, more or fewer slots, objectives, and a shared branch.
+
+    Args:
+        host: also on the meta device.
+        system: a key of `hf_moe.list_systems()`.
+        moe_config: fields that override the system's.
+
+    Raises:
+        ValueError: if a block cannot be adopted, or other experts than the host's are asked for.
+    """
+    given = dict(moe_config or {})
+    readings = read_blocks(text_decoder(host))
+    if not readings:
+        system = system or "top_k"
+        return HostPlan(_on_host(host, {**load_preset(system)["moe_config"], **given}, system))
+    adopted = adopted_config(readings)
+    _refuse_other_experts(host, adopted, given)
+    preset = load_preset(system)["moe_config"] if system is not None else {}
+    joined = {**{name: preset[name] for name in ("objectives", "token_balanced_loss") if name in preset}, **given}
+    objectives = joined.pop("objectives", None) or {}
+    config = _on_host(host, {**adopted, **joined, "router": adopted["router"]}, system)
+    options, defaults = _named(given.get("router")), _named(preset.get("router"))
+    name = options.pop("name", defaults.get("name"))
+    if defaults.pop("name", None) != name:
+        defaults = {}
+    kept = name is None or _is_part_of({"name": name, **options}, adopted["router"], list(readings))
+    return HostPlan(config, readings, None if kept else name, options, defaults, objectives)
+
+
+def _named(router: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"name": router} if isinstance(router, str) else dict(router or {})
+
+
+def _on_host(host: PreTrainedModel, fields: dict[str, Any], system: str | None) -> HfMoeConfig:
+    return HfMoeConfig.on_host(host.config, type(host).__name__, moe_config=fields, system=system)
+
+
+def _refuse_other_experts(host: PreTrainedModel, adopted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    fixed = {"granularity": 1, "expert_banks": None, **adopted}
+    for name in ("router", "num_experts_per_tok", "layers"):
+        fixed.pop(name)
+    for name, value in fixed.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"moe_config.{name}={given[name]!r} contradicts {type(host).__name__}, whose {adopted['num_experts']} "
+                f"experts are taken over with {name}={value!r}: leave it out."
+            )
+
+
+def _is_part_of(asked: Mapping[str, Any], router: Mapping[str, Any], layers: list[int]) -> bool:
+    """Whether what is asked of a router holds for the adopted ones, in every layer."""
+    return all(at_layer(router, index).get(name) == value for index in layers for name, value in asked.items())
