@@ -76,6 +76,53 @@ def test_an_output_that_is_no_number_is_refused(value):
         check_block(layer, block, reading.branches)
 
 
+def in_bf16(name, seed=0, **fields):
+    """Return a block in bf16 with weights of `seed`, its reading, and the layer of that reading with its own gate."""
+    block, config = make_block(name, **fields)
+    torch.manual_seed(seed)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    block = block.bfloat16()
+    reading = read_block(block, config)
+    layer = make_layer(block, reading, config).bfloat16()
+    layer.gate.float()
+    return block, reading, layer
+
+
+def test_tokens_that_rounding_sends_elsewhere_are_no_difference():
+    worst = 0.0
+    for seed in range(6):
+        block, reading, layer = in_bf16("qwen3_vl_moe", seed, num_experts=128, num_experts_per_tok=8)
+        check_block(layer, block, reading.branches)
+        hidden = torch.randn(1, 128, HIDDEN, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        with torch.no_grad():
+            difference = (block(hidden) - layer(hidden)).abs().max() / block(hidden).abs().max()
+        worst = max(worst, difference.item())
+    assert worst > 0.1
+
+
+@pytest.mark.parametrize("option", [{"routed_scaling_factor": 1.2}, {"norm_topk_prob": False}])
+def test_another_gate_is_a_difference_in_bf16_too(option):
+    block, reading, layer = in_bf16("qwen3_vl_moe")
+    check_block(layer, block, reading.branches)
+    for name, value in option.items():
+        setattr(layer.gate, name, value)
+    with pytest.raises(ValueError, match="differs from it by .* in the block;"):
+        check_block(layer, block, reading.branches)
+
+
+def test_small_outputs_are_compared_as_closely_as_large_ones():
+    block, config = make_block("qwen3_vl_moe")
+    with torch.no_grad():
+        block.experts.down_proj.mul_(1e-4)
+    reading = read_block(block, config)
+    layer = make_layer(block, reading, config)
+    check_block(layer, block, reading.branches)
+    layer.gate.norm_topk_prob = False
+    with pytest.raises(ValueError, match="differs from it by"):
+        check_block(layer, block, reading.branches)
+
+
 class ClampedSiLU(nn.Module):
     def forward(self, gate):
         return nn.functional.silu(gate.clamp(max=30.0))

