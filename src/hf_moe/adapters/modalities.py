@@ -28,12 +28,14 @@ def modalities_of(model: PreTrainedModel, inputs: Mapping[str, Any], shape: torc
         shape: B and S.
 
     Raises:
-        ModalityUnknown: if neither `mm_token_type_ids` nor the placeholders of the config tell.
-        ValueError: if `mm_token_type_ids` are of other tokens or name no modality.
+        ModalityUnknown: if neither ids in the inputs nor the placeholders of the config tell.
+        ValueError: if the ids are of other tokens or name no modality.
     """
-    given, input_ids = inputs.get("mm_token_type_ids"), inputs.get("input_ids")
-    if given is not None:
-        return _checked(given, inputs, shape)
+    input_ids = inputs.get("input_ids")
+    # Ernie's own count the tokens around an image to it.
+    for name in ("moe_mm_token_type_ids", "mm_token_type_ids"):
+        if inputs.get(name) is not None:
+            return _checked(inputs[name], inputs, shape, name)
     if input_ids is None:
         raise ModalityUnknown(f"inputs_embeds do not tell which of the tokens are images: {TELL}")
     placeholders = placeholder_ids(model.config)
@@ -59,17 +61,17 @@ def modalities_of(model: PreTrainedModel, inputs: Mapping[str, Any], shape: torc
     return modality_ids
 
 
-def _checked(given: torch.Tensor, inputs: Mapping[str, Any], shape: torch.Size) -> torch.Tensor:
-    """Return `mm_token_type_ids` of the tokens of the call alone, which may come with those of the cached ones."""
+def _checked(given: torch.Tensor, inputs: Mapping[str, Any], shape: torch.Size, name: str) -> torch.Tensor:
+    """Return the modality ids of the tokens of the call alone, which may come with those of the cached ones."""
     columns = given.shape[1] if given.dim() == 2 else -1
     if len(given) != shape[0] or columns not in (shape[1], shape[1] + cached_tokens(cache_of(inputs))):
         raise ValueError(
-            f"mm_token_type_ids must have the shape {tuple(shape)} of the tokens, with those of cached ones in front "
+            f"{name} must have the shape {tuple(shape)} of the tokens, with those of cached ones in front "
             f"or without, and have {tuple(given.shape)}."
         )
     if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < NUM_MODALITIES:
         raise ValueError(
-            f"mm_token_type_ids must lie in [0, {NUM_MODALITIES}), for {', '.join(MODALITIES)}, and one is "
+            f"{name} must lie in [0, {NUM_MODALITIES}), for {', '.join(MODALITIES)}, and one is "
             f"{int(given.min()) if int(given.min()) < 0 else int(given.max())}."
         )
     return given[:, -shape[1] :].long()

@@ -202,11 +202,13 @@ def _parameters_of(model: PreTrainedModel, part: str) -> Iterator[str]:
     prefix = next(name for name, module in model.named_modules() if module is layers)
     for name, parameter in model.named_parameters():
         module_name, _, own_name = name.rpartition(".")
-        linear = isinstance(model.get_submodule(module_name), nn.Linear)
-        stacked = not linear and parameter.dim() in (2, 3)
-        if "bias" not in own_name and (linear or stacked) and part in _parts_of(name, prefix, parts):
-            if linear or part in ("experts", "router"):
-                yield name
+        if "bias" in own_name or part not in _parts_of(name, prefix, parts):
+            continue
+        module = model.get_submodule(module_name)
+        # The connector of Gemma 3 is a matrix and no layer.
+        stacked = part in ("experts", "router") or (part == "connector" and not hasattr(module, "weight"))
+        if isinstance(module, nn.Linear) or (stacked and parameter.dim() in (2, 3)):
+            yield name
 
 
 def _parts_of(name: str, layers: str, parts: HostParts) -> tuple[str, ...]:

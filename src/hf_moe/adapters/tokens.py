@@ -44,12 +44,11 @@ def token_context(model: PreTrainedModel, inputs: dict[str, Any]) -> RoutingCont
     given = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
     if given is None:
         return None
-    names = ("input_ids", "inputs_embeds", "attention_mask", "mm_token_type_ids", "condition_ids", "routing_overrides")
     shape, device = given.shape[:2], given.device
     token_mask = real_tokens(model, inputs, shape[1])
-    own = getattr(model.base_model, "routing_context", None)
+    own = getattr(model, "routing_context", None)
     if own is not None:  # one of our own models, which knows best
-        context = own(**{name: inputs.get(name) for name in names})
+        context = own(**inputs)
         context.token_mask = context.token_mask if token_mask is None else token_mask
         return with_modalities(context, model, inputs)
     if token_mask is None:
