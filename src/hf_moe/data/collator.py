@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from .chat_template import AnyProcessor
 from .features import FeatureCache
+from .host_features import HostFeatures
 from .host_inputs import HostInputs
 from .messages import NAMES
 from .pictures import open_row_images
@@ -59,7 +60,7 @@ class VisionLanguageCollator:
         self,
         processor: AnyProcessor,
         max_length: int | None = None,
-        feature_cache: FeatureCache | None = None,
+        feature_cache: FeatureCache | HostFeatures | None = None,
         train: bool = True,
         conditions: Sequence[str] = (),
         config: PreTrainedConfig | None = None,
@@ -74,9 +75,11 @@ class VisionLanguageCollator:
         self.conversations = ConversationTokenizer(processor, train)
         self._condition_columns = [f"{name}_ids" for name in conditions]
         self._unread: set[str] = set()
-        self._host = HostInputs(processor, self.conversations, config) if expands_alone(processor) else None
+        self._host = (
+            HostInputs(processor, self.conversations, config, feature_cache) if expands_alone(processor) else None
+        )
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch.
 
         Raises:
@@ -130,7 +133,8 @@ class VisionLanguageCollator:
         """Return a row's images opened, or their features (N, P, C)."""
         if not images or self.processor.image_processor is None:
             return []
-        return open_row_images(images) if self.feature_cache is None else self.feature_cache.lookup(images)
+        cache = self.feature_cache
+        return cache.lookup(images) if isinstance(cache, FeatureCache) else open_row_images(images)
 
     def _pixels(self, pictures: list[Any]) -> dict[str, torch.Tensor]:
         if self.feature_cache is None:

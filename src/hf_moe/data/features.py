@@ -22,7 +22,9 @@ from ..modeling.image_loading import decode_image
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from ..modeling.vision import tower_features
+from .host_features import HostFeatures
 from .pictures import content_key, pixel_key, read_row_image, undecoded
+from .placeholders import expands_alone
 from .rows import describe_row, row_images
 from .tokenisation import process_images, takes_packed_patches
 
@@ -58,8 +60,10 @@ class FeatureCache:
         cache_dir: str | os.PathLike | None = None,
         batch_size: int = 64,
         dtype: torch.dtype = torch.float16,
-    ) -> "FeatureCache":
+    ) -> Any:
         """Run the model's tower once per distinct picture of `rows`, or read what an earlier run has left.
+
+        Of a host of Transformers the features are those behind its connector, see [`HostFeatures`].
 
         The file is named after the tower's weights and config, the image processor's settings and what the pictures
         hold, so it is read again only where all are the same.
@@ -69,16 +73,22 @@ class FeatureCache:
             cache_dir: folder of the file; by default `hf_moe/features` in the Hugging Face cache.
             dtype: in which the features are kept.
 
+        Returns:
+            A [`FeatureCache`], or the [`HostFeatures`] of a host.
+
         Raises:
             ValueError: if the tower is trainable, takes packed patches, or its features do not fit `dtype`; if an
                 image cannot be opened, naming its row.
         """
+        folder = Path(HF_HOME, "hf_moe", "features") if cache_dir is None else Path(cache_dir)
+        if expands_alone(processor):
+            held = undecoded(rows) if isinstance(rows, Dataset | IterableDataset) else rows
+            return HostFeatures.build(model, processor, held, folder, dtype)
         base: ComposedModel = model.base_model
         _check_tower(base, processor)
         images = _distinct_images(rows)
         if not images:
             return cls({}, torch.empty(0, 0, base.config.vision_feature_size, dtype=dtype))
-        folder = Path(HF_HOME, "hf_moe", "features") if cache_dir is None else Path(cache_dir)
         path = folder / f"{_fingerprint(base, processor, dtype, images)}.safetensors"
         if path.is_file():
             try:

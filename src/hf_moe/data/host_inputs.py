@@ -49,18 +49,24 @@ class HostInputs:
         processor: the host's.
         conversations: of the same processor.
         config: of the host.
+        features: in place of the pixels of images and videos.
     """
 
     def __init__(
-        self, processor: ProcessorMixin, conversations: ConversationTokenizer, config: PreTrainedConfig | None = None
+        self,
+        processor: ProcessorMixin,
+        conversations: ConversationTokenizer,
+        config: PreTrainedConfig | None = None,
+        features: Any = None,
     ):
+        self.features = features
         self.processor = processor
         self.conversations = conversations
         self.media_ids = media_ids(processor, config)
         parameters = inspect.signature(type(processor).__call__).parameters
         self._sounds_name = "audios" if "audios" in parameters and "audio" not in parameters else "audio"
 
-    def __call__(self, rows: list[dict[str, Any]], named: Callable, cut: Cut) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]], named: Callable, cut: Cut) -> dict[str, Any]:
         """Return the batch.
 
         Args:
@@ -99,7 +105,7 @@ class HostInputs:
             lengths, frames = frames[: len(row.sounds)], frames[len(row.sounds) :]
             if lengths:
                 named(index, self._check_whole, row, lengths)
-        return batch
+        return batch if self.features is None else self.features.replace(read, named, batch)
 
     def _sound_frames(self, batch: dict[str, torch.Tensor], count: int) -> list[int]:
         """Return the frames of each sound's features, where the processor tells them in a mask of a row per sound."""
@@ -117,25 +123,27 @@ class HostInputs:
         media = {kind: row_media(row, kind) for kind in KINDS}
         counts = {kind: len(items) for kind, items in media.items()}
         conversation = self.conversations.render(row_messages(row), counts, template_options(row))
-        videos = self._opened("video", media["video"], self._video)
-        return HostRow(
-            conversation, open_row_images(media["image"]), videos, self._opened("sound", media["audio"], self._sound)
-        )
+        return HostRow(conversation, *(self.open(kind, media[kind]) for kind in KINDS))
 
-    def _opened(self, noun: str, items: list[Any], open_item: Callable) -> list[Any]:
-        opened = []
+    def open(self, kind: str, items: list[Any]) -> list[Any]:
+        """Return images, videos (frames and their times) or sounds of a row, opened for the processor.
+
+        Raises:
+            ValueError: naming the first that cannot be opened.
+        """
+        if kind == "image":
+            return open_row_images(items)
+        opened: list[Any] = []
         for position, item in enumerate(items):
             try:
-                opened.append(open_item(item))
+                if kind == "video":
+                    opened.append(open_video(item, reader(self.processor, kind)))
+                else:
+                    opened.append(open_sound(item, reader(self.processor, kind).sampling_rate))
             except ValueError as error:
+                noun = "video" if kind == "video" else "sound"
                 raise ValueError(f"has no readable {noun} {position}: {error}.") from error
         return opened
-
-    def _video(self, video: Any) -> Any:
-        return open_video(video, reader(self.processor, "video"))
-
-    def _sound(self, sound: Any) -> np.ndarray:
-        return open_sound(sound, reader(self.processor, "audio").sampling_rate)
 
     def _alone(self, row: HostRow) -> None:
         try:

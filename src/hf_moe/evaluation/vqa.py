@@ -17,6 +17,7 @@ from ..analysis.routing_statistics import RoutingStatistics
 from ..data.chat_template import AnyProcessor
 from ..data.collator import VisionLanguageCollator
 from ..data.features import FeatureCache
+from ..data.host_features import HostFeatures, without_sight
 from ..data.messages import text_of
 from ..data.pictures import undecoded
 from ..data.placeholders import expands_alone
@@ -37,7 +38,7 @@ def predict_answers(
     processor: AnyProcessor,
     rows: Rows,
     *,
-    feature_cache: FeatureCache | None = None,
+    feature_cache: FeatureCache | HostFeatures | None = None,
     batch_size: int = 64,
     candidates: Sequence[str] | None = None,
     generate: bool = False,
@@ -75,6 +76,7 @@ def predict_answers(
         raise ValueError(
             "Routing statistics come from the prefill; these answers are generated, being several tokens."
         )
+    hosted = expands_alone(processor)
     answers: list[str] = []
     # A bar for a single batch tells nothing.
     count = len(rows) if isinstance(rows, Dataset) else None
@@ -83,9 +85,9 @@ def predict_answers(
         for batch_rows in batches(rows, batch_size):
             batch = _on_device(collator(batch_rows), model)
             if zero_images:
-                batch = _without_sight(model, batch)
+                batch = without_sight(model, batch) if hosted else _without_sight(model, batch)
             with routing_inputs(**{name: batch.pop(f"{name}_ids") for name in conditions}):
-                if is_single and not expands_alone(processor):
+                if is_single and not hosted:
                     tokens = _prefill(model, batch, statistics)
                 else:
                     count = 1 if is_single else max_new_tokens

@@ -1,0 +1,336 @@
+"""What the frozen towers and connectors of a host give, computed once per image or video and kept on disk."""
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from ..modeling.parts import host_parts
+from .host_inputs import HostInputs, HostRow
+from .pictures import pixel_key
+from .placeholders import NOUNS, media_tokens
+from .rows import describe_row, row_media
+from .tokenisation import ConversationTokenizer
+
+
+logger = logging.getLogger(__name__)
+
+ENCODED = ("image", "video")  # what a forward takes encoded, in `mm_encoder_outputs`
+POOLED = "pooler_output"  # a tensor, or one of each image; other fields are lists of either, by layer
+Kept: TypeAlias = dict[str, Any]
+
+
+class HostFeatures:
+    """What a host makes of each image and each video, by its content.
+
+    Args:
+        outputs: key of what has been opened, see [`opened_key`], to the fields of its output.
+        inputs: of each kind that is kept, the names that a batch then has no more.
+        dtype: of the model.
+    """
+
+    def __init__(self, outputs: dict[bytes, Kept], inputs: dict[str, tuple[str, ...]], dtype: torch.dtype):
+        self.outputs = outputs
+        self.inputs = inputs
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    @classmethod
+    def build(
+        cls, model: Any, processor: ProcessorMixin, rows: Iterable[dict[str, Any]], folder: Path, dtype: torch.dtype
+    ) -> "HostFeatures":
+        """Encode each distinct image and video of `rows` once, or read what an earlier run has left.
+
+        Raises:
+            ValueError: if the host takes no encoded images, something on their way is trainable, or its features
+                depend on what else is in the batch; if an image cannot be read, naming its row.
+        """
+        kinds = [kind for kind in ENCODED if kind in media_tokens(processor)]
+        found = _distinct(processor, rows, kinds)
+        inputs = {kind: _inputs(model, kind) for kind in ENCODED if any(kind == other for other, *_ in found.values())}
+        path = folder / f"{_fingerprint(model, processor, dtype, found)}.safetensors"
+        if path.is_file():
+            try:
+                return cls(_read(path), inputs, model.dtype)
+            except (SafetensorError, KeyError, ValueError) as error:
+                logger.warning("%s is damaged (%s): computing the features again.", path, error)
+        was_training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            outputs = _encode_all(model, processor, found, dtype)
+        finally:
+            for module in was_training:
+                module.training = True
+        _write(path, outputs)
+        return cls(outputs, inputs, model.dtype)
+
+    def replace(self, rows: list[HostRow], named: Callable, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch of opened rows with features in place of pixels.
+
+        Args:
+            named: takes a step of a row, given by its number, and names the row in errors.
+
+        Raises:
+            ValueError: naming the row with an image or a video that is not in the cache.
+        """
+        kept: dict[str, list[Kept]] = {kind: [] for kind in ENCODED}
+        for index, row in enumerate(rows):
+            for kind, items in zip(ENCODED, row.media(), strict=False):
+                for position, item in enumerate(items):
+                    kept[kind].append(named(index, self._find, kind, position, item))
+        outputs = {kind: _output(_joined(found), self.dtype) for kind, found in kept.items() if found}
+        return replaced(batch, outputs, self.inputs)
+
+    def _find(self, kind: str, position: int, item: Any) -> Kept:
+        found = self.outputs.get(opened_key(kind, item))
+        if found is None:
+            raise ValueError(
+                f"has {kind} {position}, which is not in the feature cache of {len(self)} images and videos: it is "
+                "new or has changed. Build the cache from all rows."
+            )
+        return found
+
+
+def replaced(
+    batch: dict[str, Any], outputs: dict[str, ModelOutput], inputs: dict[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """Return a batch with encoded images or videos in place of their pixels; grids of patches tell positions too."""
+    gone = {name for kind in outputs for name in inputs[kind] if name.startswith("pixel")}
+    rest = {name: value for name, value in batch.items() if name not in gone}
+    return {**rest, "mm_encoder_outputs": outputs} if outputs else rest
+
+
+def without_sight(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the batch with zeros for what the model makes of its images and videos.
+
+    Raises:
+        ValueError: if the host takes no encoded images.
+    """
+    seen = [kind for kind in ENCODED if hasattr(_base(model), f"get_{kind}_features")]
+    inputs = {kind: _inputs(model, kind) for kind in seen}
+    outputs = {kind: _zeros(dict(output), model.dtype) for kind, output in batch.get("mm_encoder_outputs", {}).items()}
+    for kind, names in inputs.items():
+        if any(name.startswith("pixel") and name in batch for name in names):
+            outputs[kind] = _zeros(encode(model, kind, batch), model.dtype)
+    if not outputs and any(name.startswith("input_features") for name in batch):
+        raise ValueError("zero_images leaves sounds as they are, and these rows have no images or videos.")
+    return replaced(batch, outputs, inputs)
+
+
+def encode(model: Any, kind: str, batch: dict[str, Any]) -> Kept:
+    """Return the fields of what a host makes of the images or videos of a batch."""
+    given = {name: batch[name].to(model.device) for name in _inputs(model, kind) if name in batch}
+    output = getattr(_base(model), f"get_{kind}_features")(**given, return_dict=True)
+    fields = {name: value for name, value in output.items() if name == POOLED or name.startswith("deepstack")}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def opened_key(kind: str, item: Any) -> bytes:
+    """Return a digest of an opened image, or of the frames of a video and when they were seen."""
+    if kind == "image":
+        return pixel_key(item)
+    frames, known = item
+    seen = f"{kind} {frames.shape} {known.fps} {list(known.frames_indices)}"
+    return hashlib.sha256(seen.encode() + np.ascontiguousarray(frames).tobytes()).digest()
+
+
+def _base(model: Any) -> Any:
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+
+
+def _inputs(model: Any, kind: str) -> tuple[str, ...]:
+    """Return what a host encodes a kind from.
+
+    Raises:
+        ValueError: if it takes no encoded images or videos.
+    """
+    method = getattr(_base(model), f"get_{kind}_features", None)
+    if method is None or "mm_encoder_outputs" not in inspect.signature(_base(model).forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} takes no encoded {NOUNS[kind]} (mm_encoder_outputs), so their features cannot be "
+            "kept: train without the cache."
+        )
+    return tuple(inspect.signature(method).parameters)
+
+
+def _distinct(
+    processor: ProcessorMixin, rows: Iterable[dict[str, Any]], kinds: list[str]
+) -> dict[bytes, tuple[str, str, Any]]:
+    """Return by its key each image and video: its kind, how an error names it, and how the row holds it."""
+    host = HostInputs(processor, ConversationTokenizer(processor, train=False))
+    found: dict[bytes, tuple[str, str, Any]] = {}
+    for index, row in enumerate(rows):
+        named = describe_row(row, index, "dataset")
+        try:
+            for kind in kinds:
+                for item in row_media(row, kind):
+                    opened = host.open(kind, [item])[0]
+                    found.setdefault(opened_key(kind, opened), (kind, named, item))
+        except ValueError as error:
+            raise ValueError(f"{named} {error}") from error
+    return found
+
+
+def _encode_all(
+    model: Any, processor: ProcessorMixin, found: dict[bytes, tuple[str, str, Any]], dtype: torch.dtype
+) -> dict[bytes, Kept]:
+    host = HostInputs(processor, ConversationTokenizer(processor, train=False))
+    outputs: dict[bytes, Kept] = {}
+    checked: set[str] = set()
+    for key, (kind, named, item) in tqdm(found.items(), desc="Features", unit="item"):
+        try:
+            batch = _batch(host, kind, [item])
+            if kind not in checked:
+                _check_frozen(model, kind, batch)
+                _check_alone(model, host, kind, [other for one, _, other in found.values() if one == kind][:2])
+                checked.add(kind)
+            with torch.no_grad():
+                kept = encode(model, kind, batch)
+        except ValueError as error:
+            raise ValueError(f"{named} has {kind}s whose features cannot be kept. {error}") from error
+        outputs[key] = {name: _each(value, lambda tensor: tensor.to("cpu", dtype)) for name, value in kept.items()}
+        if not all(tensor.isfinite().all() for value in outputs[key].values() for tensor in _tensors(value)):
+            raise ValueError(f"The features of the host do not fit {dtype}: pass dtype=torch.bfloat16 or float32.")
+    return outputs
+
+
+def _batch(host: HostInputs, kind: str, items: list[Any]) -> dict[str, torch.Tensor]:
+    messages = [{"role": "user", "content": [{"type": kind}] * len(items)}]
+    return host(
+        [{"messages": messages, f"{kind}s": items}], lambda _, step, *given: step(*given), lambda tokens, _: tokens
+    )
+
+
+def _check_frozen(model: Any, kind: str, batch: dict[str, Any]) -> None:
+    with torch.enable_grad():
+        kept = encode(model, kind, batch)
+    if any(tensor.requires_grad for value in kept.values() for tensor in _tensors(value)):
+        parts = host_parts(model)
+        trained = [name for name, value in model.named_parameters() if value.requires_grad and parts.holder(name)]
+        raise ValueError(
+            f"Features can be kept only of frozen towers and connectors, and of those of {NOUNS[kind]} "
+            f"{', '.join(trained[:3]) or 'some'} are trainable: freeze them, or train without the cache."
+        )
+
+
+def _check_alone(model: Any, host: HostInputs, kind: str, items: list[Any]) -> None:
+    """Refuse a host whose features of one image depend on the others."""
+    with torch.no_grad():
+        together = encode(model, kind, _batch(host, kind, items))
+        joined = _joined([encode(model, kind, _batch(host, kind, [item])) for item in items])
+    for name, value in together.items():
+        first, second = (
+            torch.cat([tensor.flatten(0, -2) for tensor in _tensors(given)]) for given in (value, joined[name])
+        )
+        if first.shape != second.shape or not torch.allclose(first, second, atol=1e-3, rtol=1e-2):
+            raise ValueError(
+                f"{type(model).__name__} makes other features ({name}) of two {NOUNS[kind]} together than of each "
+                "alone: train without the cache."
+            )
+
+
+def _output(kept: Kept, dtype: torch.dtype) -> ModelOutput:
+    output = BaseModelOutputWithPooling()
+    for name, value in kept.items():  # hosts have fields beyond those of this class
+        output[name] = _each(value, lambda tensor: tensor.to(dtype))
+    return output
+
+
+def _zeros(kept: Kept, dtype: torch.dtype) -> ModelOutput:
+    return _output({name: _each(value, torch.zeros_like) for name, value in kept.items()}, dtype)
+
+
+def _joined(outputs: list[Kept]) -> Kept:
+    """Return the fields of several images as the host gives them of all at once."""
+    fields: Kept = {}
+    for name in outputs[0]:
+        values = [kept[name] for kept in outputs]
+        fields[name] = _concatenated(values) if name == POOLED else list(map(_concatenated, zip(*values, strict=True)))
+    return fields
+
+
+def _concatenated(values: Any) -> Any:
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(list(values))
+    return [tensor for value in values for tensor in value]
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return change(value) if isinstance(value, torch.Tensor) else [_each(item, change) for item in value]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
+
+
+def _fingerprint(model: Any, processor: ProcessorMixin, dtype: torch.dtype, keys: Iterable[bytes]) -> str:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    parts = host_parts(base)
+    settings = [type(base).__qualname__, str(dtype), processor.to_dict()]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in base.state_dict().items():
+        if parts.holder(name):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for key in sorted(keys):
+        digest.update(key)
+    return digest.hexdigest()[:32]
+
+
+def _write(path: Path, outputs: dict[bytes, Kept]) -> None:
+    """Write tensors under the key of their image, the field, and the places in its lists."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.contiguous()
+        for place, item in enumerate(value if isinstance(value, list) else []):
+            add(f"{name}/{place}", item)
+
+    for key, kept in outputs.items():
+        for field, value in kept.items():
+            add(f"{key.hex()}/{field}", value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(descriptor)
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict[bytes, Kept]:
+    outputs: dict[bytes, Any] = {}
+    with safe_open(path, "pt") as file:
+        names = [name.split("/") for name in file.keys()]  # noqa: SIM118
+        for key, *places in sorted(names, key=lambda parts: (*parts[:2], list(map(int, parts[2:])))):
+            held: Any = outputs.setdefault(bytes.fromhex(key), {})
+            tensor = file.get_tensor("/".join([key, *places]))
+            for place, following in zip(places, [*places[1:], None], strict=True):
+                value: Any = tensor if following is None else []
+                if place.isdigit():
+                    if int(place) == len(held):
+                        held.append(value)
+                    held = held[int(place)]
+                else:
+                    held = held.setdefault(place, value)
+    return outputs
