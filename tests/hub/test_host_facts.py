@@ -20,6 +20,8 @@ from hf_moe.hub.host_facts import (
 
 
 MULTIMODAL = sorted(set(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()))
+# Transformers lists these as sequence-to-sequence models.
+UNLISTED = ["AudioFlamingo3ForConditionalGeneration", "MusicFlamingoForConditionalGeneration"]
 TEXT = ["LlamaForCausalLM", "Gemma3ForCausalLM", "Gemma4ForCausalLM", "Llama4ForCausalLM", "Mistral4ForCausalLM"]
 MAPPINGS = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -32,13 +34,13 @@ def host(name, **fields):
     return SimpleNamespace(model_type="hf_moe", host_class=name, **fields)
 
 
-@pytest.mark.parametrize("name", MULTIMODAL)
+@pytest.mark.parametrize("name", [*MULTIMODAL, *UNLISTED])
 def test_every_host_takes_what_its_class_declares(name):
     declared = getattr(transformers, name).input_modalities
     config = host(name)
     assert set(modalities(config)) == {"text", *([declared] if isinstance(declared, str) else declared)}
     # The card's program opens the model with a class that the host itself has.
-    if len(modalities(config)) > 1:
+    if len(modalities(config)) > 1 and name not in UNLISTED:
         assert name in MAPPINGS[auto_model(config)].values()
 
 

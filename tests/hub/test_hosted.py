@@ -21,6 +21,7 @@ from hf_moe import HfMoeProcessor
 from hf_moe.analysis.routing_statistics import RoutingStatistics
 from hf_moe.cli import main
 from hf_moe.hub.card import write_card
+from hf_moe.hub.contents import encoder_parameters
 from hf_moe.hub.inspection import inspect_checkpoint
 from hf_moe.hub.probe import ask, probe_inputs, probed
 from hf_moe.hub.push import checkpoint_files, loading_snippet, push_checkpoint
@@ -153,6 +154,8 @@ def test_inspect_counts_what_the_model_holds(tmp_path, name):
     held = sum(p.numel() for layer in model.moe_layers().values() for p in layer.experts.parameters())
     assert found["groups"]["routed experts"]["parameters"] == held
     encoding = {p for path in (*parts.towers, *parts.connectors) for p in model.get_submodule(path).parameters()}
+    assert ("vision tower" in found["groups"]) == ("image" in TASKS[name][2])
+    assert ("audio tower" in found["groups"]) == ("audio" in TASKS[name][2])
     groups = found["groups"].items()
     beside = sum(group["parameters"] for kind, group in groups if kind in ("vision tower", "audio tower", "connector"))
     assert beside == sum(parameter.numel() for parameter in encoding)
@@ -180,6 +183,14 @@ def test_towers_count_for_what_they_encode(tmp_path):
     eyes = sum(parameter.numel() for parameter in model.model.visual.parameters())
     ears = sum(parameter.numel() for parameter in model.model.audio_tower.parameters())
     assert found == {"text": 0, "image": eyes, "video": eyes, "audio": ears}
+
+
+def test_the_frames_of_a_video_go_through_the_tower_that_there_is():
+    # InternVL has no code for videos: its processor gives their frames as pictures.
+    model = hosted_model("internvl")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found = encoder_parameters(shapes, host_parts(model), model.config)
+    assert found["video"] == found["image"] > 0 == found["text"]
 
 
 def test_inspect_prints_the_host(seeing, capsys):

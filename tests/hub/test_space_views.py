@@ -47,6 +47,9 @@ def test_an_upload_is_a_file_of_this_machine_never_an_address():
     checkpoint = reader(tiny_processor())
     content = base64.b64encode(sample_bytes()).decode()
     assert checkpoint.processor.open_image(f"data:image/png;base64,{content}").size == (16, 16)
+    for kind, message in (("video", "a video"), ("audio", "a sound")):
+        with pytest.raises(gradio.Error, match=f"cannot be read as {message}"):
+            open_uploads(checkpoint, {kind: {"path": "https://example.org/file"}})
     with pytest.raises(gradio.Error, match="cannot be read as a picture"):
         open_uploads(checkpoint, {"image": {"path": f"data:image/png;base64,{content}"}})
 

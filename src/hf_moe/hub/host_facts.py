@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 
 # In the order of the modality ids.
 MODALITIES = ("text", "image", "video", "audio")
+# Classes that are no more than a decoder with its head.
+DECODERS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} - {*MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}
 # The part of a config without which a host takes none of these.
 TOWERS = {"vision_config": ("image", "video"), "audio_config": ("audio",)}
 # What one token of each stands for.
@@ -41,7 +46,7 @@ def modalities(config: Any) -> tuple[str, ...]:
     if host is None:
         declared = ("image",) if getattr(config, "vision_config", None) is not None else ()
     # A decoder alone inherits what the host that it comes from declares.
-    elif host in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values():
+    elif host not in DECODERS:
         declared = getattr(transformers, host).input_modalities
     # A class names a single one as a word.
     taken = {"text", *([declared] if isinstance(declared, str) else declared)}
