@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import transformers
 from all_hosts import HOSTS
+from transformers import CONFIG_MAPPING
 
+from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.construction.refused_hosts import REFUSED
 
 
@@ -63,6 +65,15 @@ def test_a_refusal_has_a_reason_and_a_remedy_that_works(rows):
         working = {name for name in named if name in HOSTS or rows[name].status != "refused"}
         assert working or "Thinker" in refusal.instead, message
         assert named == working, f"{model_type} sends its user to a refused type"
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_asking_for_a_refused_type_tells_why(model_type):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"Transformers {transformers.__version__} has no {model_type}")
+    with pytest.raises(ValueError) as error:
+        HfMoeForConditionalGeneration.from_host({"model_type": model_type})
+    assert str(error.value) == REFUSED[model_type].message(model_type)
 
 
 # What the code alone would let through: the reason is not in the shape of the decoder.

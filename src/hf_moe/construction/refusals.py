@@ -11,6 +11,7 @@ from ..configuration import HfMoeConfig
 from ..modeling.host import decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HEADS, host_model_class
 from ..modeling.parts import text_decoder
+from .refused_hosts import REFUSED
 
 
 def host_config_class(model_type: Any) -> Any:
@@ -60,6 +61,8 @@ def refuse_host(config: PreTrainedConfig) -> None:
     """
     kind = config.model_type
     host_config_class(kind)
+    if kind in REFUSED:
+        raise ValueError(REFUSED[kind].message(kind))
     if "thinker_config" in config.sub_configs:
         thinker = f"{type(config).__name__.removesuffix('Config')}ThinkerForConditionalGeneration"
         raise ValueError(
