@@ -106,9 +106,10 @@ bench: $(TESTS) $(SMOLLM2)
 cards: $(TESTS) $(SMOLLM2)
 	$(RUN) scripts/model_cards.py
 
-# Regenerates the configuration reference from the code.
+# Regenerates the configuration reference and the table of hosts from the code.
 docs: $(TESTS)
 	$(RUN) scripts/config_reference.py
+	$(RUN) scripts/host_table.py
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache $(NEWEST)

@@ -44,6 +44,13 @@ BLOCKS: dict[str, tuple[str, str, str, dict[str, Any], tuple]] = {
         {**COUNTED, "shared_expert_intermediate_size": 16},
         (),
     ),
+    "qwen4_exp": (
+        "qwen4_exp",
+        "Qwen4ExpTextSparseMoeBlock",
+        "Qwen4ExpTextConfig",
+        {**COUNTED, "shared_expert_intermediate_size": 16},
+        (),
+    ),
     "qwen3_omni_thinker": (
         "qwen3_omni_moe",
         "Qwen3OmniMoeThinkerTextSparseMoeBlock",

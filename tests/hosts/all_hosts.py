@@ -53,9 +53,7 @@ def labels_of(inputs) -> torch.Tensor:
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    found = {
-        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 

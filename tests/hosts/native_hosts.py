@@ -114,7 +114,7 @@ class NativeHost:
         return model.eval()
 
     def inputs(self, *picked: int, padding: int = 0) -> dict[str, torch.Tensor]:
-        """The arguments of a call with some rows, all of them by default, padded on the left to one length and more."""
+        """The arguments of a call with some rows, all by default, padded on the left to one length, or beyond it."""
         picked = picked or tuple(range(len(self.rows)))
         rows = [torch.tensor(self.rows[index]) for index in picked]
         length = max(map(len, rows)) + padding

@@ -1,8 +1,8 @@
 """Opens hosts with MoE layers and compares them with what was recorded when they were saved.
 
-Run as a script, `open_hosts.py remote|local FOLDER ...`: `remote` where `hf_moe` cannot be imported, with the code of the
-folder; `local` with the installed classes and no code of the folder. The last line of the output is a JSON object:
-folder to findings.
+Run as a script, `open_hosts.py remote|local FOLDER ...`: `remote` where `hf_moe` cannot be imported, with the code of
+the folder; `local` with the installed classes and no code of the folder. The last line of the output is a JSON
+object: folder to findings.
 """
 
 import importlib.abc
@@ -46,10 +46,8 @@ def files_of(folder: Path) -> list[str]:
 
 def inspect(folder: Path, trust: bool) -> dict:
     reference = torch.load(folder / REFERENCE)
-    found: dict = {
-        "differences": {},
-        "config": type(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).__module__,
-    }
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    found: dict = {"differences": {}, "config": type(config).__module__}
     for auto_class in AUTO_CLASSES:
         model = auto_class.from_pretrained(folder, trust_remote_code=trust)
         found["differences"][auto_class.__name__] = largest_difference(model, reference)

@@ -25,6 +25,7 @@ OPENER = Path(__file__).with_name("open_hosts.py")
 # Two processes may sum in another order: the blocking of a matrix product follows the alignment of its memory.
 TOLERANCE = 1e-6
 OPENED = ["qwen2_5_vl", "qwen2_5_omni_thinker", "gemma3", "smolvlm", "qwen2_audio", "qwen3_vl_moe", "llama"]
+LOCAL = ["qwen2_5_vl", "qwen3_vl_moe", "llama"]
 REST = [name for name in ALL if name not in OPENED]
 
 
@@ -67,9 +68,7 @@ def remote(root, models):
 @pytest.fixture(scope="module")
 def local(root, models, tmp_path_factory):
     """What a process with the package finds, which trusts no code of theirs."""
-    return open_folders(
-        "local", [root / name for name in ("qwen2_5_vl", "qwen3_vl_moe", "llama")], root / "no_modules"
-    )
+    return open_folders("local", [root / name for name in LOCAL], root / "no_modules")
 
 
 def assert_opens(found):
@@ -97,7 +96,7 @@ def test_every_host_opens_without_the_package(tmp_path):
         assert_opens(found[folder.name])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_moe", "llama"])
+@pytest.mark.parametrize("name", LOCAL)
 def test_registered_classes_open_it_and_trust_no_code(local, name):
     assert_opens(local[name])
     assert local[name]["module"].startswith("hf_moe.") and local[name]["config"].startswith("hf_moe.")

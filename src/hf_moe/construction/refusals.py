@@ -9,6 +9,7 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from ..configuration import HfMoeConfig
 from ..modeling.modeling_hf_moe import HEADS, host_model_class
+from .refused_hosts import REFUSED
 
 
 def host_config_class(model_type: Any) -> Any:
@@ -58,6 +59,8 @@ def refuse_host(config: PreTrainedConfig) -> None:
     """
     kind = config.model_type
     host_config_class(kind)
+    if kind in REFUSED:
+        raise ValueError(REFUSED[kind].message(kind))
     if "thinker_config" in config.sub_configs:
         thinker = f"{type(config).__name__.removesuffix('Config')}ThinkerForConditionalGeneration"
         raise ValueError(
