@@ -115,7 +115,7 @@ def test_an_adopted_host_becomes_elastic_and_stays_equal(loaded, tmp_path):
     host, checks = small_host("mixtral"), []
     host.save_pretrained(tmp_path)
     model = from_host(host if loaded else tmp_path, system="anyexperts", on_check=checks.append)
-    assert checks[0].logit_difference < 1e-5
+    assert checks[0].exact and checks[0].logit_difference < 1e-5
     assert_near(logits(model), logits(host), 1e-5)
     router, moe = model.config.moe_config.router, model.config.moe_config
     assert (router["name"], router["max_slots"], router["max_virtual_share"]) == ("anyexperts", 4, 0.2)
@@ -123,9 +123,16 @@ def test_an_adopted_host_becomes_elastic_and_stays_equal(loaded, tmp_path):
 
 
 def test_options_of_a_new_router_are_those_that_were_asked_for():
-    asked = {"router": {"name": "anyexperts", "max_slots": 6}, "objectives": {}}
-    model = from_host(small_host("mixtral"), system="anyexperts", moe_config=asked)
+    asked, checks = {"router": {"name": "anyexperts", "max_slots": 6}, "objectives": {}}, []
+    model = from_host(small_host("mixtral"), system="anyexperts", moe_config=asked, on_check=checks.append)
+    assert not checks[0].exact, "it may be equal, but not by design"
     assert model.config.moe_config.router["max_slots"] == 6 and not model.config.moe_config.objectives
+
+
+def test_a_router_with_rules_of_its_own_is_not_exact():
+    checks = []
+    model = from_host(small_host("mixtral", num_local_experts=8), system="moiie", on_check=checks.append)
+    assert not checks[0].exact and checks[0].logit_difference > 1e-3 and model.config.system == "moiie"
 
 
 def test_a_router_may_be_given_by_options_alone():

@@ -23,6 +23,7 @@ from ..modeling.moe_layer import MoELayer
 from ..modeling.parts import text_decoder
 from .adoption import hand_over_block
 from .conversion import convert_router, set_objectives
+from .gate_forms import starting_options
 from .generation import savable
 from .host_plan import HostPlan, plan_host
 from .materialisation import check_materialised, empty_model, materialise
@@ -31,10 +32,6 @@ from .pretrained import load_host
 from .refusals import host_class_of, host_config_class, refuse_loaded
 from .step_zero import StepZero, compare_at_step_zero, expert_widths, logit_difference, random_text, tolerance
 from .upcycling import check_block, check_expert, ffn_state, fill_layer
-
-
-# Options of a router that fit one number of slots.
-OTHER_SLOTS = ("min_slots", "max_slots")
 
 
 def from_host(
@@ -90,9 +87,8 @@ def from_host(
         check_materialised(model)
         check = compare_at_step_zero(model, inputs, reference, exact, adopted=bool(plan.readings))
         if plan.readings:
-            _convert(model, plan, seed)
-        if plan.router is not None:
-            check = compare_at_step_zero(model, inputs, reference, equal_experts=False, adopted=True)
+            equal = _convert(model, plan, seed)
+            check = compare_at_step_zero(model, inputs, reference, exact and equal, adopted=True)
         if on_check is not None:
             on_check(check)
     return model
@@ -117,15 +113,19 @@ def _fresh(
     return model
 
 
-def _convert(model: Any, plan: HostPlan, seed: int) -> None:
-    """Give an adopted model the routers and the objectives that were asked for, instead of the host's own."""
-    system = model.config.system
+def _convert(model: Any, plan: HostPlan, seed: int) -> bool:
+    """Give an adopted model the routers and the objectives that were asked for, and return whether it stays equal."""
+    equal, system = True, model.config.system
     if plan.router is not None:
+        layers = model.moe_layers().values()
         # What the host's gate needs of the router goes before what the system would choose for a fresh one.
-        chosen = {name: value for name, value in plan.defaults.items() if name not in OTHER_SLOTS}
-        convert_router(model, plan.router, seed=seed, **{**chosen, **plan.options})
+        needed = {name for layer in layers for name in starting_options(plan.router, layer.router, layer.spec)}
+        equal = bool(needed) and needed.isdisjoint(plan.options)
+        options = {name: value for name, value in plan.defaults.items() if name not in needed} | plan.options
+        convert_router(model, plan.router, seed=seed, **options)
         model.config.system = system
     set_objectives(model, plan.objectives)
+    return equal
 
 
 def _around(
