@@ -111,6 +111,17 @@ def test_another_gate_is_a_difference_in_bf16_too(option):
         check_block(layer, block, reading.branches)
 
 
+@pytest.mark.parametrize("make", [filled, in_bf16])
+@pytest.mark.parametrize("bank", [slice(0, 8), slice(8, 16)], ids=["text", "vision"])
+def test_the_gate_of_every_bank_is_compared(make, bank):
+    block, reading, layer = make("ernie4_5_vl_moe")
+    check_block(layer, block, reading.branches)
+    with torch.no_grad():
+        layer.gate.weight[bank] = layer.gate.weight[bank].flip(0)
+    with pytest.raises(ValueError, match="differs from it by .* in the block;"):
+        check_block(layer, block, reading.branches)
+
+
 def test_small_outputs_are_compared_as_closely_as_large_ones():
     block, config = make_block("qwen3_vl_moe")
     with torch.no_grad():
