@@ -25,9 +25,9 @@ def filled(name, fields=None, **block_fields):
     ("name", "experts", "part"),
     [
         ("hy_v4_vl", {"name": "ffn"}, "experts"),
-        ("glm5_next", {"name": "clamped_ffn", "limit": 10.0}, "shared_experts"),
-        ("glm5_next", {"name": "clamped_ffn", "limit": None, "shared_limit": 10.0}, "experts"),
-        ("minimax_m3_vl", {"name": "clamped_ffn", "alpha": 1.702, "limit": 12.0, "shared_limit": 10.0}, "experts"),
+        ("glm5_next", {"name": "ffn", "limit": 10.0}, "shared_experts"),
+        ("glm5_next", {"name": "ffn", "limit": None, "shared_limit": 10.0}, "experts"),
+        ("minimax_m3_vl", {"name": "ffn", "alpha": 1.702, "limit": 12.0, "shared_limit": 10.0}, "experts"),
     ],
     ids=["no clamp", "experts alone", "shared branch alone", "another limit"],
 )
