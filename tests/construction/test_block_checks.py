@@ -25,9 +25,9 @@ def filled(name, fields=None, **block_fields):
     ("name", "experts", "part"),
     [
         ("hy_v4_vl", {"name": "ffn"}, "experts"),
-        ("glm5_next", {"name": "clamped_ffn", "limit": 10.0}, "shared_experts"),
-        ("glm5_next", {"name": "clamped_ffn", "limit": None, "shared_limit": 10.0}, "experts"),
-        ("minimax_m3_vl", {"name": "clamped_ffn", "alpha": 1.702, "limit": 12.0, "shared_limit": 10.0}, "experts"),
+        ("glm5_next", {"name": "ffn", "limit": 10.0}, "shared_experts"),
+        ("glm5_next", {"name": "ffn", "limit": None, "shared_limit": 10.0}, "experts"),
+        ("minimax_m3_vl", {"name": "ffn", "alpha": 1.702, "limit": 12.0, "shared_limit": 10.0}, "experts"),
     ],
     ids=["no clamp", "experts alone", "shared branch alone", "another limit"],
 )
@@ -107,6 +107,17 @@ def test_another_gate_is_a_difference_in_bf16_too(option):
     check_block(layer, block, reading.branches)
     for name, value in option.items():
         setattr(layer.gate, name, value)
+    with pytest.raises(ValueError, match="differs from it by .* in the block;"):
+        check_block(layer, block, reading.branches)
+
+
+@pytest.mark.parametrize("make", [filled, in_bf16])
+@pytest.mark.parametrize("bank", [slice(0, 8), slice(8, 16)], ids=["text", "vision"])
+def test_the_gate_of_every_bank_is_compared(make, bank):
+    block, reading, layer = make("ernie4_5_vl_moe")
+    check_block(layer, block, reading.branches)
+    with torch.no_grad():
+        layer.gate.weight[bank] = layer.gate.weight[bank].flip(0)
     with pytest.raises(ValueError, match="differs from it by .* in the block;"):
         check_block(layer, block, reading.branches)
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 from host_blocks import BLOCKS, HIDDEN, REFUSED, make_block, make_layer
 
+from hf_moe.construction.gate_forms import starting_options
 from hf_moe.construction.moe_blocks import read_block
 from hf_moe.construction.upcycling import check_block
+from hf_moe.modeling.mechanisms import get_mechanism
+from hf_moe.modeling.registry import build
 from hf_moe.modeling.routing import ACTIVE_CONTEXT, RoutingContext
 
 
@@ -32,6 +35,24 @@ def test_the_layer_of_a_block_computes_what_it_does(name):
     assert theirs.abs().max() > 0.05
     assert (theirs - ours).abs().max() <= 1e-6 * theirs.abs().max().clamp(min=1)
     check_block(layer, block, reading.branches)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_anyexperts_starts_as_the_gate_of_every_host_but_llama_4(name):
+    block, config = make_block(name)
+    layer = make_layer(block, read_block(block, config), config)
+    if name == "llama4":
+        with pytest.raises(ValueError, match="'anyexperts' cannot start as this Llama4Router"):
+            starting_options("anyexperts", layer.router, layer.spec)
+        return
+    options = {**starting_options("anyexperts", layer.router, layer.spec), "max_virtual_share": 0.5}
+    router = build("router", get_mechanism("router", "anyexperts"), options, layer.spec).eval()
+    torch.manual_seed(0)
+    router.initialize(0.02)
+    router.start_from(layer.router)
+    layer.gate = router
+    theirs, ours = outputs(block, layer)
+    assert (theirs - ours).abs().max() <= 2e-6 * theirs.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -195,3 +195,19 @@ def test_experts_split_by_width_add_up_to_whole_ones(gated):
                 parameter.data = torch.cat(halves, dim=1)
         total += own(hidden_states, index, weight)
     assert_near(total, whole(hidden_states, index, weight))
+
+
+@pytest.mark.parametrize(
+    ("gated", "options", "message"),
+    [
+        (False, {"limit": 7.0}, "Layer 0: limit, shared_limit and alpha are of experts with a gate"),
+        (True, {"alpha": 1.7, "dropout": 0.1}, "dropout acts behind the activation"),
+    ],
+)
+def test_a_clamp_that_has_no_place_is_refused(gated, options, message):
+    with pytest.raises(ValueError, match=message):
+        FfnExperts(
+            SimpleNamespace(_experts_implementation="ragged"),
+            MoELayerSpec(0, HIDDEN, EXPERTS, 2, INNER, gated=gated),
+            **options,
+        )

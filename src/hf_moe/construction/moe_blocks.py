@@ -248,7 +248,7 @@ def _read_banks(block: nn.Module, host: HostFfn) -> BlockReading:
 
 
 def _add_clamps(reading: BlockReading, block: nn.Module) -> None:
-    """Name the kind of experts whose gated unit is clamped, or that of their shared branch."""
+    """Say by which bounds the gated unit of the experts, or that of their shared branch, is clamped."""
     clamps: dict[str, dict[str, Any]] = {}
     for path, own in reading.branches.items():
         part = block.get_submodule(path)
@@ -263,7 +263,7 @@ def _add_clamps(reading: BlockReading, block: nn.Module) -> None:
     if len({(clamp["order"], clamp["alpha"]) for clamp in clamped}) > 1 or "experts" not in limits:
         raise _refusal(block, f"its parts clamp in ways of their own: {clamps}")
     reading.fields["experts"] = {
-        "name": "clamped_ffn",
+        "name": "ffn",
         "limit": limits["experts"],
         "shared_limit": limits.get("shared_expert"),
         "order": clamped[0]["order"],

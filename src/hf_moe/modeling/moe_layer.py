@@ -1,12 +1,11 @@
 """The MoE layer: a router, experts, and an optional branch that every token uses."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration.layer_maps import at_layer
+from .clamped_unit import ClampedUnit
 from .dispatch import SortedSlots
 from .mechanisms import get_mechanism
 from .registry import build
@@ -81,8 +80,8 @@ def run_assignment(experts: nn.Module, hidden_states: torch.Tensor, assignment: 
 class SharedExperts(nn.Module):
     """The experts that every token uses, kept as one feed-forward of their total width.
 
-    With a gate the output is multiplied by `sigmoid(w . x)` per token, computed in float32. Experts that join their
-    gate and up projections in a way of their own hand it over as `unit`.
+    With a gate the output is multiplied by `sigmoid(w . x)` per token, computed in float32. Where the
+    experts' gated unit is clamped, they hand over that of this branch as `unit`.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class SharedExperts(nn.Module):
         spec: MoELayerSpec,
         intermediate_size: int,
         gate: bool,
-        unit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        unit: ClampedUnit | None = None,
     ):
         super().__init__()
         if spec.gated:
@@ -108,7 +107,7 @@ class SharedExperts(nn.Module):
         if not self.gated:
             return self.down_proj(self.act_fn(up))
         gate = self.gate_proj(hidden_states)
-        return self.down_proj(self.act_fn(gate) * up if self.unit is None else self.unit(gate, up))
+        return self.down_proj(self.act_fn(gate) * up if self.unit is None else self.unit(self.act_fn, gate, up))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self.feed_forward(hidden_states)

@@ -2,12 +2,13 @@
 
     gated:  y = W_down (act(W_gate x) * (W_up x))        plain:  y = W_down act(W_up x)
 
-each projection with or without a bias. Weights are stored stacked, as Transformers stores those of its own MoE models
-(`gate_up_proj` (E, 2f, d) with the gate first, `up_proj` (E, f, d), `down_proj` (E, d, f), each with `_bias`), so that
-PEFT's `target_parameters`, expert-parallel plans, quantisers and weight loaders apply unchanged.
+each projection with or without a bias, and the gated unit bounded where the host's is (`clamped_unit.py`). Weights are
+stored stacked, as Transformers stores those of its own MoE models (`gate_up_proj` (E, 2f, d) with the gate first,
+`up_proj` (E, f, d), `down_proj` (E, d, f), each with `_bias`), so that PEFT's `target_parameters`, expert-parallel
+plans, quantisers and weight loaders apply unchanged.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ...configuration.checks import Interval
+from ...configuration.checks import Interval, Positive
+from ..clamped_unit import ClampedUnit
 from ..dispatch import RAGGED, SortedSlots, compute_dtype, run_sorted
 from ..registry import register_experts
 from ..routing import (
@@ -38,14 +40,41 @@ class FfnExperts(Experts):
         config: the outer `HfMoeConfig`; its `_experts_implementation` picks the backend at every call.
         spec: facts of the layer.
         dropout: expert dropout: while training, the share of an expert's inner neurons that is dropped per token.
+        limit: bounds what a gated expert multiplies, see [`ClampedUnit`]; `None` bounds nothing.
+        shared_limit: the same for the shared branch.
+        order: whether the gate is clamped `"before"` its activation or `"after"` it.
+        alpha: takes the place of the host's activation, see [`ClampedUnit`].
+
+    Raises:
+        ValueError: if experts without a gate are to be clamped, or `alpha` is given with `dropout`.
     """
 
     takes_index_and_weight = True
 
     def __init__(
-        self, config, spec: MoELayerSpec, *, dropout: Annotated[float, Interval(0, 1, open_maximum=True)] = 0.0
+        self,
+        config,
+        spec: MoELayerSpec,
+        *,
+        dropout: Annotated[float, Interval(0, 1, open_maximum=True)] = 0.0,
+        limit: Positive | None = None,
+        shared_limit: Positive | None = None,
+        order: Literal["before", "after"] = "before",
+        alpha: Positive | None = None,
     ):
         super().__init__()
+        clamped = any(value is not None for value in (limit, shared_limit, alpha))
+        if clamped and not spec.gated:
+            raise ValueError(
+                f"Layer {spec.layer_idx}: limit, shared_limit and alpha are of experts with a gate, and the "
+                "feed-forward of this host has none: leave them out."
+            )
+        if alpha is not None and dropout > 0.0:
+            raise ValueError(
+                "Expert dropout acts behind the activation, whose place alpha takes: leave one of them out."
+            )
+        self.unit = ClampedUnit(limit, order, alpha) if clamped else None
+        self.shared_unit = ClampedUnit(shared_limit, order, alpha) if clamped else None
         self.config = config
         self.num_experts = spec.num_experts
         self.hidden_dim = spec.hidden_size
@@ -94,7 +123,7 @@ class FfnExperts(Experts):
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)  # (M, f) each
-        return self.act_fn(gate) * up
+        return self.act_fn(gate) * up if self.unit is None else self.unit(self.act_fn, gate, up)
 
     def forward(
         self,
