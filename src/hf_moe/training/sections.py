@@ -53,11 +53,16 @@ class Base(TypedDict, total=False):
 
 
 class Data(TypedDict, total=False):
-    """Sources of rows, see [`load_rows`]; `max_length` in tokens."""
+    """Sources of rows, see [`load_rows`]; `max_length` in tokens.
+
+    `keep_features` says whether the features of images are computed once, where what they come from is frozen; it is
+    true unless said otherwise.
+    """
 
     train: Required[str | dict[str, Any]]
     eval: str | dict[str, Any] | None
     max_length: Count | None
+    keep_features: bool
 
 
 class AdapterEvaluation(TypedDict, total=False):
