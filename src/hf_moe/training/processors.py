@@ -22,7 +22,8 @@ def load_processor(model: Any, source: str, **options: Any) -> AnyProcessor:
         model: of the checkpoint.
         options: of `from_pretrained`.
     """
-    if not host_parts(model).towers:
+    parts = host_parts(model)
+    if not (parts.towers or parts.connectors):
         return as_processor(AutoTokenizer.from_pretrained(source, **options))
     if model.config.host_type is None:
         return HfMoeProcessor.from_pretrained(source, **options)
