@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -126,11 +127,9 @@ class ModelJob(Job):
         processor = AutoProcessor.from_pretrained(options.pop("processor", host))
         if template is not None:
             processor.chat_template = template
-        if "dtype" in options:
-            options["dtype"] = getattr(torch, options["dtype"])
-        if "noise_std" in options:
-            options["noise"] = options.pop("noise_std")
-        model = HfMoeForConditionalGeneration.from_host(host, **options, seed=self.recipe.seed)
+        dtype, noise = getattr(torch, options.pop("dtype", "float32")), options.pop("noise_std", 0.0)
+        seed = self.recipe.seed
+        model = HfMoeForConditionalGeneration.from_host(host, **options, seed=seed, noise=noise, dtype=dtype)
         return model, as_processor(processor)
 
     def _of_parts(self) -> tuple[Any, AnyProcessor]:
@@ -237,7 +236,8 @@ def collect_routing(
     statistics = RoutingStatistics()
     with evaluation_mode(model):
         for chosen in batches(rows.take(limit), batch_size):
-            batch = {name: tensor.to(model.device) for name, tensor in collator(chosen).items() if name != "labels"}
+            batch = {name: value for name, value in collator(chosen).items() if name != "labels"}
+            batch = send_to_device(batch, model.device)
             statistics.update(model(**batch, output_routing=True, logits_to_keep=1).routing)
     return statistics
 
