@@ -32,8 +32,7 @@ class Host(TypedDict, total=False):
     """A model of Transformers that becomes a MoE in place, see [`~hf_moe.HfMoeForConditionalGeneration.from_host`].
 
     `host` is a Hub id, a folder, or the fields of a config with `model_type`, which give fresh weights. The processor
-    is the host's own, unless `processor` names another; fresh weights need one. Weights are float32 unless `dtype` says
-    otherwise.
+    is the host's own, unless `processor` names another; fresh weights need one. Weights are float32 by default.
     """
 
     host: Required[str | dict[str, Any]]
