@@ -6,6 +6,7 @@ import transformers
 from all_hosts import ALL, HOSTS, MULTIMODAL, fast_and_slow, in_place
 from torch import nn
 
+from hf_moe.analysis.routing_statistics import RoutingStatistics, active_parameters
 from hf_moe.modeling.parts import PARTS, freeze_towers_in_eval, host_parts, part_of, text_decoder
 from hf_moe.training.parts import train_only
 
@@ -143,6 +144,21 @@ def test_only_towers_that_train_leave_eval_mode():
     assert modes(model, [f"{VISUAL}.merger"]) == {True}
     model.eval()
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni_thinker", "idefics"])
+def test_towers_and_connectors_are_no_active_parameters(name):
+    model = in_place(name)
+    statistics = RoutingStatistics()
+    with torch.no_grad():
+        statistics.update(model(**HOSTS[name].inputs(), output_routing=True).routing)
+    active = active_parameters(model, statistics)
+    parts = host_parts(model)
+    for path in (*parts.towers, *parts.connectors):
+        model.get_submodule(path).more = nn.Linear(8, 8)
+    assert active_parameters(model, statistics) == active
+    text_decoder(model).more = nn.Linear(8, 8)
+    assert active_parameters(model, statistics) == {modality: count + 72 for modality, count in active.items()}
 
 
 def test_a_native_model_keeps_its_towers_in_eval_mode_on_request():

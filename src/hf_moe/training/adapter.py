@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoTokenizer, PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig, Trainer
 
 from ..adapters import LogRouting
 from ..adapters.conditions import conditions_read
@@ -22,11 +22,13 @@ from ..data.text import tokenizer_or_processor
 from ..evaluation.vqa import evaluate_vqa
 from ..hub.adapter_card import write_adapter_card
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.processing_hf_moe import HfMoeProcessor
+from ..modeling.parts import host_parts, part_of
 from .arguments import training_arguments
 from .job import Job, autocast, run_trainer
+from .processors import load_processor
 from .recipe import adapter_config
-from .stages import image_features
+from .sections import Recipe
+from .stages import kept_features
 
 
 class AdapterJob(Job):
@@ -57,7 +59,7 @@ class AdapterJob(Job):
                         f"The router reads the condition {name!r}, and the rows of data.{part} have no column "
                         f"{name}_ids; they have {', '.join(part_rows.column_names or ())}."
                     )
-        self.features = _features(base, model, self.processor, self.rows, self.folder)
+        self.features = _features(base, model, self.processor, self.rows, self.recipe, self.folder)
 
     def train(self, resume: bool) -> dict[str, Any]:
         recipe, processor = self.recipe, self.processor
@@ -111,9 +113,7 @@ def load_base(options: dict[str, Any]) -> tuple[Any, AnyProcessor]:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         if config.get("model_type") == HfMoeConfig.model_type:
             base = HfMoeForConditionalGeneration.from_pretrained(source, dtype=dtype, revision=revision)
-            if base.config.vision_config is not None:
-                return base, HfMoeProcessor.from_pretrained(source, revision=revision)
-            return base, TextProcessor(AutoTokenizer.from_pretrained(source, revision=revision))
+            return base, load_processor(base, source, revision=revision)
         if "vision_config" in config:
             raise ValueError(
                 f"model.base={source!r} is a {config.get('model_type')!r} model that sees: a recipe adapts decoders "
@@ -138,10 +138,11 @@ def trainable_parameters(model: PeftModel) -> dict[str, int]:
 
 
 def _features(
-    base: Any, model: PeftModel, processor: AnyProcessor, rows: dict[str, Any], folder: Path
+    base: Any, model: PeftModel, processor: AnyProcessor, rows: dict[str, Any], recipe: Recipe, folder: Path
 ) -> FeatureCache | None:
-    """Return the features of all images; `None` without a tower, or where the adapter changes the tower."""
+    """Return the features of all images; `None` without a tower, or where the adapter changes what they come from."""
     if not isinstance(base, HfMoeForConditionalGeneration):
         return None
-    adapted = any("vision_tower" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return None if adapted else image_features(base, processor, rows, [], folder)
+    parts = host_parts(model)
+    trained = {part_of(name, parts) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return kept_features(recipe, base, processor, rows, trained, folder)

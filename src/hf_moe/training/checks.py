@@ -22,7 +22,10 @@ from ..configuration.configuration_hf_moe import unknown_name_message
 from ..configuration.systems import load_preset
 from ..construction.build import config_of_decoder
 from ..construction.evolution import ExpertEvolution
+from ..construction.host_plan import plan_host
+from ..construction.materialisation import empty_model
 from ..construction.pretrained import PACKAGED, local_config
+from ..construction.refusals import host_class_of
 from ..data.sources import DATASETS, check_source
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
@@ -155,14 +158,11 @@ def _check_host(model: dict[str, Any], place: str) -> HfMoeConfig | None:
         )
     _check_system(model, place)
     with named(f"model.host of the {place}"):
-        host = (_fresh_config if fresh else local_config)(source)
+        config = (_fresh_config if fresh else local_config)(source)
+        host = None if config is None else empty_model(host_class_of(config), config)
     with named(f"model.moe_config of the {place}"):
         MoeConfig(**moe_config)
-        if host is None:
-            return None
-        system = model.get("system") or "top_k"
-        fields = {**load_preset(system)["moe_config"], **moe_config}
-        return _on_meta(HfMoeConfig.on_host(host, moe_config=fields, system=system))
+        return None if host is None else _on_meta(plan_host(host, model.get("system"), moe_config).config)
 
 
 def _on_meta(config: HfMoeConfig) -> HfMoeConfig:

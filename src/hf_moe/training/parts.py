@@ -67,6 +67,11 @@ def selects(selector: str, name: str, parts: HostParts) -> bool:
     return Selector.read(selector).selects(name, part_of(name, parts), parts)
 
 
+def trained_parts(trainable: Iterable[str]) -> set[str]:
+    """Return the parts, of [`PARTS`], that a recipe's selectors train in all or in part."""
+    return {Selector.read(selector).part for selector in trainable}
+
+
 def train_only(model: nn.Module, parts: Iterable[str], experts: Collection[str] = ()) -> dict[str, int]:
     """Make exactly the named parts trainable, whatever was trained before, and return the parameters of each.
 

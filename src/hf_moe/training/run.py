@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, ProcessorMixin, set_seed
+from accelerate.utils import send_to_device
+from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..analysis.pictures import draw_routing
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..construction.build import build_model
 from ..construction.tokenizer import train_word_tokenizer
-from ..data import FeatureCache, TextProcessor, VisionLanguageCollator, load_rows
+from ..data import FeatureCache, VisionLanguageCollator, load_rows
 from ..data.chat_template import AnyProcessor
 from ..data.pictures import undecoded
 from ..data.rows import row_messages
@@ -39,10 +40,11 @@ from .job import (
     say,
     weights_named,
 )  # fmt: skip
-from .parts import refuse_strayed
+from .parts import refuse_strayed, trained_parts
+from .processors import as_processor, load_processor
 from .recipe import load_recipe, recipe_names
 from .sections import Recipe, Stage
-from .stages import image_features, load_trained, run_stages, train_model
+from .stages import kept_features, load_trained, run_stages, train_model
 
 
 def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: bool = False) -> dict[str, Any]:
@@ -125,11 +127,9 @@ class ModelJob(Job):
         processor = AutoProcessor.from_pretrained(options.pop("processor", host))
         if template is not None:
             processor.chat_template = template
-        if "dtype" in options:
-            options["dtype"] = getattr(torch, options["dtype"])
-        if "noise_std" in options:
-            options["noise"] = options.pop("noise_std")
-        model = HfMoeForConditionalGeneration.from_host(host, **options, seed=self.recipe.seed)
+        dtype, noise = getattr(torch, options.pop("dtype", "float32")), options.pop("noise_std", 0.0)
+        seed = self.recipe.seed
+        model = HfMoeForConditionalGeneration.from_host(host, **options, seed=seed, noise=noise, dtype=dtype)
         return model, as_processor(processor)
 
     def _of_parts(self) -> tuple[Any, AnyProcessor]:
@@ -148,11 +148,12 @@ class ModelJob(Job):
     def _read_images(self) -> None:
         # Of stages, the last decides what the evaluation sees.
         trainable = self.recipe.stages[-1].trainable if self.recipe.stages else self.recipe.trainable
-        self.features = image_features(self.model, self.processor, self.rows, trainable, self.folder)
+        trained = trained_parts(trainable)
+        self.features = kept_features(self.recipe, self.model, self.processor, self.rows, trained, self.folder)
 
     def open(self, folder: Path) -> None:
         self.model = load_trained(folder)
-        self.processor = as_processor(AutoProcessor.from_pretrained(folder))
+        self.processor = load_processor(self.model, str(folder))
         self._read_images()
 
     def train(self, resume: bool) -> dict[str, Any]:
@@ -199,11 +200,6 @@ class ModelJob(Job):
         write_card(folder, model=self.model, report=report, recipe=recipe.to_dict(), pictures=pictures, **recipe.card)
 
 
-def as_processor(processor: Any) -> AnyProcessor:
-    """Return a processor, or a tokenizer alone, as the data pipeline takes it."""
-    return processor if isinstance(processor, ProcessorMixin) else TextProcessor(processor)
-
-
 def evaluate(
     recipe: Recipe, model: Any, processor: AnyProcessor, rows: Any, features: FeatureCache | None
 ) -> tuple[dict[str, Any], RoutingStatistics]:
@@ -212,7 +208,8 @@ def evaluate(
     options = {"feature_cache": features, "batch_size": wanted.get("batch_size", 64)}
     with autocast(model, wanted):
         result = evaluate_vqa(model, processor, rows, **options)
-        statistics = collect_routing(model, VisionLanguageCollator(processor, feature_cache=features), rows)
+        collator = VisionLanguageCollator(processor, feature_cache=features, config=model.config)
+        statistics = collect_routing(model, collator, rows)
         report = {
             "accuracy": result["accuracy"],
             "accuracy_by_question_type": result["accuracy_by_question_type"],
@@ -239,7 +236,8 @@ def collect_routing(
     statistics = RoutingStatistics()
     with evaluation_mode(model):
         for chosen in batches(rows.take(limit), batch_size):
-            batch = {name: tensor.to(model.device) for name, tensor in collator(chosen).items() if name != "labels"}
+            batch = {name: value for name, value in collator(chosen).items() if name != "labels"}
+            batch = send_to_device(batch, model.device)
             statistics.update(model(**batch, output_routing=True, logits_to_keep=1).routing)
     return statistics
 

@@ -32,7 +32,7 @@ class Host(TypedDict, total=False):
     """A model of Transformers that becomes a MoE in place, see [`~hf_moe.HfMoeForConditionalGeneration.from_host`].
 
     `host` is a Hub id, a folder, or the fields of a config with `model_type`, which give fresh weights. The processor
-    is the host's own, unless `processor` names another; fresh weights need one.
+    is the host's own, unless `processor` names another; fresh weights need one. Weights are float32 by default.
     """
 
     host: Required[str | dict[str, Any]]
@@ -53,11 +53,16 @@ class Base(TypedDict, total=False):
 
 
 class Data(TypedDict, total=False):
-    """Sources of rows, see [`load_rows`]; `max_length` in tokens."""
+    """Sources of rows, see [`load_rows`]; `max_length` in tokens.
+
+    `keep_features` says whether the features of images are computed once, where what they come from is frozen; it is
+    true unless said otherwise.
+    """
 
     train: Required[str | dict[str, Any]]
     eval: str | dict[str, Any] | None
     max_length: Count | None
+    keep_features: bool
 
 
 class AdapterEvaluation(TypedDict, total=False):

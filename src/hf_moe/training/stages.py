@@ -5,7 +5,9 @@ the same run. Its folder `stages/<number>_<name>` holds the trainer's checkpoint
 `stage.json`; a finished stage is not run again.
 """
 
+import inspect
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,11 @@ from ..construction.evolution import EVOLUTION_FILE, ExpertEvolution
 from ..data import FeatureCache, VisionLanguageCollator, tokenize_rows
 from ..data.text import tokenizer_or_processor
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.parts import host_parts
+from ..modeling.parts import host_parts, part_of
 from .arguments import training_arguments
 from .constructions import construct_stage, evolution_of
 from .job import STAGE_FILE, run_trainer, say, stage_folders
-from .parts import Selector, refuse_strayed, train_only
+from .parts import refuse_strayed, train_only, trained_parts
 from .sections import Recipe, Stage
 from .trainer import HfMoeTrainer
 
@@ -77,7 +79,7 @@ def _run_stage(
     resume: bool,
 ) -> dict[str, Any]:
     evolution = evolution_of(stage, model, recipe.seed)
-    features = image_features(model, processor, rows, stage.trainable, run_folder)
+    features = kept_features(recipe, model, processor, rows, trained_parts(stage.trainable), run_folder)
     record = train_model(recipe, stage, model, processor, rows["train"], features, folder, resume, evolution)
     model.save_pretrained(folder / "model")
     if evolution is not None:
@@ -152,7 +154,9 @@ def train_model(
         model=model,
         args=training_arguments({**recipe.training, **stage.training}, recipe.seed, folder),
         train_dataset=tokenize_rows(rows, processor),
-        data_collator=VisionLanguageCollator(processor, recipe.data.get("max_length"), features),
+        data_collator=VisionLanguageCollator(
+            processor, recipe.data.get("max_length"), features, config=model.config
+        ),
         processing_class=tokenizer_or_processor(processor),
         callbacks=callbacks,
         learning_rate_scales=stage.learning_rate_scales,
@@ -161,15 +165,43 @@ def train_model(
     return {"trainable_parameters": trainable, **run_trainer(trainer, folder, resume, needed)}
 
 
-def image_features(
-    model: Any, processor: Any, rows: dict[str, Any], trainable: list[str], folder: Path
+def kept_features(
+    recipe: Recipe, model: Any, processor: Any, rows: dict[str, Any], trained: Collection[str], folder: Path
 ) -> FeatureCache | None:
-    """Return the features of all images of a run; `None` where the tower is trained, or the model has none of ours."""
-    towers = host_parts(model).towers
-    trained = any(Selector.read(selector).part == "tower" for selector in trainable)
-    if not towers or trained or model.config.host_type is not None:
+    """Return the features of all images of a run, unless the recipe says not to keep them; see [`image_features`]."""
+    if not recipe.data.get("keep_features", True):
         return None
-    model.get_submodule(towers[0]).requires_grad_(False)
-    pictured = [part for part in rows.values() if "images" in part.column_names]
-    images = concatenate_datasets([part.select_columns(["images"]) for part in pictured]) if pictured else []
+    return image_features(model, processor, rows, trained, folder)
+
+
+def image_features(
+    model: Any, processor: Any, rows: dict[str, Any], trained: Collection[str], folder: Path
+) -> FeatureCache | None:
+    """Return the features of all images of a run, and of all videos where the host takes them.
+
+    Of a host of Transformers they are what its connector returns, of a model that is put together what its tower does.
+
+    Args:
+        rows: of the training and of the evaluation.
+        trained: parts that are trained.
+
+    Returns:
+        `None` without a tower, where what the features come from is trained, and of hosts that take pixels alone.
+    """
+    parts, base = host_parts(model), model.base_model
+    hosted = model.config.host_type is not None
+    encoding = {"tower", "connector"} if hosted else {"tower"}
+    if not parts.towers or not encoding.isdisjoint(trained):
+        return None
+    if hosted and "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        return None
+    for name, parameter in model.named_parameters():
+        if part_of(name, parts) in encoding:
+            parameter.requires_grad_(False)
+    media = ("images", "videos") if hosted else ("images",)
+    seen = [(part, [name for name in media if name in part.column_names]) for part in rows.values()]
+    pictured = [part.select_columns(names) for part, names in seen if names]
+    if hosted and not pictured:
+        return None
+    images = concatenate_datasets(pictured) if pictured else []
     return FeatureCache.build(model, processor, images, cache_dir=folder / "features")
