@@ -19,7 +19,8 @@ from hf_moe.hub.host_facts import (
 )
 
 
-MULTIMODAL = sorted(set(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()))
+# UDOP is an encoder-decoder, and so no host; its config has no parts.
+MULTIMODAL = sorted({*modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()} - {"UdopForConditionalGeneration"})
 # Transformers lists these as sequence-to-sequence models.
 UNLISTED = ["AudioFlamingo3ForConditionalGeneration", "MusicFlamingoForConditionalGeneration"]
 TEXT = ["LlamaForCausalLM", "Gemma3ForCausalLM", "Gemma4ForCausalLM", "Llama4ForCausalLM", "Mistral4ForCausalLM"]
@@ -107,6 +108,7 @@ def test_a_model_put_together_sees_where_it_has_a_tower():
         (Gemma3TextConfig(architectures=["Gemma3ForCausalLM"]), ("text",)),
         (Qwen2VLConfig(architectures=["Qwen2VLForConditionalGeneration"]), ("text", "image", "video")),
         (PreTrainedConfig(), ("text",)),
+        (PreTrainedConfig(architectures=["OddModel"]), ("text",)),
     ],
     ids=lambda value: "",
 )

@@ -15,11 +15,13 @@ from hosted_checkpoints import (
     write_wave,
 )
 from huggingface_hub import ModelCard
+from peft import get_peft_model
 from transformers import AutoModelForMultimodalLM, audio_utils, processing_utils
 
-from hf_moe import HfMoeProcessor
+from hf_moe import HfMoeProcessor, MoeLoraConfig
 from hf_moe.analysis.routing_statistics import RoutingStatistics
 from hf_moe.cli import main
+from hf_moe.hub.adapter_card import write_adapter_card
 from hf_moe.hub.card import write_card
 from hf_moe.hub.contents import encoder_parameters
 from hf_moe.hub.inspection import inspect_checkpoint
@@ -251,3 +253,25 @@ def test_a_push_without_the_processor_is_refused(tmp_path):
     write_card(tmp_path, model=model, report={})
     with pytest.raises(FileNotFoundError, match="lacks processor_config.json, tokenizer_config.json"):
         checkpoint_files(tmp_path)
+
+
+def test_a_model_pushed_by_its_method_is_complete(hub):
+    hosted_model("qwen2_audio").push_to_hub("owner/heard")
+    processor("qwen2_audio").push_to_hub("owner/heard")
+    files = hub.files("owner/heard")
+    assert {"README.md", "LICENSE", "model.safetensors", "chat_template.jinja", "processor_config.json"} <= set(files)
+    assert "pipeline_tag: audio-text-to-text" in files["README.md"].decode()
+    assert 'checkpoint = "owner/heard"' in files["README.md"].decode()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_card_of_an_adapter_opens_its_host(tmp_path, own):
+    base = hosted_model("qwen2_audio") if own else HOSTS["qwen2_audio"].build()
+    base.config.architectures = [type(base).__name__]
+    adapted = get_peft_model(base, MoeLoraConfig(target_modules=r".*language_model.*q_proj"))
+    adapted.save_pretrained(tmp_path)
+    card = ModelCard.load(write_adapter_card(tmp_path, model=adapted, report={}, base_models=["owner/base"]))
+    assert card.data.pipeline_tag == "audio-text-to-text"
+    opened = "AutoModelForImageTextToText" if own else "AutoModelForMultimodalLM"
+    assert f"from transformers import {opened}, AutoProcessor" in card.text
+    assert ("trust_remote_code=True" in card.text) == own

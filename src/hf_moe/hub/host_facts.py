@@ -5,16 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
 
 
 # In the order of the modality ids.
 MODALITIES = ("text", "image", "video", "audio")
-# Classes that are no more than a decoder with its head.
-DECODERS = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} - {*MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}
 # The part of a config without which a host takes none of these.
 TOWERS = {"vision_config": ("image", "video"), "audio_config": ("audio",)}
 # What one token of each stands for.
@@ -41,13 +35,14 @@ def host_name(config: Any) -> str | None:
 
 def modalities(config: Any) -> tuple[str, ...]:
     """Return what a model takes, text first, in the order of the modality ids."""
-    host = host_name(config)
+    # A user's own class is none of Transformers.
+    host = getattr(transformers, host_name(config) or "", None)
     declared: tuple[str, ...] | str = ()
     if host is None:
         declared = ("image",) if getattr(config, "vision_config", None) is not None else ()
-    # A decoder alone inherits what the host that it comes from declares.
-    elif host not in DECODERS:
-        declared = getattr(transformers, host).input_modalities
+    # A decoder alone inherits what the host that it comes from declares; its config has no parts.
+    elif host.config_class.sub_configs:
+        declared = host.input_modalities
     # A class names a single one as a word.
     taken = {"text", *([declared] if isinstance(declared, str) else declared)}
     for tower, served in TOWERS.items():
