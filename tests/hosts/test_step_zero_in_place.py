@@ -38,8 +38,7 @@ def test_its_loss_is_that_of_its_logits(name):
     assert_near(outputs.loss, expected + outputs.aux_loss)
 
 
-# Softmax over all experts, the best of them: what AnyExperts starts from.
-@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe_thinker", "aria"])
+@pytest.mark.parametrize("name", ADOPTED)
 def test_an_adopted_host_becomes_elastic_with_equal_logits(name):
     model, inputs = in_place(name), HOSTS[name].inputs()
     convert_router(model, "anyexperts")
