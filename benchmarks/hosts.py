@@ -40,6 +40,7 @@ from hf_moe.construction.upcycling import ffn_state, take_neurons
 from hf_moe.data import VisionLanguageCollator, load_rows
 from hf_moe.modeling.host import decoder_layers, ffn_name, read_ffn
 from hf_moe.modeling.parts import text_decoder
+from hf_moe.training.parts import train_only
 
 
 MOE = {"layers": "all", "num_experts": 8, "num_experts_per_tok": 2}
@@ -57,6 +58,9 @@ SETTINGS = {"base_steps": 300, "steps": 160, "rows": 7000, "test_rows": 1400, "b
 QUICK = {**SETTINGS, "base_steps": 2, "steps": 2, "rows": 28, "test_rows": 14, "batch_size": 7}
 QUICK_SIZES = {"hidden_size": 64, "layers": 2}
 PAD = {"input_ids": 0, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}
+
+# All but Whisper's layers.
+PARTS = ("connector", "tower/image", "routers", "experts", "embeddings", "backbone")
 
 Row = dict[str, Any]
 
@@ -106,9 +110,7 @@ class Data:
 
 def train(model: Any, batches: Iterator[dict[str, torch.Tensor]], steps: int, rate: float, decay: bool) -> float:
     """Train all but Whisper's layers; the rate falls to zero where it decays. Return the seconds."""
-    tower = model.model.audio_tower
-    tower.requires_grad_(False)
-    tower.proj.requires_grad_(True)
+    train_only(model, PARTS)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
 

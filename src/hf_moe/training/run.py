@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..analysis.pictures import draw_routing
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..construction.build import build_model
+from ..construction.pretrained import host_folder
 from ..construction.tokenizer import train_word_tokenizer
 from ..data import FeatureCache, VisionLanguageCollator, load_rows
 from ..data.chat_template import AnyProcessor
@@ -124,7 +125,7 @@ class ModelJob(Job):
         """Return a model of Transformers as a MoE, and its processor."""
         options = dict(self.recipe.model)
         host, template = options.pop("host"), options.pop("chat_template", None)
-        processor = AutoProcessor.from_pretrained(options.pop("processor", host))
+        processor = AutoProcessor.from_pretrained(host_folder(options.pop("processor", host)))
         if template is not None:
             processor.chat_template = template
         dtype, noise = getattr(torch, options.pop("dtype", "float32")), options.pop("noise_std", 0.0)
