@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPImageProcessor
+from small_hosts import small_host
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPImageProcessor, LlavaProcessor
 
 from hf_moe.construction.tokenizer import train_word_tokenizer
 
@@ -49,4 +50,29 @@ def tower_folder(tmp_path_factory):
     AutoModel.from_config(config).save_pretrained(folder)
     size = {"height": 16, "width": 16}
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def llava_folder(tmp_path_factory):
+    """A multimodal model as the Hub keeps it: weights, processor with a chat template, generation settings."""
+    tokenizer = train_word_tokenizer([*TEXTS, "USER ASSISTANT :"], image_token="<image>")
+    size = {"height": 8, "width": 8}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=(
+            "{% for message in messages %}{% for part in message['content'] %}"
+            "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %} {% endfor %}"
+        ),
+    )
+    host = small_host("llava", image_token_index=processor.image_token_id)
+    host.generation_config.max_new_tokens = 7
+    folder = tmp_path_factory.mktemp("llava")
+    host.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return str(folder)

