@@ -128,10 +128,22 @@ def test_the_bias_of_the_gate_shows_in_what_is_kept(source):
 
 
 def test_a_refusal_names_the_routers_that_can():
-    message = "'top_k' cannot start as this DeepseekV3Router: it has no a bias on the choice and no expert groups"
+    message = "'top_k' cannot start as this DeepseekV3Router, which has a bias on the choice and expert groups"
     with pytest.raises(ValueError, match=message) as raised:
         convert_router(source_model("sigmoid, bias, groups, scale, shared"), "top_k")
     assert "Convert to 'deepseek_v3' or 'ming_multi_router' or 'anyexperts', which can." in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("one scaled input", "this Llama4Router, whose weight scales what an expert sees. Keep the router"),
+        ("a gate per modality", "this MingMultiRouter, which is more than one top-k gate. Keep the router"),
+    ],
+)
+def test_a_gate_that_is_no_top_k_gate_is_refused_with_the_reason(source, reason):
+    with pytest.raises(ValueError, match=reason):
+        convert_router(source_model(source), "top_k")
 
 
 @pytest.mark.parametrize("source", ["sigmoid", "banks, half each", "one scaled input"])

@@ -123,10 +123,12 @@ def starting_options(name: str, router: Router, spec: MoELayerSpec) -> dict[str,
     if form is None:
         if own_kind:
             return {}
-        raise ValueError(f"{place}, which is more than one top-k gate. {_remedy(form, spec)}")
+        scaled = isinstance(router, Llama4Router)
+        reason = "whose weight scales what an expert sees" if scaled else "which is more than one top-k gate"
+        raise ValueError(f"{place}, {reason}. {_remedy(form, spec)}")
     missing = [words for need, words in needs(form, spec).items() if need not in EXPRESSES[name]]
     if missing:
-        raise ValueError(f"{place}: it has no {' and no '.join(missing)}. {_remedy(form, spec)}")
+        raise ValueError(f"{place}, which has {' and '.join(missing)}. {_remedy(form, spec)}")
     return OPTIONS[name](form, spec)
 
 
