@@ -35,6 +35,8 @@ SOURCES = {
     "softmax, shared": ({"router": "top_k", **SHARED}, False, ALL),
     "softmax, plain": ({"router": {"name": "top_k", "norm_topk_prob": False}}, False, ALL - {"ming_multi_router"}),
     "softmax, scaled": ({"router": {"name": "top_k", "routed_scaling_factor": 1.5}}, False, ALL - {"deepseekmoe"}),
+    "softmax, capacity": ({"router": {"name": "top_k", "capacity_factor": 1.0}}, False, {"top_k"}),
+    "switch": ({"router": "switch_transformer", "num_experts_per_tok": 1}, False, {"top_k"}),
     "deepseekmoe": ({"router": "deepseekmoe"}, False, ALL - {"ming_multi_router"}),
     "sigmoid": ({"router": {"name": "top_k", "score_function": "sigmoid"}}, False, ALL - {"deepseekmoe"}),
     "sigmoid, plain": (
@@ -150,6 +152,12 @@ def test_a_gate_that_is_no_top_k_gate_is_refused_with_the_reason(source, reason)
 def test_rules_of_its_own_do_not_start_from_other_scores(source):
     with pytest.raises(ValueError, match="it takes over the rows of a gate with softmax scores"):
         convert_router(source_model(source), "moiie")
+
+
+def test_a_capacity_of_training_goes_along():
+    model = copy.deepcopy(source_model("switch"))
+    convert_router(model, "top_k")
+    assert model.moe_layers()[0].router.capacity_factor == 1.25
 
 
 def test_options_of_the_user_go_first():
