@@ -35,6 +35,8 @@ SOURCES = {
     "softmax, shared": ({"router": "top_k", **SHARED}, False, ALL),
     "softmax, plain": ({"router": {"name": "top_k", "norm_topk_prob": False}}, False, ALL - {"ming_multi_router"}),
     "softmax, scaled": ({"router": {"name": "top_k", "routed_scaling_factor": 1.5}}, False, ALL - {"deepseekmoe"}),
+    "softmax, capacity": ({"router": {"name": "top_k", "capacity_factor": 1.0}}, False, {"top_k"}),
+    "switch": ({"router": "switch_transformer", "num_experts_per_tok": 1}, False, {"top_k"}),
     "deepseekmoe": ({"router": "deepseekmoe"}, False, ALL - {"ming_multi_router"}),
     "sigmoid": ({"router": {"name": "top_k", "score_function": "sigmoid"}}, False, ALL - {"deepseekmoe"}),
     "sigmoid, plain": (
@@ -128,16 +130,34 @@ def test_the_bias_of_the_gate_shows_in_what_is_kept(source):
 
 
 def test_a_refusal_names_the_routers_that_can():
-    message = "'top_k' cannot start as this DeepseekV3Router: it has no a bias on the choice and no expert groups"
+    message = "'top_k' cannot start as this DeepseekV3Router, which has a bias on the choice and expert groups"
     with pytest.raises(ValueError, match=message) as raised:
         convert_router(source_model("sigmoid, bias, groups, scale, shared"), "top_k")
     assert "Convert to 'deepseek_v3' or 'ming_multi_router' or 'anyexperts', which can." in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("one scaled input", "this Llama4Router, whose weight scales what an expert sees. Keep the router"),
+        ("a gate per modality", "this MingMultiRouter, which is more than one top-k gate. Keep the router"),
+    ],
+)
+def test_a_gate_that_is_no_top_k_gate_is_refused_with_the_reason(source, reason):
+    with pytest.raises(ValueError, match=reason):
+        convert_router(source_model(source), "top_k")
 
 
 @pytest.mark.parametrize("source", ["sigmoid", "banks, half each", "one scaled input"])
 def test_rules_of_its_own_do_not_start_from_other_scores(source):
     with pytest.raises(ValueError, match="it takes over the rows of a gate with softmax scores"):
         convert_router(source_model(source), "moiie")
+
+
+def test_a_capacity_of_training_goes_along():
+    model = copy.deepcopy(source_model("switch"))
+    convert_router(model, "top_k")
+    assert model.moe_layers()[0].router.capacity_factor == 1.25
 
 
 def test_options_of_the_user_go_first():

@@ -12,6 +12,7 @@ what the old gate does and on what the new router can do:
 | with a bias on a softmax | – | – | = | = if renormalised | = if 1 < K < E |
 | groups by their two best | – | – | = | = if renormalised | = if 1 < K < E |
 | groups by their best | – | – | = | – | = if 1 < K < E |
+| a capacity while training | = | – | – | – | – |
 | a bank for text, one for vision | – | – | – | – | = if 1 < K < E |
 | a gate per modality | – | – | – | – | – |
 | the input scaled (Llama 4) | – | – | – | – | – |
@@ -45,6 +46,7 @@ class GateForm:
         biased: whether a bias moves the choice.
         groups: n_group, topk_group and group_score.
         banks: whether text and vision tokens have experts of their own.
+        capacity: of an expert while training, see [`TopKRouter`].
     """
 
     scores: str = "softmax"
@@ -53,14 +55,20 @@ class GateForm:
     biased: bool = False
     groups: tuple[int, int, str] = (1, 1, "best_two")
     banks: bool = False
+    capacity: float | None = None
 
 
 def gate_form(router: Router) -> GateForm | None:
     """Return what a router computes; `None` for one that is more, or other, than one top-k gate."""
     if isinstance(router, TopKRouter):
-        return GateForm(router.score_function, router.norm_topk_prob, router.routed_scaling_factor)
+        return GateForm(
+            router.score_function,
+            router.norm_topk_prob,
+            router.routed_scaling_factor,
+            capacity=router.capacity_factor,
+        )
     if isinstance(router, SwitchTransformerRouter):
-        return GateForm(normalised=False)
+        return GateForm(normalised=False, capacity=router.capacity_factor)
     if isinstance(router, DeepseekMoERouter):
         return GateForm(normalised=router.norm_topk_prob)
     if isinstance(router, DeepseekV3Router):
@@ -88,6 +96,7 @@ def needs(form: GateForm, spec: MoELayerSpec) -> dict[str, str]:
         "groups": ("expert groups", form.groups[0] > 1),
         "best": ("groups scored by their best expert", form.groups[0] > 1 and form.groups[2] == "best"),
         "banks": ("a bank of experts for text and one for vision", form.banks),
+        "capacity": ("a capacity while training (capacity_factor)", form.capacity is not None),
         "fixed": (
             f"a fixed number of slots (AnyExperts moves between slots, and num_experts_per_tok={slots} of {choice} "
             "experts that a token may choose from leaves none: it needs 1 < num_experts_per_tok < num_experts)",
@@ -99,7 +108,7 @@ def needs(form: GateForm, spec: MoELayerSpec) -> dict[str, str]:
 
 # What each router can do of these.
 EXPRESSES = {
-    "top_k": {"sigmoid", "plain", "scale", "fixed"},
+    "top_k": {"sigmoid", "plain", "scale", "capacity", "fixed"},
     "deepseekmoe": {"plain", "fixed"},
     "deepseek_v3": {"sigmoid", "plain", "scale", "bias", "groups", "best", "fixed"},
     "ming_multi_router": {"sigmoid", "scale", "bias", "groups", "fixed"},
@@ -123,10 +132,12 @@ def starting_options(name: str, router: Router, spec: MoELayerSpec) -> dict[str,
     if form is None:
         if own_kind:
             return {}
-        raise ValueError(f"{place}, which is more than one top-k gate. {_remedy(form, spec)}")
+        scaled = isinstance(router, Llama4Router)
+        reason = "whose weight scales what an expert sees" if scaled else "which is more than one top-k gate"
+        raise ValueError(f"{place}, {reason}. {_remedy(form, spec)}")
     missing = [words for need, words in needs(form, spec).items() if need not in EXPRESSES[name]]
     if missing:
-        raise ValueError(f"{place}: it has no {' and no '.join(missing)}. {_remedy(form, spec)}")
+        raise ValueError(f"{place}, which has {' and '.join(missing)}. {_remedy(form, spec)}")
     return OPTIONS[name](form, spec)
 
 
@@ -145,11 +156,7 @@ def _remedy(form: GateForm | None, spec: MoELayerSpec) -> str:
 
 
 def top_k_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
-    return {
-        "score_function": form.scores,
-        "norm_topk_prob": form.normalised,
-        "routed_scaling_factor": form.scale,
-    }
+    return {**_score_options(form), "capacity_factor": form.capacity}
 
 
 def deepseekmoe_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
@@ -157,7 +164,7 @@ def deepseekmoe_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
 
 
 def deepseek_v3_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
-    return {**top_k_options(form, spec), **_group_options(form)}
+    return {**_score_options(form), **_group_options(form)}
 
 
 def ming_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
@@ -190,6 +197,14 @@ def anyexperts_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
     if form.banks:
         options["isolated_banks"] = True
     return options
+
+
+def _score_options(form: GateForm) -> dict[str, Any]:
+    return {
+        "score_function": form.scores,
+        "norm_topk_prob": form.normalised,
+        "routed_scaling_factor": form.scale,
+    }
 
 
 def _group_options(form: GateForm) -> dict[str, Any]:
