@@ -6,6 +6,8 @@ import torch
 from host_processors import HOSTS, RATE
 from PIL import Image
 
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.analysis.routing_statistics import RoutingStatistics
 from hf_moe.data import VisionLanguageCollator, load_rows
 from hf_moe.evaluation.vqa import evaluate_vqa, predict_answers
 
@@ -73,3 +75,17 @@ def test_training_mode_of_a_host_is_left_as_it_was():
     model = host.model().train()
     predict_answers(model, host.processor, questions("image"), candidates=["a"])
     assert model.training
+
+
+def test_statistics_of_a_host_count_every_real_token():
+    host, rows = HOSTS["qwen2_5_vl"](), questions("image")
+    moe_config = {"num_experts": 4, "num_experts_per_tok": 2, "router": "top_k"}
+    config = HfMoeConfig.on_host(host.config(), host.model_class, moe_config=moe_config)
+    model, statistics = HfMoeForConditionalGeneration(config).eval(), RoutingStatistics()
+    predict_answers(model, host.processor, rows, candidates=["a", "b"], statistics=statistics, batch_size=2)
+    batch = VisionLanguageCollator(host.processor, train=False)(list(rows))
+    images = (batch["mm_token_type_ids"] == 1).sum()
+    assert images and all(tokens[1] == images for tokens in statistics.tokens.values())
+    assert all(tokens.sum() == batch["attention_mask"].sum() for tokens in statistics.tokens.values())
+    model(**batch)
+    assert all(tokens[1] == images for tokens in statistics.tokens.values())
