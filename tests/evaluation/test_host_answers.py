@@ -9,7 +9,8 @@ from PIL import Image
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.analysis.routing_statistics import RoutingStatistics
 from hf_moe.data import VisionLanguageCollator, load_rows
-from hf_moe.evaluation.vqa import evaluate_vqa, predict_answers
+from hf_moe.evaluation.scoring import exact_match_score, score_answers
+from hf_moe.evaluation.vqa import check_references, evaluate_vqa, predict_answers
 
 
 ONE_OF_EACH = {
@@ -53,6 +54,8 @@ def test_a_host_answers_what_it_has_learnt(name, kind):
     model = learnt(host, rows)
     result = evaluate_vqa(model, host.processor, rows, max_new_tokens=4)
     assert result["predictions"] == ["ab", "cd", "ef"] and result["accuracy"] == 1.0
+    references = check_references(rows)
+    assert score_answers(exact_match_score, result["predictions"], references, name="exact_match")["exact_match"] == 1
     # Rows of one batch do not change each other, and neither does the padding of their prompts.
     assert predict_answers(model, host.processor, rows, max_new_tokens=4, batch_size=1) == result["predictions"]
     first, _, last = rows
