@@ -105,7 +105,7 @@ def test_a_row_to_learn_has_the_ids_of_the_processor(host, made):
     assert not host.processor.tokenizer.decode(whole[0, length:]).strip()
 
 
-def test_the_answers_alone_are_learnt_behind_expanded_placeholders(host, made):
+def test_answers_alone_are_learnt_behind_expanded_placeholders(host, made):
     batch = VisionLanguageCollator(host.processor)(several(made, host))
     learnt = [host.processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
     end = "<|im_end|>"
