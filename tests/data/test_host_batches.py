@@ -105,7 +105,7 @@ def test_a_row_to_learn_has_the_ids_of_the_processor(host, made):
     assert not host.processor.tokenizer.decode(whole[0, length:]).strip()
 
 
-def test_the_answers_alone_are_learnt_behind_expanded_placeholders(host, made):
+def test_answers_alone_are_learnt_behind_expanded_placeholders(host, made):
     batch = VisionLanguageCollator(host.processor)(several(made, host))
     learnt = [host.processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
     end = "<|im_end|>"
@@ -159,9 +159,9 @@ def test_no_span_is_cut(host, made):
         whole = VisionLanguageCollator(host.processor)([learnt])
         last = whole["mm_token_type_ids"][0].nonzero().max().item()
         wanted = last + 1 + len(host.processor.tokenizer("what is it?")["input_ids"])
-        with pytest.raises(ValueError, match=rf"Row 0 of the batch .*max_length={last} would cut"):
+        with pytest.raises(ValueError, match=rf"^Row 0 of the batch has .*max_length={last} would cut"):
             VisionLanguageCollator(host.processor, max_length=last)([learnt])
-        with pytest.raises(ValueError, match="Row 0 of the batch has no assistant token to learn"):
+        with pytest.raises(ValueError, match="^Row 0 of the batch has no assistant token to learn"):
             VisionLanguageCollator(host.processor, max_length=wanted)([learnt])
         cut = VisionLanguageCollator(host.processor, max_length=whole["input_ids"].shape[1] - 2)([learnt])
         assert torch.equal(cut["input_ids"], whole["input_ids"][:, :-2])

@@ -85,6 +85,7 @@ VIDEOS = {
     "list of images": lambda _: pictures(),
     "list of paths": lambda folder: [str(folder / "frames" / f"{index * 5}.png") for index in range(4)],
     "array": lambda _: FRAMES,
+    "lists of numbers": lambda _: FRAMES.tolist(),
     "tensor, channels first": lambda _: torch.from_numpy(FRAMES).permute(0, 3, 1, 2),
     "floats": lambda _: FRAMES / 255,
     "bytes": lambda _: animation(),
@@ -122,6 +123,7 @@ WRONG_VIDEOS = {
     "a missing file": ("lost.mp4", "there is no file 'lost.mp4'"),
     "two sizes": (pictures() + [Image.new("RGB", (8, 8))], "frame 4 is of 8 x 8 pixels, and frame 0 of 16 x 16"),
     "a damaged frame": ([b"x"], "frame 0: "),
+    "uneven numbers": ([[[1, 2], [3]]], "lists of unequal lengths are no array"),
     "two keys": ({"frames": pictures(), "path": "x"}, "videos under frames and path"),
     "no key": ({"fps": 2}, "no video under its keys"),
     "a rate of nothing": ({"frames": pictures(), "fps": 0}, "fps=0"),
@@ -256,6 +258,7 @@ ROWS = {
         "videos": ["frames"], "audios": ["sound.wav"],
     },
     "question": {"question": "what is it?", "answer": "a thing", "videos": ["frames"], "audios": ["sound.wav"]},
+    "numbers": {"messages": ASKED, "videos": [FRAMES.tolist()], "audios": ["sound.wav"]},
     "records": {
         "messages": ASKED, "videos": [{"path": "frames", "fps": 2}],
         "audios": [{"array": SAMPLES.tolist(), "sampling_rate": RATE}],

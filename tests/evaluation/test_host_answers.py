@@ -6,8 +6,11 @@ import torch
 from host_processors import HOSTS, RATE
 from PIL import Image
 
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.analysis.routing_statistics import RoutingStatistics
 from hf_moe.data import VisionLanguageCollator, load_rows
-from hf_moe.evaluation.vqa import evaluate_vqa, predict_answers
+from hf_moe.evaluation.scoring import exact_match_score, score_answers
+from hf_moe.evaluation.vqa import check_references, evaluate_vqa, predict_answers
 
 
 ONE_OF_EACH = {
@@ -51,6 +54,8 @@ def test_a_host_answers_what_it_has_learnt(name, kind):
     model = learnt(host, rows)
     result = evaluate_vqa(model, host.processor, rows, max_new_tokens=4)
     assert result["predictions"] == ["ab", "cd", "ef"] and result["accuracy"] == 1.0
+    references = check_references(rows)
+    assert score_answers(exact_match_score, result["predictions"], references, name="exact_match")["exact_match"] == 1
     # Rows of one batch do not change each other, and neither does the padding of their prompts.
     assert predict_answers(model, host.processor, rows, max_new_tokens=4, batch_size=1) == result["predictions"]
     first, _, last = rows
@@ -73,3 +78,17 @@ def test_training_mode_of_a_host_is_left_as_it_was():
     model = host.model().train()
     predict_answers(model, host.processor, questions("image"), candidates=["a"])
     assert model.training
+
+
+def test_statistics_of_a_host_count_every_real_token():
+    host, rows = HOSTS["qwen2_5_vl"](), questions("image")
+    moe_config = {"num_experts": 4, "num_experts_per_tok": 2, "router": "top_k"}
+    config = HfMoeConfig.on_host(host.config(), host.model_class, moe_config=moe_config)
+    model, statistics = HfMoeForConditionalGeneration(config).eval(), RoutingStatistics()
+    predict_answers(model, host.processor, rows, candidates=["a", "b"], statistics=statistics, batch_size=2)
+    batch = VisionLanguageCollator(host.processor, train=False)(list(rows))
+    images = (batch["mm_token_type_ids"] == 1).sum()
+    assert images and all(tokens[1] == images for tokens in statistics.tokens.values())
+    assert all(tokens.sum() == batch["attention_mask"].sum() for tokens in statistics.tokens.values())
+    model(**batch)
+    assert all(tokens[1] == images for tokens in statistics.tokens.values())

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 ENCODED = ("image", "video")  # what a forward takes encoded, in `mm_encoder_outputs`
 POOLED = "pooler_output"  # a tensor, or one of each image; other fields are lists of either, by layer
+WITHOUT = "train without the cache, in a recipe by keep_features: false"
 Kept: TypeAlias = dict[str, Any]
 
 
@@ -165,7 +166,7 @@ def _inputs(model: Any, kind: str) -> tuple[str, ...]:
     if method is None or "mm_encoder_outputs" not in inspect.signature(_base(model).forward).parameters:
         raise ValueError(
             f"{type(model).__name__} takes no encoded {NOUNS[kind]} (mm_encoder_outputs), so their features cannot be "
-            "kept: train without the cache."
+            f"kept: {WITHOUT}."
         )
     return tuple(inspect.signature(method).parameters)
 
@@ -226,7 +227,7 @@ def _check_frozen(model: Any, kind: str, batch: dict[str, Any]) -> None:
         trained = [name for name, value in model.named_parameters() if value.requires_grad and parts.holder(name)]
         raise ValueError(
             f"Features can be kept only of frozen towers and connectors, and of those of {NOUNS[kind]} "
-            f"{', '.join(trained[:3]) or 'some'} are trainable: freeze them, or train without the cache."
+            f"{', '.join(trained[:3]) or 'some'} are trainable: freeze them, or {WITHOUT}."
         )
 
 
@@ -242,7 +243,7 @@ def _check_alone(model: Any, host: HostInputs, kind: str, items: list[Any]) -> N
         if first.shape != second.shape or not torch.allclose(first, second, atol=1e-3, rtol=1e-2):
             raise ValueError(
                 f"{type(model).__name__} makes other features ({name}) of two {NOUNS[kind]} together than of each "
-                "alone: train without the cache."
+                f"alone: {WITHOUT}."
             )
 
 

@@ -172,9 +172,9 @@ class HostInputs:
         batch = processor(text=marked, return_tensors="pt", **self._media(rows))
         result = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         result |= pad_tokens(tokens, self.processor.tokenizer, self.conversations.train)
-        types = result.get("mm_token_type_ids")
-        types = modality_ids(result["input_ids"], self.media_ids) if types is None else types
-        return result | {"mm_token_type_ids": types * result["attention_mask"]}
+        if "mm_token_type_ids" not in result:
+            result["mm_token_type_ids"] = modality_ids(result["input_ids"], self.media_ids)
+        return result
 
     def _refuse_shared(self) -> None:
         """Refuse videos beside images where the processor gives both under one name, so that one would be lost."""

@@ -73,7 +73,7 @@ def store_video(source: Any, folder: Path) -> dict[str, Any]:
     path = _path(value, folder, "video") if key != "base64" else None
     if path is not None:
         return {**kept, "path": path}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and not (value and isinstance(value[0], list | tuple)):
         return {**kept, "frames": [_encoded(store_image(frame, folder)) for frame in value]}
     try:
         _, content, fps = read_video(record)

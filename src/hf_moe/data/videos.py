@@ -74,6 +74,8 @@ def read_video(video: Any) -> tuple[str, Any, float | None]:
     if isinstance(video, list | tuple):
         if not len(video):
             raise ValueError("an empty list of frames is no video")
+        if isinstance(video[0], list | tuple):  # of numbers, as `datasets` gives an array
+            return read_video(_array(video))
         return f"the list of {len(video)} frames", video, None
     if getattr(video, "is_animated", False):
         return "the animation", *_animation(video)
@@ -91,6 +93,13 @@ def read_video(video: Any) -> tuple[str, Any, float | None]:
     if encoded is None:
         raise ValueError(f"{video!r:.100} ({type(video).__name__}) is not a video; a video is {FORMS}")
     return encoded[0], *_encoded(encoded[1])
+
+
+def _array(numbers: Any) -> np.ndarray:
+    try:
+        return np.asarray(numbers)
+    except ValueError as error:
+        raise ValueError(f"lists of unequal lengths are no array of frames ({error})") from error
 
 
 def frame_files(folder: Path) -> list[Path]:

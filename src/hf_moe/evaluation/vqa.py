@@ -78,10 +78,7 @@ def predict_answers(
         )
     hosted = expands_alone(processor)
     answers: list[str] = []
-    # A bar for a single batch tells nothing.
-    count = len(rows) if isinstance(rows, Dataset) else None
-    bar = tqdm(total=count, desc="Answering", unit="question", disable=count is not None and count <= batch_size)
-    with evaluation_mode(model), bar as progress:
+    with evaluation_mode(model), _bar(rows, batch_size) as progress:
         for batch_rows in batches(rows, batch_size):
             batch = _on_device(collator(batch_rows), model)
             if zero_images:
@@ -175,6 +172,12 @@ def _are_single_tokens(candidates: Sequence[str], row: dict[str, Any], processor
         if input_ids[: len(prompt)] != prompt or len(answer) != 1:
             return False
     return True
+
+
+def _bar(rows: Rows, batch_size: int) -> Any:
+    """Return a progress bar, which of a single batch tells nothing."""
+    count = len(rows) if isinstance(rows, Dataset) else None
+    return tqdm(total=count, desc="Answering", unit="question", disable=count is not None and count <= batch_size)
 
 
 def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
