@@ -73,7 +73,7 @@ def test_only_the_code_of_the_moe_travels(seeing):
         assert "auto_map" not in json.loads((seeing[0] / name).read_text())
 
 
-def test_a_host_saved_over_parts_put_together_leaves_none_of_their_code(saved_checkpoint, tmp_path):
+def test_a_host_saved_over_a_composed_one_removes_its_code(saved_checkpoint, tmp_path):
     HfMoeProcessor.from_pretrained(saved_checkpoint).save_pretrained(tmp_path)
     assert (tmp_path / "processing_hf_moe.py").is_file()
     hosted_model("gemma3").save_pretrained(tmp_path)

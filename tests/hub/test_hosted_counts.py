@@ -75,7 +75,7 @@ def test_towers_count_for_what_they_encode(tmp_path):
     assert found == {"text": 0, "image": eyes, "video": eyes, "audio": ears}
 
 
-def test_the_frames_of_a_video_go_through_the_tower_that_there_is():
+def test_frames_of_a_video_go_through_the_tower_of_pictures():
     # InternVL has no code for videos: its processor gives their frames as pictures.
     model = hosted_model("internvl")
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
