@@ -24,7 +24,7 @@ from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "hosts"))
-from all_hosts import HOSTS  # noqa: E402
+from all_hosts import ALL, HOSTS, fast_and_slow  # noqa: E402, F401
 from native_hosts import AUDIO, IMAGE, PAD, VIDEO, NativeHost  # noqa: E402
 
 

@@ -60,7 +60,7 @@ def test_a_decoder_alone_takes_text_whatever_it_inherits(name):
         ("Gemma4ForConditionalGeneration", {"audio_config": None, "vision_config": None}, ("text",)),
     ],
 )
-def test_a_host_without_one_of_its_towers_does_not_take_its_modality(name, missing, taken):
+def test_a_host_without_a_tower_does_not_take_its_modality(name, missing, taken):
     assert modalities(host(name, **missing)) == taken
 
 

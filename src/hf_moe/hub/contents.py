@@ -11,7 +11,7 @@ import torch
 from ..configuration.layer_maps import at_layer
 from ..modeling.mechanisms import mechanism_names
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.parts import HostParts, host_parts, part_of
+from ..modeling.parts import HostParts, part_of
 from .host_facts import modalities
 
 
@@ -33,14 +33,13 @@ MECHANISMS = {
     "routed experts": r"\.experts\.",
     "shared experts": r"\.shared_experts?\.",
 }
-# Counters and running statistics: state of a model, no parameters.
-STATE = re.compile(r"^objectives\.|\.running_(mean|var)$|\.num_batches_tracked$")
 
+# Of the parameters of a model, by name.
 Shapes = Mapping[str, Iterable[int]]
 
 
-def parts_of_config(config: Any) -> HostParts:
-    """Return where the parts of a checkpoint's model are, without its weights and without its mechanisms."""
+def bare_model(config: Any) -> HfMoeForConditionalGeneration:
+    """Return the model of a checkpoint on the meta device without its mechanisms: its parts and buffers are known."""
     bare = copy.deepcopy(config)
     bare.moe_config.layers = []
     bare.moe_config.objectives = {}
@@ -49,7 +48,7 @@ def parts_of_config(config: Any) -> HostParts:
         # A user's own that is not installed: it lies where any other would.
         bare.connector = {"name": "mlp"}
     with torch.device("meta"):
-        return host_parts(HfMoeForConditionalGeneration(bare))
+        return HfMoeForConditionalGeneration(bare)
 
 
 def group_of(name: str, parts: HostParts) -> str:
@@ -74,8 +73,7 @@ def encoder_parameters(shapes: Shapes, parts: HostParts, config: Any) -> dict[st
     """Return the parameters of the towers and connectors that encode each modality."""
     found = dict.fromkeys(modalities(config), 0)
     for name, shape in shapes.items():
-        part = part_of(name, parts)
-        if part not in ("tower", "connector") or STATE.search(name):
+        if part_of(name, parts) not in ("tower", "connector"):
             continue
         holder = parts.holder(name)
         # What stands by itself beside the decoder, such as the embedding of a line's end, serves whatever is seen.

@@ -23,7 +23,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 from ..configuration.layer_maps import at_layer
 from ..configuration.reading import is_path, read_text
 from ..modeling.mechanisms import get_mechanism, mechanism_names
-from ..modeling.parts import HostParts
+from ..modeling.parts import HostParts, host_parts
 from ..modeling.registry import build
 from ..modeling.routing import MoELayerSpec, Router
 from .bundle import PROCESSING, has_own_processor, unsealed, used_names
@@ -31,13 +31,12 @@ from .carried import Renewed, listed_mechanisms, parsed, reasons_to_refresh, ren
 from .contents import (
     DECODER,
     GROUPS,
-    STATE,
     Shapes,
     active_parameters,
+    bare_model,
     encoder_parameters,
     expert_tensors,
     group_of,
-    parts_of_config,
     size,
 )
 from .files import parse_config, tensor_problems
@@ -105,9 +104,15 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         for name, tensor in files.header(file).tensors.items()
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    parts = parts_of_config(config)
+    bare = bare_model(config)
+    parts = host_parts(bare)
     routers = {layer: _router(config, shapes, parts, layer) for layer in config.moe_layers()}
-    groups = _groups(tensors, parts, routers)
+    # Counters and running statistics are state of a model, no parameters.
+    state = {name for name, _ in bare.named_buffers()} | {name for name in shapes if name.startswith("objectives.")}
+    buffers = {name for router in routers.values() if router is not None for name, _ in router.named_buffers()}
+    state |= {name for name in shapes if name.partition(".gate.")[2] in buffers}
+    shapes = {name: shape for name, shape in shapes.items() if name not in state}
+    groups = _groups(tensors, shapes, parts)
     always = sum(groups[name]["parameters"] for name in DECODER if name in groups)
     code = {name: files.text(name) for name in files.names if re.fullmatch(r"[^/]+\.py", name)}
     renewed = renew(config, code, has_own_processor(config) and PROCESSING.name in code)
@@ -160,15 +165,13 @@ def _remote(repo_id: str, revision: str | None, token: str | bool | None) -> _Fi
     )
 
 
-def _groups(tensors: dict[str, Any], parts: HostParts, routers: dict[int, Router | None]) -> dict[str, dict[str, int]]:
+def _groups(tensors: dict[str, Any], shapes: Shapes, parts: HostParts) -> dict[str, dict[str, int]]:
     """Return the parameters and the bytes of each group that the checkpoint holds something of."""
     groups: dict[str, dict[str, int]] = {group: {"parameters": 0, "bytes": 0} for group in GROUPS}
-    buffers = {name for router in routers.values() if router is not None for name, _ in router.named_buffers()}
     for name, tensor in tensors.items():
         group = groups[group_of(name, parts)]
         group["bytes"] += tensor.data_offsets[1] - tensor.data_offsets[0]
-        is_state = STATE.search(name) or name.partition(".gate.")[2] in buffers
-        group["parameters"] += 0 if is_state else size(tensor.shape)
+        group["parameters"] += size(shapes[name]) if name in shapes else 0
     return {name: group for name, group in groups.items() if group["bytes"]}
 
 
