@@ -81,13 +81,15 @@ def test_asking_for_a_refused_type_tells_why(model_type):
 SEMANTIC = {"evolla", "inkling2", "inkling2_loop", "phi4_multimodal", "t5gemma2"}
 
 
-def test_no_type_is_refused_that_would_work(table, rows, monkeypatch):
+def test_no_type_is_refused_that_would_work(table, rows, written, monkeypatch):
     refused = [row.model_type for row in rows.values() if row.status == "refused"]
     assert set(refused) == set(REFUSED) & set(rows)
     for model_type in refused:
         monkeypatch.delitem(table.REFUSED, model_type)
     read = {model_type for model_type in refused if table.survey(model_type).status != "unknown"}
-    assert read == SEMANTIC & set(rows)
+    assert read <= SEMANTIC
+    if written[1] == transformers.__version__:
+        assert read == SEMANTIC
 
 
 def test_tiny_hosts_are_what_the_survey_says(rows):
