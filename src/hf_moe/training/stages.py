@@ -154,9 +154,7 @@ def train_model(
         model=model,
         args=training_arguments({**recipe.training, **stage.training}, recipe.seed, folder),
         train_dataset=tokenize_rows(rows, processor),
-        data_collator=VisionLanguageCollator(
-            processor, recipe.data.get("max_length"), features, config=model.config
-        ),
+        data_collator=VisionLanguageCollator(processor, recipe.data.get("max_length"), features, config=model.config),
         processing_class=tokenizer_or_processor(processor),
         callbacks=callbacks,
         learning_rate_scales=stage.learning_rate_scales,
