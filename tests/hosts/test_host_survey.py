@@ -77,8 +77,7 @@ def test_asking_for_a_refused_type_tells_why(model_type):
 
 
 # What the code alone would let through: the reason is not in the shape of the decoder.
-# (Of Inkling 2 a comparison with numbers tells, which a build makes: see tests/construction/test_block_checks.py.)
-SEMANTIC = {"evolla", "inkling2", "inkling2_loop", "phi4_multimodal", "t5gemma2"}
+SEMANTIC = {"evolla", "phi4_multimodal", "t5gemma2"}
 
 
 def test_no_type_is_refused_that_would_work(table, rows, written, monkeypatch):
