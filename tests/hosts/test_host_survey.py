@@ -77,17 +77,18 @@ def test_asking_for_a_refused_type_tells_why(model_type):
 
 
 # What the code alone would let through: the reason is not in the shape of the decoder.
-# (Of Inkling 2 a comparison with numbers tells, which a build makes: see tests/construction/test_block_checks.py.)
-SEMANTIC = {"evolla", "inkling2", "inkling2_loop", "phi4_multimodal", "t5gemma2"}
+SEMANTIC = {"evolla", "phi4_multimodal", "t5gemma2"}
 
 
-def test_no_type_is_refused_that_would_work(table, rows, monkeypatch):
+def test_no_type_is_refused_that_would_work(table, rows, written, monkeypatch):
     refused = [row.model_type for row in rows.values() if row.status == "refused"]
     assert set(refused) == set(REFUSED) & set(rows)
     for model_type in refused:
         monkeypatch.delitem(table.REFUSED, model_type)
     read = {model_type for model_type in refused if table.survey(model_type).status != "unknown"}
-    assert read == SEMANTIC & set(rows)
+    assert read <= SEMANTIC
+    if written[1] == transformers.__version__:
+        assert read == SEMANTIC
 
 
 def test_tiny_hosts_are_what_the_survey_says(rows):

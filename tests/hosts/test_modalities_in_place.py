@@ -25,8 +25,9 @@ from hf_moe.modeling.routing import RoutingContext
 SEEING_OR_HEARING = [name for name in MULTIMODAL if name in ALL]
 # Idefics sees through cross-attention and writes no placeholders.
 WITH_PLACEHOLDERS = [name for name in SEEING_OR_HEARING if name != "idefics"]
-# Its gates are one matrix, and no modality can have another's experts.
-WITH_GATES = [name for name in WITH_PLACEHOLDERS if name != "ernie4_5_vl_moe"]
+# No other router can start as theirs: Ernie's has banks, and Llama 4's weighs what experts see.
+OWN_ROUTERS = ["ernie4_5_vl_moe", "llama4"]
+WITH_GATES = [name for name in WITH_PLACEHOLDERS if name not in OWN_ROUTERS]
 # Its positions are absolute, and a call that names none counts the padding.
 COUNTS_PADDING = ["gpt2"]
 TYPE_IDS = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids")
@@ -35,8 +36,8 @@ GENERATE = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppr
 
 def with_modality_gates(name):
     """A host whose tokens are routed by a gate for every modality, experts and gates unlike each other."""
-    if name == "ernie4_5_vl_moe":
-        model = in_place(name)  # has a gate and experts for text, others for what is seen
+    if name in OWN_ROUTERS:
+        model = in_place(name)
     elif name in ADOPTED:
         model = in_place(name)
         options = {key: value for key, value in MODALITY_GATES.items() if key != "name"}

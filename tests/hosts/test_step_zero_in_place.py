@@ -38,7 +38,8 @@ def test_its_loss_is_that_of_its_logits(name):
     assert_near(outputs.loss, expected + outputs.aux_loss)
 
 
-@pytest.mark.parametrize("name", ADOPTED)
+# Llama 4's gate weighs what its one expert sees, which is refused.
+@pytest.mark.parametrize("name", [name for name in ADOPTED if name != "llama4"])
 def test_an_adopted_host_becomes_elastic_with_equal_logits(name):
     model, inputs = in_place(name), HOSTS[name].inputs()
     convert_router(model, "anyexperts")
