@@ -1,11 +1,11 @@
 """One host of Transformers as a MoE, three ways, against itself: digits to hear, to see and to watch.
 
-    OMP_NUM_THREADS=1 python benchmarks/hosts.py --seeds 3    # all of it, half an hour on one core
+    OMP_NUM_THREADS=1 python benchmarks/hosts.py --seeds 3    # all of it, 20 minutes on one core
     python benchmarks/hosts.py --quick                        # a tiny host, few rows
 
 The host is a small Qwen2.5-Omni thinker with Whisper's encoder, `hf_moe.construction.small_omni`. Per seed it is
 trained dense; every contestant continues from there in place, `HfMoeForConditionalGeneration.from_host`, on the same
-rows in the same order at the same learning rate. Two of eight experts work on a token, each as wide as the host's
+rows in the same order at the same learning rate. Two of four experts work on a token, each as wide as the host's
 feed-forward, so `dense, widened` is the host with feed-forwards twice as wide: as many active parameters. Coefficients
 are those of the presets: nothing was searched for any of them.
 
@@ -43,7 +43,7 @@ from hf_moe.modeling.parts import text_decoder
 from hf_moe.training.parts import train_only
 
 
-MOE = {"layers": "all", "num_experts": 8, "num_experts_per_tok": 2}
+MOE = {"layers": "all", "num_experts": 4, "num_experts_per_tok": 2}
 # Beside the fields above and those of the system of that name.
 SYSTEMS: dict[str, dict[str, Any]] = {
     "top_k": {},
@@ -54,7 +54,7 @@ DENSE, WIDENED = "dense", "dense, widened"
 CONTESTANTS = (DENSE, WIDENED, *SYSTEMS)
 # Relative to each matrix: copies of neurons would have the same gradients.
 NOISE = 0.1
-SETTINGS = {"base_steps": 300, "steps": 160, "rows": 7000, "test_rows": 1400, "batch_size": 32, "learning_rate": 6e-4}
+SETTINGS = {"base_steps": 250, "steps": 100, "rows": 7000, "test_rows": 1400, "batch_size": 32, "learning_rate": 6e-4}
 QUICK = {**SETTINGS, "base_steps": 2, "steps": 2, "rows": 28, "test_rows": 14, "batch_size": 7}
 QUICK_SIZES = {"hidden_size": 64, "layers": 2}
 PAD = {"input_ids": 0, "attention_mask": 0, "labels": -100, "mm_token_type_ids": 0}

@@ -31,6 +31,7 @@ RECIPES = (
     "evomoe_easyvqa",
     "moe_llava_easyvqa",
     "smollm2_opposite_tasks",
+    "speech_and_sight",
 )
 PICTURE = "routing.png"
 

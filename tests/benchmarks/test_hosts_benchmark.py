@@ -127,7 +127,7 @@ def test_the_benchmark_runs_and_a_second_run_reads_what_is_finished(tmp_path):
     contestants = json.loads(target.read_text())["contestants"]
     assert list(contestants) == ["the host before", "dense", "dense, widened", "top_k", "moiie", "anyexperts"]
     active = {name: rows[0]["active"] for name, rows in contestants.items() if "active" in rows[0]}
-    # But for the routers: two layers of at most two gates of eight rows of 64, and some of AnyExperts' own.
+    # But for the routers: two layers of at most two gates of four rows of 64, and some of AnyExperts' own.
     assert all(0 <= active[name] - active["dense, widened"] < 5000 for name in ("top_k", "moiie", "anyexperts"))
     assert contestants["top_k"][0]["real_experts"] == 2
     assert "| moiie |" in printed
