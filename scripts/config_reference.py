@@ -47,7 +47,7 @@ config = HfMoeConfig.from_system(
 ```python run
 from transformers import Qwen2_5_VLConfig
 
-config = HfMoeConfig.on_host(Qwen2_5_VLConfig(), "Qwen2_5_VLForConditionalGeneration", moe_config={"num_experts": 4})
+hosted = HfMoeConfig.on_host(Qwen2_5_VLConfig(), "Qwen2_5_VLForConditionalGeneration", moe_config={"num_experts": 4})
 ```
 
 A mechanism is named by a dict, `{"name": "top_k", "norm_topk_prob": false}`; without options its name alone will do.

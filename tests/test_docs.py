@@ -121,8 +121,9 @@ def test_the_guide_to_hosts_upcycles_trains_and_loads(workshop, capsys):
 
 
 def test_the_example_of_the_reference_builds_a_config(workshop):
-    config = run_page(ROOT / "docs" / "configuration.md", workshop)["config"]
-    assert (config.system, config.moe_config.num_experts) == ("moiie", 8)
+    page = run_page(ROOT / "docs" / "configuration.md", workshop)
+    assert (page["config"].system, page["config"].moe_config.num_experts) == ("moiie", 8)
+    assert (page["hosted"].host_type, page["hosted"].moe_config.num_experts) == ("qwen2_5_vl", 4)
 
 
 def test_the_router_of_the_guide_is_thirty_lines(workshop):

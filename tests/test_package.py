@@ -43,8 +43,10 @@ def test_registration_makes_the_installed_classes_win_and_may_be_repeated():
         "from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText\n"
         "config = AutoConfig.for_model('hf_moe', text_config={'model_type': 'llama', 'hidden_size': 16,"
         " 'intermediate_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'vocab_size': 8})\n"
-        "assert type(config) is hf_moe.HfMoeConfig\n"
+        "hosted = hf_moe.HfMoeConfig(host_type='gpt2', n_embd=16, n_layer=1, n_head=2, vocab_size=8)\n"
+        "assert isinstance(config, hf_moe.HfMoeConfig)\n"
         "for auto_class in (AutoModel, AutoModelForImageTextToText):\n"
-        "    assert type(auto_class.from_config(config)) is hf_moe.HfMoeForConditionalGeneration\n"
+        "    for item in (config, hosted):\n"
+        "        assert isinstance(auto_class.from_config(item), hf_moe.HfMoeForConditionalGeneration)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

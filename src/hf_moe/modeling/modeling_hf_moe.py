@@ -96,7 +96,8 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         # A requested experts backend would reach the host's own classes too, and those without experts refuse it.
         requested, config._experts_implementation = config._experts_implementation, None
         super().__init__(config)
-        config._experts_implementation_internal = self._check_and_adjust_experts_implementation(requested)
+        if requested is not None:
+            self.set_experts_implementation(requested)
         if config.host_type is not None:
             config.host_class = type(self).hf_moe_host.__name__
         decoder = text_decoder(self)
