@@ -137,3 +137,9 @@ def test_built_model_trains(decoder_folder, tower_folder):
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
+
+
+def test_a_decoder_without_a_tower_becomes_a_moe_in_place(decoder_folder):
+    model, _, check = build(decoder_folder, None, "top_k")
+    assert model.config.host_type == "llama" and model.config.host_class == "LlamaForCausalLM"
+    assert check.exact and check.logit_difference < 1e-4

@@ -5,11 +5,13 @@ import shutil
 import pytest
 import torch
 from near import assert_near
+from small_hosts import small_host
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, Trainer, TrainingArguments
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.construction.evolution import EVOLUTION_FILE, ExpertEvolution, assemble
+from hf_moe.modeling.parts import text_decoder
 
 
 LAYERS = [1, 3]
@@ -246,6 +248,28 @@ def test_the_assembled_moe_holds_the_dense_model_and_the_evolved_experts(dense, 
     shared = {name: tensor for name, tensor in dense.state_dict().items() if ".mlp." not in name}
     assert shared.keys() < moe.state_dict().keys()
     assert all(torch.equal(moe.state_dict()[name], tensor) for name, tensor in shared.items())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llava", "qwen2_5_vl"])
+def test_experts_evolve_and_assemble_on_a_host_in_place(model_type):
+    dense = HfMoeForConditionalGeneration.from_host(small_host(model_type), moe_config={"layers": []})
+    assert not dense.moe_layers()
+    evolution = ExpertEvolution([0, 2])
+    evolution.start(dense)
+    config = HfMoeConfig.from_dict(
+        {**dense.config.to_dict(), "moe_config": {"layers": [0, 2], "num_experts": 4, "num_experts_per_tok": 2}}
+    )
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = dense(input_ids=ids).logits
+        assert_near(assemble(dense, config, evolution)(input_ids=ids).logits, expected, 1e-5)
+        for held in evolution.experts:
+            for tensor in held.values():
+                tensor += torch.randn(tensor.shape) * 0.1
+    moe = assemble(dense, config, evolution)
+    evolved = evolution.experts[1]["2.down_proj.weight"]
+    assert torch.equal(moe.moe_layers()[2].experts.down_proj[2], evolved)
+    assert_near(moe.moe_layers()[2].experts.down_proj[0], text_decoder(dense).layers[2].mlp.down_proj.weight)
 
 
 def test_replicated_experts_compute_what_the_dense_model_does(dense):

@@ -1,5 +1,9 @@
 """`hf-moe build --model`: the checkpoint of a host in place, with the host's processor and generation settings."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from near import assert_near
@@ -116,3 +120,47 @@ def test_a_gguf_file_becomes_a_moe_in_place(monkeypatch):
     monkeypatch.setattr(pretrained, "load_language_model", lambda *args: (asked.append(args), args))
     pretrained.load_host("decoder.gguf")
     assert asked == [("decoder.gguf", torch.float32)]
+
+
+# Read from /proc, since the maximum of `getrusage` survives fork and exec: it would hold the parent's.
+PEAK = """
+import json, sys
+from hf_moe.construction import command
+
+def memory(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
+
+host, small, output, options = *sys.argv[1:4], json.loads(sys.argv[4])
+command.build_checkpoint(output + "_small", host=small, **options)  # what is imported on the way is no part of it
+before = memory("VmRSS")
+report = command.build_checkpoint(output, host=host, **options)
+print(json.dumps({"resident": memory("VmHWM") - before, "bytes": report["bytes"]}))
+"""
+LARGE = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("model_type", "changes", "options"),
+    [
+        ("llava", {}, {"moe_config": {"num_experts": 2}}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3}, {"system": "anyexperts"}),
+    ],
+    ids=["upcycled", "adopted"],
+)
+def test_peak_memory_stays_under_1_3_times_the_checkpoint(tmp_path, model_type, changes, options):
+    """Of the larger of the two checkpoints, the one that is written: upcycling multiplies the feed-forwards."""
+    small_host(model_type, **LARGE, **changes).save_pretrained(tmp_path / "host", max_shard_size="50MB")
+    small_host(model_type, **changes).save_pretrained(tmp_path / "small")
+    folders = [str(tmp_path / name) for name in ("host", "small", "moe")]
+    command = [sys.executable, "-c", PEAK, *folders, json.dumps(options)]
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    assert result["bytes"] > 150e6
+    assert 0.5 * result["bytes"] < result["resident"] < 1.3 * result["bytes"], result

@@ -210,9 +210,7 @@ def test_a_feed_forward_that_does_more_is_refused_by_layer():
             return super().forward(hidden_states) + 0.001
 
     host.model.layers[1].mlp.__class__ = Shifted
-    with pytest.raises(
-        ValueError, match=r"Shifted cannot become a MoE layer: .* of layer 1 differs from it by 6.6e-04"
-    ):
+    with pytest.raises(ValueError, match=r"Shifted cannot become a MoE layer: .* of layer 1 differs from it by"):
         from_host(host, moe_config=EXPERTS)
 
 

@@ -16,6 +16,7 @@ from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from .adoption import adopt, hand_over_block
 from .generation import generation_settings
+from .in_place import become_moe
 from .materialisation import check_materialised, materialise
 from .moe_blocks import read_block
 from .pretrained import load_language_model, load_vision_tower
@@ -48,7 +49,8 @@ def build_model(
 
     Args:
         language_model: see [`load_language_model`]; a dict needs `tokenizer`, which decides its vocabulary.
-        vision_tower: see [`load_vision_tower`]; `None` for a model of text alone.
+        vision_tower: see [`load_vision_tower`]; `None` for a model of text alone, which a decoder with
+            weights becomes in place, see [`from_host`].
         system: a key of `hf_moe.list_systems()`; `"top_k"` for a dense decoder when absent.
         moe_config: fields that override the system's.
         connector: the connector's name and options; a two-layer MLP when absent.
@@ -82,6 +84,9 @@ def build_model(
         if isinstance(language_model, dict):
             config = _config(_fresh_text_config(language_model, tokenizer), system, moe_config, fields)
             model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
+        elif tower is None:
+            _fit_vocabulary(dense, len(tokenizer))
+            model = become_moe(dense, system, moe_config, False, seed, noise_std, on_check)
         else:
             model = _from_decoder(dense, tokenizer, system, moe_config, fields, dtype, noise_std, seed, on_check)
         if tower is not None:

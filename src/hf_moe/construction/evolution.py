@@ -33,6 +33,7 @@ from ..modeling.gating import check_choice
 from ..modeling.host import decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.moe_layer import MoELayer
+from ..modeling.parts import text_decoder
 from .upcycling import ffn_state, fill_layer
 
 
@@ -102,7 +103,7 @@ class ExpertEvolution(TrainerCallback):
             ValueError: if one of the layers is a MoE layer, or the decoder does not have it.
         """
         found: dict[str, nn.Parameter] = {}
-        hosts = decoder_layers(model.model.language_model)
+        hosts = decoder_layers(text_decoder(model))
         for layer in self.layers:
             if layer >= len(hosts):
                 raise ValueError(f"Evolution of layer {layer}: the decoder has the layers 0 to {len(hosts) - 1}.")
@@ -311,7 +312,7 @@ def assemble(
     if evolution is not None and evolution.layers != sorted(moe_layers):
         raise ValueError(f"Experts evolved in the layers {evolution.layers}, the MoE has {sorted(moe_layers)}.")
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
-    hosts, ours = (decoder_layers(item.model.language_model) for item in (dense, model))
+    hosts, ours = (decoder_layers(text_decoder(item)) for item in (dense, model))
     names = {module: name for name, module in model.named_modules()}
     replaced = tuple(f"{names[ours[layer]]}.{ffn_name(ours[layer])}." for layer in moe_layers)
     differing = [*loaded.missing_keys, *loaded.unexpected_keys]

@@ -77,20 +77,39 @@ def from_host(
         elif dtype is not None:
             raise ValueError("dtype is of a host that is loaded here: convert a loaded one with host.to(dtype).")
         refuse_loaded(host)
-        plan = plan_host(host, system, moe_config)
-        model, inputs, reference = _around(host, plan.config, keep)
-        layers = decoder_layers(text_decoder(host))
-        feed_forwards = {index: getattr(layers[index], ffn_name(layers[index])) for index in model.moe_layers()}
-        del host, layers  # else its feed-forwards would stay in memory
-        _check_host(model, feed_forwards, inputs, reference)
-        exact = _replace_feed_forwards(model, feed_forwards, plan, keep, noise, seed)
-        check_materialised(model)
-        check = compare_at_step_zero(model, inputs, reference, exact, adopted=bool(plan.readings))
-        if plan.readings:
-            equal = _convert(model, plan, seed)
-            check = compare_at_step_zero(model, inputs, reference, exact and equal, adopted=True)
-        if on_check is not None:
-            on_check(check)
+        return become_moe(host, system, moe_config, keep, seed, noise, on_check)
+
+
+def become_moe(
+    host: PreTrainedModel,
+    system: str | None,
+    moe_config: Mapping[str, Any] | None,
+    keep: bool,
+    seed: int,
+    noise: float,
+    on_check: Callable[[StepZero], None] | None,
+) -> Any:
+    """Return a loaded host as a MoE, see [`from_host`].
+
+    Args:
+        keep: whether the host stays in use; its feed-forwards are taken away from it where it does not.
+    """
+    plan = plan_host(host, system, moe_config)
+    model, inputs, reference = _around(host, plan.config, keep)
+    layers = decoder_layers(text_decoder(host))
+    feed_forwards = {index: getattr(layers[index], ffn_name(layers[index])) for index in model.moe_layers()}
+    if not keep:  # else they would stay in memory
+        for index in feed_forwards:
+            delattr(layers[index], ffn_name(layers[index]))
+    _check_host(model, feed_forwards, inputs, reference)
+    exact = _replace_feed_forwards(model, feed_forwards, plan, keep, noise, seed)
+    check_materialised(model)
+    check = compare_at_step_zero(model, inputs, reference, exact, adopted=bool(plan.readings))
+    if plan.readings:
+        equal = _convert(model, plan, seed)
+        check = compare_at_step_zero(model, inputs, reference, exact and equal, adopted=True)
+    if on_check is not None:
+        on_check(check)
     return model
 
 

@@ -21,6 +21,7 @@ from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import FfnLayout, decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.moe_layer import MoELayer, SharedExperts
+from ..modeling.parts import text_decoder
 from ..modeling.routing import ACTIVE_CONTEXT, ExpertAssignment, MoELayerSpec, RoutingContext
 
 
@@ -121,7 +122,7 @@ def copy_host(model: HfMoeForConditionalGeneration, dense: PreTrainedModel) -> N
     Raises:
         ValueError: if the models do not fit together, or the host's head has a bias, which this model's has not.
     """
-    language_model = model.model.language_model
+    language_model = text_decoder(model)
     layers = decoder_layers(language_model)
     replaced = tuple(
         f"{name}.{ffn_name(layer)}."
@@ -203,7 +204,7 @@ def check_host_logits(model: HfMoeForConditionalGeneration, dense: PreTrainedMod
         ValueError: with the difference.
     """
     name = type(dense).__name__
-    ours, theirs = decoder_layers(model.model.language_model), decoder_layers(dense.base_model)
+    ours, theirs = decoder_layers(text_decoder(model)), decoder_layers(dense.base_model)
     moe_layers = model.moe_layers()
     ffns = {layer_idx: getattr(theirs[layer_idx], ffn_name(theirs[layer_idx])) for layer_idx in moe_layers}
     for layer_idx, ffn in ffns.items():
