@@ -23,6 +23,7 @@ from values import (
 )
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, MoeConfig, RoutingOverrides
+from hf_moe.configuration.composed_config import ComposedConfig
 from hf_moe.modeling.mechanisms import get_mechanism, mechanism_names
 
 
@@ -100,6 +101,8 @@ MOE_FIELDS = {
     "token_balanced_loss": flag,
 }
 CONFIG_FIELDS = {
+    "host_type": optional(nothing),
+    "host_class": optional(nothing),
     # A dict of fields is a Llama or a CLIP tower, and Transformers lets those hold any field.
     "text_config": optional(lambda value: isinstance(value, dict)),
     "vision_config": optional(lambda value: isinstance(value, dict)),
@@ -125,7 +128,7 @@ TOWER_FIELDS = ("connector", "image_", "vision_")
 
 def config_cases() -> Iterator[Case]:
     """Yield every field of the configs with every value, and every name with a letter less."""
-    for name in HfMoeConfig.__annotations__:
+    for name in (*HfMoeConfig.__annotations__, *ComposedConfig.__annotations__):
         tower = name.startswith(TOWER_FIELDS) and name != "vision_config"
         for value in NONSENSE:
             yield case("config", name, value, {name: value}, {}, tower, CONFIG_FIELDS[name](value))

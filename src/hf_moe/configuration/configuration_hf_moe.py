@@ -107,6 +107,11 @@ class HfMoeConfig(PreTrainedConfig):
                 f"{CONFIG_FORMAT}. Upgrade with: pip install -U hf-moe (or load with trust_remote_code=True, which "
                 "runs the code that the checkpoint carries)."
             )
+        if self.host_type is None and self.host_class is not None:
+            raise ValueError(
+                f"host_class={self.host_class!r} is of a host of Transformers: give its host_type too, such as "
+                "'qwen2_5_vl', or leave both out."
+            )
         kwargs = take_copies(self, kwargs)
         self._check_names(kwargs)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
