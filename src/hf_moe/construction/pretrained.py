@@ -143,6 +143,7 @@ def load_processor(source: str | Path, revision: str | None = None) -> Any:
 
     `None`, with a warning, where it holds none that Transformers can open.
     """
+    source = host_folder(source)
     if str(source) in PACKAGED or Path(source).suffix == ".gguf":
         path = packaged_file(str(source)) if str(source) in PACKAGED else Path(source)
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
