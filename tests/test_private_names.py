@@ -26,7 +26,7 @@ UNLISTED = {
     "deleted": ("def f(model):\n    del model._hooks", "_hooks"),
     "getattr": ("def f(model):\n    return getattr(model, '_version', None)", "_version"),
     "setattr": ("def f(model):\n    setattr(model, '_no_split_modules', [])", "_no_split_modules"),
-    "names in a tuple": ("def f(m):\n    return [getattr(m, n) for n in ('_parameters', 'x')]", "_parameters"),
+    "names in a tuple": ("def f(m):\n    return [getattr(m, n) for n in ('_forward_hooks', 'x')]", "_forward_hooks"),
     "keyword": ("def f(load):\n    return load('x', _commit_hash=None)", "_commit_hash"),
     "key": ("OPTIONS = {'_fast_init': False}", "_fast_init"),
     "flag of a class": ("class Model:\n    _supports_sdpa_of_others = True", "_supports_sdpa_of_others"),

@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 TEST_FILES = Path(__file__).with_suffix(".yaml")
 FOLDERS = {
+    "host": "modeling/hosts",
     "router": "modeling/routers",
     "experts": "modeling/experts",
     "objective": "modeling/objectives",
