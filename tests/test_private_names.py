@@ -22,7 +22,7 @@ UNLISTED = {
     "inside a function": ("def f():\n    from trl.core import _x", "trl.core._x"),
     "read": ("def f(model):\n    return model._prefix_of_others", "_prefix_of_others"),
     "called": ("def f(model):\n    model.base._init_weights(model)", "_init_weights"),
-    "set": ("def f(config):\n    config._attn_implementation = 'eager'", "_attn_implementation"),
+    "set": ("def f(config):\n    config._attn_implementation_internal = 'eager'", "_attn_implementation_internal"),
     "deleted": ("def f(model):\n    del model._hooks", "_hooks"),
     "getattr": ("def f(model):\n    return getattr(model, '_version', None)", "_version"),
     "setattr": ("def f(model):\n    setattr(model, '_no_split_modules', [])", "_no_split_modules"),
