@@ -109,6 +109,20 @@ def test_a_refused_host_leaves_nothing(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["t5"]
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    assert main(["build", "--model", str(tmp_path / "none"), "-o", str(tmp_path / "moe")]) == 2
+    assert f"There is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+
+
+def test_a_host_cut_short_names_its_file(tmp_path, capsys):
+    small_host("llama").save_pretrained(tmp_path / "llama")
+    weights = tmp_path / "llama" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert main(["build", "--model", str(tmp_path / "llama"), "-o", str(tmp_path / "moe")]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
+
+
 def test_a_host_without_a_processor_is_built_and_said_so(tmp_path, capsys):
     small_host("llama").save_pretrained(tmp_path / "llama")
     assert main(["build", "--model", str(tmp_path / "llama"), "-o", str(tmp_path / "moe")]) == 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -31,6 +31,8 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from ..configuration.reading import check_files
+from ..modeling.loading import damaged_weights
 from .refusals import host_class_of, host_config_class
 
 
@@ -95,9 +97,12 @@ def host_folder(source: str | Path) -> str | Path:
     """Return where the files of a host are: those of `small-omni` are written at its first use.
 
     Raises:
+        FileNotFoundError: if the source looks like a folder and is none.
         ImportError: if the package of that host is not installed.
+        ValueError: if its config.json holds no JSON object.
     """
     if source != "small-omni":
+        check_files(source, ("config.json",))
         return source
     from .small_omni import save_small_omni
 
@@ -189,10 +194,13 @@ def _read(
     if not files:
         return model_class.from_pretrained(source, revision=revision, **options)
     tensors: dict[str, Any] = {}
-    for file in files:
-        weights = safe_open(file, "pt", backend="pread")
-        tensors |= {name: weights.get_slice(name) for name in weights.keys()}
-    model, report = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+    try:
+        for file in files:
+            weights = safe_open(file, "pt", backend="pread")
+            tensors |= {name: weights.get_slice(name) for name in weights.keys()}
+        model, report = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+    except SafetensorError as error:
+        raise damaged_weights(source, error) from error
     model.config.name_or_path = source
     if model.can_generate():
         with suppress(OSError):  # Without a file of its own it keeps what the config says.
