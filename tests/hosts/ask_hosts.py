@@ -1,7 +1,7 @@
 """Asks hosts with MoE layers through their own processors, about pictures, videos and sounds.
 
-Run as a script, `ask_hosts.py FILE FOLDER ...`, where `hf_moe` cannot be imported. It writes a JSON object to the file:
-folder to what the model answers and the classes that answer.
+Run as a script, `ask_hosts.py FILE FOLDER ...`, where `hf_moe` cannot be imported. It writes a JSON object to the
+file: folder to what the model answers and the classes that answer.
 """
 
 import json
