@@ -347,7 +347,9 @@ def test_the_learnt_allocation_beats_fixed_top_4(seed):
 
 
 @pytest.mark.parametrize(
-    "stub", [{"change": constant_importance}, {"change": no_straight_through}, {"budget_coef": 0.0}], ids=str
+    "stub",
+    [{"change": constant_importance}, {"change": no_straight_through}, {"budget_coef": 0.0}],
+    ids=["constant importance", "no straight-through", "no budget"],
 )
 def test_a_stub_of_the_mechanism_fails_the_allocation(stub):
     assert not allocates(train_toy(AnyExpertsRouter, steps=150, **stub))
