@@ -10,6 +10,9 @@ QUANTISERS := $(VENV)/.quantisers
 SMOLLM2 := $(VENV)/.smollm2
 FLOOR := $(VENV)/floor
 NEWEST := .venv-newest
+# Tests run file by file in so many processes of one thread each: two cores.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 EXTRAS := timm,train,demo,senses,eval,space,dev
 
 .PHONY: demo test test-all test-bare test-floor test-newest upgrade lint mutation bench cards docs clean
@@ -50,19 +53,19 @@ demo: $(DEMO)
 # The fast tests, on the committed versions and on the oldest Transformers; what CI runs.
 test: $(QUANTISERS) lint
 	$(RUN) tools/versions.py
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow"
 	$(MAKE) test-floor
 
 # Everything, the slow tests included.
 test-all: $(QUANTISERS) lint
 	$(RUN) tools/versions.py
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 	$(MAKE) test-floor
 
 # Model, generation, saving, adapters and bundle on the oldest Transformers.
 test-floor: $(FLOOR)
 	PYTHONPATH=$(CURDIR)/$(FLOOR) $(RUN) tools/versions.py
-	PYTHONPATH=$(CURDIR)/$(FLOOR) $(RUN) -m pytest -m "not slow" $$(sed 's/#.*//' tests/floor.txt)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(FLOOR) $(RUN) $(PYTEST) -m "not slow" $$(sed 's/#.*//' tests/floor.txt)
 
 # All of them on the newest releases of everything, in an environment made for it.
 test-newest:
@@ -72,7 +75,7 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install torch torchvision
 	$(NEWEST)/bin/python -m pip install --editable ".[$(EXTRAS),quantised]"
 	$(NEWEST)/bin/python tools/versions.py
-	PATH=$(CURDIR)/$(NEWEST)/bin:$$PATH $(NEWEST)/bin/python -m pytest -m "not slow"
+	PATH=$(CURDIR)/$(NEWEST)/bin:$$PATH OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "not slow"
 
 # Moves constraints.txt to the newest releases, once all tests have passed on them.
 upgrade: test-newest

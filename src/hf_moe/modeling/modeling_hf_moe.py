@@ -29,6 +29,7 @@ from .host import install_moe_layers
 from .language_loss import token_balanced_loss
 from .mechanisms import get_mechanism
 from .moe_layer import MoELayer
+from .optimizer_steps import is_sharded
 from .outputs import prepare_outputs, routed_output, router_logits
 from .parts import freeze_towers_in_eval, text_decoder
 from .plans import float32_patterns, plan_moe_layers
@@ -138,12 +139,6 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
             raise ImportError("Building a MoE needs the package: pip install hf-moe") from error
         return in_place.from_host(host, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made = next(item for item in type(self).__mro__ if "hf_moe_host" in vars(item))
-        if type(self) is not made:  # as FSDP2 makes of it
-            return super().__reduce_ex__(protocol)
-        return _new_hosted, (made.hf_moe_base, made.hf_moe_host), self.__dict__
-
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
         freeze_towers_in_eval(self)
@@ -250,6 +245,11 @@ def _make_hosted_class(base: Any, host: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.routed_forward(host.forward, arguments, args, kwargs)
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if is_sharded(self):
+            return object.__reduce_ex__(self, protocol)
+        return _new_hosted, (base, host), self.__dict__
+
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in OWN_INPUTS.items()
@@ -261,6 +261,7 @@ def _make_hosted_class(base: Any, host: Any) -> Any:
     forward.__doc__ = host.forward.__doc__
     prepare_outputs(host.forward)
     body = {"__module__": base.__module__, "__doc__": base.__doc__, "forward": forward}
+    body["__reduce_ex__"] = __reduce_ex__
     body |= {"hf_moe_base": base, "hf_moe_host": host}
     for name in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
         body[name] = [*(getattr(base, name) or ()), *(getattr(host, name) or ())]

@@ -58,7 +58,7 @@ def end_cleared_step(model: nn.Module) -> None:
         return
     if _FOLLOWED[model] is None:
         # A skipped step, or micro-batches whose gradients are not reduced yet, leave no gradients either.
-        _FOLLOWED[model] = _is_sharded(model) or _has_optimizer(trained)
+        _FOLLOWED[model] = is_sharded(model) or _has_optimizer(trained)
     if not _FOLLOWED[model]:
         end_step(model)
 
@@ -133,6 +133,6 @@ def _has_optimizer(parameters: list[nn.Parameter]) -> bool:
     return False
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards the model: its optimizer holds the shards, which a forward does not see."""
     return any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__)
