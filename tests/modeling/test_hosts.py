@@ -3,7 +3,7 @@
 import pytest
 import torch
 from trainer_loads import assert_trainer_reads_back
-from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, MambaConfig, T5Config
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.construction.upcycling import check_host_logits, logit_difference, upcycle
@@ -176,6 +176,25 @@ def test_a_host_whose_feed_forward_does_more_is_refused():
 def test_a_host_that_cannot_be_adapted_is_refused_with_the_reason(config, reason):
     with pytest.raises(ValueError, match=reason):
         HfMoeForConditionalGeneration(HfMoeConfig(text_config=config))
+
+
+@pytest.mark.parametrize(
+    ("host_class", "reason"),
+    [
+        ("LlamaForCausalLM", "config of the type 'llama', and this is one of host_type='qwen2_5_vl'"),
+        ("Qwen2_5_VLModel", "no class of Transformers with a language head"),
+        ("Nothing", "no class of Transformers with a language head"),
+    ],
+)
+def test_a_class_that_is_not_of_the_host_is_refused(host_class, reason):
+    with pytest.raises(ValueError, match=reason):
+        HfMoeForConditionalGeneration(HfMoeConfig(host_type="qwen2_5_vl", host_class=host_class))
+
+
+def test_a_host_without_a_class_takes_that_of_its_type():
+    model = HfMoeForConditionalGeneration(HfMoeConfig(host_type="gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=96))
+    assert isinstance(model, GPT2LMHeadModel)
+    assert model.config.host_class == "GPT2LMHeadModel"
 
 
 def test_a_head_with_a_bias_is_refused():

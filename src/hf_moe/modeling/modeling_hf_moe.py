@@ -59,17 +59,25 @@ def host_model_class(config: Any) -> Any:
     """Return the host's class with a language head.
 
     Raises:
-        ValueError: if `host_class` is none of Transformers, or absent where its type has none.
+        ValueError: if `host_class` is none of Transformers, or of another host, or absent where its type has none.
     """
     if config.host_type is None:
         return get_mechanism("host", "composed")
-    named = config.host_class or next((names[config.host_type] for names in HEADS if config.host_type in names), None)
+    known = [names[config.host_type] for names in HEADS if config.host_type in names]
+    named = config.host_class or next(iter(known), None)
     found: Any = getattr(transformers, named or "", None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
     if not is_model or not found.can_generate():
         raise ValueError(
             f"host_class={named!r} is no class of Transformers with a language head: for host_type="
             f"{config.host_type!r} name one such as '...ForConditionalGeneration' or '...ForCausalLM'."
+        )
+    # Some types have the class of another, and a config that is none of that.
+    other = isinstance(config, PreTrainedConfig) and not isinstance(config, found.config_class)
+    if other and named not in known:
+        raise ValueError(
+            f"host_class={named!r} is built from a config of the type {found.config_class.model_type!r}, and this is "
+            f"one of host_type={config.host_type!r}: name a class of that host, or leave host_class out."
         )
     return found
 
