@@ -91,7 +91,7 @@ lint: $(TESTS)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# Mutates every mechanism and runs its tests, which must notice: half an hour. One of them: MECHANISMS=moiie.
+# Mutates every mechanism and runs its tests, which must notice; it takes long. One of them: MECHANISMS=moiie.
 mutation: $(TESTS)
 	$(RUN) tools/mutation.py $(MECHANISMS)
 

@@ -96,9 +96,12 @@ def qwen(name: str) -> Host:
         transformers.Qwen2VLImageProcessor(**QWEN_SIZES), made, videos(**QWEN_SIZES),
         chat_template=template(*(f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))),
     )  # fmt: skip
-    config = lambda: CONFIG_MAPPING[name](  # noqa: E731
-        text_config={"model_type": f"{name}_text", **TEXT, "rope_parameters": rope}, vision_config=vision, **ids
-    )
+
+    def config():
+        return CONFIG_MAPPING[name](
+            text_config={"model_type": f"{name}_text", **TEXT, "rope_parameters": rope}, vision_config=vision, **ids
+        )
+
     return Host(name, processor, ("image", "video"), config, f"{prefix}ForConditionalGeneration")
 
 
@@ -111,10 +114,13 @@ def qwen2_audio() -> Host:
     processor = transformers.Qwen2AudioProcessor(
         hears(), made, chat_template=template(audio="<|audio_bos|><|AUDIO|><|audio_eos|>\n")
     )
-    config = lambda: CONFIG_MAPPING["qwen2_audio"](  # noqa: E731
+
+    def config():
+        return CONFIG_MAPPING["qwen2_audio"](
         text_config={"model_type": "qwen2", **TEXT}, audio_config={"model_type": "qwen2_audio_encoder", **AUDIO},
         **_ids(made, audio_token_index="<|AUDIO|>"),
     )  # fmt: skip
+
     return Host("qwen2_audio", processor, ("audio",), config, "Qwen2AudioForConditionalGeneration")
 
 
@@ -130,7 +136,9 @@ def qwen2_5_omni() -> Host:
         ),
     )  # fmt: skip
     processor.videos_kwargs = {"size": QWEN_SIZES["size"]}
-    config = lambda: CONFIG_MAPPING["qwen2_5_omni_thinker"](  # noqa: E731
+
+    def config():
+        return CONFIG_MAPPING["qwen2_5_omni_thinker"](
         text_config={"model_type": "qwen2_5_omni_text", **TEXT, "rope_parameters": ROPE}, vision_config=QWEN2_VISION,
         audio_config={**AUDIO, "n_window": 10, "output_dim": 32}, position_id_per_seconds=2, seconds_per_chunk=2,
         **_ids(
@@ -140,6 +148,7 @@ def qwen2_5_omni() -> Host:
             audio_start_token_id="<|audio_bos|>", audio_end_token_id="<|audio_eos|>",
         ),
     )  # fmt: skip
+
     return Host(
         "qwen2_5_omni", processor, ("image", "video", "audio"), config, "Qwen2_5OmniThinkerForConditionalGeneration"
     )
@@ -158,7 +167,9 @@ def gemma3() -> Host:
         "sliding_window": 512,
         "query_pre_attn_scalar": 8,
     }
-    config = lambda: CONFIG_MAPPING["gemma3"](  # noqa: E731
+
+    def config():
+        return CONFIG_MAPPING["gemma3"](
         text_config={"model_type": "gemma3_text", **TEXT, **layers}, mm_tokens_per_image=4,
         vision_config={"model_type": "siglip_vision_model", **VISION, "image_size": 16, "patch_size": 4},
         **_ids(
@@ -166,6 +177,7 @@ def gemma3() -> Host:
             eoi_token_index="<end_of_image>",
         ),
     )  # fmt: skip
+
     return Host("gemma3", processor, ("image",), config, "Gemma3ForConditionalGeneration")
 
 
@@ -176,12 +188,15 @@ def llava() -> Host:
         transformers.CLIPImageProcessor(size=side, crop_size=side), made, patch_size=4, num_additional_image_tokens=1,
         vision_feature_select_strategy="default", chat_template=template("<image>\n"),
     )  # fmt: skip
-    config = lambda: CONFIG_MAPPING["llava"](  # noqa: E731
+
+    def config():
+        return CONFIG_MAPPING["llava"](
         text_config={"model_type": "llama", **TEXT}, **_ids(made, image_token_index="<image>"),
         vision_config={
             "model_type": "clip_vision_model", **VISION, "image_size": 8, "patch_size": 4, "projection_dim": 16,
         },
     )  # fmt: skip
+
     return Host("llava", processor, ("image",), config, "LlavaForConditionalGeneration")
 
 
@@ -204,10 +219,13 @@ def idefics(name: str) -> Host:
     processor = getattr(transformers, f"{prefix}Processor")(
         *parts, image_seq_len=4, chat_template=template("<image>", "<video>")
     )
-    config = lambda: CONFIG_MAPPING[name](  # noqa: E731
+
+    def config():
+        return CONFIG_MAPPING[name](
         text_config={"model_type": "llama", **TEXT}, scale_factor=2, **_ids(made, image_token_id="<image>"),
         vision_config={**VISION, "image_size": 16, "patch_size": 4},
     )  # fmt: skip
+
     kinds = ("image", "video") if name == "smolvlm" else ("image",)
     return Host(name, processor, kinds, config, f"{prefix}ForConditionalGeneration")
 
@@ -221,11 +239,14 @@ def internvl() -> Host:
         transformers.InternVLVideoProcessor(size=SIDE), image_seq_length=4,
         chat_template=template("<IMG_CONTEXT>\n", "<video>\n"),
     )  # fmt: skip
-    config = lambda: CONFIG_MAPPING["internvl"](  # noqa: E731
+
+    def config():
+        return CONFIG_MAPPING["internvl"](
         text_config={"model_type": "qwen2", **TEXT}, image_seq_length=4, downsample_ratio=0.5,
         vision_config={**VISION, "image_size": [16, 16], "patch_size": [4, 4]},
         **_ids(made, image_token_id="<IMG_CONTEXT>"),
     )  # fmt: skip
+
     return Host("internvl", processor, ("image", "video"), config, "InternVLForConditionalGeneration")
 
 
