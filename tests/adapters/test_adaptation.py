@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters import TestTimeAdapter
+from hf_moe.inference.adaptation import TestTimeAdapter
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import pytest
 import torch
 from near import assert_near
 
-from hf_moe.adapters import gromov_wasserstein_init
-from hf_moe.adapters.alignment import gromov_wasserstein_plan
+from hf_moe.construction.alignment import gromov_wasserstein_init, gromov_wasserstein_plan
 
 
 def test_a_hidden_permutation_of_a_turned_point_cloud_is_found():

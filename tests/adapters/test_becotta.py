@@ -6,8 +6,8 @@ from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters import TestTimeAdapter
 from hf_moe.adapters.layer import tuner_layers
+from hf_moe.inference.adaptation import TestTimeAdapter
 
 
 DOMAINS = 4

@@ -9,7 +9,7 @@ from tiny_hosts import HOSTS, pixels
 from transformers import MPNetConfig, MPNetModel, Trainer, TrainingArguments
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters import LogRouting
+from hf_moe.training.logs import LogRouting
 
 
 TASKS = torch.tensor([1, 0])

@@ -7,8 +7,8 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from hf_moe import RoutingOverrides
-from hf_moe.adapters import assemble_lora_experts
 from hf_moe.adapters.layer import tuner_layers
+from hf_moe.construction.assembly import assemble_lora_experts
 
 
 @pytest.fixture

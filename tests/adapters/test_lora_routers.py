@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters import LogRouting, routing_inputs
+from hf_moe.adapters import routing_inputs
 from hf_moe.adapters.layer import tuner_layers
+from hf_moe.training.logs import LogRouting
 
 
 TARGETS = ["q_proj", "down_proj"]

@@ -9,7 +9,7 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_runs import arguments, assert_same_steps, fine_tune, plain_train, tokenizer, warnings_of
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters import LogRouting
+from hf_moe.training.logs import LogRouting
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters import gromov_wasserstein_init
 from hf_moe.analysis.experts import expert_redundancy
+from hf_moe.construction.alignment import gromov_wasserstein_init
 
 
 def adapt(model, **fields):

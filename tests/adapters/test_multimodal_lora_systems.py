@@ -20,15 +20,10 @@ from transformers import (
 )
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters import (
-    assemble_lora_experts,
-    score_adapters,
-    select_adapters,
-    select_data,
-    update_similarities,
-)
 from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.construction.assembly import assemble_lora_experts
+from hf_moe.construction.selection import score_adapters, select_adapters, select_data, update_similarities
 from hf_moe.modeling.routing import ExpertAssignment
 
 

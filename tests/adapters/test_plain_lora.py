@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
-from hf_moe.adapters.plain_lora import check_lora_covers, check_lora_trained, get_lora_model, lora_targets
+from hf_moe.training.plain_lora import check_lora_covers, check_lora_trained, get_lora_model, lora_targets
 
 
 LAYER = "model.language_model.layers.1"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.quantised import check_quantised, prepare_quantised, quantization_config
+from hf_moe.training.quantised import check_quantised, prepare_quantised, quantization_config
 
 
 HELD = [("bitsandbytes", 8), ("bitsandbytes", 4), ("torchao", 8)]

@@ -5,7 +5,7 @@ import torch
 from near import assert_near
 from peft import LoraConfig, get_peft_model
 
-from hf_moe.adapters import score_adapters, select_adapters, update_similarities
+from hf_moe.construction.selection import score_adapters, select_adapters, update_similarities
 
 
 ALIKE = torch.eye(4)  # equally different from each other

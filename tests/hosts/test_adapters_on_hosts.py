@@ -8,8 +8,8 @@ from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.plain_lora import check_lora_trained, get_lora_model, lora_targets
 from hf_moe.modeling.parts import host_parts, part_of
+from hf_moe.training.plain_lora import check_lora_trained, get_lora_model, lora_targets
 
 
 READER = {"name": "ming_multi_router", "modalities": ["text", "image", "video", "audio"]}

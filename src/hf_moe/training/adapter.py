@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedConfig, Trainer
 
-from ..adapters import LogRouting
 from ..adapters.conditions import conditions_read
 from ..adapters.index import index_of
 from ..configuration.configuration_hf_moe import HfMoeConfig
@@ -25,6 +24,7 @@ from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import host_parts, part_of
 from .arguments import training_arguments
 from .job import Job, autocast, run_trainer
+from .logs import LogRouting
 from .processors import load_processor
 from .recipe import adapter_config
 from .sections import Recipe

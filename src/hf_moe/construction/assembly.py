@@ -20,11 +20,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.config import MoeLoraConfig
+from ..adapters.frozen import take_frozen
+from ..adapters.layer import tuner_layers
+from ..adapters.systems import load_system
 from ..configuration.configuration_hf_moe import unknown_name_message
-from .config import MoeLoraConfig
-from .frozen import take_frozen
-from .layer import tuner_layers
-from .systems import load_system
 
 
 # Where the experts are, in the words of the first adapter.

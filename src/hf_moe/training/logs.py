@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..adapters.contexts import AdapterContext, UnknownModality
 from ..analysis.routing_statistics import RoutingStatistics
 from ..modeling.auxiliary import AuxiliaryLoss, is_learning
-from .contexts import AdapterContext, UnknownModality
 
 
 class LogRouting(TrainerCallback):

@@ -1,0 +1,1 @@
+"""What happens with a trained model at inference, beyond a forward pass."""
