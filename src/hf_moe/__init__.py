@@ -7,10 +7,10 @@ import importlib
 from typing import Any
 
 from .configuration import HfMoeConfig, MoeConfig
+from .configuration.saving import PACKAGE as _PACKAGE
 from .hub import install as _install_bundle
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Connector": "modeling.routing",
@@ -33,7 +33,7 @@ _LAZY = {
     "register_router": "modeling.registry",
 }
 
-__all__ = ["HfMoeConfig", "MoeConfig", "list_mechanisms", "register", *_LAZY]
+__all__ = ["HfMoeConfig", "MoeConfig", "__version__", "list_mechanisms", "register", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
@@ -78,4 +78,11 @@ def register() -> None:
     on_config_class(register_hosted)
 
 
+def _from_host(host: Any, **options: Any) -> Any:
+    from .construction.in_place import from_host
+
+    return from_host(host, **options)
+
+
 _install_bundle()
+_PACKAGE.from_host = _from_host

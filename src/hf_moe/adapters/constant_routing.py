@@ -3,7 +3,7 @@
 import torch
 
 from ..configuration.configuration_hf_moe import MODALITIES
-from ..evaluation.mode import evaluation_mode
+from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.routing import ExpertAssignment, Router, RoutingContext
 from .low_rank import ExpertSlots
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
-from ..evaluation.mode import evaluation_mode
+from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.gating import check_choice
 from ..modeling.routing import ExpertAssignment, Router, RoutingContext
 from .constant_routing import RoutingVaries, constant_gates

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..evaluation.mode import evaluation_mode
+from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.moe_layer import MoELayer
 from ..modeling.routing import ExpertAssignment, RoutingContext

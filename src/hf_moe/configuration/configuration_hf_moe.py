@@ -22,7 +22,7 @@ from .composed_config import ComposedConfig
 from .layer_maps import is_layer_map, layers_named
 from .moe_config import MoeConfig, take_copies, unknown_fields
 from .reading import check_config, check_files
-from .saving import save_with_hooks
+from .saving import save_with_package
 
 
 logger = logging.get_logger(__name__)
@@ -272,7 +272,7 @@ class HfMoeConfig(PreTrainedConfig):
         return self.moe_config.moe_layers(self.get_text_config(decoder=True).num_hidden_layers)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        return save_with_hooks(self, super().save_pretrained, save_directory, push_to_hub, kwargs)
+        return save_with_package(self, super().save_pretrained, save_directory, push_to_hub, kwargs)
 
 
 _HOSTED: dict[tuple[type, str | None], type] = {}

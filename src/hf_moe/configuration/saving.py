@@ -1,4 +1,4 @@
-"""What config, model and processor share where they travel: the release that they need, and the hooks of a save."""
+"""What config, model and processor share where they travel: the release that they need, and the package."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,21 +14,31 @@ if Version(transformers.__version__) < Version(MINIMUM_TRANSFORMERS):
         f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
     )
 
-# Called as `hook(saved_object, folder)` before a config or a processor is written, so that a refused save leaves the
-# old checkpoint whole; what it returns is called afterwards. The package fills it with the function that writes the
-# code bundle; in a bundle it stays empty, since Transformers copies bundled code by itself.
-SAVE_HOOKS: list[Callable[[Any, str], Callable[[], None]]] = []
-# Called as `hook(model, repo_id, **options)` in place of Transformers' own upload of a model. The package puts one
-# here that writes the card and names the version; in a bundle it stays empty.
-PUSH_HOOKS: list[Callable[..., Any]] = []
+
+class Package:
+    """What the installed package adds to a config, a processor or a model; from a checkpoint they run without it.
+
+    Attributes:
+        before_save: called as `before_save(saved_object, folder)` before a config or a processor is written, so that a
+            refused save leaves the old checkpoint whole; what it returns is called afterwards.
+        push: called as `push(model, repo_id, **options)` in place of Transformers' own upload of a model.
+        from_host: called as `from_host(host, **options)` to turn a model of Transformers into a MoE.
+    """
+
+    before_save: Callable[[Any, str], Callable[[], None]] | None = None
+    push: Callable[..., Any] | None = None
+    from_host: Callable[..., Any] | None = None
 
 
-def save_with_hooks(obj: Any, save: Callable[..., Any], folder: Any, push_to_hub: bool, kwargs: dict) -> Any:
-    """Save `obj`, run the hooks, and only then upload: Transformers would upload before the code is written."""
-    finish = [hook(obj, str(folder)) for hook in SAVE_HOOKS]
+PACKAGE = Package()
+
+
+def save_with_package(obj: Any, save: Callable[..., Any], folder: Any, push_to_hub: bool, kwargs: dict) -> Any:
+    """Save `obj` with what the package adds, and only then upload: Transformers would upload before it is written."""
+    finish = None if PACKAGE.before_save is None else PACKAGE.before_save(obj, str(folder))
     result = save(folder, **({} if push_to_hub else kwargs))
-    for write in finish:
-        write()
+    if finish is not None:
+        finish()
     if push_to_hub:
         obj.push_to_hub(kwargs.pop("repo_id", str(folder).rstrip("/").rsplit("/", 1)[-1]), **kwargs)
     return result

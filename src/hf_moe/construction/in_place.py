@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import HfMoeConfig
-from ..evaluation.mode import evaluation_mode
+from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.host import decoder_layers, ffn_name, read_ffn
 from ..modeling.initialisation import initializer_std
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration

@@ -19,7 +19,7 @@ from peft.utils import load_peft_weights
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..evaluation.mode import evaluation_mode
+from ..modeling.evaluation_mode import evaluation_mode
 
 
 def select_adapters(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..evaluation.mode import evaluation_mode
+from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import FfnLayout, decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration

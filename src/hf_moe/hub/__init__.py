@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..configuration.saving import PUSH_HOOKS, SAVE_HOOKS
+from ..configuration.saving import PACKAGE
 
 
 def install() -> None:
     """Make every save of a config or a processor write its code, every push of a model a card; safe to call again."""
-    if _bundle not in SAVE_HOOKS:
-        SAVE_HOOKS.append(_bundle)
-        PUSH_HOOKS.append(_push)
+    PACKAGE.before_save = _bundle
+    PACKAGE.push = _push
 
 
 def _bundle(obj: Any, folder: str) -> Callable[[], None]:

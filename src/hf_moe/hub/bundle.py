@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .. import __version__
+from ..version import __version__
 from ..configuration.configuration_hf_moe import AUTO_MAP
 from ..configuration.layer_maps import at_layer
 from ..configuration.moe_config import objective_entry

@@ -19,7 +19,7 @@ import transformers
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from transformers import AutoProcessor
 
-from .. import __version__
+from ..version import __version__
 from ..configuration.configuration_hf_moe import AUTO_MAP
 from ..configuration.reading import PROCESSOR_FILES, check_files, is_path, read_text
 from .adapter import is_adapter

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..evaluation.mode import evaluation_mode
+from ..modeling.evaluation_mode import evaluation_mode
 
 
 class TestTimeAdapter:

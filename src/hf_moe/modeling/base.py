@@ -1,6 +1,7 @@
 """The base of the model's classes: initialisation, loading and saving."""
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
-from ..configuration.saving import PUSH_HOOKS
+from ..configuration.saving import PACKAGE
 from .dispatch import RAGGED
 from .initialisation import MechanismInitialisation
 from .loading import (
@@ -92,9 +93,8 @@ class HfMoePreTrainedModel(MechanismInitialisation, PreTrainedModel):
         return loaded
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        for hook in PUSH_HOOKS:
-            return hook(self, repo_id, **kwargs)
-        return super().push_to_hub(repo_id, **kwargs)
+        push = super().push_to_hub if PACKAGE.push is None else partial(PACKAGE.push, self)
+        return push(repo_id, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         return super().get_correct_experts_implementation(requested_experts or RAGGED)

@@ -5,7 +5,6 @@ head. All that the host does (towers, connectors, positions, masks, generation) 
 MoE layers, the routing context and the objectives.
 """
 
-import importlib
 import inspect
 from typing import Any
 
@@ -141,11 +140,9 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         Raises:
             ImportError: without the package, for what builds models does not travel with a checkpoint.
         """
-        try:
-            in_place = importlib.import_module("hf_moe.construction.in_place")
-        except ImportError as error:
-            raise ImportError("Building a MoE needs the package: pip install hf-moe") from error
-        return in_place.from_host(host, **kwargs)
+        if PACKAGE.from_host is None:
+            raise ImportError("Building a MoE needs the package: pip install hf-moe, and import hf_moe first.")
+        return PACKAGE.from_host(host, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from ..configuration.reading import PROCESSOR_FILES, check_files, check_names, processor_problem
-from ..configuration.saving import save_with_hooks
+from ..configuration.saving import save_with_package
 from .image_loading import IMAGE_SOURCES, is_list, open_image, open_image_lists
 
 
@@ -187,7 +187,7 @@ class HfMoeProcessor(ProcessorMixin):
         return super()._load_tokenizer_from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        return save_with_hooks(self, super().save_pretrained, save_directory, push_to_hub, kwargs)
+        return save_with_package(self, super().save_pretrained, save_directory, push_to_hub, kwargs)
 
 
 def _check_parts(image_processor: Any, tokenizer: Any) -> None:

@@ -22,7 +22,7 @@ from ..data.chat_template import AnyProcessor
 from ..data.pictures import undecoded
 from ..data.rows import row_messages
 from ..data.text import tokenizer_or_processor
-from ..evaluation.mode import evaluation_mode
+from ..modeling.evaluation_mode import evaluation_mode
 from ..evaluation.vqa import batches, evaluate_vqa, predict_answers
 from ..hub.card import write_card
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
