@@ -13,8 +13,8 @@ from packaging.version import InvalidVersion, Version
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 
-from ..version import __version__
 from ..hub.adapter import cached_commit, portable_name
+from ..version import __version__
 
 
 # What configs that were saved before 0.1.0 have in place of the method's name.

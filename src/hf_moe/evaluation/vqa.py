@@ -23,9 +23,9 @@ from ..data.pictures import undecoded
 from ..data.placeholders import expands_alone
 from ..data.rows import describe_row, row_messages, template_options, text_part
 from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer, media_counts
+from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.vision import tower_features
-from ..modeling.evaluation_mode import evaluation_mode
 from .scoring import mean_scores, vqa_score
 
 

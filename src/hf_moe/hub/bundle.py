@@ -21,13 +21,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..version import __version__
 from ..configuration.configuration_hf_moe import AUTO_MAP
 from ..configuration.layer_maps import at_layer
 from ..configuration.moe_config import objective_entry
 from ..configuration.reading import read_object
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import KINDS
+from ..version import __version__
 from .flatten import PACKAGE, TRAVELLING_FOLDERS, flat_name, flatten, top_level_effects
 
 

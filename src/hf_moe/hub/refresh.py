@@ -19,9 +19,9 @@ import transformers
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from transformers import AutoProcessor
 
-from ..version import __version__
 from ..configuration.configuration_hf_moe import AUTO_MAP
 from ..configuration.reading import PROCESSOR_FILES, check_files, is_path, read_text
+from ..version import __version__
 from .adapter import is_adapter
 from .bundle import add_processor_auto_map, has_own_processor, is_marked, replace_text
 from .card import refresh_digests

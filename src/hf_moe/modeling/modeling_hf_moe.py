@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
+from ..configuration.saving import PACKAGE
 from .auxiliary import AuxiliaryLosses, count_labels, is_learning, warn_without_labels
 from .base import HfMoePreTrainedModel
 from .caches import cache_argument, name_cache

@@ -22,9 +22,9 @@ from ..data.chat_template import AnyProcessor
 from ..data.pictures import undecoded
 from ..data.rows import row_messages
 from ..data.text import tokenizer_or_processor
-from ..modeling.evaluation_mode import evaluation_mode
 from ..evaluation.vqa import batches, evaluate_vqa, predict_answers
 from ..hub.card import write_card
+from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import host_parts
 from .adapter import AdapterJob
