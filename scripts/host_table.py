@@ -278,8 +278,8 @@ def modalities_of(model: PreTrainedModel) -> tuple[str, ...]:
 
 def run_end_to_end() -> set[str]:
     """Return the types of which a tiny model is built, trained, generated with and saved in tests/hosts."""
-    sys.path.insert(0, str(ROOT / "tests" / "hosts"))
-    from all_hosts import HOSTS
+    sys.path.insert(0, str(ROOT / "tests"))
+    from helpers.hosts.catalogue import HOSTS
 
     return {host.config["model_type"] for host in HOSTS.values()}
 

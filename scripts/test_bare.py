@@ -15,10 +15,18 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "hub"))
+sys.path.insert(0, str(ROOT / "tests"))
 
-from hub_checkpoints import open_without_package, record, tiny_config, tiny_model, tiny_processor  # noqa: E402
-from hub_server import OWNER_TOKEN, HubServer  # noqa: E402
+from helpers.hub.checkpoints import (  # noqa: E402
+    open_without_package,
+    record,
+    start_with_hub,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+)
+from helpers.hub.server import OWNER_TOKEN, HubServer  # noqa: E402
+from helpers.programs import last_line  # noqa: E402
 
 from hf_moe.hub.card import write_card  # noqa: E402
 
@@ -52,9 +60,8 @@ def open_by_name(python: str, checkpoint: Path) -> dict:
         push = [str(Path(sys.executable).with_name("hf-moe")), "push", str(checkpoint), "owner/bare"]
         subprocess.run(push, env=environment, check=True)
         task = {"repo": "owner/bare", "reference": str(reference), "processor": True, "options": {"revision": "v1"}}
-        command = [python, str(ROOT / "tests" / "hub" / "open_by_name.py"), json.dumps({"by name": task})]
-        output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])["by name"]
+        opening = start_with_hub("open_by_name", json.dumps({"by name": task}), hub.url, RUNS / "home", python=python)
+        return json.loads(last_line(opening))["by name"]
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from near import assert_near
+from helpers.hosts.families import HOSTS, IMAGE, pixels, seq2seq
+from helpers.near import assert_near
 from peft import PeftModel, get_peft_model
-from tiny_hosts import HOSTS, IMAGE, pixels, seq2seq
 from transformers import BartConfig, BartForConditionalGeneration, SwinConfig, SwinForImageClassification
 
 from hf_moe import MoeLoraConfig

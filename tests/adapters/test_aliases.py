@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 import transformers as tf
-from near import assert_near
-from observed import logits
+from helpers.adapted import logits
+from helpers.hosts.families import HEADS, HOSTS, TEXT, words
+from helpers.near import assert_near
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_hosts import HEADS, HOSTS, TEXT, words
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 
 from hf_moe.construction.alignment import gromov_wasserstein_init, gromov_wasserstein_plan
 

@@ -1,7 +1,7 @@
 """BECoTTA's gates and adapters by formula."""
 
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import get_peft_model
 from torch.nn import functional as F
 

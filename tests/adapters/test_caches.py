@@ -5,10 +5,10 @@ import inspect
 import pytest
 import torch
 import transformers as tf
-from near import assert_near
-from observed import with_cache
+from helpers.adapted import with_cache
+from helpers.hosts.families import HOSTS, TEXT, words
+from helpers.near import assert_near
 from peft import get_peft_model
-from tiny_hosts import HOSTS, TEXT, words
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.memory import cache_of

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from near import assert_near
-from observed import with_cache
+from helpers.adapted import with_cache
+from helpers.near import assert_near
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny_hosts
 import torch
+from helpers.hosts import families
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -143,7 +143,7 @@ def test_an_adapter_of_peft_itself_needs_no_import_of_ours(llama, tmp_path):
     ],
 )
 def test_the_snippet_takes_the_class_that_loads_the_base(tmp_path, host, name):
-    host = tiny_hosts.HOSTS[host]
+    host = families.HOSTS[host]
     config = MoeLoraConfig(target_modules=host.targets, router_input="target", task_type="CAUSAL_LM")
     if host.decodes and "sequence" not in host.refuses:
         config.router_input = "decoder_layer"

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from near import assert_near
-from observed import logits
+from helpers.adapted import logits
+from helpers.near import assert_near
 from peft import get_peft_model
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM

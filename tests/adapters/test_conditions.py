@@ -3,11 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from observed import logits
+from helpers.adapted import logits
+from helpers.trl_runs import arguments, tokenizer
 from peft import get_peft_model
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl_runs import arguments, tokenizer
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import ConditionCollator, merge_for, routing_inputs

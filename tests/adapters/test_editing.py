@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from near import assert_near
-from observed import real_logits, stacks, step
+from helpers.adapted import real_logits, stacks, step
+from helpers.near import assert_near
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_moe import MoeLoraConfig

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from near import assert_near
-from observed import decisions, logits
+from helpers.adapted import decisions, logits
+from helpers.hosts.families import HOSTS, pixels
+from helpers.near import assert_near
 from peft import get_peft_model
-from tiny_hosts import HOSTS, pixels
 from transformers import MPNetConfig, MPNetModel, Trainer, TrainingArguments
 
 from hf_moe import MoeLoraConfig

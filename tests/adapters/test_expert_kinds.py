@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from near import assert_near
-from observed import logits
+from helpers.adapted import logits
+from helpers.near import assert_near
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F

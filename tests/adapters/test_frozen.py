@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from near import assert_near
-from observed import real_logits, stacks, step
+from helpers.adapted import real_logits, stacks, step
+from helpers.near import assert_near
+from helpers.peft_version import transformers_takes_this_peft
 from peft import PeftModel, get_peft_model
-from peft_version import transformers_takes_this_peft
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 

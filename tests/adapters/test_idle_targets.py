@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 import transformers as tf
-from near import assert_near
-from observed import logits
+from helpers.adapted import logits
+from helpers.hosts.families import HOSTS, SIZES, TEXT, VISION, words
+from helpers.near import assert_near
 from peft import get_peft_model
-from tiny_hosts import HOSTS, SIZES, TEXT, VISION, words
 from torch import nn
 
 from hf_moe import MoeLoraConfig, Router, register_router

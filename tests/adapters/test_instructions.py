@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from near import assert_near
-from observed import decisions, logits, with_cache
+from helpers.adapted import decisions, logits, with_cache
+from helpers.near import assert_near
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig

@@ -6,8 +6,8 @@ from contextlib import suppress
 
 import pytest
 import torch
+from helpers.hosts.families import HOSTS, words
 from peft import get_peft_model
-from tiny_hosts import HOSTS, words
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.contexts import ACTIVE_LAYER

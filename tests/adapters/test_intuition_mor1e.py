@@ -1,7 +1,7 @@
 """Intuition-MoR1E: pairs of rank-1 vectors, scored by the token and by what its row is close to."""
 
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import get_peft_model
 from torch.nn import functional as F
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers as tf
-from near import assert_near
-from observed import logits, with_cache
+from helpers.adapted import logits, with_cache
+from helpers.hosts.families import TEXT, words
+from helpers.near import assert_near
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tiny_hosts import TEXT, words
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.contexts import are_tokens

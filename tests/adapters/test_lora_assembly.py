@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from near import assert_near
-from observed import logits
+from helpers.adapted import logits
+from helpers.near import assert_near
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from near import assert_near
-from observed import decisions, logits, with_cache
+from helpers.adapted import decisions, logits, with_cache
+from helpers.near import assert_near
 from peft import PeftModel, get_peft_model
 from transformers import (
     Gemma3ForCausalLM,

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from near import assert_near
-from observed import decisions, logits, with_cache
+from helpers.adapted import decisions, logits, with_cache
+from helpers.near import assert_near
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F

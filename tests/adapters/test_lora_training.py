@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from near import assert_near
+from helpers.near import assert_near
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F

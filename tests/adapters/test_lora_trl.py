@@ -3,10 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset
+from helpers.trl_runs import arguments, assert_same_steps, fine_tune, plain_train, tokenizer, warnings_of
 from peft import get_peft_model
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
-from trl_runs import arguments, assert_same_steps, fine_tune, plain_train, tokenizer, warnings_of
 
 from hf_moe import MoeLoraConfig
 from hf_moe.training.logs import LogRouting

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 
 from hf_moe.adapters import low_rank
 from hf_moe.adapters.low_rank import ExpertSlots, add_experts, bucketed, grouped, masked_dense

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from helpers.hosts.families import HOSTS, IMAGE, TEXT, VISION, words
 from peft import get_peft_model
-from tiny_hosts import HOSTS, IMAGE, TEXT, VISION, words
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.contexts import UnknownModality

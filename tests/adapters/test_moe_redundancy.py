@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from near import assert_near
-from observed import logits
+from helpers.adapted import logits
+from helpers.hosts.families import HOSTS
+from helpers.near import assert_near
 from peft import get_peft_model
-from tiny_hosts import HOSTS
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM

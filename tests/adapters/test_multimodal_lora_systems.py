@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from near import assert_near
-from observed import logits
+from helpers.adapted import logits
+from helpers.near import assert_near
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (

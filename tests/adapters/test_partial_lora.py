@@ -1,7 +1,7 @@
 """Partial LoRA: what tokens of the new modality get, in linear layers and in the stacks of a MoE host, by formula."""
 
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import get_peft_model
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM

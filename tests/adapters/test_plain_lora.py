@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig

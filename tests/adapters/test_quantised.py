@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import LoraConfig, get_peft_model
 
 from hf_moe.construction.selection import score_adapters, select_adapters, update_similarities

@@ -1,7 +1,7 @@
 """What the gate on a pooled sequence reads: directions, and with `centred` only what differs between the samples."""
 
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import PeftModel, get_peft_model
 
 from hf_moe import MoeLoraConfig

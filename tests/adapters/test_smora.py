@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import get_peft_model
 from torch import nn
 

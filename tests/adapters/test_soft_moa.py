@@ -1,7 +1,7 @@
 """Soft slots: what a layer computes is the paper's equation."""
 
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig

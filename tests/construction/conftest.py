@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_hosts import small_host
+from helpers.hosts.small import small_host
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPImageProcessor, LlavaProcessor
 
 from hf_moe.construction.tokenizer import train_word_tokenizer

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.trainer_loads import assert_trainer_reads_back
 from safetensors.torch import load_file
-from trainer_loads import assert_trainer_reads_back
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration

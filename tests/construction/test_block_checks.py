@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from host_blocks import HIDDEN, config_of, make_block, make_layer
+from helpers.hosts.blocks import HIDDEN, config_of, make_block, make_layer
 from torch import nn
 from transformers import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from near import assert_near
-from small_hosts import small_host
+from helpers.hosts.small import small_host
+from helpers.near import assert_near
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, Trainer, TrainingArguments
 

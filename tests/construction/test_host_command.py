@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from near import assert_near
+from helpers.hosts.small import small_host
+from helpers.near import assert_near
 from PIL import Image
-from small_hosts import small_host
 from transformers import AutoModelForImageTextToText, AutoProcessor, T5Config
 
 from hf_moe import HfMoeForConditionalGeneration

@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from near import assert_near
-from small_hosts import fields_of, small_host
+from helpers.hosts.small import fields_of, small_host
+from helpers.near import assert_near
 
 from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.construction import in_place

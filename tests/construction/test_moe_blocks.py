@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from host_blocks import BLOCKS, HIDDEN, REFUSED, make_block, make_layer
+from helpers.hosts.blocks import BLOCKS, HIDDEN, REFUSED, make_block, make_layer
 
 from hf_moe.construction.gate_forms import starting_options
 from hf_moe.construction.moe_blocks import read_block

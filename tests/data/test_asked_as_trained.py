@@ -1,8 +1,8 @@
 """An answer is trained as it will be asked for, whatever the tokenizer and its chat template."""
 
 import pytest
+from helpers.tokenizer_kinds import VARIANTS, make_tokenizer
 from PIL import Image
-from tokenizer_kinds import VARIANTS, make_tokenizer
 from transformers import CLIPImageProcessor
 
 from hf_moe import HfMoeProcessor

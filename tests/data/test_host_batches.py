@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from host_processors import HOSTS, RATE
+from helpers.hosts.processors import HOSTS, RATE
 from PIL import Image
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration

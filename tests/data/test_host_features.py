@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from host_processors import HOSTS, RATE
+from helpers.hosts.processors import HOSTS, RATE
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 

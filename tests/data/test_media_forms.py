@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Audio, Dataset, List, Video, load_from_disk
-from host_processors import HOSTS, RATE
+from helpers.hosts.processors import HOSTS, RATE
 from PIL import Image
 from scipy.io import wavfile
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from all_hosts import ALL, HOSTS, MULTIMODAL, fast_and_slow, in_place
-from near import assert_near
+from helpers.hosts.catalogue import ALL, HOSTS, MULTIMODAL, fast_and_slow, in_place
+from helpers.near import assert_near
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig

@@ -1,16 +1,13 @@
 """Hosts in place answer through their own processors where the package is not: chat template, model, pipeline."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from ask_hosts import EXACT, inputs_of
-from host_processors import HOSTS
-from near import assert_near
+from helpers.hosts.ask_hosts import EXACT, inputs_of
+from helpers.hosts.processors import HOSTS
+from helpers.near import assert_near
+from helpers.programs import last_line, start
 from transformers import AutoProcessor
 
 from hf_moe import HfMoeForConditionalGeneration
@@ -38,13 +35,9 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(models, tmp_path_factory):
     """What a process without the package answers."""
-    script = Path(__file__).with_name("ask_hosts.py")
     root = tmp_path_factory.mktemp("answers")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
-    file, folders = root / "answers.json", [str(folder) for *_, folder in models.values()]
-    command = [sys.executable, str(script), str(file), *folders]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stderr
+    file, folders = root / "answers.json", [folder for *_, folder in models.values()]
+    last_line(start("hosts.ask_hosts", file, *folders, HF_MODULES_CACHE=str(root / "modules")))
     return json.loads(file.read_text())
 
 

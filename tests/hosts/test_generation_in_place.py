@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from all_hosts import ALL, HOSTS, fast_and_slow, in_place
-from native_hosts import SPECIAL
-from near import assert_near
+from helpers.hosts.catalogue import ALL, HOSTS, fast_and_slow, in_place
+from helpers.hosts.native import SPECIAL
+from helpers.near import assert_near
 from transformers import GenerationMixin
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from all_hosts import HOSTS
+from helpers.hosts.catalogue import HOSTS
 from transformers import CONFIG_MAPPING
 
 from hf_moe import HfMoeForConditionalGeneration

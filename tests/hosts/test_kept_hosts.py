@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from all_hosts import HOSTS
-from keep_hosts import KEPT, RELEASED, kept_answer
-from near import assert_near
+from helpers.hosts.catalogue import HOSTS
+from helpers.hosts.keep_hosts import KEPT, RELEASED, kept_answer
+from helpers.near import assert_near
 
 from hf_moe import HfMoeForConditionalGeneration
 

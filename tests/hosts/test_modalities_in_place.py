@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from all_hosts import (
+from helpers.hosts.catalogue import (
     ADOPTED,
     ALL,
     DENSE,
@@ -15,8 +15,8 @@ from all_hosts import (
     labels_of,
     routing_of,
 )
-from native_hosts import MODALITY_OF, SPECIAL
-from near import assert_near
+from helpers.hosts.native import MODALITY_OF, SPECIAL
+from helpers.near import assert_near
 
 from hf_moe.construction.conversion import convert_router
 from hf_moe.modeling.routing import RoutingContext

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
-from all_hosts import ALL, HOSTS, MULTIMODAL
-from native_hosts import MODALITY_OF
+from helpers.hosts.catalogue import ALL, HOSTS, MULTIMODAL
+from helpers.hosts.native import MODALITY_OF
 
 
 def logits_of(host, inputs):

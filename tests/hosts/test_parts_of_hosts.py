@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from all_hosts import ALL, HOSTS, MULTIMODAL, fast_and_slow, in_place
+from helpers.hosts.catalogue import ALL, HOSTS, MULTIMODAL, fast_and_slow, in_place
 from torch import nn
 
 from hf_moe.analysis.routing_statistics import RoutingStatistics, active_parameters

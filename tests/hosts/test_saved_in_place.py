@@ -2,16 +2,13 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from all_hosts import ADOPTED, ALL, HOSTS, MODALITY_GATES, drift_apart, in_place
-from open_hosts import AUTO_CLASSES, EXACT, REFERENCE, keys_of
+from helpers.hosts.catalogue import ADOPTED, ALL, HOSTS, MODALITY_GATES, drift_apart, in_place
+from helpers.hosts.open_hosts import AUTO_CLASSES, EXACT, REFERENCE, keys_of
+from helpers.programs import last_line, start
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -21,7 +18,6 @@ from transformers.models.auto.modeling_auto import (
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 
 
-OPENER = Path(__file__).with_name("open_hosts.py")
 # Two processes may sum in another order: the blocking of a matrix product follows the alignment of its memory.
 TOLERANCE = 1e-6
 OPENED = ["qwen2_5_vl", "qwen2_5_omni_thinker", "gemma3", "smolvlm", "qwen2_audio", "qwen3_vl_moe", "llama"]
@@ -42,11 +38,7 @@ def saved(name, folder):
 
 
 def open_folders(way, folders, modules_cache):
-    environment = {**os.environ, "HF_MODULES_CACHE": str(modules_cache), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(OPENER), way, *map(str, folders)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(last_line(start("hosts.open_hosts", way, *folders, HF_MODULES_CACHE=str(modules_cache))))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from all_hosts import HOSTS, drift_apart, in_place, labels_of
-from near import assert_near
+from helpers.hosts.catalogue import HOSTS, drift_apart, in_place, labels_of
+from helpers.near import assert_near
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from all_hosts import ADOPTED, ALL, DENSE, HOSTS, drift_apart, in_place, labels_of
-from near import assert_near
+from helpers.hosts.catalogue import ADOPTED, ALL, DENSE, HOSTS, drift_apart, in_place, labels_of
+from helpers.near import assert_near
 from torch.nn import functional as F
 
 from hf_moe import HfMoeForConditionalGeneration

@@ -6,11 +6,11 @@ import logging
 import pytest
 import torch
 import transformers
-from all_hosts import ALL, HOSTS, MULTIMODAL, drift_apart, fast_and_slow, gradients, in_place, labels_of
-from native_hosts import IMAGE
-from near import assert_near
+from helpers.hosts.catalogue import ALL, HOSTS, MULTIMODAL, drift_apart, fast_and_slow, gradients, in_place, labels_of
+from helpers.hosts.native import IMAGE
+from helpers.near import assert_near
+from helpers.trainer_loads import assert_trainer_reads_back
 from peft import LoraConfig, get_peft_model
-from trainer_loads import assert_trainer_reads_back
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from host_processors import HOSTS
+from helpers.hosts.processors import HOSTS
+from helpers.trl_runs import RecordGradients, arguments, assert_same_steps
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
-from trl_runs import RecordGradients, arguments, assert_same_steps
 
 from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.data import VisionLanguageCollator

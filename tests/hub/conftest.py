@@ -2,17 +2,14 @@
 
 import os
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_checkpoints import tiny_config, tiny_model, tiny_processor
-from hub_server import OWNER_TOKEN, HubServer
-from huggingface_hub import constants
-from open_checkpoint import sample_image
-from space_pages import free_port
-from transformers.utils import hub as transformers_hub
+from helpers.hub.checkpoints import tiny_config, tiny_model, tiny_processor
+from helpers.hub.open_checkpoint import sample_image
+from helpers.hub.pages import free_port
+from helpers.hub.server import running_hub
 
 from hf_moe.cli import main
 
@@ -32,22 +29,6 @@ pipeline_tag: image-text-to-text
 checkpoint = "{folder}"  # this folder, or the id of its repository
 ask = pipeline("image-text-to-text", model="{folder}", trust_remote_code=True)
 """
-
-
-@contextmanager
-def running_hub(folder):
-    """The double; the client of this process talks to it as its owner."""
-    with HubServer(folder / "hub") as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", server.url)
-        files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
-        # Transformers keeps the client that it made first, with that one's address.
-        patch.setattr(transformers_hub, "_hf_api", None)
-        patch.setenv("HF_TOKEN", OWNER_TOKEN)
-        yield server
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import json
 
 import pytest
 import torch
+from helpers.hub.odd_model import OddConfig, OddModel
+from helpers.peft_version import transformers_takes_this_peft
 from huggingface_hub import HfApi
-from odd_model import OddConfig, OddModel
 from peft import get_peft_model
-from peft_version import transformers_takes_this_peft
 from transformers import AutoModelForImageTextToText
 
 from hf_moe import MoeLoraConfig

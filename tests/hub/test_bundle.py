@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from hub_checkpoints import tiny_config, tiny_model, tiny_processor
+from helpers.hub.checkpoints import tiny_config, tiny_model, tiny_processor
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, Router, list_mechanisms, register_router

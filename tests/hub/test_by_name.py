@@ -5,8 +5,9 @@ import json
 import shutil
 
 import pytest
-from hub_checkpoints import record, result_of, run, tiny_config, tiny_model, tiny_processor
-from hub_server import OWNER_TOKEN, VISITOR_TOKEN, HubServer
+from helpers.hub.checkpoints import record, start_with_hub, tiny_config, tiny_model, tiny_processor
+from helpers.hub.server import OWNER_TOKEN, VISITOR_TOKEN, HubServer
+from helpers.programs import last_line
 from huggingface_hub import constants
 
 from hf_moe.hub.push import push_checkpoint
@@ -41,7 +42,7 @@ def hub(tmp_path_factory):
 def found(hub, tmp_path_factory):
     """What every process found, by the name of what it was asked to open."""
     root = tmp_path_factory.mktemp("pushed")
-    pushing = run("push_by_methods.py", str(root), hub.url, root / "home_of_pusher")
+    pushing = start_with_hub("push_by_methods", str(root), hub.url, root / "home_of_pusher")
     first, second = (
         save(root / name, number, tiny_processor()) for number, name in enumerate(("one", "two"), start=1)
     )
@@ -53,7 +54,7 @@ def found(hub, tmp_path_factory):
         for name, options in {"hidden": {"private": True}, "gated": {"gated": "auto"}, "busy": {}}.items():
             push_checkpoint(root / "one", f"owner/{name}", token=OWNER_TOKEN, **options)
         push_checkpoint(root / "two", "owner/twice", token=OWNER_TOKEN)
-    result_of(pushing)
+    last_line(pushing)
     hub.fail("HEAD", "owner/busy/resolve/.*/config.json", 503)
     hub.fail("GET", "owner/busy/resolve/.*/gating.py", 429)
     hub.lose_answer("GET", "owner/busy/resolve/.*/model.safetensors")
@@ -76,15 +77,15 @@ def found(hub, tmp_path_factory):
         "odd_experts": task("odd_experts", first),
         **{name: task(name, root / name / "reference.pt", processor=name != "adapter") for name in METHODS},
     }
-    online = json.loads(result_of(run("open_by_name.py", json.dumps(tasks), hub.url, root / "home")))
+    online = json.loads(last_line(start_with_hub("open_by_name", json.dumps(tasks), hub.url, root / "home")))
     shutil.copytree(root / "home", root / "home_without_network", symlinks=True)
     again = json.dumps({name: tasks[name] for name in ("newest", "pinned", "gated_for_visitor")})
-    offline = run("open_by_name.py", again, DEAD, root / "home", HF_HUB_OFFLINE="1")
-    unreachable = run("open_by_name.py", again, DEAD, root / "home_without_network")
+    offline = start_with_hub("open_by_name", again, DEAD, root / "home", HF_HUB_OFFLINE="1")
+    unreachable = start_with_hub("open_by_name", again, DEAD, root / "home_without_network")
     return online | {
         f"{place}/{name}": value
         for place, process in {"offline": offline, "unreachable": unreachable}.items()
-        for name, value in json.loads(result_of(process)).items()
+        for name, value in json.loads(last_line(process)).items()
     }
 
 

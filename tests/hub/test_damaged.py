@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hub_checkpoints import tiny_config, tiny_model, tiny_processor
+from helpers.hub.checkpoints import tiny_config, tiny_model, tiny_processor
 from safetensors.torch import load_file, save_file
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor

@@ -7,10 +7,10 @@ from unittest.mock import Mock
 import pytest
 from gradio_client import handle_file
 from gradio_client.exceptions import AppError
-from hosted_checkpoints import read_film, read_wave, save_hosted, write_wave
-from hub_checkpoints import tiny_config, tiny_processor
+from helpers.hub.checkpoints import tiny_config, tiny_processor
+from helpers.hub.hosted import read_film, read_wave, save_hosted, write_wave
+from helpers.hub.pages import CHAT_TEMPLATE, QUESTION, numbers, save
 from playwright.sync_api import expect
-from space_pages import CHAT_TEMPLATE, QUESTION, numbers, save
 from transformers import Qwen2VLVideoProcessor, processing_utils
 
 from hf_moe.cli import main

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from hosted_checkpoints import (
-    HOSTS,
+from helpers.hosts.catalogue import HOSTS
+from helpers.hub.hosted import (
     hosted_model,
     processor,
     read_wave,

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from hosted_checkpoints import ALL, HOSTS, fast_and_slow, hosted_model
+from helpers.hosts.catalogue import ALL, HOSTS, fast_and_slow
+from helpers.hub.hosted import hosted_model
 
 from hf_moe.analysis.routing_statistics import RoutingStatistics, active_parameters
 from hf_moe.hub.card import write_card

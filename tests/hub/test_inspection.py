@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from hub_checkpoints import TEXT, tiny_config, tiny_model, tiny_processor
+from helpers.hub.checkpoints import TEXT, tiny_config, tiny_model, tiny_processor
+from helpers.hub.open_checkpoint import sample_image
 from huggingface_hub import constants
-from open_checkpoint import sample_image
 from transformers import MixtralConfig
 
 from hf_moe import HfMoeConfig

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from hub_checkpoints import TEXT
-from open_checkpoint import sample_image
+from helpers.hub.checkpoints import TEXT
+from helpers.hub.open_checkpoint import sample_image
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
 from hf_moe import HfMoeProcessor

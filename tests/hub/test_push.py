@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hub_server import OWNER_TOKEN, VISITOR_TOKEN
+from helpers.hub.server import OWNER_TOKEN, VISITOR_TOKEN
 from huggingface_hub import HfApi, constants
 
 from hf_moe.cli import main

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from hub_checkpoints import tiny_config, tiny_model
+from helpers.hub.checkpoints import tiny_config, tiny_model
+from helpers.peft_version import transformers_takes_this_peft
 from peft import LoraConfig, get_peft_model
-from peft_version import transformers_takes_this_peft
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_moe import MoeLoraConfig

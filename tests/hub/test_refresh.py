@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_checkpoints import tiny_config, tiny_model, tiny_processor
+from helpers.hub.checkpoints import tiny_config, tiny_model, tiny_processor
 from transformers import LlamaConfig
 
 from hf_moe.cli import main

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hub_checkpoints import (
+from helpers.hub.checkpoints import (
     TEXT,
     open_without_package,
     record,

@@ -5,8 +5,9 @@ import json
 import shutil
 
 import pytest
-from hub_checkpoints import record, result_of, run, tiny_config, tiny_model, tiny_processor
-from hub_server import OWNER_TOKEN, HubServer
+from helpers.hub.checkpoints import record, start_with_hub, tiny_config, tiny_model, tiny_processor
+from helpers.hub.server import OWNER_TOKEN, HubServer
+from helpers.programs import last_line
 from huggingface_hub import constants
 
 from hf_moe.hub.push import push_checkpoint
@@ -70,10 +71,10 @@ def found(checkpoints, tmp_path_factory):
         by_hand = ("by_hand", str(edited), sources[1][2])
         orders = {"forward": [*sources, by_hand], "backward": [*sources[::-1], by_hand]}
         processes = {
-            order: run("open_in_order.py", json.dumps(listed), hub.url, home / order)
+            order: start_with_hub("open_in_order", json.dumps(listed), hub.url, home / order)
             for order, listed in orders.items()
         }
-        return {order: json.loads(result_of(process)) for order, process in processes.items()}
+        return {order: json.loads(last_line(process)) for order, process in processes.items()}
 
 
 @pytest.mark.parametrize("order", ["forward", "backward"])

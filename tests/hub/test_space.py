@@ -1,30 +1,23 @@
 """A Space answers, shows its routing and says what is wrong: over HTTP, and in a real browser where there is one."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from conftest import running_hub
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from hub_server import OWNER_TOKEN
-from open_checkpoint import sample_image
+from helpers.hub.checkpoints import start_with_hub
+from helpers.hub.open_checkpoint import sample_image
+from helpers.hub.pages import QUESTION, REPO, free_port, listens, numbers
+from helpers.hub.server import running_hub
 from playwright.sync_api import expect
-from space_pages import QUESTION, REPO, free_port, listens, numbers
 
 from hf_moe import HfMoeForConditionalGeneration, HfMoeProcessor
 from hf_moe.cli import main
 from hf_moe.hub.push import push_checkpoint
-
-
-RUNNER = Path(__file__).with_name("run_space.py")
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +32,10 @@ def space_url(saved_checkpoint, tmp_path_factory):
         for name, content in hub.files(f"spaces/{REPO}").items():
             (downloaded / name).write_bytes(content)
         port = free_port()
-        environment = {
-            **os.environ,
-            "GRADIO_SERVER_PORT": str(port),
-            "GRADIO_SERVER_NAME": "127.0.0.1",
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(folder / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_TOKEN": OWNER_TOKEN,
-        }
+        page = {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"}
         log = folder / "log"
         with log.open("w") as output:
-            command = [sys.executable, str(RUNNER), str(downloaded)]
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            process = start_with_hub("run_space", downloaded, hub.url, folder / "home", log=output, **page)
         try:
             while not listens(port):
                 assert process.poll() is None, log.read_text()

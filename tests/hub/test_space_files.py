@@ -5,10 +5,10 @@ import shutil
 
 import gradio
 import pytest
-from hosted_checkpoints import save_hosted
+from helpers.hub.hosted import save_hosted
+from helpers.hub.pages import REPO
 from huggingface_hub import ModelCard, constants
 from packaging.version import Version
-from space_pages import REPO
 
 from hf_moe.cli import main
 from hf_moe.hub.push import PushError, push_checkpoint

@@ -8,8 +8,8 @@ import gradio
 import numpy as np
 import pytest
 import torch
-from hub_checkpoints import tiny_processor
-from open_checkpoint import sample_image
+from helpers.hub.checkpoints import tiny_processor
+from helpers.hub.open_checkpoint import sample_image
 from PIL import Image
 
 from hf_moe.hub.space_app import open_uploads

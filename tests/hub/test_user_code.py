@@ -5,7 +5,7 @@ import sys
 import warnings
 
 import pytest
-from hub_checkpoints import open_without_package, record, tiny_config, tiny_model, tiny_processor
+from helpers.hub.checkpoints import open_without_package, record, tiny_config, tiny_model, tiny_processor
 
 from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.hub.bundle import bundle_files

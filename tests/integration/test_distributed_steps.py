@@ -6,11 +6,11 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.training_loops import SUBJECTS, batch
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training_loops import SUBJECTS, batch
 
 
 WORLD = 2

@@ -3,8 +3,8 @@
 import unittest
 
 import torch
+from helpers.transformers_suites import import_suite
 from transformers import CLIPVisionConfig, LlamaConfig
-from transformers_suites import import_suite
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.modeling.mechanisms import get_mechanism

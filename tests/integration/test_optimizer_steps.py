@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 import torch
+from helpers.training_loops import LOOPS, ROUTER, STEPS, SUBJECTS, Subject, adapted, batch, own, own_model, sgd, watch
 from peft import LoraConfig, get_peft_model
-from training_loops import LOOPS, ROUTER, STEPS, SUBJECTS, Subject, adapted, batch, own, own_model, sgd, watch
 from transformers import Trainer, TrainingArguments
 
 from hf_moe.training.trainer import HfMoeTrainer

@@ -2,9 +2,9 @@
 
 import unittest
 
+from helpers.transformers_suites import import_suite
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
-from transformers_suites import import_suite
 
 from hf_moe import HfMoeProcessor
 

@@ -4,15 +4,11 @@ CI runs this file with the lowest release of Transformers and with the newest: e
 """
 
 import shutil
-import sys
 
 import pytest
+from helpers.hub.checkpoints import TEXT, open_without_package
+from helpers.release_checkpoint import RELEASED_CODE
 from packaging.version import Version
-from release_checkpoint import HUB_TESTS, RELEASED_CODE
-
-
-sys.path.insert(0, str(HUB_TESTS))
-from hub_checkpoints import TEXT, open_without_package  # noqa: E402
 
 
 # The releases of Transformers differ in the order of a few sums.

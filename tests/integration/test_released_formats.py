@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from release_checkpoint import RELEASED, inputs
+from helpers.release_checkpoint import RELEASED, inputs
 
 from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.configuration.configuration_hf_moe import CONFIG_FORMAT

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from image_rows import IMAGE, PAD, collate, labels_of, row
+from helpers.image_rows import IMAGE, PAD, collate, labels_of, row
 from transformers import AutoConfig, CLIPVisionConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.router_cases import make_spec
 from peft import PeftModel, get_peft_model
-from router_cases import make_spec
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_moe import HfMoeForConditionalGeneration, MoeLoraConfig, list_mechanisms, register_router

@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from caches import cache_of
-from near import assert_near
+from helpers.caches import cache_of
+from helpers.near import assert_near
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, modeling_outputs
 
 from hf_moe.modeling.outputs import ComposedCausalLMOutput, ComposedModelOutput

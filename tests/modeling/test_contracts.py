@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import infer_auto_device_map
-from near import assert_near
+from helpers.near import assert_near
 from peft import LoraConfig, get_peft_model
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from caches import cache_of
-from near import assert_near
+from helpers.caches import cache_of
+from helpers.near import assert_near
 from peft import LoraConfig, get_peft_model
 
 from hf_moe import HfMoeForConditionalGeneration, RoutingOverrides

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from image_rows import collate, labels_of
+from helpers.image_rows import collate, labels_of
 from torch.nn import functional as F
 
 from hf_moe.modeling.gating import gate_overlap

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from caches import cache_of
+from helpers.caches import cache_of
 
 
 GREEDY = {"do_sample": False}

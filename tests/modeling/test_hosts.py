@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trainer_loads import assert_trainer_reads_back
+from helpers.trainer_loads import assert_trainer_reads_back
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, MambaConfig, T5Config
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from image_rows import IMAGE, collate, labels_of, row
+from helpers.image_rows import IMAGE, collate, labels_of, row
 from transformers import DynamicCache
 
 from hf_moe import HfMoeForConditionalGeneration

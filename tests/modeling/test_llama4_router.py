@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from router_cases import EXPERTS, make_context, make_hidden, make_router, make_spec, text_context
+from helpers.router_cases import EXPERTS, make_context, make_hidden, make_router, make_spec, text_context
 
 from hf_moe.modeling.routing import RoutingOverrides
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from image_rows import IMAGE, collate, labels_of, row
-from near import assert_near
+from helpers.image_rows import IMAGE, collate, labels_of, row
+from helpers.near import assert_near
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from near import assert_near
-from router_cases import (
+from helpers.near import assert_near
+from helpers.router_cases import (
     EXPERTS,
     HIDDEN,
     SLOTS,

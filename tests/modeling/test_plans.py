@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from router_cases import make_experts, make_spec
+from helpers.router_cases import make_experts, make_spec
 
 import hf_moe.modeling.routers as routers
 from hf_moe import HfMoeForConditionalGeneration

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from router_cases import EXPERTS, SLOTS, collapsed, make_context, make_hidden, make_router, make_spec
+from helpers.router_cases import EXPERTS, SLOTS, collapsed, make_context, make_hidden, make_router, make_spec
 
 from hf_moe.modeling.gating import limit_capacity
 from hf_moe.modeling.routing import ExpertAssignment, Router, RoutingContext

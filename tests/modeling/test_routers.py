@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from near import assert_near
-from router_cases import EXPERTS, make_context, make_experts, make_hidden, make_router, make_spec, text_context
+from helpers.near import assert_near
+from helpers.router_cases import EXPERTS, make_context, make_experts, make_hidden, make_router, make_spec, text_context
 
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build

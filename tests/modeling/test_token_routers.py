@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from near import assert_near
-from router_cases import (
+from helpers.near import assert_near
+from helpers.router_cases import (
     EAGER,
     EXPERTS,
     HIDDEN,

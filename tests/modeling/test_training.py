@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from near import assert_near
+from helpers.near import assert_near
 
 
 OBJECTIVES = {"load_balance": 0.1, "router_z": 0.01}

@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
+from helpers.trl_runs import arguments, assert_same_steps, fine_tune, plain_train, rows, tokenizer, warnings_of
 from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
-from trl_runs import arguments, assert_same_steps, fine_tune, plain_train, rows, tokenizer, warnings_of
 
 
 OBJECTIVES = {"load_balance": 0.3, "router_z": 0.1}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trainer_loads import assert_trainer_reads_back
+from helpers.trainer_loads import assert_trainer_reads_back
 from transformers import AutoConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration

@@ -1,7 +1,8 @@
 """Tiny hosts that hear, and nothing else."""
 
 import torch
-from native_hosts import AUDIO, NativeHost, decoder, noise
+
+from helpers.hosts.native import AUDIO, NativeHost, decoder, noise
 
 
 EARS = {

@@ -1,7 +1,7 @@
 """Keeps checkpoints of the current code for the tests of all later versions.
 
-    python tests/integration/release_checkpoint.py format
-    python tests/integration/release_checkpoint.py code
+    cd tests && python -m helpers.release_checkpoint format
+    cd tests && python -m helpers.release_checkpoint code
 
 `format` is run once, when a version with a new `CONFIG_FORMAT` is released: it writes `released/<format>/`, the config
 and the weights. `code` is run with the lowest and the newest release of Transformers, before a version is released: it
@@ -18,13 +18,13 @@ import transformers
 from transformers import CLIPVisionConfig, LlamaConfig
 
 import hf_moe
+from helpers.hub.checkpoints import record, tiny_processor
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.configuration.configuration_hf_moe import CONFIG_FORMAT
 
 
-RELEASED = Path(__file__).with_name("released")
-RELEASED_CODE = Path(__file__).with_name("released_code")
-HUB_TESTS = Path(__file__).parents[1] / "hub"
+INTEGRATION = Path(__file__).parents[1] / "integration"
+RELEASED, RELEASED_CODE = INTEGRATION / "released", INTEGRATION / "released_code"
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 # Maps from layer to value, banks and a balancing buffer: what a later reader could misread.
 MOE = {
@@ -65,9 +65,6 @@ def keep_format() -> None:
 
 
 def keep_code() -> None:
-    sys.path.insert(0, str(HUB_TESTS))
-    from hub_checkpoints import record, tiny_processor
-
     folder = RELEASED_CODE / f"hf_moe_{hf_moe.__version__}_transformers_{transformers.__version__}"
     folder.mkdir(parents=True)
     model = make_model()

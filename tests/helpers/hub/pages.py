@@ -4,7 +4,7 @@ import re
 import socket
 from pathlib import Path
 
-from hub_checkpoints import tiny_model
+from helpers.hub.checkpoints import tiny_model
 
 
 REPO = "owner/tiny"

@@ -11,13 +11,18 @@ import re
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
-from hub_lfs import LfsRoutes
-from hub_repository import ApiError, Fault, Repository, lfs_entry, metadata_of, regular_entry, tree_items
+from huggingface_hub import constants
+from transformers.utils import hub as transformers_hub
+
+from helpers.hub.lfs import LfsRoutes
+from helpers.hub.repository import ApiError, Fault, Repository, lfs_entry, metadata_of, regular_entry, tree_items
 
 
 OWNER = "owner"
@@ -379,3 +384,19 @@ ROUTES: list[tuple[str, str, Action]] = [
     ("GET", rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", Handler.tree),
     ("GET HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.file),
 ]
+
+
+@contextmanager
+def running_hub(folder):
+    """The double; the client of this process talks to it as its owner."""
+    with HubServer(folder / "hub") as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", server.url)
+        files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        # Transformers keeps the client that it made first, with that one's address.
+        patch.setattr(transformers_hub, "_hf_api", None)
+        patch.setenv("HF_TOKEN", OWNER_TOKEN)
+        yield server

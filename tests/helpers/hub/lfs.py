@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from hub_repository import ApiError, store
+from helpers.hub.repository import ApiError, store
 
 
 class LfsRoutes:

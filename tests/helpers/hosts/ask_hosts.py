@@ -1,6 +1,6 @@
 """Asks hosts with MoE layers through their own processors, about pictures, videos and sounds.
 
-Run as a script, `ask_hosts.py FILE FOLDER ...`, where `hf_moe` cannot be imported. It writes a JSON object to the
+Run as a program, `FILE FOLDER ...`, where `hf_moe` cannot be imported. It writes a JSON object to the
 file: folder to what the model answers and the classes that answer.
 """
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from open_hosts import NoHfMoe
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
+
+from helpers.hub.open_checkpoint import NoHfMoe
 
 
 RATE = 16000

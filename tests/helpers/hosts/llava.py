@@ -1,7 +1,8 @@
 """Tiny hosts that put a tower's features in the place of placeholders: the LLaVA family and its kin."""
 
 import torch
-from native_hosts import (
+
+from helpers.hosts.native import (
     CLIP,
     IMAGE,
     PIXTRAL,

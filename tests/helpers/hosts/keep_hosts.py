@@ -1,6 +1,6 @@
 """Keeps checkpoints of tiny hosts for other releases of Transformers, config and weights, with what they answered.
 
-    python tests/hosts/keep_hosts.py
+    cd tests && python -m helpers.hosts.keep_hosts
 
 Run with the lowest and the newest release, before a version is released. It writes `released/transformers_<release>/`,
 over what was there.
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from all_hosts import HOSTS, MODALITY_GATES, drift_apart, in_place
 from safetensors.torch import load_file, save_file
 
+from helpers.hosts.catalogue import HOSTS, MODALITY_GATES, drift_apart, in_place
 
-RELEASED = Path(__file__).with_name("released")
+
+RELEASED = Path(__file__).parents[2] / "hosts" / "released"
 KEPT = ("qwen2_5_vl", "gemma3", "qwen3_vl_moe")
 ANSWER = "answer.safetensors"
 

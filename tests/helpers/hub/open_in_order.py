@@ -1,6 +1,6 @@
 """Opens checkpoints one after another in one process where `hf_moe` cannot be imported.
 
-Run as a script, `open_in_order.py SOURCES`, with a JSON list of `[name, source, reference]`. The last line of the
+Run as a program, `SOURCES`, with a JSON list of `[name, source, reference]`. The last line of the
 output is a JSON object: name to what every auto class found.
 """
 
@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
-from open_checkpoint import NoHfMoe, largest_difference, open_model, open_processor
 from transformers import AutoConfig, AutoModel
+
+from helpers.hub.open_checkpoint import NoHfMoe, largest_difference, open_model, open_processor
 
 
 def open_all(source: str, reference: dict) -> dict:

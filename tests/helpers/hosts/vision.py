@@ -1,8 +1,9 @@
 """Tiny hosts that see in ways of their own: Idefics, the Gemma family, and the models with cross-attention."""
 
 import torch
-from llava_hosts import pictures, rows
-from native_hosts import (
+
+from helpers.hosts.llava import pictures, rows
+from helpers.hosts.native import (
     AUDIO,
     IMAGE,
     IMAGE_END,

@@ -1,19 +1,15 @@
 """All tiny hosts by name, the selections of them that tests run over, and how they are made a MoE in place."""
 
-import audio_hosts
-import llava_hosts
 import pytest
-import qwen_hosts
-import text_hosts
 import torch
-import vision_hosts
-from native_hosts import IMAGE
 
+from helpers.hosts import audio, llava, qwen, text, vision
+from helpers.hosts.native import IMAGE
 from hf_moe import HfMoeForConditionalGeneration
 
 
-MULTIMODAL = {**qwen_hosts.HOSTS, **llava_hosts.HOSTS, **vision_hosts.HOSTS, **audio_hosts.HOSTS}
-HOSTS = {**MULTIMODAL, **text_hosts.HOSTS}
+MULTIMODAL = {**qwen.HOSTS, **llava.HOSTS, **vision.HOSTS, **audio.HOSTS}
+HOSTS = {**MULTIMODAL, **text.HOSTS}
 ALL = [name for name, host in HOSTS.items() if not host.is_broken]
 DENSE = [name for name in ALL if not HOSTS[name].adopted]
 ADOPTED = [name for name in ALL if HOSTS[name].adopted]

@@ -1,11 +1,10 @@
 """Opens hosts with MoE layers and compares them with what was recorded when they were saved.
 
-Run as a script, `open_hosts.py remote|local FOLDER ...`: `remote` where `hf_moe` cannot be imported, with the code of
+Run as a program, `remote|local FOLDER ...`: `remote` where `hf_moe` cannot be imported, with the code of
 the folder; `local` with the installed classes and no code of the folder. The last line of the output is a JSON
 object: folder to findings.
 """
 
-import importlib.abc
 import json
 import sys
 from pathlib import Path
@@ -14,19 +13,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+from helpers.hub.open_checkpoint import NoHfMoe
+
 
 REFERENCE = "reference.pt"
 AUTO_CLASSES = (AutoModelForImageTextToText, AutoModel, AutoModelForMultimodalLM)
 EXACT = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-
-
-class NoHfMoe(importlib.abc.MetaPathFinder):
-    """Makes `import hf_moe` fail, installed or not."""
-
-    def find_spec(self, fullname, path, target=None):
-        if fullname.partition(".")[0] == "hf_moe":
-            raise ModuleNotFoundError(f"No module named {fullname!r} (blocked)", name=fullname)
-        return None
 
 
 def largest_difference(model, reference) -> float:

@@ -1,6 +1,6 @@
 """Opens checkpoints where `hf_moe` cannot be imported and compares them with what was recorded when they were saved.
 
-Run as a script, `open_checkpoint.py FOLDER ...`, in any environment that has torch, transformers and pillow. The last
+Run as a program, `FOLDER ...`, in any environment that has torch, transformers and pillow. The last
 line of the output is a JSON object: folder to findings.
 """
 

@@ -1,6 +1,6 @@
 """Pushes with the methods of Transformers and PEFT, as a user's script does; see `test_by_name.py`.
 
-Run as a script, `push_by_methods.py FOLDER`, with `HF_ENDPOINT` and `HF_TOKEN` set; what each repository must answer
+Run as a program, `FOLDER`, with `HF_ENDPOINT` and `HF_TOKEN` set; what each repository must answer
 is written to `FOLDER/<name>/reference.pt`.
 """
 
@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
-from hub_checkpoints import record, tiny_config, tiny_model, tiny_processor
 from huggingface_hub import HfApi, ModelCard
-from odd_model import OddConfig, OddModel
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from helpers.hub.checkpoints import record, tiny_config, tiny_model, tiny_processor
+from helpers.hub.odd_model import OddConfig, OddModel
 from hf_moe import HfMoeForConditionalGeneration, MoeLoraConfig
 from hf_moe.training.trainer import HfMoeTrainer
 

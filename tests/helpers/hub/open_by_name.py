@@ -1,6 +1,6 @@
 """Opens repositories of the Hub by name where `hf_moe` cannot be imported.
 
-Run as a script, `open_by_name.py TASKS`, with a JSON object: name to `{"repo", "reference", "processor", "options"}`.
+Run as a program, `TASKS`, with a JSON object: name to `{"repo", "reference", "processor", "options"}`.
 The last line of the output is a JSON object: name to findings.
 """
 
@@ -9,7 +9,8 @@ import sys
 import time
 
 import torch
-from open_checkpoint import NoHfMoe, open_model, open_processor
+
+from helpers.hub.open_checkpoint import NoHfMoe, open_model, open_processor
 
 
 def remote_modules() -> list[str]:

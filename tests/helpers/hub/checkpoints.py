@@ -1,26 +1,24 @@
 """Tiny checkpoints for the tests of the bundle, and the process that opens them without the package."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from hub_server import OWNER_TOKEN
-from open_checkpoint import REFERENCE, sample_image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from helpers.hub.open_checkpoint import REFERENCE, sample_image
+from helpers.hub.server import OWNER_TOKEN
+from helpers.programs import last_line, start
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor
 
 
 TEXT = "<image> what is this"
 WORDS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "what", "is", "this", *(f"word{index}" for index in range(24)))
-HERE = Path(__file__).parent
-OPENER = HERE / "open_checkpoint.py"
 
 
 def tiny_config(**moe) -> HfMoeConfig:
@@ -79,35 +77,18 @@ def record(folder: Path, model, processor: HfMoeProcessor) -> None:
 
 def open_without_package(folders: list[Path], modules_cache: Path, python: str = sys.executable) -> dict[str, dict]:
     """Return what a process that cannot import `hf_moe` finds in each folder, by the folder's name."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(modules_cache), "HF_HUB_OFFLINE": "1"}
-    command = [python, str(OPENER), *map(str, folders)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0, result.stderr
-    findings = json.loads(result.stdout.splitlines()[-1])
-    return {Path(folder).name: found for folder, found in findings.items()}
+    opening = start("hub.open_checkpoint", *folders, python=python, HF_MODULES_CACHE=str(modules_cache))
+    return {Path(folder).name: found for folder, found in json.loads(last_line(opening)).items()}
 
 
-def run(script, argument, endpoint, home, **environment):
-    """Start a script with the Hub at `endpoint`, everything cached in `home`."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+def start_with_hub(program: str, argument, endpoint: str, home: Path, **options) -> subprocess.Popen:
+    """Start a program with the Hub at `endpoint`, everything cached in `home`."""
     settings = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_TOKEN": OWNER_TOKEN,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "0",
     }
-    command = [sys.executable, str(HERE / script), argument]
-    return subprocess.Popen(
-        command,
-        env={**inherited, **settings, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result_of(process):
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return output.splitlines()[-1] if output else ""
+    return start(f"hub.{program}", argument, **{**settings, **options})

@@ -1,7 +1,8 @@
 """Tiny hosts whose positions have three axes: the Qwen family, GLM-4V and Ernie 4.5-VL."""
 
 import torch
-from native_hosts import (
+
+from helpers.hosts.native import (
     AUDIO,
     AUDIO_END,
     AUDIO_START,

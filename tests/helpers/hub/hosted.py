@@ -1,6 +1,5 @@
 """Hosts of Transformers as tiny MoE checkpoints, with processors that are as small."""
 
-import sys
 import wave
 from pathlib import Path
 
@@ -20,12 +19,9 @@ from transformers import (
 )
 from transformers.video_utils import VideoMetadata
 
+from helpers.hosts.catalogue import HOSTS
+from helpers.hosts.native import AUDIO, IMAGE, PAD, VIDEO, NativeHost
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "hosts"))
-from all_hosts import ALL, HOSTS, fast_and_slow  # noqa: E402, F401
-from native_hosts import AUDIO, IMAGE, PAD, VIDEO, NativeHost  # noqa: E402
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "router": {"name": "moiie"}, "objectives": {"load_balance": 0.01}}

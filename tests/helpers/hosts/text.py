@@ -1,6 +1,6 @@
 """Tiny decoders without any tower."""
 
-from native_hosts import NativeHost, decoder
+from helpers.hosts.native import NativeHost, decoder
 
 
 ROWS = ([5, 6, 7, 8, 9], [9, 6, 8, 8, 8, 8, 12])
