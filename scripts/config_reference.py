@@ -40,7 +40,7 @@ config = HfMoeConfig.from_system(
     text_config=LlamaConfig(),
     vision_config=CLIPVisionConfig(),
     image_token_id=31999,
-    moe_config={"num_experts": 8},  # overrides the preset's
+    moe_config={"num_experts": 8},  # overrides the record's
 )
 ```
 
@@ -140,12 +140,11 @@ def reference() -> str:
 
 
 def systems_table() -> str:
-    """Return the systems that the presets describe, as a table."""
+    """Return the systems of whole models, as a table."""
     rows = ["| Key | System | Source |", "|---|---|---|"]
-    for system in list_systems():
-        arxiv = system["arxiv"]
-        source = f"[arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""
-        rows.append(f"| `{system['key']}` | {system['title']} | {source} |")
+    for system in list_systems("model"):
+        source = f"[arXiv:{system.arxiv}](https://arxiv.org/abs/{system.arxiv})" if system.arxiv else ""
+        rows.append(f"| `{system.key}` | {system.title} | {source} |")
     return "\n".join(rows)
 
 

@@ -31,8 +31,8 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_the_lists_name_what_can_be_built():
     assert {"top_k", "moiie", "ernie45_vl"} <= set(hf_moe.list_mechanisms("router"))
     assert {"load_balance", "router_z", "null_load"} <= set(hf_moe.list_mechanisms("objective"))
-    systems = {system["key"]: system for system in hf_moe.list_systems()}
-    assert systems["moiie"]["arxiv"] == "2508.09779" and systems["moiie"]["family"] == "routing"
+    systems = {system.key: system for system in hf_moe.list_systems()}
+    assert systems["moiie"].arxiv == "2508.09779" and systems["moiie"].family == "routing"
     with pytest.raises(ValueError, match="router"):
         hf_moe.list_mechanisms("routers")
 

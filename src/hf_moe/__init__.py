@@ -33,7 +33,7 @@ _LAZY = {
     "register_router": "modeling.registry",
 }
 
-__all__ = ["HfMoeConfig", "MoeConfig", "__version__", "list_mechanisms", "register", *_LAZY]
+__all__ = ["HfMoeConfig", "MoeConfig", "__version__", "from_system", "list_mechanisms", "register", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
@@ -51,6 +51,43 @@ def list_mechanisms(kind: str) -> list[str]:
     from .modeling.mechanisms import mechanism_names
 
     return mechanism_names(kind)
+
+
+def from_system(key: str, *, host: Any = None, variant: str | None = None, **options: Any) -> Any:
+    """Return what a published system builds.
+
+        hf_moe.from_system("moiie", text_config=LlamaConfig(), moe_config={"num_experts": 8})   # an HfMoeConfig
+        hf_moe.from_system("moiie", host="Qwen/Qwen2.5-VL-3B-Instruct")                         # that model as a MoE
+        hf_moe.from_system("mixlora", r=16)                                                     # a MoeLoraConfig
+        hf_moe.from_system("mixlora", host=model)                                               # a PeftModel
+
+    Args:
+        key (`str`): a key of `hf-moe list systems`, or an alias.
+        host (`PreTrainedModel`, `str`, `Path` or `dict`, *optional*): the model that the system is built on; a system
+            of adapters takes a loaded one. Its config when absent.
+        variant (`str`, *optional*): which of the system's variants; the first one when absent.
+        options: further arguments of [`from_host`], [`HfMoeConfig`] or [`MoeLoraConfig`].
+
+    Raises:
+        ValueError: if no record has that key, or the system is neither a model nor an adapter.
+    """
+    from .configuration.systems import load_system
+
+    record = load_system(key)
+    if record.adapter is not None:
+        from peft import get_peft_model
+
+        from .adapters import MoeLoraConfig
+
+        config = MoeLoraConfig.from_system(key, variant=variant, **options)
+        return config if host is None else get_peft_model(host, config)
+    if host is None:
+        return HfMoeConfig.from_system(key, variant=variant, **options)
+    from .construction.in_place import from_host
+
+    if variant is not None:
+        options["moe_config"] = record.fields("model", variant, options.get("moe_config"))
+    return from_host(host, system=key, **options)
 
 
 def register() -> None:

@@ -58,8 +58,8 @@ def _end(code: int, message: str, error: BaseException) -> int:
 def _list(args: argparse.Namespace) -> int:
     if args.what == "systems":
         for system in list_systems():
-            source = f" (arXiv:{system['arxiv']})" if system["arxiv"] else ""
-            print(f"{system['key']:24} {system['title']}{source}")
+            source = f" (arXiv:{system.arxiv})" if system.arxiv else ""
+            print(f"{system.key:24} {system.title}{source}")
     else:
         for kind in KINDS:
             print(f"{kind + ':':11} {', '.join(list_mechanisms(kind))}")

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from hf_moe import MoeLoraConfig
-from hf_moe.adapters import find_centroids, intuition, list_lora_systems
+from hf_moe import MoeLoraConfig, list_systems
+from hf_moe.adapters import find_centroids, intuition
 from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots, add_experts
 from hf_moe.modeling.routing import ExpertAssignment, RoutingContext
@@ -71,7 +71,7 @@ def single_lora(inputs, outputs, rank):
 
 
 def test_every_preset_can_be_listed_and_built():
-    keys = [system["key"] for system in list_lora_systems()]
+    keys = [system.key for system in list_systems("adapter")]
     assert keys == sorted(keys) and len(keys) == 12
     with pytest.raises(ValueError, match="octavius"):
         MoeLoraConfig.from_system("octavus")

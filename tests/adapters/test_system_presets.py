@@ -4,10 +4,9 @@ import inspect
 
 import pytest
 
-from hf_moe import HfMoeConfig, MoeLoraConfig
-from hf_moe.adapters import list_lora_systems
+from hf_moe import MoeLoraConfig, list_systems
 from hf_moe.adapters.routers import ADAPTER_ROUTERS
-from hf_moe.adapters.systems import load_system, merge_fields
+from hf_moe.configuration.systems import load_system
 from hf_moe.modeling.mechanisms import get_mechanism
 
 
@@ -171,7 +170,6 @@ DEFAULTS = [
     ("sequence", "pooling", "mean"),
     ("becotta", "pooling", "sum"),
 ]
-SEQUENCE = {"name": "sequence", "modalities": ["text"]}
 
 
 @pytest.mark.parametrize("key, variant", PRESETS)
@@ -181,7 +179,7 @@ def test_a_preset_sets_the_published_numbers(key, variant):
         expected["target_modules"] = set(expected["target_modules"])
     found, plain = MoeLoraConfig.from_system(key, variant=variant).to_dict(), MoeLoraConfig().to_dict()
     assert found == {**plain, **expected, "system": key}
-    if [variant] == load_system(key)["variants"][:1]:
+    if [variant] == list(load_system(key).variants)[:1]:
         assert MoeLoraConfig.from_system(key).to_dict() == found
 
 
@@ -200,34 +198,8 @@ def test_x_lora_sets_the_published_numbers():
 
 
 def test_no_system_and_no_variant_is_left_out_here():
-    listed = [(system["key"], variant) for system in list_lora_systems() for variant in system["variants"] or [None]]
+    listed = [(system.key, variant) for system in list_systems("adapter") for variant in system.variants or [None]]
     assert sorted(map(str, listed)) == sorted(map(str, [*PRESETS, ("x_lora", None)]))
-
-
-@pytest.mark.parametrize(
-    "preset, given, merged",
-    [
-        (SEQUENCE, {"end_token_id": 9}, {**SEQUENCE, "end_token_id": 9}),
-        (SEQUENCE, {"name": "sequence", "end_token_id": 9}, {**SEQUENCE, "end_token_id": 9}),
-        (SEQUENCE, {"name": "top_k"}, {"name": "top_k"}),
-        (SEQUENCE, "sequence", "sequence"),
-        ("top_k", {"norm_topk_prob": False}, {"name": "top_k", "norm_topk_prob": False}),
-        ({"load_balance": 0.01}, {"router_z": 0.1}, {"load_balance": 0.01, "router_z": 0.1}),
-        ({"load_balance": 0.01}, {}, {}),
-        ({"v_proj": PLAIN}, {"v_proj": {"r": 2}}, {"v_proj": {**PLAIN, "r": 2}}),
-    ],
-)
-def test_given_dicts_are_merged_into_those_of_a_preset(preset, given, merged):
-    assert merge_fields(preset, given) == merged
-
-
-def test_a_system_of_the_other_kind_is_told_where_it_is():
-    with pytest.raises(ValueError, match="MoeLoraConfig.from_system"):
-        HfMoeConfig.from_system("mixlora")
-    with pytest.raises(ValueError, match="HfMoeConfig.from_system"):
-        MoeLoraConfig.from_system("moiie")
-    with pytest.raises(ValueError, match="'octavius' has one form alone"):
-        MoeLoraConfig.from_system("octavius", variant="x")
 
 
 def test_settings_of_a_target_follow_the_merged_fields():

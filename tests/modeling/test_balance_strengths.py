@@ -7,7 +7,7 @@ import torch
 from test_objectives import assign, certain, make_context, make_spec
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from hf_moe.configuration.systems import load_preset
+from hf_moe.configuration.systems import load_system
 from hf_moe.modeling.auxiliary import AuxiliaryLosses
 from hf_moe.modeling.routing import ExpertAssignment, RoutingContext
 
@@ -83,7 +83,7 @@ def test_shares_of_tokens_are_those_of_transformers():
     index = logits.topk(2).indices
     expected = load_balancing_loss_func((logits,), 4, 2).item()
     decision = assign(index, logits)
-    preset = load_preset("top_k")["moe_config"]["objectives"]
+    preset = load_system("top_k").model["objectives"]
     assert auxiliary(preset, context, decision, layers=1) == pytest.approx(0.001 * expected)
     assert auxiliary({"load_balance": 0.001}, context, decision, layers=1) == pytest.approx(0.001 * expected / 2)
 
@@ -107,13 +107,13 @@ COLLAPSED = {
 @pytest.mark.parametrize(("key", "expected"), COLLAPSED.items())
 def test_a_preset_is_as_strong_as_its_paper(key, expected):
     decision = assign([2] * 8, certain([2] * 8))
-    objectives = {"load_balance": load_preset(key)["moe_config"]["objectives"]["load_balance"]}
+    objectives = {"load_balance": load_system(key).model["objectives"]["load_balance"]}
     assert auxiliary(objectives, make_context(1, 8), decision) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("key", ["adamoe", "dynamic_moe_top_p"])
 def test_a_preset_with_shares_of_tokens_grows_with_the_slots(key):
-    objectives = load_preset(key)["moe_config"]["objectives"]
+    objectives = load_system(key).model["objectives"]
     name = "null_load" if key == "adamoe" else "load_balance"
     logits = torch.zeros(8, 5 if key == "adamoe" else 4)
     values = []

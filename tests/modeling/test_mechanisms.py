@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.configuration.checks import in_words, option_hints
-from hf_moe.configuration.systems import list_systems, load_preset
+from hf_moe.configuration.systems import list_systems
 from hf_moe.modeling.initialisation import initialize_mechanisms
 from hf_moe.modeling.mechanisms import get_mechanism, mechanism_names
 from hf_moe.modeling.registry import KINDS, build, register
@@ -46,8 +46,8 @@ def make_model(kind: str, name: str, **moe_config) -> HfMoeForConditionalGenerat
 
 def recommended(router: str) -> dict:
     """Return the objectives of the first published system that has the router."""
-    presets = [load_preset(system["key"])["moe_config"] for system in list_systems()]
-    found = [item for item in presets if item.get("router", {"name": "top_k"})["name"] == router]
+    records = [record.model for record in list_systems("model")]
+    found = [item for item in records if item.get("router", {"name": "top_k"})["name"] == router]
     return found[0].get("objectives", {}) if found else {}
 
 

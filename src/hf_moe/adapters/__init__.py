@@ -10,7 +10,6 @@ from .layer import MoeLoraLayer
 from .merging import merge_by_mean_routing, merge_for
 from .model import MoeLoraModel
 from .routers.intuition_mor1e import find_centroids, intuition
-from .systems import list_lora_systems
 
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "find_centroids",
     "freeze_experts",
     "intuition",
-    "list_lora_systems",
     "merge_by_mean_routing",
     "merge_for",
     "remove_expert",

@@ -12,6 +12,7 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from ..configuration.checks import Interval, NonNegativeInt, Positive, PositiveInt, check, unknown_name_message
+from ..configuration.systems import load_system
 from ..hub.adapter import WEIGHTS_FILE, check_weights, is_path
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
@@ -22,7 +23,6 @@ from .checks import check_expression, check_names
 from .experts import EXPERT_KINDS, Target, build_kind
 from .parts import PARTS
 from .routers import router_class
-from .systems import load_system, merge_fields
 
 
 ROUTER_INPUTS = ("decoder_layer", "model", "target")
@@ -325,25 +325,24 @@ class MoeLoraConfig(PeftConfig):
         """Return the configuration of a published system.
 
         Args:
-            key: the system, see [`list_lora_systems`].
+            key: the system, see `hf_moe.list_systems("adapter")`.
             variant: which of its forms; the first one when `None`.
-            fields: what differs from the preset, usually `target_modules`. Dicts (`router`, `experts`, `objectives`,
-                `target_overrides`, ...) are merged with the preset's key by key, down to the options; an empty dict, a
-                plain name or another `name` replaces what the preset has. `x_lora`, whose configuration is PEFT's,
+            fields: what differs from the record, usually `target_modules`. Dicts (`router`, `experts`, `objectives`,
+                `target_overrides`, ...) are merged with the record's key by key, down to the options; an empty dict, a
+                plain name or another `name` replaces what the record has. `x_lora`, whose configuration is PEFT's,
                 takes `adapters`, a list, and `hidden_size`.
 
         Raises:
             ValueError: if the system or its variant is unknown, or a field that it needs is missing.
         """
-        preset = load_system(key, variant)
-        if preset["method"] != "xlora":
-            given = {name: merge_fields(preset["config"].get(name), value) for name, value in fields.items()}
-            return cls(**{"system": key, **preset["config"], **given})
+        merged = load_system(key).fields("adapter", variant, fields)
+        if merged.pop("peft_type", MOE_LORA.value) == MOE_LORA.value:
+            return cls(**{"system": key, **merged})
         if not fields.get("adapters") or "hidden_size" not in fields:
             raise ValueError("x_lora needs adapters=[folder or Hub name, ...] and the hidden_size of the base model.")
         # PEFT's X-LoRA loads its adapters under their numbers, and finds them under no other name.
-        fields["adapters"] = {str(number): adapter for number, adapter in enumerate(fields["adapters"])}
-        return XLoraConfig(**{**preset["config"], **fields})
+        merged["adapters"] = {str(number): adapter for number, adapter in enumerate(fields["adapters"])}
+        return XLoraConfig(**merged)
 
     def build_objectives(self, specs: list[MoELayerSpec]) -> AuxiliaryLosses:
         """Return the objectives over all routers of an adapter."""

@@ -231,22 +231,26 @@ class HfMoeConfig(PreTrainedConfig):
         return cls(host_type=host.model_type, host_class=named, **{**given, **kwargs})
 
     @classmethod
-    def from_system(cls, key: str, **kwargs: Any) -> "HfMoeConfig":
-        """Build a config whose `moe_config` comes from the preset of a catalogue key.
+    def from_system(cls, key: str, *, variant: str | None = None, **kwargs: Any) -> "HfMoeConfig":
+        """Build a config whose `moe_config` comes from the record of a system.
 
         Args:
-            key (`str`): a key of `hf_moe.list_systems()`, for example `"moiie"`.
-            kwargs: further fields of the config. Entries of `moe_config` override those of the preset; of a
-                `MoeConfig`, the fields that differ from their defaults.
+            key (`str`):
+                A key of `hf_moe.list_systems("model")`, for example `"moiie"`.
+            variant (`str`, *optional*):
+                Which of the system's variants; the first one when absent.
+            kwargs:
+                Further fields of the config. Entries of `moe_config` are merged with those of the record, see
+                [`merge_fields`]; of a `MoeConfig`, the fields that differ from their defaults.
 
         Raises:
-            ValueError: if no preset has that key.
+            ValueError: if no record has that key, or it is no model's.
         """
         try:
             systems = importlib.import_module("hf_moe.configuration.systems")
         except ImportError as error:
-            raise ImportError("The presets live in the package, not in a checkpoint: pip install hf-moe") from error
-        preset = systems.load_preset(key)
+            raise ImportError("The records live in the package, not in a checkpoint: pip install hf-moe") from error
+        record = systems.load_system(key)
         overrides = kwargs.pop("moe_config", None) or {}
         if getattr(overrides, "model_type", None) == MoeConfig.model_type:
             default = MoeConfig()
@@ -254,7 +258,7 @@ class HfMoeConfig(PreTrainedConfig):
             overrides = {name: value for name, value in fields.items() if value != getattr(default, name)}
         if not isinstance(overrides, dict):
             raise ValueError(f"moe_config={overrides!r} must be a dict of fields, or a MoeConfig.")
-        return cls(moe_config={**preset["moe_config"], **overrides}, system=key, **kwargs)
+        return cls(moe_config=record.fields("model", variant, overrides), system=key, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "HfMoeConfig":

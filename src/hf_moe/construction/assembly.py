@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.config import MoeLoraConfig
 from ..adapters.frozen import take_frozen
 from ..adapters.layer import tuner_layers
-from ..adapters.systems import load_system
 from ..configuration.configuration_hf_moe import unknown_name_message
+from ..configuration.systems import load_system
 
 
 # Where the experts are, in the words of the first adapter.
@@ -95,7 +95,7 @@ def assemble_lora_experts(
     fields = {
         name: getattr(configs[0], name) for name in (*TARGET_FIELDS, "lora_alpha", "alpha_pattern", "use_rslora")
     }
-    preset = {} if system is None else load_system(system, variant)["config"]
+    preset = {} if system is None else load_system(system).fields("adapter", variant)
     preset = {name: value for name, value in preset.items() if name not in FROM_ADAPTERS}
     names = [Path(adapter).name for adapter in adapters]
     expert_names = names if len(set(names)) == len(names) else None

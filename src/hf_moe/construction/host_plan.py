@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..configuration import HfMoeConfig
 from ..configuration.layer_maps import at_layer
-from ..configuration.systems import load_preset
+from ..configuration.systems import load_system
 from ..modeling.parts import text_decoder
 from .adoption import adopted_config, read_blocks
 from .moe_blocks import BlockReading
@@ -53,11 +53,11 @@ def plan_host(host: PreTrainedModel, system: str | None, moe_config: Mapping[str
     readings = read_blocks(text_decoder(host))
     if not readings:
         system = system or "top_k"
-        return HostPlan(_on_host(host, {**load_preset(system)["moe_config"], **given}, system))
+        return HostPlan(_on_host(host, load_system(system).fields("model", given=given), system))
     adopted = adopted_config(readings)
     _refuse_other_experts(host, adopted, given)
-    preset = load_preset(system)["moe_config"] if system is not None else {}
-    joined = {**{name: preset[name] for name in ("objectives", "token_balanced_loss") if name in preset}, **given}
+    preset = load_system(system).fields("model") if system is not None else {}
+    joined = {name: preset[name] for name in ("objectives", "token_balanced_loss") if name in preset} | given
     objectives = joined.pop("objectives", None) or {}
     config = _on_host(host, {**adopted, **joined, "router": adopted["router"]}, system)
     options, defaults = _named(given.get("router")), _named(preset.get("router"))

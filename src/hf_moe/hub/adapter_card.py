@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from ..adapters.systems import load_system
+from ..configuration.systems import load_system
 from .adapter import auto_class, has_own_code, is_adapter
 from .card import card_template, eval_results, write_readme
 from .evaluation import write_evaluation

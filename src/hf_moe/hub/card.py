@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..configuration.layer_maps import at_layer
 from ..configuration.moe_config import objective_entry
 from ..configuration.reading import is_path
-from ..configuration.systems import load_preset
+from ..configuration.systems import load_system
 from ..modeling.parts import HostParts, host_parts
 from .bundle import used_mechanisms
 from .contents import DECODER, active_parameters, encoder_parameters, group_of, size
@@ -114,7 +114,7 @@ def write_card(
         modalities=taken,
         at_work=_at_work(model, parts, report),
         usage=usage(folder, config),
-        system=load_preset(config.system) if config.system else None,
+        system=load_system(config.system) if config.system else None,
         objectives=_objectives(config),
         sources=_sources(config),
         report=report,

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ..configuration import HfMoeConfig, MoeConfig
 from ..configuration.configuration_hf_moe import unknown_name_message
-from ..configuration.systems import load_preset
+from ..configuration.systems import load_system
 from ..construction.build import config_of_decoder
 from ..construction.evolution import ExpertEvolution
 from ..construction.host_plan import plan_host
@@ -175,7 +175,7 @@ def _on_meta(config: HfMoeConfig) -> HfMoeConfig:
 def _check_system(model: dict[str, Any], place: str) -> None:
     if model.get("system") is not None:
         with named(f"model.system of the {place}"):
-            load_preset(model["system"])
+            load_system(model["system"]).fields("model")
 
 
 def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..configuration import HfMoeConfig, MoeConfig
 from ..configuration.configuration_hf_moe import unknown_name_message
-from ..configuration.systems import load_preset
+from ..configuration.systems import load_system
 from ..construction.conversion import convert_router, set_objectives
 from ..construction.evolution import ExpertEvolution, assemble
 from .sections import Stage
@@ -42,8 +42,8 @@ def construct_stage(model: Any, stage: Stage, evolution: ExpertEvolution | None,
                     "'evolve', or use 'upcycle' for copies."
                 )
             system, fields = options.pop("system", None), options.pop("moe_config", {})
-            base = load_preset(system)["moe_config"] if system else {}
-            config = {**model.config.to_dict(), "moe_config": {**base, **fields}, "system": system}
+            fields = load_system(system).fields("model", given=fields) if system else fields
+            config = {**model.config.to_dict(), "moe_config": fields, "system": system}
             evolved = evolution if method == "assemble" else None
             model = assemble(model, HfMoeConfig.from_dict(config), evolved, **{"seed": seed, **options})
         else:

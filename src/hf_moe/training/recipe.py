@@ -8,8 +8,8 @@ from typing import Any
 from peft import PeftConfig
 
 from ..adapters import MoeLoraConfig
-from ..adapters.systems import load_system
 from ..configuration.configuration_hf_moe import unknown_name_message
+from ..configuration.systems import load_system
 from .arguments import check_arguments, check_training
 from .checks import check_model, check_sources, named
 from .schema import fit, read_yaml, refuse_words
@@ -83,7 +83,7 @@ def adapter_config(options: dict[str, Any]) -> MoeLoraConfig:
         if variant is not None:
             raise ValueError(f"adapter.variant={variant!r} is a form of a published system: name that in `system`.")
         return MoeLoraConfig(**options)
-    if load_system(system, variant)["method"] != "moe_lora":
+    if "peft_type" in load_system(system).fields("adapter", variant):
         raise ValueError(f"adapter.system={system!r} is a method of PEFT's own, which no recipe trains.")
     return MoeLoraConfig.from_system(system, variant=variant, **options)
 
