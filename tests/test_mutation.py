@@ -49,7 +49,7 @@ class Router(Base):
 def classes() -> dict[str, type]:
     own = {f"{kind}/{name}": get_mechanism(kind, name) for kind in KINDS for name in mechanism_names(kind)}
     own = {key: cls for key, cls in own.items() if cls.__module__.startswith("hf_moe.")}
-    adapters = {f"adapter_router/{name}": cls for name, cls in ADAPTER_ROUTERS.items()}
+    adapters = {f"adapter_router/{name}": cls for name, cls in ADAPTER_ROUTERS.items() if name != "host"}
     return {**own, **adapters, **{f"adapter_experts/{name}": cls for name, cls in EXPERT_KINDS.items()}}
 
 

@@ -42,6 +42,7 @@ FOLDERS = {
     "experts": "modeling/experts",
     "objective": "modeling/objectives",
     "connector": "modeling/connectors",
+    "adapter": "adapters",
     "adapter_router": "adapters/routers",
     "adapter_experts": "adapters/experts",
     "shared": "modeling",

@@ -4,16 +4,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_moe.adapters.routers import ADAPTER_ROUTERS
+from hf_moe.adapters.routers import router_class
 from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
 
 
+ROUTERS = (
+    *("becotta", "condition", "constant", "host", "intuition_mor1e"),
+    *("modality", "sequence", "smora", "soft_moa"),
+)
 ROWS, POSITIONS, WIDTH, EXPERTS = 3, 7, 12, 5
 
 
 def make_router(name: str, num_experts: int = EXPERTS, slots: int = 2, **options) -> Router:
     torch.manual_seed(0)
-    router = ADAPTER_ROUTERS[name](MoELayerSpec(0, WIDTH, num_experts, slots, 4), **options)
+    router = router_class(name)(MoELayerSpec(0, WIDTH, num_experts, slots, 4), **options)
     router.initialize(0.5)
     return router.eval()
 
@@ -193,12 +197,12 @@ def test_soft_moa(normalize):
         assert not mixture.dispatch[row, ~mask].any() and not mixture.combine[row, ~mask].any()
 
 
-@pytest.mark.parametrize("name", sorted(ADAPTER_ROUTERS))
+@pytest.mark.parametrize("name", ROUTERS)
 def test_fresh_parameters_are_drawn_around_zero_and_statistics_are_empty(name):
     options = {"sequence": {"centred": True}, "soft_moa": {"normalize": True}}.get(name, {})
     experts = {"modality": 2, "intuition_mor1e": 4}.get(name, EXPERTS)
     spec = MoELayerSpec(0, 256, experts, 2, 4)
-    router = ADAPTER_ROUTERS[name](spec, **options)
+    router = router_class(name)(spec, **options)
     for tensor in [*router.parameters(), *router.buffers()]:
         tensor.data.fill_(float("nan") if tensor.is_floating_point() else 10**9)
     torch.manual_seed(0)

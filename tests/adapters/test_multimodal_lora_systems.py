@@ -182,10 +182,10 @@ def test_soft_slots_leave_padding_out_and_let_an_early_token_see_a_late_one(text
 
 
 def test_padding_reaches_no_soft_slot():
-    from hf_moe.adapters.routers import ADAPTER_ROUTERS
+    from hf_moe.modeling.routers.soft_moa import SoftMoaRouter
     from hf_moe.modeling.routing import MoELayerSpec, RoutingContext
 
-    router = ADAPTER_ROUTERS["soft_moa"](MoELayerSpec(0, 8, 4, 4, 2), slots_per_expert=2, normalize=True)
+    router = SoftMoaRouter(MoELayerSpec(0, 8, 4, 4, 2), slots_per_expert=2, normalize=True)
     router.initialize(0.02)
     x = torch.randn(1, 6, 8)
     context = RoutingContext.all_text(x)

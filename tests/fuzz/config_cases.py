@@ -175,6 +175,9 @@ OPTIONS = {
     "order": one_of("before", "after"),
     "alpha": optional(positive),
     "bias_update_rate": lambda value: real(value, 0),
+    "bias_in_weights": flag,
+    "slots_per_expert": count,
+    "normalize": flag,
     "modalities": nothing,
     "gate": one_of("softmax", "sigmoid_bias"),
     "init_from_text_gate": flag,
@@ -223,6 +226,7 @@ OPTIONS = {
 # The rest of a config in which a mechanism is at home.
 SURROUNDINGS: dict[str, dict[str, Any]] = {
     "llama4": {"num_experts_per_tok": 1},
+    "modality": {"num_experts": 2, "num_experts_per_tok": 1},
     "switch_transformer": {"num_experts_per_tok": 1},
     "expert_contrast": {"num_experts_per_tok": 1},
     "null_load": {"router": "adamoe"},

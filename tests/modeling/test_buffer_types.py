@@ -30,7 +30,8 @@ CASTS = {
 
 def router(name: str) -> torch.nn.Module:
     slots = 1 if name in ("llama4", "switch_transformer") else 2
-    return build("router", get_mechanism("router", name), {}, make_spec(num_experts_per_tok=slots))
+    spec = make_spec(num_experts=4, num_experts_per_tok=slots)
+    return build("router", get_mechanism("router", name), OPTIONS.get(name, {}), spec)
 
 
 def objective(name: str) -> torch.nn.Module:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling.initialisation import initialize_mechanisms
+from ..modeling.routers.soft_moa import SoftMoaRouter
 from ..modeling.routing import MoELayerSpec, Router, RoutingContext
 from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
 from .checkpoints import check_complete
@@ -32,7 +33,7 @@ from .index import drop_indices
 from .layer import Linear, MoeLoraLayer, tuner_layers
 from .objectives import install_hooks
 from .parts import part_of, parts_of
-from .routers import HostRouter, PooledRouter, SoftMoaRouter
+from .routers import HostRouter, PooledRouter
 from .routing import OUTPUT_EXPERTS, adapted_layer_class
 from .targets import LayerOutput, ParamWrapper, WholeModule
 

@@ -2,14 +2,18 @@
 
 import torch
 
-from ...modeling.routing import ExpertAssignment, Router, RoutingContext
+from ..registry import register_router
+from ..routing import ExpertAssignment, Router, RoutingContext
 
 
+@register_router("constant")
 class ConstantRouter(Router):
     """All experts, always; no parameters. `num_experts_per_tok` does not matter."""
 
-    mechanism_name = "constant"
     reads = frozenset()
+
+    def most_experts_per_tok(self) -> int:
+        return self.spec.num_experts
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         experts = torch.arange(self.spec.num_experts, device=hidden_states.device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...modeling.routing import ExpertAssignment, Router, RoutingContext
+from ..modeling.routing import ExpertAssignment, Router, RoutingContext
 
 
 class HostRouter(Router):

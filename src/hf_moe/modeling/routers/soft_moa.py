@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
-from ...modeling.gating import gate_logits
-from ...modeling.routing import MoELayerSpec, Router, RoutingContext, SlotMixture
+from ..gating import gate_logits
+from ..registry import register_router
+from ..routing import MoELayerSpec, Router, RoutingContext, SlotMixture
 
 
+@register_router("soft_moa")
 class SoftMoaRouter(Router):
     """Soft slots.
 
@@ -27,8 +29,6 @@ class SoftMoaRouter(Router):
         slots_per_expert: p.
         normalize: l2-normalise hidden states and slot parameters, and multiply by one learned scale.
     """
-
-    mechanism_name = "soft_moa"
 
     def __init__(self, spec: MoELayerSpec, *, slots_per_expert: PositiveInt = 1, normalize: bool = False):
         super().__init__(spec)

@@ -2,10 +2,12 @@
 
 import torch
 
-from ...modeling.gating import check_choice
-from ...modeling.routing import MODALITIES, ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ..gating import check_choice
+from ..registry import register_router
+from ..routing import MODALITIES, ExpertAssignment, MoELayerSpec, Router, RoutingContext
 
 
+@register_router("modality")
 class ModalityRouter(Router):
     """One expert per named modality, chosen by the token's; no parameters.
 
@@ -18,7 +20,6 @@ class ModalityRouter(Router):
         ValueError: if a modality is unknown or named twice, or E differs from their number.
     """
 
-    mechanism_name = "modality"
     reads = frozenset({"modality"})
 
     def __init__(self, spec: MoELayerSpec, *, modalities: list[str] | tuple[str, ...] = ("text", "image")):
@@ -32,6 +33,9 @@ class ModalityRouter(Router):
             )
         places = {name: index for index, name in enumerate(modalities)}
         self.expert_of_modality = [places.get(name, spec.num_experts) for name in MODALITIES]
+
+    def most_experts_per_tok(self) -> int:
+        return 1
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         table = torch.tensor(self.expert_of_modality, device=hidden_states.device)

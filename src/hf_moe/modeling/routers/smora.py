@@ -15,7 +15,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative
-from ...modeling.gating import (
+from ..gating import (
     BiasBalancedRouter,
     apply_overrides,
     check_slots,
@@ -24,9 +24,11 @@ from ...modeling.gating import (
     router_scores,
     select_experts,
 )
-from ...modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from ..registry import register_router
+from ..routing import ExpertAssignment, MoELayerSpec, RoutingContext
 
 
+@register_router("smora")
 class SmoraRouter(BiasBalancedRouter):
     """Sigmoid gate over ranks with a balancing bias that also weighs.
 
@@ -36,7 +38,7 @@ class SmoraRouter(BiasBalancedRouter):
         bias_in_weights: weigh by `s + b` as in the released code; otherwise b moves the choice alone.
     """
 
-    mechanism_name = "smora"
+    score_function = "sigmoid"
 
     def __init__(self, spec: MoELayerSpec, *, bias_update_rate: NonNegative = 1e-5, bias_in_weights: bool = True):
         super().__init__(spec, (spec.num_experts,), bias_update_rate)
