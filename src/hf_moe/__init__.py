@@ -14,21 +14,24 @@ from .version import __version__
 
 _LAZY = {
     "Connector": "modeling.routing",
-    "ExpertAssignment": "modeling.routing",
+    "ExpertAssignment": "modeling.decisions",
     "Experts": "modeling.routing",
     "HfMoeForConditionalGeneration": "modeling.modeling_hf_moe",
     "HfMoeProcessor": "modeling.processing_hf_moe",
-    "MoELayerSpec": "modeling.routing",
+    "MoELayerSpec": "modeling.layer_spec",
     "MoeLoraConfig": "adapters",
     "Objective": "modeling.routing",
-    "ParameterMixture": "modeling.routing",
+    "ParameterMixture": "modeling.decisions",
     "Router": "modeling.routing",
-    "RoutingContext": "modeling.routing",
+    "RoutingContext": "modeling.routing_context",
     "RoutingOverrides": "modeling.overrides",
-    "SlotMixture": "modeling.routing",
+    "SlotMixture": "modeling.decisions",
     "list_systems": "configuration.systems",
+    "register_attention": "modeling.registry",
+    "register_block": "modeling.registry",
     "register_connector": "modeling.registry",
     "register_experts": "modeling.registry",
+    "register_layer": "modeling.registry",
     "register_objective": "modeling.registry",
     "register_router": "modeling.registry",
 }
@@ -47,7 +50,7 @@ def __dir__() -> list[str]:
 
 
 def list_mechanisms(kind: str) -> list[str]:
-    """Return the names of all mechanisms of a kind: `router`, `experts`, `objective` or `connector`."""
+    """Return the names of all mechanisms of a kind, one of `hf_moe.modeling.registry.KINDS`."""
     from .modeling.mechanisms import mechanism_names
 
     return mechanism_names(kind)

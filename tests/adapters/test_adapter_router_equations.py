@@ -5,7 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from hf_moe.adapters.routers import router_class
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.layer_spec import MoELayerSpec
+from hf_moe.modeling.routing import Router
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 ROUTERS = (

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
-from hf_moe.modeling.routing import RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 def test_the_gate_of_a_domain_decides_with_noise_while_training_alone():

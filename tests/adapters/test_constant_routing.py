@@ -7,8 +7,11 @@ from torch import nn
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.constant_routing import RoutingVaries, constant_gates
 from hf_moe.adapters.routers import ADAPTER_ROUTERS, router_class
+from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import mechanism_names
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from hf_moe.modeling.routing import Router
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 CONSTANT = {"constant", "condition", "modality"}

@@ -22,7 +22,7 @@ from transformers import (
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import MoeLoraLayer, tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
-from hf_moe.modeling.routing import ExpertAssignment
+from hf_moe.modeling.decisions import ExpertAssignment
 
 
 SIZES = {

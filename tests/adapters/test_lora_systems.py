@@ -12,7 +12,8 @@ from hf_moe import MoeLoraConfig, list_systems
 from hf_moe.adapters import find_centroids, intuition
 from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots, add_experts
-from hf_moe.modeling.routing import ExpertAssignment, RoutingContext
+from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 TOY = {"target_modules": ["linear"], "router_input": "target"}

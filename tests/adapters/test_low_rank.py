@@ -6,7 +6,7 @@ from helpers.near import assert_near
 
 from hf_moe.adapters import low_rank
 from hf_moe.adapters.low_rank import ExpertSlots, add_experts, bucketed, grouped, masked_dense
-from hf_moe.modeling.routing import ExpertAssignment
+from hf_moe.modeling.decisions import ExpertAssignment
 
 
 FORMS = [masked_dense, grouped, bucketed]

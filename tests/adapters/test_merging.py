@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_moe import MoeLoraConfig, Router, register_router
 from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.merging import merge_by_mean_routing, merge_for
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec
+from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.layer_spec import MoELayerSpec
 
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
-from hf_moe.modeling.routing import RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 TASKS, WIDTH, INNER, RANK = 4, 16, 32, 1

@@ -24,7 +24,7 @@ from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
 from hf_moe.construction.assembly import assemble_lora_experts
 from hf_moe.construction.selection import score_adapters, select_adapters, select_data, update_similarities
-from hf_moe.modeling.routing import ExpertAssignment
+from hf_moe.modeling.decisions import ExpertAssignment
 
 
 SIZES = {
@@ -182,8 +182,9 @@ def test_soft_slots_leave_padding_out_and_let_an_early_token_see_a_late_one(text
 
 
 def test_padding_reaches_no_soft_slot():
+    from hf_moe.modeling.layer_spec import MoELayerSpec
     from hf_moe.modeling.routers.soft_moa import SoftMoaRouter
-    from hf_moe.modeling.routing import MoELayerSpec, RoutingContext
+    from hf_moe.modeling.routing_context import RoutingContext
 
     router = SoftMoaRouter(MoELayerSpec(0, 8, 4, 4, 2), slots_per_expert=2, normalize=True)
     router.initialize(0.02)

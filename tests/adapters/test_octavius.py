@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
 from hf_moe.adapters.low_rank import ExpertSlots
-from hf_moe.modeling.routing import RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 IMAGE, END = 60, 61

@@ -6,7 +6,8 @@ from peft import PeftModel, get_peft_model
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.routers.sequence import SequenceRouter
-from hf_moe.modeling.routing import MoELayerSpec, RoutingContext
+from hf_moe.modeling.layer_spec import MoELayerSpec
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 WIDTH, LENGTH = 16, 4

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.modeling.routing import RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 class Toy(nn.Module):

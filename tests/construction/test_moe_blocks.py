@@ -9,7 +9,7 @@ from hf_moe.construction.moe_blocks import read_block
 from hf_moe.construction.upcycling import check_block
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
-from hf_moe.modeling.routing import ACTIVE_CONTEXT, RoutingContext
+from hf_moe.modeling.routing_context import ACTIVE_CONTEXT, RoutingContext
 
 
 def outputs(block, layer):

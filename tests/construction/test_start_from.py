@@ -7,9 +7,10 @@ from hf_moe.construction.build import build_model
 from hf_moe.construction.conversion import convert_router
 from hf_moe.construction.upcycling import logit_difference
 from hf_moe.modeling import registry
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
-from hf_moe.modeling.routing import NUM_MODALITIES, MoELayerSpec
+from hf_moe.modeling.routing_context import NUM_MODALITIES
 
 
 SPEC = MoELayerSpec(layer_idx=0, hidden_size=16, num_experts=8, num_experts_per_tok=2, expert_intermediate_size=8)

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
-from hf_moe.modeling.routing import MoELayerSpec, Router, RoutingContext
+from hf_moe.modeling.routing import Router
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 HIDDEN, EXPERTS, SLOTS = 32, 8, 2

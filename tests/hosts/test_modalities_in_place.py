@@ -19,7 +19,7 @@ from helpers.hosts.native import MODALITY_OF, SPECIAL
 from helpers.near import assert_near
 
 from hf_moe.construction.conversion import convert_router
-from hf_moe.modeling.routing import RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 SEEING_OR_HEARING = [name for name in MULTIMODAL if name in ALL]

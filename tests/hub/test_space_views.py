@@ -15,7 +15,7 @@ from PIL import Image
 from hf_moe.hub.space_app import open_uploads
 from hf_moe.hub.space_checkpoint import Checkpoint, Trace, expert_weights, moments, patch_grid
 from hf_moe.hub.space_drawings import draw
-from hf_moe.modeling.routing import ExpertAssignment, ParameterMixture, SlotMixture
+from hf_moe.modeling.decisions import ExpertAssignment, ParameterMixture, SlotMixture
 
 
 def reader(processor) -> Checkpoint:

@@ -42,9 +42,12 @@ def write_router(tmp_path, monkeypatch):
 
 def test_names_of_the_package_come_from_the_bundled_files_that_define_them(write_router):
     text, imported = flatten(write_router("from hf_moe.modeling.routers.top_k import (\n    TopKRouter,\n)"))
-    assert "from .routing import ExpertAssignment, Router\nfrom .registry import register_router\n" in text
+    assert (
+        "from .decisions import ExpertAssignment\nfrom .routing import Router\nfrom .registry import register_router\n"
+        in text
+    )
     assert "from .router_top_k import (\n    TopKRouter,\n)" in text
-    assert {path.name for path in imported} == {"routing.py", "registry.py", "top_k.py"}
+    assert {path.name for path in imported} == {"decisions.py", "routing.py", "registry.py", "top_k.py"}
 
 
 def test_sibling_files_are_bundled_with_what_they_import(write_router, tmp_path):

@@ -11,14 +11,17 @@ from transformers import LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.construction.conversion import convert_router, set_objectives
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.experts.ffn import FfnExperts
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.objectives.load_balance import LoadBalance
 from hf_moe.modeling.objectives.slot_budget import SlotBudget
+from hf_moe.modeling.overrides import RoutingOverrides
 from hf_moe.modeling.parts import host_parts
 from hf_moe.modeling.registry import build
 from hf_moe.modeling.routers.anyexperts import AnyExpertsRouter
 from hf_moe.modeling.routers.top_k import TopKRouter
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext, RoutingOverrides
+from hf_moe.modeling.routing_context import RoutingContext
 from hf_moe.training.parts import selects, train_only
 from hf_moe.training.recipe import load_recipe
 

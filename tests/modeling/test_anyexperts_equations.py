@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.routers.anyexperts import AnyExpertsRouter
-from hf_moe.modeling.routing import MoELayerSpec, RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 WIDTH, EXPERTS, TOKENS = 24, 16, 48

@@ -9,7 +9,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from hf_moe.configuration.systems import load_system
 from hf_moe.modeling.auxiliary import AuxiliaryLosses
-from hf_moe.modeling.routing import ExpertAssignment, RoutingContext
+from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 LAYERS = 3

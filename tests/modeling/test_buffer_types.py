@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_moe import HfMoeForConditionalGeneration, MoeLoraConfig, list_mechanisms, register_router
 from hf_moe.adapters.routers import ADAPTER_ROUTERS
 from hf_moe.modeling import registry
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
-from hf_moe.modeling.routing import MoELayerSpec
 
 
 OPTIONS = {

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 ROWS, POSITIONS, EXPERTS = 6, 5, 3

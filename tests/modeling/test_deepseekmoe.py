@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import torch
 
 from hf_moe.configuration.configuration_hf_moe import MoeConfig
+from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.moe_layer import MoELayer
 from hf_moe.modeling.objectives.load_balance import LoadBalance
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 SKILLS, CONTENT = 16, 16

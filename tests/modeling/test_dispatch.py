@@ -12,9 +12,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_moe.modeling import dispatch
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.dispatch import GroupedProduct, grouped_linear, ragged_experts_forward
 from hf_moe.modeling.experts.ffn import FfnExperts
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec
+from hf_moe.modeling.layer_spec import MoELayerSpec
 
 
 TOKENS, HIDDEN, INNER, EXPERTS, SLOTS = 24, 32, 48, 4, 2

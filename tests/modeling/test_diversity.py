@@ -6,10 +6,12 @@ from helpers.near import assert_near
 from transformers import LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.objectives.expert_contrast import ExpertContrast
 from hf_moe.modeling.objectives.local_entropy import LocalEntropy
 from hf_moe.modeling.registry import build
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 SPEC = MoELayerSpec(0, 8, 3, 1, 8)

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.experts.ffn import FfnExperts
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.objectives.local_entropy import LocalEntropy
+from hf_moe.modeling.overrides import RoutingOverrides
 from hf_moe.modeling.registry import build
 from hf_moe.modeling.routers.dynamic_moe_top_p import DynamicMoETopPRouter
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext, RoutingOverrides
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 WIDTH, EXPERTS = 16, 16

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from hf_moe.analysis.routing_statistics import RoutingStatistics, active_parameters
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.routers.evomoe_dtr import EvoMoEDtrRouter
 from hf_moe.modeling.routers.ming_multi_router import MingMultiRouter
 from hf_moe.modeling.routers.top_k import TopKRouter
-from hf_moe.modeling.routing import MoELayerSpec, Router, RoutingContext
+from hf_moe.modeling.routing import Router
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 def make_context(modality: torch.Tensor) -> RoutingContext:

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from hf_moe import HfMoeConfig
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.dispatch import SortedSlots
 from hf_moe.modeling.experts.ffn import FfnExperts
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.moe_layer import ExpertBanks
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec
 
 
 SIZES, WIDTHS, HIDDEN = [2, 3, 1], [16, 8, 24], 12

@@ -8,8 +8,9 @@ from helpers.near import assert_near
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from hf_moe.modeling.decisions import ExpertAssignment, ParameterMixture, SlotMixture
 from hf_moe.modeling.experts.ffn import FfnExperts
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, ParameterMixture, SlotMixture
+from hf_moe.modeling.layer_spec import MoELayerSpec
 
 
 BATCH, POSITIONS, HIDDEN, INNER, EXPERTS = 2, 6, 16, 24, 3

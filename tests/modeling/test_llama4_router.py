@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.router_cases import EXPERTS, make_context, make_hidden, make_router, make_spec, text_context
 
-from hf_moe.modeling.routing import RoutingOverrides
+from hf_moe.modeling.overrides import RoutingOverrides
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.configuration.checks import in_words, option_hints
 from hf_moe.configuration.systems import list_systems
 from hf_moe.modeling.initialisation import initialize_mechanisms
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism, mechanism_names
 from hf_moe.modeling.registry import KINDS, build, register
-from hf_moe.modeling.routing import Connector, Experts, MoELayerSpec, Objective, Router
+from hf_moe.modeling.routing import Connector, Experts, Objective, Router
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -20,8 +20,9 @@ from helpers.router_cases import (
 from transformers.models.ernie4_5_vl_moe.configuration_ernie4_5_vl_moe import Ernie4_5_VLMoeTextConfig
 from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeBlock
 
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.moe_layer import ExpertBanks
-from hf_moe.modeling.routing import ExpertAssignment, RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 @pytest.fixture(autouse=True)

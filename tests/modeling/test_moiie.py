@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from hf_moe.modeling.experts.ffn import FfnExperts
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.objectives.load_balance import LoadBalance
 from hf_moe.modeling.routers.moiie import MoIIERouter
-from hf_moe.modeling.routing import MoELayerSpec, RoutingContext
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 CONTENT = 16

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from hf_moe.modeling.decisions import ExpertAssignment, SlotMixture
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism, mechanism_names
 from hf_moe.modeling.registry import build
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext, SlotMixture
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 ROWS, POSITIONS, EXPERTS, NULLS, LAYERS = 4, 6, 4, 2, (1, 3)

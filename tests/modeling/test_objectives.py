@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from hf_moe.modeling.decisions import ExpertAssignment, SlotMixture
+from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
-from hf_moe.modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext, SlotMixture
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 def make_spec(num_experts: int = 4, layer: int = 0, slots: int = 1, hidden: int = 8) -> MoELayerSpec:

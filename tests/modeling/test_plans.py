@@ -10,9 +10,9 @@ from helpers.router_cases import make_experts, make_spec
 
 import hf_moe.modeling.routers as routers
 from hf_moe import HfMoeForConditionalGeneration
+from hf_moe.modeling.decisions import ExpertAssignment, ParameterMixture, SlotMixture
 from hf_moe.modeling.experts.ffn import FfnExperts
 from hf_moe.modeling.moe_layer import MoELayer
-from hf_moe.modeling.routing import ExpertAssignment, ParameterMixture, SlotMixture
 
 
 ROUTERS = sorted(path.stem for path in Path(routers.__file__).parent.glob("[a-z]*.py"))

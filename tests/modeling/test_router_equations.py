@@ -6,8 +6,10 @@ import pytest
 import torch
 from helpers.router_cases import EXPERTS, SLOTS, collapsed, make_context, make_hidden, make_router, make_spec
 
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.gating import limit_capacity
-from hf_moe.modeling.routing import ExpertAssignment, Router, RoutingContext
+from hf_moe.modeling.routing import Router
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 TEXT, IMAGE, AUDIO = 0, 1, 3

@@ -5,9 +5,12 @@ import torch
 from helpers.near import assert_near
 from helpers.router_cases import EXPERTS, make_context, make_experts, make_hidden, make_router, make_spec, text_context
 
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.mechanisms import get_mechanism
+from hf_moe.modeling.overrides import RoutingOverrides
 from hf_moe.modeling.registry import build
-from hf_moe.modeling.routing import ExpertAssignment, Router, RoutingContext, RoutingOverrides
+from hf_moe.modeling.routing import Router
+from hf_moe.modeling.routing_context import RoutingContext
 
 
 CASES = {

@@ -29,8 +29,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from hf_moe.configuration.configuration_hf_moe import MoeConfig
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.moe_layer import MoELayer
-from hf_moe.modeling.routing import ExpertAssignment, Router
+from hf_moe.modeling.routing import Router
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,9 @@ from ..configuration.systems import load_system
 from ..hub.adapter import WEIGHTS_FILE, check_weights, is_path
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
+from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.registry import build
-from ..modeling.routing import MoELayerSpec, Router
+from ..modeling.routing import Router
 from .checkpoints import EARLIER_TYPE, check_version, complete_saved_config
 from .checks import check_expression, check_names
 from .experts import EXPERT_KINDS, Target, build_kind

@@ -3,8 +3,10 @@
 import torch
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.decisions import ExpertAssignment
 from ..modeling.evaluation_mode import evaluation_mode
-from ..modeling.routing import ExpertAssignment, Router, RoutingContext
+from ..modeling.routing import Router
+from ..modeling.routing_context import RoutingContext
 from .low_rank import ExpertSlots
 
 

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ..modeling.routing import MODALITIES, Decision, RoutingContext, TraceableVariable
+from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.decisions import Decision
+from ..modeling.layer_spec import Site
+from ..modeling.routing_context import RoutingContext, TraceableVariable
 from .low_rank import ExpertSlots, MixedSlots
 from .memory import PooledState, cached_tokens, past_state
 
@@ -86,7 +89,7 @@ class AdapterContext:
         return self._of[adapter_name]
 
     @property
-    def decisions(self) -> dict[str, dict[int, Decision]]:
+    def decisions(self) -> dict[str, dict[Site, Decision]]:
         """Adapter -> number of the router -> decision."""
         return {name: context.decisions for name, context in self._of.items() if context.decisions}
 

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..modeling.routing import Decision, ExpertAssignment, Router, RoutingContext, SlotMixture
+from ..modeling.decisions import Decision, ExpertAssignment, SlotMixture
+from ..modeling.routing import Router
+from ..modeling.routing_context import RoutingContext
 from .contexts import AdapterContext, LayerRun, TokenlessContext, are_tokens
 from .experts import ExpertKind
 from .low_rank import ExpertSlots, MixedSlots

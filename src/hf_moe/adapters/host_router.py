@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from ..modeling.routing import ExpertAssignment, Router, RoutingContext
+from ..modeling.decisions import ExpertAssignment
+from ..modeling.routing import Router
+from ..modeling.routing_context import RoutingContext
 
 
 class HostRouter(Router):

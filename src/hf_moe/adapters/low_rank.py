@@ -15,8 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..modeling.decisions import ExpertAssignment, SlotMixture
 from ..modeling.dispatch import compute_dtype, grouped_linear
-from ..modeling.routing import ExpertAssignment, SlotMixture
 
 
 # The most bytes of a token's E * r inner states for which two plain matrix products are faster than sorted ones:

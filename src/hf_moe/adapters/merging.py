@@ -16,9 +16,11 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.decisions import ExpertAssignment
 from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.gating import check_choice
-from ..modeling.routing import ExpertAssignment, Router, RoutingContext
+from ..modeling.routing import Router
+from ..modeling.routing_context import RoutingContext
 from .constant_routing import RoutingVaries, constant_gates
 from .layer import MoeLoraLayer, tuner_layers
 from .low_rank import ExpertSlots

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling.routing import MODALITIES, NUM_MODALITIES
+from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.routing_context import NUM_MODALITIES
 from .memory import cache_of, cached_tokens
 
 

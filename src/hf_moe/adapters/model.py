@@ -15,8 +15,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling.initialisation import initialize_mechanisms
+from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.routers.soft_moa import SoftMoaRouter
-from ..modeling.routing import MoELayerSpec, Router, RoutingContext
+from ..modeling.routing import Router
+from ..modeling.routing_context import RoutingContext
 from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
 from .checkpoints import check_complete
 from .checks import refusal

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..modeling.auxiliary import count_labels, is_learning, warn_without_labels
+from ..modeling.decisions import ExpertAssignment
 from ..modeling.optimizer_steps import Statistics, count_in_backward, end_cleared_step, follow_steps
-from ..modeling.routing import ExpertAssignment, Router
+from ..modeling.routing import Router
 from .contexts import AdapterContext
 from .frozen import hold_frozen, install_frozen_hooks
 from .index import index_of

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modeling.decisions import ExpertAssignment
 from ..modeling.dispatch import compute_dtype, grouped_linear
-from ..modeling.routing import ExpertAssignment
 from .config import TargetSettings
 from .experts import Target
 from .hosts import input_name, is_expert_stack

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.routing import RoutingContext
+from ..modeling.routing_context import RoutingContext
 from .contexts import AdapterContext, ImageContext, UnknownModality
 from .documents import packed_documents
 from .memory import cache_of, cached_tokens, first_column, foreign_state

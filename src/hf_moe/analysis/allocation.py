@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_hf_moe import MODALITIES
-from ..modeling.routing import ExpertAssignment, RoutingContext
+from ..modeling.decisions import ExpertAssignment
+from ..modeling.routing_context import RoutingContext
 from .pictures import FAINT, INK
 from .routing_statistics import RoutingStatistics
 
@@ -49,7 +50,7 @@ def draw_importance(
     """
     found = {
         layer: decision.signals[signal].detach().float().cpu().view(routing.token_mask.shape)[row]
-        for layer, decision in sorted(routing.decisions.items())
+        for layer, decision in routing.decisions.items()
         if isinstance(decision, ExpertAssignment) and signal in decision.signals
         if layers is None or layer in layers
     }

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..modeling.decisions import ExpertAssignment
 from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.moe_layer import MoELayer
-from ..modeling.routing import ExpertAssignment, RoutingContext
+from ..modeling.routing_context import RoutingContext
 from .routing_statistics import RoutingStatistics
 
 

@@ -6,8 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.decisions import ExpertAssignment
+from ..modeling.layer_spec import Site
 from ..modeling.parts import host_parts, part_of
-from ..modeling.routing import NUM_MODALITIES, ExpertAssignment, RoutingContext
+from ..modeling.routing_context import NUM_MODALITIES, RoutingContext
 
 
 LAYER_GROUPS = ("early", "middle", "late")
@@ -17,37 +19,40 @@ class RoutingStatistics:
     """Counts of the slots that real tokens used, summed over any number of forward passes.
 
     Attributes:
-        tables: layer index -> (NUM_MODALITIES, E + 1) int64; the last column counts empty slots.
-        tokens: layer index -> (NUM_MODALITIES,) int64 real tokens.
-        signals: layer index -> name -> (NUM_MODALITIES,) float64, a router's signal summed over real tokens.
-        slot_histograms: layer index -> (NUM_MODALITIES, most slots + 1) int64, the tokens by their number of slots, of
+        tables: site -> (NUM_MODALITIES, E + 1) int64; the last column counts empty slots.
+        tokens: site -> (NUM_MODALITIES,) int64 real tokens.
+        signals: site -> name -> (NUM_MODALITIES,) float64, a router's signal summed over real tokens.
+        slot_histograms: site -> (NUM_MODALITIES, most slots + 1) int64, the tokens by their number of slots, of
             routers that report `slots`.
     """
 
     def __init__(self) -> None:
-        self.tables: dict[int, torch.Tensor] = {}
-        self.tokens: dict[int, torch.Tensor] = {}
-        self.signals: dict[int, dict[str, torch.Tensor]] = {}
-        self.slot_histograms: dict[int, torch.Tensor] = {}
+        self.tables: dict[Site, torch.Tensor] = {}
+        self.tokens: dict[Site, torch.Tensor] = {}
+        self.signals: dict[Site, dict[str, torch.Tensor]] = {}
+        self.slot_histograms: dict[Site, torch.Tensor] = {}
 
     def update(self, context: RoutingContext) -> None:
         """Add the decisions of one forward pass; decisions that assign no experts are passed over."""
-        for layer, decision in context.decisions.items():
-            if not isinstance(decision, ExpertAssignment):
-                continue
-            device = decision.expert_index.device
-            modality = context.tokens("modality_ids", device)
-            mask = context.tokens("token_mask", device)
-            table = decision.slot_table(modality, NUM_MODALITIES, mask).cpu()
-            tokens = torch.bincount(modality[mask], minlength=NUM_MODALITIES).cpu()
-            self.tables[layer] = self.tables.get(layer, 0) + table
-            self.tokens[layer] = self.tokens.get(layer, 0) + tokens
-            self._update_signals(layer, decision.signals, modality, mask)
+        for part in context.contexts():
+            for site, decision in part.decisions.items():
+                if isinstance(decision, ExpertAssignment):
+                    self._add(site, decision, part)
+
+    def _add(self, site: Site, decision: ExpertAssignment, context: RoutingContext) -> None:
+        device = decision.expert_index.device
+        modality = context.tokens("modality_ids", device)
+        mask = context.tokens("token_mask", device)
+        table = decision.slot_table(modality, NUM_MODALITIES, mask).cpu()
+        tokens = torch.bincount(modality[mask], minlength=NUM_MODALITIES).cpu()
+        self.tables[site] = self.tables.get(site, 0) + table
+        self.tokens[site] = self.tokens.get(site, 0) + tokens
+        self._update_signals(site, decision.signals, modality, mask)
 
     def _update_signals(
-        self, layer: int, signals: dict[str, torch.Tensor], modality: torch.Tensor, mask: torch.Tensor
+        self, site: Site, signals: dict[str, torch.Tensor], modality: torch.Tensor, mask: torch.Tensor
     ) -> None:
-        sums = self.signals.setdefault(layer, {})
+        sums = self.signals.setdefault(site, {})
         for name, values in signals.items():
             real = values.detach().double()[mask]
             total = torch.zeros(NUM_MODALITIES, dtype=torch.float64, device=real.device)
@@ -57,23 +62,23 @@ class RoutingStatistics:
             width = int(slots.max()) + 1 if slots.numel() else 1
             cell = modality[mask] * width + slots
             counts = torch.bincount(cell, minlength=NUM_MODALITIES * width).view(NUM_MODALITIES, width).cpu()
-            known = self.slot_histograms.get(layer, counts[:, :0])
+            known = self.slot_histograms.get(site, counts[:, :0])
             widest = max(width, known.shape[1])
             counts, known = (F.pad(part, (0, widest - part.shape[1])) for part in (counts, known))
-            self.slot_histograms[layer] = counts + known
+            self.slot_histograms[site] = counts + known
 
-    def signal_means(self, layer: int, name: str) -> torch.Tensor:
+    def signal_means(self, site: Site, name: str) -> torch.Tensor:
         """Return the mean of a signal over the tokens of each modality, (NUM_MODALITIES,) float64."""
-        return self.signals[layer][name] / self.tokens[layer].clamp(min=1)
+        return self.signals[site][name] / self.tokens[site].clamp(min=1)
 
-    def shares(self, layer: int) -> torch.Tensor:
+    def shares(self, site: Site) -> torch.Tensor:
         """Return each expert's share of the filled slots, (NUM_MODALITIES, E) float32; rows without slots are 0."""
-        counts = self.tables[layer][:, :-1].float()
+        counts = self.tables[site][:, :-1].float()
         return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
-    def active_experts(self, layer: int) -> torch.Tensor:
+    def active_experts(self, site: Site) -> torch.Tensor:
         """Return the mean number of filled slots of a token, (NUM_MODALITIES,) float32."""
-        return self.tables[layer][:, :-1].sum(-1).float() / self.tokens[layer].clamp(min=1)
+        return self.tables[site][:, :-1].sum(-1).float() / self.tokens[site].clamp(min=1)
 
     def figures(self) -> dict[str, float]:
         """Return a small fixed set of figures per modality and third of the MoE layers.
@@ -82,48 +87,46 @@ class RoutingStatistics:
         `largest` the largest share of an expert, `empty` the share of empty slots; a router's signals are their means.
         A modality without tokens has none.
         """
-        layers = sorted(self.tables)
+        sites = list(self.tables)
         figures = {}
         for group_index, group in enumerate(LAYER_GROUPS):
-            chosen = [
-                layer for rank, layer in enumerate(layers) if rank * len(LAYER_GROUPS) // len(layers) == group_index
-            ]
+            chosen = [site for rank, site in enumerate(sites) if rank * len(LAYER_GROUPS) // len(sites) == group_index]
             for modality, name in enumerate(MODALITIES):
-                seen = [layer for layer in chosen if self.tokens[layer][modality] > 0]
+                seen = [site for site in chosen if self.tokens[site][modality] > 0]
                 if not seen:
                     continue
-                rows = [self._row(layer, modality) for layer in seen]
+                rows = [self._row(site, modality) for site in seen]
                 for key in rows[0]:
                     values = [row[key] for row in rows if key in row]
                     figures[f"{name}/{group}/{key}"] = sum(values) / len(values)
         return figures
 
-    def _row(self, layer: int, modality: int) -> dict[str, float]:
-        share = self.shares(layer)[modality]
+    def _row(self, site: Site, modality: int) -> dict[str, float]:
+        share = self.shares(site)[modality]
         experts = max(share.numel(), 2)
         entropy = -(share * share.clamp(min=1e-12).log()).sum() / torch.tensor(float(experts)).log()
-        table = self.tables[layer][modality].float()
+        table = self.tables[site][modality].float()
         return {
-            "active": self.active_experts(layer)[modality].item(),
+            "active": self.active_experts(site)[modality].item(),
             "entropy": entropy.item(),
             "largest": share.max().item(),
             "empty": (table[-1] / table.sum().clamp(min=1)).item(),
-            **{name: self.signal_means(layer, name)[modality].item() for name in self.signals.get(layer, {})},
+            **{name: self.signal_means(site, name)[modality].item() for name in self.signals.get(site, {})},
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as plain data, for a report."""
         return {
-            str(layer): {
+            str(site): {
                 name: {
-                    "tokens": int(self.tokens[layer][row]),
-                    "slots": self.tables[layer][row].tolist(),
-                    "signals": {key: self.signal_means(layer, key)[row].item() for key in self.signals.get(layer, {})},
+                    "tokens": int(self.tokens[site][row]),
+                    "slots": self.tables[site][row].tolist(),
+                    "signals": {key: self.signal_means(site, key)[row].item() for key in self.signals.get(site, {})},
                 }
                 for row, name in enumerate(MODALITIES)
-                if self.tokens[layer][row] > 0
+                if self.tokens[site][row] > 0
             }
-            for layer in sorted(self.tables)
+            for site in self.tables
         }
 
 

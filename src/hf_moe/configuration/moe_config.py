@@ -25,6 +25,9 @@ COMMON_FIELDS = frozenset(vars(GenerationConfig())) | {
     "task_specific_params",
     "tokenizer_class",
 }
+# The fields that name a mechanism; a layer may be without those that are optional.
+OPTIONAL_MECHANISMS = ("block", "attention", "layer")
+MECHANISM_FIELDS = ("router", "experts", *OPTIONAL_MECHANISMS)
 BANK_FIELDS = {"num_experts": PositiveInt, "intermediate_size": PositiveInt | None}
 
 
@@ -62,6 +65,13 @@ class MoeConfig(PreTrainedConfig):
             The router's name and its options.
         experts (`dict`, defaults to `{"name": "ffn"}`):
             The kind of expert and its options.
+        block (`dict`, *optional*):
+            How routers and experts are wired in the place of a feed-forward, and its options: `{"name": "moe"}`, one
+            router before one set of experts, when absent.
+        attention (`dict`, *optional*):
+            What mixes experts within the attention of a layer, and its options.
+        layer (`dict`, *optional*):
+            What surrounds or changes a whole layer, and its options.
         objectives (`dict[str, float | dict]`, defaults to `{}`):
             Auxiliary losses by label: a coefficient, or `{"name": "load_balance", "coef": 0.01, ...options}`. The
             label is the name where that is absent; two losses of one kind need labels of their own, under which they
@@ -88,6 +98,9 @@ class MoeConfig(PreTrainedConfig):
     expert_banks: dict[str | int, dict | None] | None = None
     router: dict | str = field(default_factory=lambda: {"name": "top_k"})
     experts: dict | str = field(default_factory=lambda: {"name": "ffn"})
+    block: dict | str | None = None
+    attention: dict | str | None = None
+    layer: dict | str | None = None
     objectives: dict[str, Any] | None = field(default_factory=dict)
     residual_mix: bool | dict[str | int, bool] = per_layer(default=False)
     token_balanced_loss: bool = False
@@ -99,10 +112,12 @@ class MoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
         self.objectives = self.objectives or {}
-        self.router = {"name": self.router} if isinstance(self.router, str) else self.router
-        self.experts = {"name": self.experts} if isinstance(self.experts, str) else self.experts
-        for kind in ("router", "experts"):
+        for kind in MECHANISM_FIELDS:
+            if isinstance(getattr(self, kind), str):
+                setattr(self, kind, {"name": getattr(self, kind)})
             for value in layer_values(getattr(self, kind)):
+                if value is None and kind in OPTIONAL_MECHANISMS:
+                    continue
                 if not isinstance(value, dict) or not isinstance(value.get("name"), str):
                     raise ValueError(
                         f"moe_config.{kind} needs a 'name', for example {{'name': 'top_k'}}; got {value!r}."

@@ -26,13 +26,14 @@ the outputs change. So does a user's own router. Shared branches are no part of 
 from dataclasses import dataclass
 from typing import Any
 
+from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.routers.deepseek_v3 import DeepseekV3Router
 from ..modeling.routers.deepseekmoe import DeepseekMoERouter
 from ..modeling.routers.ernie45_vl import Ernie45VLRouter
 from ..modeling.routers.llama4 import Llama4Router
 from ..modeling.routers.switch_transformer import SwitchTransformerRouter
 from ..modeling.routers.top_k import TopKRouter
-from ..modeling.routing import MoELayerSpec, Router
+from ..modeling.routing import Router
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..modeling.decisions import Decision, ExpertAssignment
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.inputs import placeholder_ids
 from ..modeling.moe_layer import MoELayer
-from ..modeling.routing import Decision, ExpertAssignment
 
 
 @dataclass(frozen=True)

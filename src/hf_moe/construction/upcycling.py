@@ -16,13 +16,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..modeling.decisions import ExpertAssignment
 from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import FfnLayout, decoder_layers, ffn_name, read_ffn
+from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.moe_layer import MoELayer, SharedExperts
 from ..modeling.parts import text_decoder
-from ..modeling.routing import ACTIVE_CONTEXT, ExpertAssignment, MoELayerSpec, RoutingContext
+from ..modeling.routing_context import ACTIVE_CONTEXT, RoutingContext
 
 
 def ffn_state(weights: Mapping[str, torch.Tensor], layout: FfnLayout) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from ..configuration.configuration_hf_moe import AUTO_MAP
 from ..configuration.layer_maps import at_layer
-from ..configuration.moe_config import objective_entry
+from ..configuration.moe_config import MECHANISM_FIELDS, objective_entry
 from ..configuration.reading import read_object
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import KINDS
@@ -163,9 +163,11 @@ def used_names(config: Any) -> dict[str, list[str]]:
     names: dict[str, set[str]] = {kind: set() for kind in KINDS}
     built: list[Any] = [config.moe_config.objectives or {}]
     for layer in config.moe_layers():
-        for kind in ("router", "experts"):
-            built.append(at_layer(getattr(config.moe_config, kind), layer))
-            names[kind].add(built[-1]["name"])
+        for kind in MECHANISM_FIELDS:
+            value = at_layer(getattr(config.moe_config, kind), layer)
+            if value is not None:
+                built.append(value)
+                names[kind].add(value["name"])
     names["objective"] = {objective_entry(*entry)[0] for entry in (config.moe_config.objectives or {}).items()}
     if config.host_type is None:
         names["host"].add("composed")

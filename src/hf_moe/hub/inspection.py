@@ -22,10 +22,11 @@ from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 
 from ..configuration.layer_maps import at_layer
 from ..configuration.reading import is_path, read_text
+from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.parts import HostParts, host_parts
 from ..modeling.registry import build
-from ..modeling.routing import MoELayerSpec, Router
+from ..modeling.routing import Router
 from .bundle import PROCESSING, has_own_processor, unsealed, used_names
 from .carried import Renewed, listed_mechanisms, parsed, reasons_to_refresh, renew
 from .contents import (

@@ -27,9 +27,10 @@ from transformers.utils import ModelOutput, logging
 
 from ..configuration.checks import check
 from ..configuration.moe_config import objective_entry
+from .layer_spec import MoELayerSpec
 from .mechanisms import get_mechanism
 from .registry import build
-from .routing import MoELayerSpec, RoutingContext
+from .routing_context import RoutingContext
 
 
 logger = logging.get_logger(__name__)

@@ -28,7 +28,7 @@ from .inputs import (
 from .moe_layer import MoELayer
 from .outputs import routed_output, router_logits
 from .overrides import RoutingOverrides
-from .routing import CALL_CONTEXT, RoutingContext
+from .routing_context import CALL_CONTEXT, RoutingContext
 
 
 # What a call may bring besides the host's own inputs.
@@ -71,7 +71,7 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
     if overrides is not None:
         if not isinstance(overrides, RoutingOverrides):
             raise ValueError(f"routing_overrides must be RoutingOverrides(...), got {type(overrides).__name__}.")
-        overrides.check_layers({index: layer.router for index, layer in moe_layers(model).items()})
+        overrides.check_sites({layer.spec.site: layer.router for layer in moe_layers(model).values()})
     return RoutingContext(
         modality_ids=modalities.long(),
         token_mask=real_tokens(inputs.get("attention_mask"), tokens),

@@ -5,7 +5,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..configuration.configuration_hf_moe import MODALITIES
-from .routing import Decision, ExpertAssignment, MoELayerSpec, Router, RoutingContext, sum_over_ranks
+from .decisions import Decision, ExpertAssignment
+from .layer_spec import MoELayerSpec
+from .routing import Router
+from .routing_context import RoutingContext
+from .running_statistics import sum_over_ranks
 
 
 def gate_logits(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -41,11 +45,11 @@ def apply_overrides(logits: torch.Tensor, spec: MoELayerSpec, context: RoutingCo
     """Return `logits` (T, C >= E) after the context's test-time offsets and disabled experts of this layer."""
     if context.overrides is None:
         return logits
-    context.overrides.check_experts(spec.layer_idx, spec.num_experts)
-    offset = context.overrides.logit_offset.get(spec.layer_idx)
+    context.overrides.check_experts(spec.site, spec.num_experts)
+    offset = context.overrides.logit_offset.get(spec.site)
     if offset is not None:
         logits = logits + F.pad(offset.to(logits), (0, logits.shape[-1] - offset.shape[-1]))
-    disabled = context.overrides.disabled_experts.get(spec.layer_idx)
+    disabled = context.overrides.disabled_experts.get(spec.site)
     if disabled:
         columns = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         columns[disabled] = True

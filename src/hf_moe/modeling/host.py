@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration.layer_maps import at_layer
+from .layer_spec import MoELayerSpec
 from .moe_layer import MoELayer
-from .routing import ACTIVE_CONTEXT, CALL_CONTEXT, MoELayerSpec
+from .routing_context import ACTIVE_CONTEXT, CALL_CONTEXT
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from .registry import KINDS, registered
 FOLDERS = {
     "router": "routers",
     "experts": "experts",
+    "block": "blocks",
+    "attention": "attention",
+    "layer": "layers",
     "objective": "objectives",
     "connector": "connectors",
     "host": "hosts",

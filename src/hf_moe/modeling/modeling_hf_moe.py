@@ -34,7 +34,7 @@ from .outputs import prepare_outputs, routed_output, router_logits
 from .parts import freeze_towers_in_eval, text_decoder
 from .plans import float32_patterns, plan_moe_layers
 from .routed_forward import RoutedForward, install_hooks
-from .routing import CALL_CONTEXT, RoutingContext
+from .routing_context import CALL_CONTEXT, RoutingContext
 
 
 # What a call with a loss may bring besides those.

@@ -1,24 +1,20 @@
 """The MoE layer: a router, experts, and an optional branch that every token uses."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration.layer_maps import at_layer
 from .clamped_unit import ClampedUnit
+from .decisions import Decision, ExpertAssignment, refuse_mixture
 from .dispatch import SortedSlots
+from .layer_spec import MoELayerSpec
 from .mechanisms import get_mechanism
 from .registry import build
-from .routing import (
-    ACTIVE_CONTEXT,
-    Decision,
-    ExpertAssignment,
-    Experts,
-    MoELayerSpec,
-    Router,
-    RoutingContext,
-    refuse_mixture,
-)
+from .routing import Experts, Router
+from .routing_context import ACTIVE_CONTEXT, RoutingContext
 
 
 class ExpertBanks(Experts):
@@ -188,10 +184,10 @@ class MoELayer(nn.Module):
         if isinstance(decision, ExpertAssignment):
             # Padding is computed by nobody: its slots are empty, and empty slots cost nothing.
             decision = decision.drop(~context.tokens("token_mask", tokens.device))
-        context.decisions[self.layer_idx] = decision
+        context.decisions[self.spec.site] = decision
         output = self._run_experts(tokens, decision).view_as(hidden_states)
         if context.keep_outputs:
-            context.outputs[self.layer_idx] = output
+            context.outputs[self.spec.site] = output
         if self.shared_expert is None:
             return output
         shared = self.shared_expert(hidden_states)
@@ -226,6 +222,6 @@ def _build_experts(config, spec: MoELayerSpec) -> Experts:
         return build("experts", cls, options, config, spec)
     banks = {}
     for bank, num_experts, width in spec.banks:
-        fields = {**vars(spec), "num_experts": num_experts, "expert_intermediate_size": width, "banks": ()}
-        banks[bank] = build("experts", cls, options, config, MoELayerSpec(**fields))
+        bank_spec = replace(spec, num_experts=num_experts, expert_intermediate_size=width, banks=())
+        banks[bank] = build("experts", cls, options, config, bank_spec)
     return ExpertBanks(banks, [num_experts for _, num_experts, _ in spec.banks])

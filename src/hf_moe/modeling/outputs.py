@@ -7,7 +7,8 @@ import torch
 from transformers import modeling_outputs
 from transformers.utils import ModelOutput
 
-from .routing import ExpertAssignment, RoutingContext
+from .decisions import ExpertAssignment
+from .routing_context import RoutingContext
 
 
 Output = TypeVar("Output", bound=ModelOutput)

@@ -5,81 +5,80 @@ from typing import Any
 import torch
 
 from ..configuration.checks import NonNegativeInt, checked
+from .layer_spec import Site
 
 
 class RoutingOverrides:
     """Test-time control over a trained model's routing, without touching its weights.
 
     Args:
-        logit_offset: layer index -> (E,) finite values added to the router logits.
-        disabled_experts: layer index -> expert indices that no token may choose.
+        logit_offset: site -> (E,) finite values added to the router logits.
+        disabled_experts: site -> expert indices that no token may choose.
         expert_budget: experts per token that a router with a slot budget aims at, in place of its own target.
 
     Raises:
-        ValueError: if a value is of another type; when the model is called, if it has no such layer, expert or budget.
+        ValueError: if a value is of another type; when the model is called, if it has no such site, expert or budget.
     """
 
     def __init__(
         self,
-        logit_offset: dict[int, torch.Tensor] | None = None,
-        disabled_experts: dict[int, list[int]] | None = None,
+        logit_offset: dict[Site, torch.Tensor] | None = None,
+        disabled_experts: dict[Site, list[int]] | None = None,
         expert_budget: float | None = None,
     ):
-        offsets: dict[int, Any] = checked("logit_offset", {} if logit_offset is None else logit_offset, dict[int, Any])
-        self.logit_offset = {layer: _offset(layer, value) for layer, value in offsets.items()}
-        allowed = dict[int, list[NonNegativeInt] | tuple[NonNegativeInt, ...] | set[NonNegativeInt]]
-        disabled: dict[int, Any] = checked(
-            "disabled_experts", {} if disabled_experts is None else disabled_experts, allowed
-        )
-        self.disabled_experts = {layer: sorted(set(experts)) for layer, experts in disabled.items()}
+        offsets: dict[Site, Any] = checked("logit_offset", logit_offset or {}, dict[Site, Any])
+        self.logit_offset = {site: _offset(site, value) for site, value in offsets.items()}
+        allowed = dict[Site, list[NonNegativeInt] | tuple[NonNegativeInt, ...] | set[NonNegativeInt]]
+        disabled: dict[Site, Any] = checked("disabled_experts", disabled_experts or {}, allowed)
+        self.disabled_experts = {site: sorted(set(experts)) for site, experts in disabled.items()}
         self.expert_budget = checked("expert_budget", expert_budget, float | None)
 
-    def check_layers(self, routers: dict[int, Any]) -> None:
+    def check_sites(self, routers: dict[Site, Any]) -> None:
         """Refuse what no router of a model would read.
 
         Args:
-            routers: layer index -> router.
+            routers: site -> router.
 
         Raises:
-            ValueError: if a layer is no MoE layer, or there is a budget and no router that has one.
+            ValueError: if there is no router at a site, or there is a budget and no router that has one.
         """
         for name in ("logit_offset", "disabled_experts"):
-            unknown = sorted(set(getattr(self, name)) - set(routers))
+            unknown = [site for site in getattr(self, name) if site not in routers]
             if unknown:
-                raise ValueError(f"{name} names the layers {unknown}; the MoE layers are {sorted(routers)}.")
+                raise ValueError(f"{name} names the layers {unknown}; the MoE layers are {list(routers)}.")
         if self.expert_budget is not None and not any(hasattr(item, "target_slots") for item in routers.values()):
             raise ValueError(
                 f"expert_budget={self.expert_budget}: no router of this model has a slot budget; choose one such as "
                 "'anyexperts', or leave expert_budget out."
             )
 
-    def check_experts(self, layer: int, num_experts: int) -> None:
-        """Refuse what does not fit the E experts of a layer.
+    def check_experts(self, site: Site, num_experts: int) -> None:
+        """Refuse what does not fit the E experts of a site.
 
         Raises:
             ValueError: if an offset has another length, an expert does not exist, or none is left.
         """
-        offset = self.logit_offset.get(layer)
+        offset = self.logit_offset.get(site)
         if offset is not None and offset.shape != (num_experts,):
             raise ValueError(
-                f"logit_offset[{layer}] must have the shape ({num_experts},), one value per expert, got "
+                f"logit_offset[{site}] must have the shape ({num_experts},), one value per expert, got "
                 f"{tuple(offset.shape)}."
             )
-        disabled = self.disabled_experts.get(layer, [])
+        disabled = self.disabled_experts.get(site, [])
         if disabled and disabled[-1] >= num_experts:
-            raise ValueError(f"disabled_experts[{layer}]={disabled} must lie in [0, {num_experts}).")
+            raise ValueError(f"disabled_experts[{site}]={disabled} must lie in [0, {num_experts}).")
         if len(disabled) >= num_experts:
-            raise ValueError(f"disabled_experts[{layer}] leaves none of {num_experts} experts: leave one.")
+            raise ValueError(f"disabled_experts[{site}] leaves none of {num_experts} experts: leave one.")
 
 
-def _offset(layer: int, value: Any) -> torch.Tensor:
+def _offset(site: Site, value: Any) -> torch.Tensor:
     try:
         offset = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"logit_offset[{layer}]={value!r} must be a tensor of one value per expert.") from error
+        raise ValueError(f"logit_offset[{site}]={value!r} must be a tensor of one value per expert.") from error
     if offset.is_complex() or offset.dtype == torch.bool or not offset.isfinite().all():
         raise ValueError(
-            f"logit_offset[{layer}] must hold finite numbers, got {offset.tolist()}; disabled_experts keeps tokens "
+            f"logit_offset[{site}] must hold finite numbers, got {offset.tolist()}; disabled_experts keeps tokens "
             "from an expert."
         )
     return offset

@@ -3,15 +3,11 @@
 import torch
 from transformers import initialization as init
 
-from .routing import (
-    NUM_MODALITIES,
-    Decision,
-    ExpertAssignment,
-    MoELayerSpec,
-    Objective,
-    RoutingContext,
-    sum_over_ranks,
-)
+from .decisions import Decision, ExpertAssignment
+from .layer_spec import MoELayerSpec, Site, buffer_name
+from .routing import Objective
+from .routing_context import NUM_MODALITIES, RoutingContext
+from .running_statistics import sum_over_ranks
 
 
 class PopulationObjective(Objective):
@@ -27,8 +23,8 @@ class PopulationObjective(Objective):
         super().__init__(specs, coef)
         for spec in specs:
             zeros = torch.zeros(NUM_MODALITIES, spec.num_experts + 1, dtype=torch.long)
-            self.register_buffer(f"population_{spec.layer_idx}", zeros)
-            self.register_buffer(f"accumulated_{spec.layer_idx}", zeros.clone())
+            self.register_buffer(buffer_name("population", spec.site), zeros)
+            self.register_buffer(buffer_name("accumulated", spec.site), zeros.clone())
 
     def initialize(self, std: float) -> None:
         for buffer in self.buffers():
@@ -48,13 +44,13 @@ class PopulationObjective(Objective):
         cell = row * NUM_MODALITIES + self.group(decision, context)
         return decision.slot_table(cell, rows * NUM_MODALITIES, mask).view(rows, NUM_MODALITIES, -1)
 
-    def population_counts(self, layer: int, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
+    def population_counts(self, site: Site, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
         """Return the counts that apply in every row, (B, NUM_MODALITIES, E + 1).
 
         A sub-population that no finished step has seen yet is replaced by the row's own tokens.
         """
         own = self.row_counts(decision, context)
-        population = self.get_buffer(f"population_{layer}").to(own.device)
+        population = self.get_buffer(buffer_name("population", site)).to(own.device)
         return torch.where(population.sum(-1, keepdim=True) > 0, population, own)
 
     def shares(self, counts: torch.Tensor, decision: ExpertAssignment, of: str) -> torch.Tensor:
@@ -71,14 +67,14 @@ class PopulationObjective(Objective):
         group = self.group(decision, context).view(rows, positions, 1).expand(-1, -1, table.shape[-1])
         return table.gather(1, group).flatten(0, 1)
 
-    def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
-        for layer, decision in self.assignments(decisions).items():
-            accumulated = self.get_buffer(f"accumulated_{layer}")
+    def accumulate(self, decisions: dict[Site, Decision], context: RoutingContext) -> None:
+        for site, decision in self.assignments(decisions).items():
+            accumulated = self.get_buffer(buffer_name("accumulated", site))
             accumulated += sum_over_ranks(self.row_counts(decision, context).sum(0)).to(accumulated.device)
 
     def end_step(self) -> None:
         for spec in self.specs:
-            population = self.get_buffer(f"population_{spec.layer_idx}")
-            accumulated = self.get_buffer(f"accumulated_{spec.layer_idx}")
+            population = self.get_buffer(buffer_name("population", spec.site))
+            accumulated = self.get_buffer(buffer_name("accumulated", spec.site))
             population.copy_(torch.where(accumulated.sum(-1, keepdim=True) > 0, accumulated, population))
             accumulated.zero_()

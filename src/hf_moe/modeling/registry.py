@@ -17,7 +17,7 @@ from torch import nn
 from ..configuration.checks import checked_options
 
 
-KINDS = ("router", "experts", "objective", "connector", "host")
+KINDS = ("router", "experts", "block", "attention", "layer", "objective", "connector", "host")
 
 _REGISTERED: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
 
@@ -51,6 +51,21 @@ def register_router(name: str) -> Callable[[type], type]:
 def register_experts(name: str) -> Callable[[type], type]:
     """Register a kind of `Experts` under `name`."""
     return register("experts", name)
+
+
+def register_block(name: str) -> Callable[[type], type]:
+    """Register a `Block`, which takes the place of a feed-forward, under `name`."""
+    return register("block", name)
+
+
+def register_attention(name: str) -> Callable[[type], type]:
+    """Register what mixes experts within an attention under `name`."""
+    return register("attention", name)
+
+
+def register_layer(name: str) -> Callable[[type], type]:
+    """Register what surrounds or changes a whole layer of a host under `name`."""
+    return register("layer", name)
 
 
 def register_objective(name: str) -> Callable[[type], type]:

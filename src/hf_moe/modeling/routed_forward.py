@@ -12,7 +12,7 @@ from torch import nn
 from .auxiliary import AuxiliaryLosses, is_learning
 from .inputs import check_labels
 from .optimizer_steps import Statistics, count_in_backward, end_cleared_step, end_step, follow_steps
-from .routing import RoutingContext
+from .routing_context import RoutingContext
 
 
 class RoutedForward:
@@ -49,9 +49,9 @@ class RoutedForward:
             return
         adapted = hasattr(self, "peft_config")
         statistics: Statistics = [(self.objectives, (context,))]
-        for layer_idx, layer in self.moe_layers().items():
+        for layer in self.moe_layers().values():
             if not adapted or any(parameter.requires_grad for parameter in layer.router.parameters()):
-                statistics.append((layer.router, (context.decisions[layer_idx], context)))
+                statistics.append((layer.router, (context.decisions[layer.spec.site], context)))
         count_in_backward(self, output, statistics)
 
     def end_step(self) -> None:

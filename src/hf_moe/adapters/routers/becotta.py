@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt, PositiveInt
+from ...modeling.decisions import ExpertAssignment
 from ...modeling.gating import apply_overrides, check_slots, per_gate_logits
-from ...modeling.routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from ...modeling.layer_spec import MoELayerSpec
+from ...modeling.routing_context import RoutingContext
 from .condition import condition_per_token
 from .pooled import PooledRouter
 

@@ -2,7 +2,10 @@
 
 import torch
 
-from ...modeling.routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ...modeling.decisions import ExpertAssignment
+from ...modeling.layer_spec import MoELayerSpec
+from ...modeling.routing import Router
+from ...modeling.routing_context import RoutingContext
 
 
 def condition_per_token(context: RoutingContext, name: str, device: torch.device) -> torch.Tensor:

@@ -17,8 +17,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt
+from ...modeling.decisions import ExpertAssignment
 from ...modeling.gating import apply_overrides, check_slots, gate_logits
-from ...modeling.routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ...modeling.layer_spec import MoELayerSpec
+from ...modeling.routing import Router
+from ...modeling.routing_context import RoutingContext
 from .condition import condition_per_token
 
 

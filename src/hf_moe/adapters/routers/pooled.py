@@ -15,8 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from ...configuration.checks import NonNegativeInt
+from ...configuration.configuration_hf_moe import MODALITIES
+from ...modeling.decisions import Decision
 from ...modeling.gating import check_choice
-from ...modeling.routing import MODALITIES, Decision, MoELayerSpec, Router, RoutingContext
+from ...modeling.layer_spec import MoELayerSpec
+from ...modeling.routing import Router
+from ...modeling.routing_context import RoutingContext
 from ..memory import PooledMemory
 
 

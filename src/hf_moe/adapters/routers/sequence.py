@@ -23,8 +23,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt
+from ...modeling.decisions import Decision, ExpertAssignment
 from ...modeling.gating import apply_overrides, check_slots, gate_logits, renormalise, router_scores, select_experts
-from ...modeling.routing import Decision, ExpertAssignment, MoELayerSpec, RoutingContext, finite, sum_over_ranks
+from ...modeling.layer_spec import MoELayerSpec
+from ...modeling.routing_context import RoutingContext
+from ...modeling.running_statistics import finite, sum_over_ranks
 from .pooled import PooledRouter
 
 

@@ -19,17 +19,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ...configuration.checks import Interval, Positive
 from ..clamped_unit import ClampedUnit
+from ..decisions import Decision, ExpertAssignment, ParameterMixture, SlotMixture, refuse_mixture
 from ..dispatch import RAGGED, SortedSlots, compute_dtype, run_sorted
+from ..layer_spec import MoELayerSpec
 from ..registry import register_experts
-from ..routing import (
-    Decision,
-    ExpertAssignment,
-    Experts,
-    MoELayerSpec,
-    ParameterMixture,
-    SlotMixture,
-    refuse_mixture,
-)
+from ..routing import Experts
 
 
 @register_experts("ffn")

@@ -14,9 +14,13 @@ import torch
 from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
+from ..decisions import Decision
 from ..gating import renormalise
+from ..layer_spec import MoELayerSpec, Site, buffer_name
 from ..registry import register_objective
-from ..routing import Decision, MoELayerSpec, Objective, RoutingContext, finite, sum_over_ranks
+from ..routing import Objective
+from ..routing_context import RoutingContext
+from ..running_statistics import finite, sum_over_ranks
 
 
 @register_objective("condition_information")
@@ -41,8 +45,8 @@ class ConditionInformation(Objective):
         self.num_conditions = num_conditions
         for spec in specs:
             zeros = torch.zeros(num_conditions, spec.num_experts, dtype=torch.float32)
-            self.register_buffer(f"population_{spec.layer_idx}", zeros)
-            self.register_buffer(f"accumulated_{spec.layer_idx}", zeros.clone())
+            self.register_buffer(buffer_name("population", spec.site), zeros)
+            self.register_buffer(buffer_name("accumulated", spec.site), zeros.clone())
 
     def initialize(self, std: float) -> None:
         for buffer in self.buffers():
@@ -58,11 +62,11 @@ class ConditionInformation(Objective):
             )
         return ids.long().to(device)
 
-    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+    def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         values = []
-        for layer, decision in self.assignments(decisions).items():
+        for site, decision in self.assignments(decisions).items():
             probs = renormalise(decision.router_probs[:, : decision.num_experts])  # (T, E)
-            table = self.get_buffer(f"population_{layer}").to(probs.device)
+            table = self.get_buffer(buffer_name("population", site)).to(probs.device)
             joint = table / table.sum().clamp(min=1e-20)
             independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
             ratio = torch.where(joint > 0, (joint / independent.clamp(min=1e-20)).clamp(min=1e-6).log(), 0.0)
@@ -71,19 +75,19 @@ class ConditionInformation(Objective):
             values.append(-context.row_mean((probs * per_token).sum(-1)))
         return self.reduce_layers(values)
 
-    def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
-        for layer, decision in self.assignments(decisions).items():
+    def accumulate(self, decisions: dict[Site, Decision], context: RoutingContext) -> None:
+        for site, decision in self.assignments(decisions).items():
             probs = renormalise(decision.router_probs.detach()[:, : decision.num_experts])
             mask = context.token_mask.to(probs.device)
             per_row = probs.view(*mask.shape, -1).masked_fill(~mask[..., None], 0.0).sum(1)  # (B, E)
-            accumulated = self.get_buffer(f"accumulated_{layer}")
+            accumulated = self.get_buffer(buffer_name("accumulated", site))
             table = torch.zeros_like(accumulated, device=probs.device)
             table = table.index_add(0, self.conditions(context, probs.device), per_row.float())
             accumulated += finite(sum_over_ranks(table)).to(accumulated.device)
 
     def end_step(self) -> None:
         for spec in self.specs:
-            population = self.get_buffer(f"population_{spec.layer_idx}")
-            accumulated = self.get_buffer(f"accumulated_{spec.layer_idx}")
+            population = self.get_buffer(buffer_name("population", spec.site))
+            accumulated = self.get_buffer(buffer_name("accumulated", spec.site))
             population.copy_(torch.where(accumulated.sum() > 0, accumulated, population))
             accumulated.zero_()

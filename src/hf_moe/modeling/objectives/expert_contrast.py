@@ -16,8 +16,11 @@ import torch
 from torch.nn import functional as F
 
 from ...configuration.checks import Positive
+from ..decisions import Decision
+from ..layer_spec import MoELayerSpec, Site
 from ..registry import register_objective
-from ..routing import Decision, MoELayerSpec, Objective, RoutingContext
+from ..routing import Objective
+from ..routing_context import RoutingContext
 
 
 @register_objective("expert_contrast")
@@ -45,10 +48,10 @@ class ExpertContrast(Objective):
             )
         self.temperature = temperature
 
-    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+    def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         values = []
-        for layer, decision in self.assignments(decisions).items():
-            outputs = F.normalize(context.outputs[layer].float(), dim=-1)  # (B, S, d)
+        for site, decision in self.assignments(decisions).items():
+            outputs = F.normalize(context.outputs[site].float(), dim=-1)  # (B, S, d)
             rows, positions, _ = outputs.shape
             index = decision.expert_index.view(rows, positions)
             # An empty slot is in no class.

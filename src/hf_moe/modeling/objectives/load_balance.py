@@ -24,10 +24,12 @@ from typing import Literal
 import torch
 
 from ...configuration.checks import PositiveInt
+from ..decisions import Decision, ExpertAssignment
 from ..gating import renormalise
+from ..layer_spec import MoELayerSpec, Site
 from ..population import PopulationObjective
 from ..registry import register_objective
-from ..routing import Decision, ExpertAssignment, MoELayerSpec, RoutingContext
+from ..routing_context import RoutingContext
 
 
 @register_objective("load_balance")
@@ -78,18 +80,18 @@ class LoadBalance(PopulationObjective):
             return context.tokens("modality_ids", decision.expert_index.device)
         return super().group(decision, context)
 
-    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+    def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         return self.reduce_layers(
-            [self.layer_value(layer, decision, context) for layer, decision in self.assignments(decisions).items()]
+            [self.layer_value(site, decision, context) for site, decision in self.assignments(decisions).items()]
         )
 
-    def layer_value(self, layer: int, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
+    def layer_value(self, site: Site, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
         """Return the value of every row at one layer, (B,)."""
         experts = decision.num_experts
         if self.scope == "sequence":
             counts = self.row_counts(decision, context)
         else:
-            counts = self.population_counts(layer, decision, context)
+            counts = self.population_counts(site, decision, context)
         if self.share_of == "slots":
             counts = counts[..., :experts]  # empty slots were chosen by nobody
         share = self.shares(counts, decision, self.share_of)[..., :experts]  # (B, NUM_MODALITIES, E)

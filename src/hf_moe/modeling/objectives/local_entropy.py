@@ -11,15 +11,18 @@ arXiv:2403.07652 (its dynamic loss).
 
 import torch
 
+from ..decisions import Decision
+from ..layer_spec import Site
 from ..registry import register_objective
-from ..routing import Decision, Objective, RoutingContext
+from ..routing import Objective
+from ..routing_context import RoutingContext
 
 
 @register_objective("local_entropy")
 class LocalEntropy(Objective):
     """Entropy of `router_probs`, in nats, per token."""
 
-    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+    def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         values = []
         for decision in self.assignments(decisions).values():
             probs = decision.router_probs

@@ -14,10 +14,12 @@ Source: AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts 
 
 import torch
 
+from ..decisions import Decision
 from ..gating import check_choice
+from ..layer_spec import MoELayerSpec, Site
 from ..population import PopulationObjective
 from ..registry import register_objective
-from ..routing import Decision, MoELayerSpec, RoutingContext
+from ..routing_context import RoutingContext
 
 
 @register_objective("null_load")
@@ -38,14 +40,14 @@ class NullLoad(PopulationObjective):
         check_choice("shares", shares, ("slots", "tokens"))
         self.share_of = shares
 
-    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+    def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         values = []
-        for layer, decision in self.assignments(decisions).items():
+        for site, decision in self.assignments(decisions).items():
             candidates = decision.router_probs.shape[-1]
             num_null = candidates - decision.num_experts
             if num_null == 0:
                 continue
-            counts = self.population_counts(layer, decision, context)
+            counts = self.population_counts(site, decision, context)
             share = self.shares(counts, decision, self.share_of)  # (B, NUM_MODALITIES, E + 1)
             nulls = (share[..., -1:] / num_null).expand(*share.shape[:-1], num_null)
             share = torch.cat([share[..., :-1], nulls], dim=-1)  # (B, NUM_MODALITIES, E + M)
@@ -54,6 +56,6 @@ class NullLoad(PopulationObjective):
         if not values:
             raise ValueError(
                 f"null_load needs a router with null experts, such as 'adamoe'; the routers of layers "
-                f"{sorted(decisions)} have none: use load_balance."
+                f"{list(decisions)} have none: use load_balance."
             )
         return self.reduce_layers(values)

@@ -11,8 +11,11 @@ Source: ERNIE 4.5 Technical Report (2025).
 
 import torch
 
+from ..decisions import Decision
+from ..layer_spec import Site
 from ..registry import register_objective
-from ..routing import Decision, Objective, RoutingContext
+from ..routing import Objective
+from ..routing_context import RoutingContext
 
 
 @register_objective("router_orthogonality")
@@ -29,11 +32,11 @@ class RouterOrthogonality(Objective):
 
     reads_gate_overlap = True
 
-    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+    def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         overlaps = [d.signals["gate_overlap"] for d in decisions.values() if "gate_overlap" in d.signals]
         if not overlaps:
             raise ValueError(
                 f"router_orthogonality needs a router that gives the signal 'gate_overlap', such as 'ernie45_vl'; the "
-                f"routers of layers {sorted(decisions)} do not: choose another router, or remove this objective."
+                f"routers of layers {list(decisions)} do not: choose another router, or remove this objective."
             )
         return self.reduce_layers([context.row_mean(overlap) for overlap in overlaps])

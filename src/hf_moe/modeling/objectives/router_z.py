@@ -9,8 +9,11 @@ Source: ST-MoE: Designing Stable and Transferable Sparse Expert Models, arXiv:22
 
 import torch
 
+from ..decisions import Decision
+from ..layer_spec import Site
 from ..registry import register_objective
-from ..routing import Decision, Objective, RoutingContext
+from ..routing import Objective
+from ..routing_context import RoutingContext
 
 
 @register_objective("router_z")
@@ -25,7 +28,7 @@ class RouterZ(Objective):
         ValueError: in `forward`, if no router gives logits and probabilities.
     """
 
-    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+    def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         return self.reduce_layers(
             [
                 context.row_mean(decision.router_logits.logsumexp(dim=-1).square())

@@ -14,8 +14,12 @@ import torch
 from transformers import initialization as init
 
 from ...configuration.checks import Positive
+from ..decisions import Decision, ExpertAssignment
+from ..layer_spec import MoELayerSpec, Site, buffer_name
 from ..registry import register_objective
-from ..routing import Decision, ExpertAssignment, MoELayerSpec, Objective, RoutingContext, finite, sum_over_ranks
+from ..routing import Objective
+from ..routing_context import RoutingContext
+from ..running_statistics import finite, sum_over_ranks
 
 
 @register_objective("slot_budget")
@@ -33,21 +37,21 @@ class SlotBudget(Objective):
 
     def __init__(self, specs: list[MoELayerSpec], coef: float, *, budget: Positive | None = None):
         super().__init__(specs, coef)
-        self.budgets = {spec.layer_idx: budget or 0.9 * spec.num_experts_per_tok for spec in specs}
+        self.budgets = {spec.site: budget or 0.9 * spec.num_experts_per_tok for spec in specs}
         for spec in specs:
             # The sum of the slots and the number of tokens, which may pass the 2^24 of a float32.
             for name in ("population", "accumulated"):
-                self.register_buffer(f"{name}_{spec.layer_idx}", torch.zeros(2, dtype=torch.float64))
+                self.register_buffer(buffer_name(name, spec.site), torch.zeros(2, dtype=torch.float64))
 
     def initialize(self, std: float) -> None:
         for buffer in self.buffers():
             init.zeros_(buffer)
 
-    def budgeted(self, decisions: dict[int, Decision]) -> dict[int, ExpertAssignment]:
+    def budgeted(self, decisions: dict[Site, Decision]) -> dict[Site, ExpertAssignment]:
         """Return the decisions that report `soft_real_slots`."""
         found = {
-            layer: decision
-            for layer, decision in decisions.items()
+            site: decision
+            for site, decision in decisions.items()
             if isinstance(decision, ExpertAssignment) and "soft_real_slots" in decision.signals
         }
         if not found:
@@ -57,28 +61,28 @@ class SlotBudget(Objective):
             )
         return found
 
-    def forward(self, decisions: dict[int, Decision], context: RoutingContext) -> torch.Tensor:
+    def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         values = []
-        for layer, decision in self.budgeted(decisions).items():
+        for site, decision in self.budgeted(decisions).items():
             own = context.row_mean(decision.signals["soft_real_slots"])  # (B,)
-            slots, tokens = self.get_buffer(f"population_{layer}").to(own.device).float()
+            slots, tokens = self.get_buffer(buffer_name("population", site)).to(own.device).float()
             mean = torch.where(tokens > 0, slots / tokens.clamp(min=1), own.detach())
-            budget = self.budgets[layer]
+            budget = self.budgets[site]
             values.append(2.0 * (mean / budget - 1.0) / budget * own)
         return self.reduce_layers(values)
 
-    def accumulate(self, decisions: dict[int, Decision], context: RoutingContext) -> None:
-        for layer, decision in self.budgeted(decisions).items():
+    def accumulate(self, decisions: dict[Site, Decision], context: RoutingContext) -> None:
+        for site, decision in self.budgeted(decisions).items():
             slots = decision.signals["soft_real_slots"].detach().double()
             mask = context.tokens("token_mask", slots.device)
             sums = torch.stack([(slots * mask).sum(), mask.sum().double()])
-            accumulated = self.get_buffer(f"accumulated_{layer}")
+            accumulated = self.get_buffer(buffer_name("accumulated", site))
             # Summed over processes at once: DDP overwrites buffers by those of its first process at every forward.
             accumulated += finite(sum_over_ranks(sums)).to(accumulated)
 
     def end_step(self) -> None:
         for spec in self.specs:
-            population = self.get_buffer(f"population_{spec.layer_idx}")
-            accumulated = self.get_buffer(f"accumulated_{spec.layer_idx}")
+            population = self.get_buffer(buffer_name("population", spec.site))
+            accumulated = self.get_buffer(buffer_name("accumulated", spec.site))
             population.copy_(torch.where(accumulated[1] > 0, accumulated, population))
             accumulated.zero_()

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
+from ..decisions import ExpertAssignment
 from ..gating import (
     apply_overrides,
     check_slots,
@@ -26,8 +27,10 @@ from ..gating import (
     router_scores,
     select_experts,
 )
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ..routing import Router
+from ..routing_context import RoutingContext
 
 
 @register_router("adamoe")

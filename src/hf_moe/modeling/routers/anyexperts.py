@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, Positive, PositiveInt, Share
+from ..decisions import Decision, ExpertAssignment
 from ..gating import (
     BiasBalancedRouter,
     apply_overrides,
@@ -53,8 +54,11 @@ from ..gating import (
     mask_other_bank,
     router_scores,
 )
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import Decision, ExpertAssignment, MoELayerSpec, Router, RoutingContext, sum_over_ranks
+from ..routing import Router
+from ..routing_context import RoutingContext
+from ..running_statistics import sum_over_ranks
 
 
 # The logit by which the virtual experts of a converted model stay below its last slot.

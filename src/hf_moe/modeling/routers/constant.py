@@ -2,8 +2,10 @@
 
 import torch
 
+from ..decisions import ExpertAssignment
 from ..registry import register_router
-from ..routing import ExpertAssignment, Router, RoutingContext
+from ..routing import Router
+from ..routing_context import RoutingContext
 
 
 @register_router("constant")

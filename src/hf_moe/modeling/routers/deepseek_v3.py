@@ -18,6 +18,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, Positive, PositiveInt
+from ..decisions import ExpertAssignment
 from ..gating import (
     BiasBalancedRouter,
     apply_overrides,
@@ -28,8 +29,9 @@ from ..gating import (
     router_scores,
     select_experts,
 )
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from ..routing_context import RoutingContext
 
 
 @register_router("deepseek_v3")

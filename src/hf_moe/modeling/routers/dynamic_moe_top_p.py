@@ -21,9 +21,12 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt, Share
+from ..decisions import ExpertAssignment
 from ..gating import apply_overrides, gate_logits, renormalise
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ..routing import Router
+from ..routing_context import RoutingContext
 
 
 @register_router("dynamic_moe_top_p")

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, NonNegativeInt, Positive
+from ..decisions import ExpertAssignment
 from ..gating import (
     BiasBalancedRouter,
     apply_overrides,
@@ -27,8 +28,9 @@ from ..gating import (
     router_scores,
     select_experts,
 )
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, RoutingContext
+from ..routing_context import RoutingContext
 
 
 @register_router("ernie45_vl")

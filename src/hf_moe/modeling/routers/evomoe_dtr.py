@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
+from ..decisions import ExpertAssignment
 from ..dispatch import grouped_linear
 from ..gating import (
     apply_overrides,
@@ -39,8 +40,10 @@ from ..gating import (
     router_scores,
     select_experts,
 )
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ..routing import Router
+from ..routing_context import RoutingContext
 
 
 @register_router("evomoe_dtr")

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from ..decisions import ExpertAssignment
 from ..gating import apply_overrides, gate_logits, router_scores
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ..routing import Router
+from ..routing_context import RoutingContext
 
 
 @register_router("llama4")

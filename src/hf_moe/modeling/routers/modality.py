@@ -2,9 +2,13 @@
 
 import torch
 
+from ..configuration_hf_moe import MODALITIES
+from ..decisions import ExpertAssignment
 from ..gating import check_choice
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import MODALITIES, ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ..routing import Router
+from ..routing_context import RoutingContext
 
 
 @register_router("modality")

@@ -15,9 +15,12 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
+from ..decisions import SlotMixture
 from ..gating import gate_logits
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import MoELayerSpec, Router, RoutingContext, SlotMixture
+from ..routing import Router
+from ..routing_context import RoutingContext
 
 
 @register_router("soft_moa")

@@ -14,9 +14,12 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import Positive, Share
+from ..decisions import ExpertAssignment
 from ..gating import apply_overrides, gate_logits, jitter, limit_capacity, router_scores, select_experts
+from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing import ExpertAssignment, MoELayerSpec, Router, RoutingContext
+from ..routing import Router
+from ..routing_context import RoutingContext
 
 
 @register_router("switch_transformer")

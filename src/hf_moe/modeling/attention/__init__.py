@@ -1,0 +1,1 @@
+"""One attention mechanism per file; the file's name is the name users type."""

@@ -1,0 +1,1 @@
+"""One layer mechanism per file; the file's name is the name users type."""

@@ -1,0 +1,197 @@
+"""The routing context: what a router may know of a forward pass, and how the layer that runs finds it."""
+
+from contextvars import ContextVar, Token
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from ..configuration.configuration_hf_moe import MODALITIES
+from .decisions import Decision
+from .layer_spec import Site
+from .overrides import RoutingOverrides
+
+
+# Population statistics keep one row for each.
+NUM_MODALITIES = len(MODALITIES)
+
+
+class RoutingContext:
+    """What a router may know of a forward pass besides the hidden states.
+
+    A plain class on purpose: FSDP2 rebuilds dataclasses, dicts and tuples on their way into a layer, and what a layer
+    writes into such a copy would be lost.
+
+    Args:
+        modality_ids (`torch.Tensor` of shape `(B, S)`): 0 text, 1 image, 2 video, 3 audio.
+        token_mask (`torch.Tensor` of shape `(B, S)`, bool): True where a token is real.
+        input_ids (`torch.Tensor` of shape `(B, S)`, *optional*): the tokens, for routers that look at the word.
+        condition_ids: name -> `(B,)` or `(B, S)` task, domain or language ids, where the data names them.
+        progress: how far training is, 0 to 1; 1 at inference.
+        overrides: test-time control, see [`RoutingOverrides`].
+    """
+
+    def __init__(
+        self,
+        modality_ids: torch.Tensor,
+        token_mask: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        condition_ids: dict[str, torch.Tensor] | None = None,
+        progress: float = 1.0,
+        overrides: RoutingOverrides | None = None,
+    ):
+        self.modality_ids = modality_ids
+        self.token_mask = token_mask
+        self.input_ids = input_ids
+        self.condition_ids = condition_ids or {}
+        self.progress = progress
+        self.overrides = overrides
+        # Contexts of other tokens, by name: the pieces of a token, an image's patches.
+        self.parts: dict[str, RoutingContext] = {}
+        # The row of the batch that each row of a part belongs to; `None` where they are the same.
+        self.row_index: torch.Tensor | None = None
+        # Modules that the routers of all layers share, by the router's name; the model owns them.
+        self.shared: dict[str, nn.Module] = {}
+        # State that runs from layer to layer, for shared and recurrent routers.
+        self.carry: dict[str, Any] = {}
+        # Keyed by site, so that a layer which is recomputed in the backward pass overwrites its own entry.
+        self.decisions: dict[Site, Decision] = {}
+        # The routed experts' output (B, S, d) of every site, kept for objectives that read it.
+        self.keep_outputs = False
+        # Whether an objective reads how much the rows of the gates overlap, which only a router can tell.
+        self.keep_gate_overlap = False
+        self.outputs: dict[Site, torch.Tensor] = {}
+        # Of a model called without its head: the token of the context variable, and whether router logits are asked.
+        self.call: tuple[Any, bool | None] | None = None
+
+    @classmethod
+    def all_text(cls, hidden_states: torch.Tensor) -> "RoutingContext":
+        """Return the context of a call that came without one: real text tokens only."""
+        shape = hidden_states.shape[:-1]
+        return cls(
+            modality_ids=torch.zeros(shape, dtype=torch.long, device=hidden_states.device),
+            token_mask=torch.ones(shape, dtype=torch.bool, device=hidden_states.device),
+        )
+
+    def tokens(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return `modality_ids` or `token_mask` flattened to (T,), on the device of the layer that asks."""
+        return getattr(self, name).reshape(-1).to(device)
+
+    def condition(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return the condition `name` of every token, (T,); one of a row holds for all of its tokens.
+
+        Raises:
+            ValueError: if the call did not give it.
+        """
+        if name not in self.condition_ids:
+            raise ValueError(
+                f"The router reads the condition {name!r}, and the call gave {sorted(self.condition_ids) or 'none'}: "
+                f"pass condition_ids={{{name!r}: ids}}, of shape (B,) or (B, S)."
+            )
+        ids = self.condition_ids[name]
+        ids = ids[:, None].expand(self.token_mask.shape) if ids.dim() == 1 else ids  # (B, S)
+        return ids.reshape(-1).long().to(device)
+
+    def derive(self, modality_ids: torch.Tensor, token_mask: torch.Tensor, **fields: Any) -> "RoutingContext":
+        """Return the context of other tokens in the same forward pass; everything but their decisions is shared."""
+        part = RoutingContext(modality_ids, token_mask, progress=self.progress, overrides=self.overrides, **fields)
+        part.shared, part.row_index = self.shared, self.row_index
+        part.keep_outputs, part.keep_gate_overlap = self.keep_outputs, self.keep_gate_overlap
+        return part
+
+    def split(self, pieces: int) -> "RoutingContext":
+        """Return the context of sub-tokens, (B, S * pieces): every token is cut into `pieces`, which lie together."""
+        name = f"split_{pieces}"
+        if name not in self.parts:
+
+            def repeated(ids: torch.Tensor | None) -> torch.Tensor | None:
+                return None if ids is None else ids.repeat_interleave(pieces, dim=1)
+
+            conditions = {key: ids if ids.dim() == 1 else repeated(ids) for key, ids in self.condition_ids.items()}
+            self.parts[name] = self.derive(
+                repeated(self.modality_ids),
+                repeated(self.token_mask),
+                input_ids=repeated(self.input_ids),
+                condition_ids=conditions,
+            )
+        return self.parts[name]
+
+    def images(self, place: str, row_index: torch.Tensor) -> "RoutingContext":
+        """Return the context of N images in a tower or connector, one a row.
+
+        How many patches an image has shows in the layers, see [`enter`].
+
+        Args:
+            place: `"vision"`, say, under which it is found in `parts`.
+            row_index (`torch.Tensor` of shape `(N,)`): the row of the batch that each image belongs to.
+        """
+        nothing = torch.zeros(len(row_index), 0, dtype=torch.long, device=row_index.device)
+        conditions = {name: ids[row_index] for name, ids in self.condition_ids.items() if ids.dim() == 1}
+        part = self.derive(nothing, nothing.bool(), condition_ids=conditions)
+        part.row_index = row_index
+        self.parts[place] = part
+        return part
+
+    def enter(self, hidden_states: torch.Tensor) -> None:
+        """Take the number of patches from what reaches a layer of a tower, (N, P, d)."""
+        if self.row_index is not None and self.token_mask.shape[1] == 0:
+            seen = RoutingContext.all_text(hidden_states)
+            self.token_mask, self.modality_ids = seen.token_mask, seen.modality_ids + MODALITIES.index("image")
+
+    def contexts(self) -> "list[RoutingContext]":
+        """Return this context and those of its parts."""
+        return [self, *(inner for part in self.parts.values() for inner in part.contexts())]
+
+    def to_batch(self, values: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return the mean of this context's row values in each of the `rows` of the batch, (rows,); 0 for none."""
+        if self.row_index is None:
+            return values
+        index = self.row_index.to(values.device)
+        total, count = (values.new_zeros(rows).index_add(0, index, item) for item in (values, torch.ones_like(values)))
+        return total / count.clamp(min=1)
+
+    def row_mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean of per-token `values` (T,) over the real tokens of each row, (B,) float32."""
+        mask = self.token_mask.to(values.device)
+        per_row = values.float().view(mask.shape).masked_fill(~mask, 0.0)  # (B, S)
+        return per_row.sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+Running = TypeVar("Running")
+
+
+class TraceableVariable(Generic[Running]):
+    """What the layer that is running knows: a context variable, which threads do not share.
+
+    `torch.compile` cannot trace a `ContextVar`; while it traces, a plain attribute stands in.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.variable: ContextVar[Running | None] = ContextVar(name, default=None)
+        self.traced: Running | None = None
+
+    def get(self) -> Running | None:
+        # A compiled part of a layer (one MoE block, say) finds nothing traced and reads the variable, which breaks the
+        # graph but is right.
+        if torch.compiler.is_compiling() and self.traced is not None:
+            return self.traced
+        found = self.variable.get()
+        # Nor does a part that is not compiled find another than the traced one, in a layer whose graph breaks there.
+        return self.traced if found is None else found
+
+    def set(self, context: Running | None) -> Any:
+        if torch.compiler.is_compiling():
+            previous, self.traced = self.traced, context
+            return previous
+        return self.variable.set(context)
+
+    def reset(self, token: Any) -> None:
+        if isinstance(token, Token):  # where a graph broke, the other of the two calls may have been traced
+            self.variable.reset(token)
+        else:
+            self.traced = token
+
+
+# The context of the layer that is running, and of the call of the whole model.
+ACTIVE_CONTEXT: TraceableVariable[RoutingContext] = TraceableVariable("hf_moe_routing_context")
+CALL_CONTEXT: TraceableVariable[RoutingContext] = TraceableVariable("hf_moe_call_context")
