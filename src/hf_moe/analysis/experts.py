@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..modeling.decisions import ExpertAssignment
 from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.experts.ffn import FfnExperts
+from ..modeling.layer_spec import Site
 from ..modeling.moe_layer import MoELayer
 from ..modeling.routing_context import RoutingContext
 from .routing_statistics import RoutingStatistics
@@ -140,18 +141,18 @@ def mean_similarity(matrix: torch.Tensor) -> float:
     return ((matrix.sum() - matrix.diagonal().sum()) / max(experts * (experts - 1), 1)).item()
 
 
-def modality_divergence(statistics: RoutingStatistics) -> dict[int, float]:
-    """Return, by layer, the Jensen-Shannon divergence in bits of the expert shares of the modalities that were seen.
+def modality_divergence(statistics: RoutingStatistics) -> dict[Site, float]:
+    """Return, by site, the Jensen-Shannon divergence in bits of the expert shares of the modalities that were seen.
 
     0 where all use the experts alike; for two modalities 1 where they share none. Modalities count alike.
     """
     result = {}
-    for layer in sorted(statistics.tables):
-        filled = statistics.tables[layer][:, :-1].sum(-1) > 0
-        shares = statistics.shares(layer)[filled].double()
+    for site in statistics.tables:
+        filled = statistics.tables[site][:, :-1].sum(-1) > 0
+        shares = statistics.shares(site)[filled].double()
         entropies = torch.special.entr(shares).sum(-1)
         mixture = torch.special.entr(shares.mean(0)).sum()
-        result[layer] = ((mixture - entropies.mean()) / torch.log(torch.tensor(2.0))).clamp(min=0).item()
+        result[site] = ((mixture - entropies.mean()) / torch.log(torch.tensor(2.0))).clamp(min=0).item()
     return result
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.layer_spec import Site
 from .routing_statistics import RoutingStatistics
 
 
@@ -34,7 +35,7 @@ def draw_routing(statistics: RoutingStatistics, path: str | Path, title: str | N
         ValueError: if the statistics saw no real token.
         ImportError: if matplotlib is not installed.
     """
-    layers = sorted(statistics.tables)
+    layers = list(statistics.tables)
     seen = [m for m in range(len(MODALITIES)) if any(statistics.tokens[layer][m] > 0 for layer in layers)]
     if not seen:
         raise ValueError(
@@ -80,7 +81,7 @@ def draw_routing(statistics: RoutingStatistics, path: str | Path, title: str | N
     return path
 
 
-def _draw_shares(axes: Any, rows: list[Any], layers: list[int], experts: int, highest: float) -> Any:
+def _draw_shares(axes: Any, rows: list[Any], layers: list[Site], experts: int, highest: float) -> Any:
     """Draw one modality's shares; the cells of experts that a narrower layer does not have stay grey."""
     image = axes.imshow(
         [row.tolist() + [float("nan")] * (experts - len(row)) for row in rows],

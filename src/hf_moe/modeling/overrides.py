@@ -26,11 +26,11 @@ class RoutingOverrides:
         disabled_experts: dict[Site, list[int]] | None = None,
         expert_budget: float | None = None,
     ):
-        offsets: dict[Site, Any] = checked("logit_offset", logit_offset or {}, dict[Site, Any])
-        self.logit_offset = {site: _offset(site, value) for site, value in offsets.items()}
+        offsets: Any = checked("logit_offset", logit_offset, dict[Site, Any] | None)
+        self.logit_offset = {site: _offset(site, value) for site, value in (offsets or {}).items()}
         allowed = dict[Site, list[NonNegativeInt] | tuple[NonNegativeInt, ...] | set[NonNegativeInt]]
-        disabled: dict[Site, Any] = checked("disabled_experts", disabled_experts or {}, allowed)
-        self.disabled_experts = {site: sorted(set(experts)) for site, experts in disabled.items()}
+        disabled: Any = checked("disabled_experts", disabled_experts, allowed | None)
+        self.disabled_experts = {site: sorted(set(experts)) for site, experts in (disabled or {}).items()}
         self.expert_budget = checked("expert_budget", expert_budget, float | None)
 
     def check_sites(self, routers: dict[Site, Any]) -> None:
