@@ -2,7 +2,7 @@
 
 import torch
 
-from ..configuration_hf_moe import MODALITIES
+from ...configuration.configuration_hf_moe import MODALITIES
 from ..decisions import ExpertAssignment
 from ..gating import check_choice
 from ..layer_spec import MoELayerSpec
