@@ -11,8 +11,8 @@ from helpers.near import assert_near
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.memory import cache_of
 from hf_moe.adapters.tokens import text_context
+from hf_moe.modeling.memory import cache_of
 
 
 ROUTERS = ("top_k", "sequence")
@@ -118,7 +118,6 @@ def test_states_that_are_no_cache_take_tokens_one_by_one_only(randomise):
     base = model.get_base_model()
     context = text_context(base, {**call, "cache_params": xLSTMCache()}, lambda rows: {})
     assert context.tokens.token_mask.tolist() == [[True], [True]]
-    assert context.foreign_state is not None
     context = text_context(pooled.get_base_model(), {**call, "state": [torch.zeros(1)]}, lambda rows: {})
     pooling = next(module for key, module in pooled.named_modules() if key.endswith("moe_lora_router.default"))
     with pytest.raises(ValueError, match="keeps earlier ones in a list that tells nothing of them"):

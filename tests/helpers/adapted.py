@@ -5,7 +5,7 @@ import inspect
 import torch
 
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.memory import cache_of
+from hf_moe.modeling.memory import cache_of
 
 
 def with_cache(model, output):

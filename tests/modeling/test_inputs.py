@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.image_rows import IMAGE, collate, labels_of, row
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
 from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.modeling import inputs
@@ -242,14 +242,17 @@ def test_square_masks_tell_padding(kind, side, as_dict):
     batch = collate([row(0, 6, 4), row(0, 9, 5)], side)
     mask = square(batch["attention_mask"], kind)
     mask = {"full_attention": mask, "sliding_attention": mask} if as_dict else mask
-    assert torch.equal(real_tokens(mask, batch["input_ids"]), batch["attention_mask"].bool())
+    found = real_tokens(LlamaConfig(), {"attention_mask": mask}, batch["input_ids"])
+    assert torch.equal(found, batch["attention_mask"].bool())
 
 
-def test_masks_that_do_not_tell_leave_all_real():
+def test_what_a_mask_tells_of_padding():
     ids = torch.ones(2, 3).long()
-    for mask in (None, torch.zeros(2, 1, 3, 8), {"full_attention": None}, object()):
-        assert real_tokens(mask, ids).all()
-    assert real_tokens(torch.zeros(1, 4, 3, 3), ids).shape == (2, 3)
+    for mask in (None, {"full_attention": None}):
+        assert real_tokens(LlamaConfig(), {"attention_mask": mask}, ids).all()
+    for mask in (torch.zeros(2, 1, 4, 3), object()):
+        assert real_tokens(LlamaConfig(), {"attention_mask": mask}, ids) is None
+    assert real_tokens(LlamaConfig(), {"attention_mask": torch.zeros(1, 4, 3, 3)}, ids).shape == (2, 3)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

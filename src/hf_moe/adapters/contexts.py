@@ -5,14 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
 
 from ..configuration.configuration_hf_moe import MODALITIES
 from ..modeling.decisions import Decision
 from ..modeling.layer_spec import Site
 from ..modeling.routing_context import RoutingContext, TraceableVariable
 from .low_rank import ExpertSlots, MixedSlots
-from .memory import PooledState, cached_tokens, past_state
 
 
 def are_tokens(x: torch.Tensor, shape: torch.Size) -> bool:
@@ -36,32 +34,13 @@ class AdapterContext:
 
     Args:
         tokens: what the routers may know of the tokens.
-        cache: the key-value cache of the call, with what routers remember of its tokens.
-        hides_padding: the attention mask does not tell which tokens are padding.
-        foreign_state: what the model keeps of earlier tokens in place of a cache, if it does.
-        documents (`torch.Tensor` of shape `(B, S)`, *optional*): which of several in its row a token belongs to.
-        labelled (`torch.Tensor` of shape `(B, S)`, *optional*): which tokens the call has labels for.
     """
 
     # What was called.
     root: nn.Module | None = None
 
-    def __init__(
-        self,
-        tokens: RoutingContext,
-        cache: Cache | None = None,
-        hides_padding: bool = False,
-        documents: torch.Tensor | None = None,
-        foreign_state: Any = None,
-        labelled: torch.Tensor | None = None,
-    ):
+    def __init__(self, tokens: RoutingContext):
         self.tokens = tokens
-        self.past = past_state(cache)
-        self.cached_tokens = cached_tokens(cache)
-        self.hides_padding = hides_padding
-        self.documents = documents
-        self.foreign_state = foreign_state
-        self.labelled = labelled
         self._of: dict[str, RoutingContext] = {}
 
     def enter(self, hidden_states: torch.Tensor) -> None:
@@ -77,26 +56,14 @@ class AdapterContext:
             context = self._of[adapter_name] = copy.copy(self.tokens)
             # A recomputed layer overwrites its own entries.
             context.decisions = {}
-            context.carry = {
-                "past": self.past.get(adapter_name, {}),
-                "cached_tokens": self.cached_tokens,
-                "hides_padding": self.hides_padding,
-                "documents": self.documents,
-                "foreign_state": self.foreign_state,
-                "labelled": self.labelled,
-                "pooled": {},
-            }
+            context.carry = {}
+            context.memory = self.tokens.memory.of(adapter_name)
         return self._of[adapter_name]
 
     @property
     def decisions(self) -> dict[str, dict[Site, Decision]]:
         """Adapter -> number of the router -> decision."""
         return {name: context.decisions for name, context in self._of.items() if context.decisions}
-
-    @property
-    def pooled(self) -> PooledState:
-        """What the routers remember after this forward, as in `past`."""
-        return {name: context.carry["pooled"] for name, context in self._of.items() if context.carry["pooled"]}
 
 
 class ImageContext(AdapterContext):
@@ -131,7 +98,9 @@ class UnknownModality(RoutingContext):
     def __init__(self, known: RoutingContext, reason: str):
         self.reason = reason
         ids = known.token_mask.long()
-        super().__init__(ids, known.token_mask, known.input_ids, known.condition_ids, known.progress, known.overrides)
+        super().__init__(ids, known.token_mask)
+        fields = ("input_ids", "condition_ids", "progress", "overrides", "memory", "inputs")
+        vars(self).update({name: getattr(known, name) for name in fields})
 
     @property
     def modality_ids(self) -> torch.Tensor:

@@ -6,12 +6,12 @@ import torch
 from torch.nn import functional as F
 
 from ..modeling.decisions import Decision, ExpertAssignment, SlotMixture
+from ..modeling.layer_spec import Site
 from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
 from .contexts import AdapterContext, LayerRun, TokenlessContext, are_tokens
 from .experts import ExpertKind
 from .low_rank import ExpertSlots, MixedSlots
-from .memory import DecisionMemory
 from .routers import PooledRouter
 
 
@@ -29,7 +29,7 @@ def decide(
         context = TokenlessContext(hidden_states)
         if run is not None and isinstance(router, PooledRouter):
             run.check_told(f"{type(router).__name__}, which pools the tokens of a sequence,")
-            if run.context is not None and run.context.cached_tokens:
+            if run.context is not None and run.context.tokens.memory.cached_tokens:
                 raise ValueError(
                     f"{type(router).__name__} pools the tokens of a call, and a target got others, of a cache or an "
                     "encoder: choose router_input='decoder_layer', or a router that decides token by token."
@@ -64,44 +64,35 @@ def slots_of_target(run: LayerRun, key: tuple[str, int], x: torch.Tensor, target
         ValueError: if the target reads other tokens.
     """
     slots = run.shared[key]
-    memory = None
+    index = weight = None
     if run.context is not None and isinstance(slots, ExpertSlots) and x.dim() > run.hidden_states.dim():
-        memory = _remembered(run.context, key, slots, len(run.hidden_states))
+        index, weight = _remembered(run.context.of(key[0]), key[1], slots, len(run.hidden_states))
     if run.tells_of(x):
         return slots
-    if (
-        memory is None
-        or isinstance(slots, MixedSlots)
-        or not are_tokens(x, torch.Size((len(memory.index), _places(x, memory))))
-    ):
+    places = 0 if index is None else x[..., 0].numel() // len(index)
+    if index is None or places < index.shape[1] or not are_tokens(x, torch.Size((len(index), places))):
         raise ValueError(
             f"The router of this layer decided for the {len(slots)} tokens that enter the layer, and a target, "
             f"{target}, got others, {tuple(x.shape[:-1])}, as in cross-attention, in windows, or from a cache that "
             "was filled without this adapter: set router_input='target', or leave this target out."
         )
     # A cache of fixed size has free places behind the tokens.
-    free = _places(x, memory) - len(memory)
-    index = F.pad(memory.index, (0, 0, 0, free), value=slots.num_experts)
-    weight = F.pad(memory.weight, (0, 0, 0, free))
+    free = places - index.shape[1]
+    index = F.pad(index, (0, 0, 0, free), value=slots.num_experts)
+    weight = F.pad(weight, (0, 0, 0, free))
     return ExpertSlots(ExpertAssignment(index.flatten(0, 1), weight.flatten(0, 1), slots.num_experts))
 
 
-def _places(x: torch.Tensor, memory: DecisionMemory) -> int:
-    """Return how many tokens of each row `x` (..., in) has, at least those that are remembered."""
-    return max(x[..., 0].numel() // len(memory.index), len(memory))
+def _remembered(context: RoutingContext, router: Site, slots: ExpertSlots, rows: int) -> tuple[Any, Any]:
+    """Remember a decision, and return index and weight (B, n + S, K) of the cached tokens too.
 
-
-def _remembered(context: AdapterContext, key: tuple[str, int], slots: ExpertSlots, rows: int) -> DecisionMemory | None:
-    """Remember a decision, and return it behind those for the cached tokens; `None` if they are not remembered."""
-    carry = context.of(key[0]).carry
-    memory = DecisionMemory(slots.index.unflatten(0, (rows, -1)), slots.weight.unflatten(0, (rows, -1)))
-    name = "decision", key[1]
-    past: DecisionMemory | None = carry["past"].get(name)
-    if (0 if past is None else len(past)) != context.cached_tokens:
-        return None
-    memory = memory if past is None else past.followed_by(memory)
-    carry["pooled"][name] = DecisionMemory(memory.index, memory.weight.detach())
-    return memory
+    Both are `None` where the decisions for those are not remembered.
+    """
+    parts = {"index": slots.index, "weight": slots.weight}  # (T, K) both
+    if not all(context.memory.knows((name, router)) for name in parts):
+        return None, None
+    found = [context.remember((name, router), part.unflatten(0, (rows, -1))) for name, part in parts.items()]
+    return found[0], found[1]
 
 
 def as_slots(decision: Decision, device: torch.device | None = None) -> ExpertSlots | MixedSlots:

@@ -9,7 +9,7 @@ Without `act` the experts are LoRA.
 """
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..modeling.decisions import ExpertAssignment, SlotMixture
 from ..modeling.dispatch import compute_dtype, grouped_linear
+from ..modeling.routing_context import made_once
 
 
 # The most bytes of a token's E * r inner states for which two plain matrix products are faster than sorted ones:
@@ -24,24 +25,6 @@ from ..modeling.dispatch import compute_dtype, grouped_linear
 MAX_DENSE_BYTES = 256
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-
-
-Made = TypeVar("Made")
-
-
-class made_once(Generic[Made]):  # noqa: N801
-    """As `functools.cached_property`, without the lock of Python 3.11, at which `torch.compile` breaks the graph."""
-
-    def __init__(self, make: Callable[[Any], Made]):
-        self.make = make
-        self.__doc__ = make.__doc__
-
-    def __get__(self, owner: Any, cls: type) -> Any:
-        if owner is None:
-            return self
-        value = self.make(owner)
-        setattr(owner, self.make.__name__, value)  # found from now on in place of this
-        return value
 
 
 class BucketedSlots(NamedTuple):

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from ..modeling.memory import cache_of, cached_tokens
 from ..modeling.routing_context import NUM_MODALITIES
-from .memory import cache_of, cached_tokens
 
 
 TELL = (

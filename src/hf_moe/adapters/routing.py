@@ -22,7 +22,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .conditions import conditions_of_rows, conditions_read, take_conditions
 from .contexts import ACTIVE_LAYER, AdapterContext, LayerRun
 from .index import index_of
-from .memory import cache_of, keep_state
 from .tokens import image_context, root_inputs, text_context
 
 
@@ -154,6 +153,4 @@ def remember(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output
     context = context_of_call(model, kwargs)
     if context is None:
         return
-    cache = cache_of(output) if isinstance(output, dict | tuple) else None
-    # A host fills a cache that it was given, whether or not it returns it.
-    keep_state(cache_of(root_inputs(model, args, kwargs)) if cache is None else cache, context.pooled)
+    context.tokens.memory.keep(output, kwargs, args)

@@ -25,6 +25,7 @@ from .inputs import (
     modality_ids,
     real_tokens,
 )
+from .memory import TokenMemory, cache_of, foreign_state
 from .moe_layer import MoELayer
 from .outputs import routed_output, router_logits
 from .overrides import RoutingOverrides
@@ -72,13 +73,16 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
         if not isinstance(overrides, RoutingOverrides):
             raise ValueError(f"routing_overrides must be RoutingOverrides(...), got {type(overrides).__name__}.")
         overrides.check_sites({layer.spec.site: layer.router for layer in moe_layers(model).values()})
+    token_mask = real_tokens(config, inputs, tokens)
     return RoutingContext(
         modality_ids=modalities.long(),
-        token_mask=real_tokens(inputs.get("attention_mask"), tokens),
+        token_mask=torch.ones_like(modalities, dtype=torch.bool) if token_mask is None else token_mask,
         input_ids=input_ids,
         condition_ids=inputs.get("condition_ids"),
         progress=progress,
         overrides=overrides,
+        memory=TokenMemory(cache_of(inputs), foreign_state(inputs), hides_padding=token_mask is None),
+        inputs=inputs,
     )
 
 
@@ -127,6 +131,7 @@ def _leave(backbone: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> A
         return None
     (token, wants_logits), context.call = context.call, None
     CALL_CONTEXT.reset(token)
+    context.memory.keep(output, kwargs, args)
     if isinstance(output, ModelOutput) and wants_router_logits(backbone.config, wants_logits):
         return routed_output(output, router_logits=router_logits(context))
     return None

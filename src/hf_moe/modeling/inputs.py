@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from .memory import cache_of, cached_tokens, foreign_state
 
 
 logger = logging.get_logger(__name__)
@@ -44,23 +45,56 @@ def learned_positions(language_model: nn.Module) -> int | None:
     return limit if any(limit in (table.num_embeddings, table.num_embeddings - 2) for table in tables) else None
 
 
-def real_tokens(attention_mask: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Return which of the `tokens` (B, S, ...) are real, (B, S) bool.
+def real_tokens(config, inputs: Mapping[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
+    """Return which of the `tokens` (B, S, ...) are real, (B, S) bool; `None` where the mask of the call does not tell.
 
-    A 4-D mask, or the first of several by the kind of attention, tells where it is square: padding is attended by
-    nobody, itself included. That of a static cache belongs to inference, where every token of a call counts as real.
+    A mask of two dimensions covers the cached tokens too, and free places of a cache of fixed size. In one of four,
+    padding is attended by nobody, itself included.
+
+    Raises:
+        ValueError: if a mask of two dimensions is of other tokens.
     """
     batch, positions = tokens.shape[:2]
-    if isinstance(attention_mask, Mapping):
-        attention_mask = next((item for item in attention_mask.values() if isinstance(item, torch.Tensor)), None)
-    dimensions = attention_mask.dim() if isinstance(attention_mask, torch.Tensor) else 0
+    mask, cache = inputs.get("attention_mask"), cache_of(inputs)
+    if isinstance(mask, Mapping):  # one for each kind of layers
+        kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or list(mask)
+        mask = mask.get(kinds[0])
+    dimensions = mask.dim() if isinstance(mask, torch.Tensor) else 0
     if dimensions == 2:
-        return attention_mask[:, -positions:].to(tokens.device).bool()
-    if dimensions == 4 and attention_mask.shape[2:] == (positions, positions):
-        itself = attention_mask.diagonal(dim1=-2, dim2=-1)  # (B or 1, heads or 1, S)
-        attended = itself > torch.finfo(itself.dtype).min / 2 if itself.is_floating_point() else itself.bool()
-        return attended.any(1).to(tokens.device).expand(batch, positions)
-    return torch.ones(batch, positions, dtype=torch.bool, device=tokens.device)
+        start = first_column(inputs, mask, positions)
+        return mask[:, start : start + positions].to(tokens.device).bool()
+    if mask is None or (dimensions == 4 and positions == 1):  # what is decoded is real
+        return torch.ones(batch, positions, dtype=torch.bool, device=tokens.device)
+    if dimensions != 4 or mask.shape[2] != positions or torch.compiler.is_compiling():
+        return None
+    offset = 0 if cache is None else int(cached_tokens(cache) - cache.get_mask_sizes(positions, 0)[1])
+    itself = mask.diagonal(offset, dim1=-2, dim2=-1)  # (B or 1, heads or 1, S)
+    if itself.shape[-1] != positions:
+        return None
+    attended = itself > torch.finfo(itself.dtype).min / 2 if itself.is_floating_point() else itself.bool()
+    return attended.any(1).to(tokens.device).expand(batch, positions)
+
+
+def first_column(inputs: Mapping[str, Any], mask: torch.Tensor, length: int) -> int:
+    """Return where in a mask of all tokens so far those of the call begin.
+
+    Args:
+        inputs: of the call, by name.
+        mask (`torch.Tensor` of shape `(B, columns)`).
+        length: S.
+
+    Raises:
+        ValueError: if the mask is shorter than the tokens, or longer where nothing is cached.
+    """
+    cache, others = cache_of(inputs), mask.shape[1] - length
+    if others < 0 or (others > 0 and cache is None and foreign_state(inputs) is None):
+        raise ValueError(
+            f"The attention_mask has {mask.shape[1]} columns and the call {length} tokens, "
+            + ("one column for each is needed." if others < 0 else "but no cache of earlier ones that was found.")
+            + f" Pass the mask of these tokens, or the cache that holds the others; got {given(mask)}."
+        )
+    # A cache of fixed size may have free places behind the tokens.
+    return min(int(cached_tokens(cache)), others) if cache is not None and cache.is_compileable else others
 
 
 def placeholder_ids(config) -> dict[int, int]:

@@ -186,6 +186,7 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
             output = host_forward(self, **inputs, return_dict=True)
         finally:
             CALL_CONTEXT.reset(token)
+        context.memory.keep(output, given)
         ours: dict[str, Any] = {}
         if labels is not None:
             ours = self._losses(context, output.logits, labels, own["num_items_in_batch"], given.get("shift_labels"))

@@ -1,5 +1,6 @@
 """The routing context: what a router may know of a forward pass, and how the layer that runs finds it."""
 
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar, Token
 from typing import Any, Generic, TypeVar
 
@@ -8,12 +9,34 @@ from torch import nn
 
 from ..configuration.configuration_hf_moe import MODALITIES
 from .decisions import Decision
+from .documents import packed_documents
 from .layer_spec import Site
+from .memory import TokenMemory
 from .overrides import RoutingOverrides
 
 
 # Population statistics keep one row for each.
 NUM_MODALITIES = len(MODALITIES)
+
+# The inputs of a call that a context keeps, for routers that ask for the documents or the labels of a row.
+KEPT_INPUTS = ("labels", "position_ids", "seq_idx", "cu_seq_lens_q")
+
+Made = TypeVar("Made")
+
+
+class made_once(Generic[Made]):  # noqa: N801
+    """As `functools.cached_property`, without the lock of Python 3.11, at which `torch.compile` breaks the graph."""
+
+    def __init__(self, make: Callable[[Any], Made]):
+        self.make = make
+        self.__doc__ = make.__doc__
+
+    def __get__(self, owner: Any, cls: type) -> Any:
+        if owner is None:
+            return self
+        value = self.make(owner)
+        setattr(owner, self.make.__name__, value)  # found from now on in place of this
+        return value
 
 
 class RoutingContext:
@@ -29,6 +52,8 @@ class RoutingContext:
         condition_ids: name -> `(B,)` or `(B, S)` task, domain or language ids, where the data names them.
         progress: how far training is, 0 to 1; 1 at inference.
         overrides: test-time control, see [`RoutingOverrides`].
+        memory: what the routers know of the tokens before these, see [`TokenMemory`].
+        inputs: of the call, by name, as far as a router may ask for them.
     """
 
     def __init__(
@@ -39,6 +64,8 @@ class RoutingContext:
         condition_ids: dict[str, torch.Tensor] | None = None,
         progress: float = 1.0,
         overrides: RoutingOverrides | None = None,
+        memory: TokenMemory | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ):
         self.modality_ids = modality_ids
         self.token_mask = token_mask
@@ -46,6 +73,8 @@ class RoutingContext:
         self.condition_ids = condition_ids or {}
         self.progress = progress
         self.overrides = overrides
+        self.memory = memory or TokenMemory()
+        self.inputs = {name: inputs[name] for name in KEPT_INPUTS if name in inputs} if inputs else {}
         # Contexts of other tokens, by name: the pieces of a token, an image's patches.
         self.parts: dict[str, RoutingContext] = {}
         # The row of the batch that each row of a part belongs to; `None` where they are the same.
@@ -91,6 +120,33 @@ class RoutingContext:
         ids = self.condition_ids[name]
         ids = ids[:, None].expand(self.token_mask.shape) if ids.dim() == 1 else ids  # (B, S)
         return ids.reshape(-1).long().to(device)
+
+    def past(self, site: Hashable) -> torch.Tensor | None:
+        """Return what a router has remembered of the cached tokens, (B, n, ...); `None` where nothing is cached.
+
+        Raises:
+            ValueError: if the earlier tokens, or which of these are padding, cannot be known.
+        """
+        return self.memory.past(site)
+
+    def remember(self, site: Hashable, values: torch.Tensor) -> torch.Tensor:
+        """Return `values` (B, S, ...) after those of the cached tokens, (B, n + S, ...); the cache keeps them all.
+
+        The gradient flows into those of this call alone.
+        """
+        return self.memory.remember(site, values)
+
+    @made_once
+    def documents(self) -> torch.Tensor | None:
+        """Which of several documents in its row a token belongs to, (B, S); `None` where every row is one."""
+        return None if self.memory.cached_tokens else packed_documents(self.inputs, self.token_mask.shape)
+
+    @property
+    def labelled(self) -> torch.Tensor | None:
+        """Which tokens the call has labels for, (B, S) bool; `None` where it has none, or none of tokens."""
+        labels = self.inputs.get("labels")
+        fits = isinstance(labels, torch.Tensor) and labels.shape == self.token_mask.shape
+        return labels != -100 if fits else None
 
     def derive(self, modality_ids: torch.Tensor, token_mask: torch.Tensor, **fields: Any) -> "RoutingContext":
         """Return the context of other tokens in the same forward pass; everything but their decisions is shared."""

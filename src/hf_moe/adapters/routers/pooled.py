@@ -21,7 +21,6 @@ from ...modeling.gating import check_choice
 from ...modeling.layer_spec import MoELayerSpec
 from ...modeling.routing import Router
 from ...modeling.routing_context import RoutingContext
-from ..memory import PooledMemory
 
 
 # After so many rows whose instructions are all the same, their end is not where it was thought to be.
@@ -30,41 +29,37 @@ SAME_ROWS = 8
 
 @dataclass(frozen=True)
 class Spans:
-    """What of the tokens of a call is pooled, (B, S) bool or int64 each, and what is remembered of those before.
+    """What is pooled of the cached tokens and those of a call, (B, n + S) bool or int64 each.
 
     Attributes:
         counted: the tokens that are pooled.
         ends: those at which an instruction ends.
         documents: which of several in its row a token belongs to; `None` where every row is one.
-        past: of the cached tokens.
         causal: whether a token sees those up to itself alone.
     """
 
     counted: torch.Tensor
     ends: torch.Tensor
     documents: torch.Tensor | None
-    past: PooledMemory | None
     causal: bool
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `values` (B, S, ...) over the pooled tokens that a token sees."""
+        """Return the sum of `values` (B, n + S, ...) over the pooled tokens that a token sees."""
         counted = self.counted.view(*self.counted.shape, *[1] * (values.dim() - 2))
         summed = _running_sum if self.causal else _whole_sum
         return summed(values.masked_fill(~counted, 0), self.documents)
 
     @property
     def ended(self) -> torch.Tensor:
-        """Whether an instruction has ended in this call, (B, S) bool."""
+        """Whether an instruction has ended up to a token, (B, n + S) bool."""
         return _running_sum(self.ends.long(), self.documents) > 0
 
-    def at_end(self, total: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
-        """Return what `total` (B, S, ...) was at the last end up to every token; `past` (B, 1, ...) is cached."""
+    def at_end(self, total: torch.Tensor) -> torch.Tensor:
+        """Return what `total` (B, n + S, ...) was at the last end up to every token; as it is where none has come."""
         place = torch.arange(total.shape[1], device=total.device).expand(self.ends.shape)
-        last = place.masked_fill(~self.ends, 0).cummax(1).values  # (B, S)
+        last = place.masked_fill(~self.ends, 0).cummax(1).values  # (B, n + S)
         ones = [1] * (total.dim() - 2)
         found = torch.take_along_dim(total, last.view(*last.shape, *ones), 1)
-        if self.past is not None and past is not None:
-            total = torch.where(self.past.closed[:, -1:].view(-1, 1, *ones), past, total)
         return torch.where(self.ended.view(*last.shape, *ones), found, total)
 
 
@@ -113,51 +108,25 @@ class PooledRouter(Router):
 
     def pool(self, values: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `values` (T, C) float32 pooled, (T, C), and whether any token was counted, (T,) bool."""
+        rows, length = context.token_mask.shape
         spans = self.spans(context, values.device)
-        past = spans.past
-        total = spans.sum(values.view(*spans.counted.shape, -1))  # (B, S, C)
-        count = spans.sum(spans.counted.long())  # (B, S)
-        if past is not None:
-            total, count = total + past.total[:, -1:], count + past.count[:, -1:]
-        gate_total, gate_count, closed = total, count, torch.zeros_like(spans.counted)
-        if self.end_token_id is not None:
-            closed = spans.ended if past is None else spans.ended | past.closed[:, -1:]
-            if self.causal:
-                gate_total = spans.at_end(total, None if past is None else past.gate_total[:, -1:])
-                gate_count = spans.at_end(count, None if past is None else past.gate_count[:, -1:])
-        memory = PooledMemory(total.detach(), count, gate_total.detach(), gate_count, closed)
-        memory = memory if past is None else past.followed_by(memory)
-        context.carry.setdefault("pooled", {})[self.spec.layer_idx] = memory
-        mean = self.pooling == "mean"
-        pooled = gate_total / gate_count.clamp(min=1)[..., None] if mean else gate_total  # (B, S, C)
-        return pooled.flatten(0, 1), (gate_count > 0).flatten()
-
-    def _past(self, context: RoutingContext) -> PooledMemory | None:
-        past = context.carry.get("past", {}).get(self.spec.layer_idx)
-        remembered, cached = 0 if past is None else len(past), context.carry.get("cached_tokens", 0)
-        if remembered != cached:
-            raise ValueError(
-                f"{type(self).__name__} pools all tokens so far, and the cache of this call holds {cached}, of which "
-                f"{cached - remembered} were computed without this adapter: start from an empty cache."
-            )
-        if context.carry.get("foreign_state") is not None:
-            raise ValueError(
-                f"{type(self).__name__} pools all tokens so far, and the model keeps earlier ones in a "
-                f"{type(context.carry['foreign_state']).__name__} that tells nothing of them: pass use_cache=False."
-            )
-        if context.carry.get("hides_padding", False):
-            raise ValueError(
-                f"{type(self).__name__} must know what is padding, and this attention mask does not tell: give a 2-D "
-                "one, or leave it to generate."
-            )
-        return past
+        flags = torch.stack([spans.counted, spans.ends], -1)[:, -length:].to(values.dtype)  # (B, S, 2)
+        # Remembered token by token, the values are summed in the same order whether or not they come from a cache.
+        held = context.remember(self.spec.layer_idx, torch.cat([values.view(rows, length, -1), flags], -1))
+        total = spans.sum(held[..., :-2])  # (B, n + S, C)
+        count = spans.sum(spans.counted.long())  # (B, n + S)
+        if self.end_token_id is not None and self.causal:
+            total, count = spans.at_end(total), spans.at_end(count)
+        total, count = total[:, -length:], count[:, -length:]
+        pooled = total / count.clamp(min=1)[..., None] if self.pooling == "mean" else total  # (B, S, C)
+        return pooled.flatten(0, 1), (count > 0).flatten()
 
     def spans(self, context: RoutingContext, device: torch.device) -> Spans:
-        """Return what of the tokens of a call is pooled."""
+        """Return what is pooled of the cached tokens and those of a call."""
         counted = mask = context.token_mask.to(device)  # (B, S)
-        documents = context.carry.get("documents")  # (B, S), or none where every row is one
+        documents = context.documents  # (B, S), or none where every row is one
         documents = None if documents is None else documents.to(device)
-        past = self._past(context)
+        past = context.past(self.spec.layer_idx)  # (B, n, C + 2)
         if self.modalities is not None:
             wanted = torch.tensor(self.modalities, device=device)
             counted = counted & torch.isin(context.modality_ids.to(device), wanted)
@@ -168,13 +137,16 @@ class PooledRouter(Router):
                     f"end_token_id={self.end_token_id} is looked for in the input_ids, which this call did not give."
                 )
             ends = (context.input_ids.to(device) == self.end_token_id) & mask
+        if past is not None:
+            flags = past[..., -2:].to(device).bool()
+            counted, ends = torch.cat([flags[..., 0], counted], 1), torch.cat([flags[..., 1], ends], 1)
+        if self.end_token_id is not None:
             if self.end == "first":
                 ends = ends & (_running_sum(ends.long(), documents) == 1)
-                ends = ends if past is None else ends & ~past.closed[:, -1:]
             if not self.causal:  # every token sees the same: all up to the last end
                 number, whole = (part(ends.long(), documents) for part in (_running_sum, _whole_sum))
                 counted = counted & ((whole == 0) | (whole - number + ends.long() > 0))
-        return Spans(counted, ends, documents, past, self.causal)
+        return Spans(counted, ends, documents, self.causal)
 
     def answers(self, spans: Spans, context: RoutingContext) -> torch.Tensor:
         """Return which tokens' gates have read the whole instruction of their sample, (B, S) bool.
@@ -182,19 +154,19 @@ class PooledRouter(Router):
         They are those with labels behind the end of an instruction, or all behind it where the call has no labels. The
         token that ends the answer has read that too.
         """
-        labelled = context.carry.get("labelled")
+        labelled = context.labelled
         behind = spans.ended & ~spans.ends
         return behind if labelled is None else behind & labelled.to(behind.device)
 
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
         """Warn if the instructions of all rows of a training are the same, so that the gate tells no rows apart."""
-        if self._same_rows is None or context.input_ids is None or context.carry.get("cached_tokens"):
+        if self._same_rows is None or context.input_ids is None or context.memory.cached_tokens:
             return
         ids = context.input_ids
         spans = self.spans(context, ids.device)
         # A number for every instruction: the sum of its tokens, each made a large number of its own.
         signature = spans.sum((ids.long() + 1) * 2654435761 % 2305843009)
-        signature = spans.at_end(signature, None) if self.causal else signature
+        signature = spans.at_end(signature) if self.causal else signature
         answers = self.answers(spans, context)
         rows = answers.any(1)
         last = torch.arange(ids.shape[1], device=ids.device).masked_fill(~answers, 0).amax(1, keepdim=True)

@@ -80,7 +80,7 @@ class SequenceRouter(PooledRouter):
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         directions = F.rms_norm(hidden_states.float(), hidden_states.shape[-1:])  # (T, d)
         # Not where a sample goes on behind what is cached, as in the generation of a model in training mode.
-        if self.centred and self.training and not context.carry.get("cached_tokens"):
+        if self.centred and self.training and not context.memory.cached_tokens:
             self._leave_pooled(directions.detach(), context)
         logits, known = self.pool(gate_logits(directions, self.weight), context)  # (T, E)
         if self.centred:

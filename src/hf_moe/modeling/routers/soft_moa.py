@@ -44,7 +44,7 @@ class SoftMoaRouter(Router):
             init.ones_(self.scale)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> SlotMixture:
-        if context.carry.get("documents") is not None:
+        if context.documents is not None:
             raise ValueError(
                 "The router 'soft_moa' mixes all tokens of a row, and this one holds several documents: leave packing "
                 "out, or choose another router."

@@ -4,16 +4,17 @@ Transformers' and TRL's collators say so by positions that start again, by `seq_
 then keeps the documents apart, and what pools tokens must as well.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 
-def packed_documents(inputs: dict[str, Any], shape: torch.Size) -> torch.Tensor | None:
+def packed_documents(inputs: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
     """Return the number of every token's document in its row, (B, S); `None` where no row holds several.
 
     Args:
-        inputs: of the root, by name, in a call without cached tokens.
+        inputs: of a call without cached tokens, by name.
         shape: B and S.
     """
     starts = _starts(inputs, shape)  # (B, S), or (1, S) for all rows
@@ -22,7 +23,7 @@ def packed_documents(inputs: dict[str, Any], shape: torch.Size) -> torch.Tensor 
     return starts.long().cumsum(1).expand(shape)
 
 
-def _starts(inputs: dict[str, Any], shape: torch.Size) -> torch.Tensor | None:
+def _starts(inputs: Mapping[str, Any], shape: torch.Size) -> torch.Tensor | None:
     """Return which tokens are the first of a document, but for those of the first ones."""
     seq_idx, boundaries, positions = (inputs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids"))
     if seq_idx is not None:
