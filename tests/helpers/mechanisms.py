@@ -1,0 +1,172 @@
+"""One case per mechanism: a tiny model that runs it, and rows for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+
+
+IMAGE, POSITIONS = 63, 10
+# The columns of a row that are an image.
+PICTURE = slice(2, 6)
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,
+}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a mechanism needs besides the defaults.
+
+    Attributes:
+        options: of the mechanism itself.
+        moe: other fields of `moe_config`.
+        tower: fields of the vision tower's config.
+        exempt: checks that it cannot pass, each with the reason. A check that it passes all the same is an error.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    moe: Mapping[str, Any] = field(default_factory=dict)
+    tower: Mapping[str, Any] = field(default_factory=dict)
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+
+ONE_SLOT = {"num_experts_per_tok": 1}
+BANKS = {"text": {"num_experts": 2}, "vision": {"num_experts": 2, "intermediate_size": 16}}
+
+LOOKS_AHEAD = "the last token of a call does not know the modality of the next"
+
+# Kind -> name -> case; a second case of one mechanism is called `name-variant`.
+CASES: dict[str, dict[str, Case]] = {
+    "router": {
+        "adamoe": Case({"num_null_experts": 2}),
+        "anyexperts": Case({"min_slots": 1, "max_slots": 4}),
+        "deepseek_v3": Case(),
+        "deepseek_v3-groups": Case({"n_group": 2, "topk_group": 1}),
+        "deepseekmoe": Case(moe={"num_shared_experts": 1}),
+        "dynamic_moe_top_p": Case(),
+        "ernie45_vl": Case(moe={"num_experts_per_tok": 1}),
+        "ernie45_vl-banks": Case(moe={"expert_banks": BANKS, "num_experts": None}),
+        "evomoe_dtr": Case(),
+        "llama4": Case(moe=ONE_SLOT),
+        "ming_multi_router": Case(),
+        "ming_multi_router-v2": Case({"gate": "sigmoid_bias"}),
+        "moiie": Case(),
+        "moiie-next_token": Case(
+            {"boundary_rule": "next_token"}, exempt={"decoding": "a token looks at the next one's modality"}
+        ),
+        "switch_transformer": Case({"jitter_noise": 0.0}, ONE_SLOT),
+        "top_k": Case(),
+        "top_k-sigmoid": Case({"score_function": "sigmoid", "routed_scaling_factor": 2.0}),
+        "top_k-capacity": Case({"capacity_factor": 1.0}),
+    },
+    "experts": {
+        "ffn": Case(),
+        "ffn-shared": Case(moe={"num_shared_experts": 1, "shared_expert_gate": True, "granularity": 2}),
+    },
+    "objective": {
+        "condition_information": Case({"condition": "domain", "num_conditions": 3}),
+        "expert_contrast": Case(moe=ONE_SLOT),
+        "load_balance": Case(),
+        "load_balance-sequence": Case({"scope": "sequence"}),
+        "local_entropy": Case(),
+        "null_load": Case(moe={"router": "adamoe"}),
+        "router_orthogonality": Case(moe={"router": "ernie45_vl"}),
+        "router_z": Case(),
+        "slot_budget": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
+    },
+    "connector": {"mlp": Case(), "pixel_shuffle": Case(tower={"patch_size": 4})},
+    "host": {"composed": Case()},
+}
+
+
+def name_of(key: str) -> str:
+    return key.partition("-")[0]
+
+
+def config_of(kind: str, key: str) -> HfMoeConfig:
+    case = CASES[kind][key]
+    named = {"name": name_of(key), **case.options}
+    moe = {"layers": "from_1", "num_experts": 4, "objectives": {"load_balance": 0.01}, **case.moe}
+    tower = kind in ("connector", "host")
+    if kind == "objective":
+        moe["objectives"] = {named["name"]: {**named, "coef": 0.1}}
+    elif not tower:
+        moe[kind] = named
+    return HfMoeConfig(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=CLIPVisionConfig(**{**TOWER, **case.tower}) if tower else None,
+        connector=named if kind == "connector" else "mlp",
+        image_token_id=IMAGE if tower else None,
+        initializer_range=0.15,
+        moe_config=moe,
+    )
+
+
+@torch.no_grad()
+def build(kind: str, key: str, **options) -> HfMoeForConditionalGeneration:
+    """Return a model whose weights have moved a little, so that none is zero and no two are equal."""
+    torch.manual_seed(0)
+    model = HfMoeForConditionalGeneration._from_config(config_of(kind, key), **options)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def make_rows(model: HfMoeForConditionalGeneration, rows: int = 3, seed: int = 1) -> dict[str, Any]:
+    """Return rows of text with one image each, and the domain of every row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, IMAGE, (rows, POSITIONS), generator=generator)
+    types = torch.zeros_like(ids)
+    types[:, PICTURE] = 1
+    labels = ids.clone()
+    labels[:, 0] = -100  # which padding would have to foretell
+    batch = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch["condition_ids"] = {"domain": torch.arange(rows) % 3}
+    if model.config.image_token_id is None:
+        return batch
+    ids[:, PICTURE] = labels[:, PICTURE] = IMAGE
+    pixels = torch.randn(rows, 3, TOWER["image_size"], TOWER["image_size"], generator=generator)
+    return {**batch, "pixel_values": pixels}
+
+
+def take(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
+    return {name: take(value, rows) if isinstance(value, dict) else value[rows] for name, value in batch.items()}
+
+
+def until(batch: dict[str, Any], end: int) -> dict[str, Any]:
+    """Return the first columns of every row."""
+    return {name: value[:, :end] if name in TOKENS else value for name, value in batch.items()}
+
+
+TOKENS = ("input_ids", "mm_token_type_ids", "attention_mask", "labels")
+
+
+def padded(batch: dict[str, Any], width: int, filler: int = 0) -> dict[str, Any]:
+    """Put padding before every row, whose tokens keep their positions."""
+    found = dict(batch)
+    for name in TOKENS:
+        if name in batch:
+            value = {"input_ids": filler, "labels": -100}.get(name, 0)
+            found[name] = torch.nn.functional.pad(batch[name], (width, 0), value=value)
+    positions = torch.arange(-width, batch["input_ids"].shape[1]).clamp(min=0)
+    return {**found, "position_ids": positions.expand(len(batch["input_ids"]), -1)}
