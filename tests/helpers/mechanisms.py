@@ -53,6 +53,9 @@ class Case:
 ONE_SLOT = {"num_experts_per_tok": 1}
 BANKS = {"text": {"num_experts": 2}, "vision": {"num_experts": 2, "intermediate_size": 16}}
 
+NO_LOSS: dict[str, Any] = {"objectives": {}}
+ALL_TOKENS = {name: "every token is mixed with all others of its row" for name in ("causality", "decoding")}
+NO_CHOICE = {"disabled": "its experts are not chosen"}
 LOOKS_AHEAD = "the last token of a call does not know the modality of the next"
 
 # Kind -> name -> case; a second case of one mechanism is called `name-variant`.
@@ -60,6 +63,7 @@ CASES: dict[str, dict[str, Case]] = {
     "router": {
         "adamoe": Case({"num_null_experts": 2}),
         "anyexperts": Case({"min_slots": 1, "max_slots": 4}),
+        "constant": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "deepseek_v3": Case(),
         "deepseek_v3-groups": Case({"n_group": 2, "topk_group": 1}),
         "deepseekmoe": Case(moe={"num_shared_experts": 1}),
@@ -70,10 +74,14 @@ CASES: dict[str, dict[str, Case]] = {
         "llama4": Case(moe=ONE_SLOT),
         "ming_multi_router": Case(),
         "ming_multi_router-v2": Case({"gate": "sigmoid_bias"}),
+        "modality": Case(moe={"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
         "moiie": Case(),
         "moiie-next_token": Case(
             {"boundary_rule": "next_token"}, exempt={"decoding": "a token looks at the next one's modality"}
         ),
+        "smora": Case(),
+        "soft_moa": Case(moe=NO_LOSS, exempt=ALL_TOKENS),
+        "soft_moa-normalized": Case({"slots_per_expert": 2, "normalize": True}, NO_LOSS, exempt=ALL_TOKENS),
         "switch_transformer": Case({"jitter_noise": 0.0}, ONE_SLOT),
         "top_k": Case(),
         "top_k-sigmoid": Case({"score_function": "sigmoid", "routed_scaling_factor": 2.0}),
@@ -94,6 +102,9 @@ CASES: dict[str, dict[str, Case]] = {
         "router_z": Case(),
         "slot_budget": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
     },
+    "block": {},
+    "attention": {},
+    "layer": {},
     "connector": {"mlp": Case(), "pixel_shuffle": Case(tower={"patch_size": 4})},
     "host": {"composed": Case()},
 }

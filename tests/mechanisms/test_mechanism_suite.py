@@ -116,7 +116,7 @@ def test_every_exemption_is_of_a_check():
 def test_shapes(subject):
     output, rows = subject.output, subject.rows
     assert output.logits.shape == (*rows["input_ids"].shape, 64) and output.logits.isfinite().all()
-    assert output.loss.isfinite() and output.aux_loss.isfinite()
+    assert output.loss.isfinite() and (output.aux_loss is None or output.aux_loss.isfinite())
     assert sorted(output.routing.decisions) == sorted(subject.model.moe_layers())
     for decision in output.routing.decisions.values():
         if isinstance(decision, ExpertAssignment):
@@ -196,7 +196,7 @@ def test_decoding(subject):
 def test_float32(subject):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         output = subject.model(**subject.rows, output_routing=True)
-    assert output.aux_loss.dtype == torch.float32
+    assert output.aux_loss is None or output.aux_loss.dtype == torch.float32
     for decision in output.routing.decisions.values():
         logits = getattr(decision, "router_logits", None)
         assert logits is None or logits.dtype == torch.float32
