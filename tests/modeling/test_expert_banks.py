@@ -5,10 +5,10 @@ import torch
 
 from hf_moe import HfMoeConfig
 from hf_moe.modeling.decisions import ExpertAssignment
-from hf_moe.modeling.dispatch import SortedSlots
+from hf_moe.modeling.dispatch import Dispatch
+from hf_moe.modeling.expert_banks import ExpertBanks
 from hf_moe.modeling.experts.ffn import FfnExperts
 from hf_moe.modeling.layer_spec import MoELayerSpec
-from hf_moe.modeling.moe_layer import ExpertBanks
 
 
 SIZES, WIDTHS, HIDDEN = [2, 3, 1], [16, 8, 24], 12
@@ -60,8 +60,8 @@ def test_banks_sorted_once_equal_banks_sorted_alone(dtype):
 
 
 def test_a_layer_sorts_its_slots_once(monkeypatch):
-    calls, sort = [], SortedSlots.of
-    monkeypatch.setattr(SortedSlots, "of", lambda *args: calls.append(1) or sort(*args))
+    calls, sort = [], Dispatch.__init__
+    monkeypatch.setattr(Dispatch, "__init__", lambda *args: calls.append(1) or sort(*args))
     banks_of("ragged")(torch.randn(40, HIDDEN), assignment_of())
     assert len(calls) == 1
 

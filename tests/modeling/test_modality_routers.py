@@ -21,7 +21,7 @@ from transformers.models.ernie4_5_vl_moe.configuration_ernie4_5_vl_moe import Er
 from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeBlock
 
 from hf_moe.modeling.decisions import ExpertAssignment
-from hf_moe.modeling.moe_layer import ExpertBanks
+from hf_moe.modeling.expert_banks import ExpertBanks
 from hf_moe.modeling.routing_context import RoutingContext
 
 

@@ -5,6 +5,9 @@ their signature: `(experts module, hidden (T, d), index (T, K), weight (T, K)) -
 `num_experts` marks an empty slot.
 """
 
+from collections.abc import Callable
+from copy import copy
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -145,64 +148,139 @@ def grouped_linear(
     return output
 
 
-class SortedSlots:
-    """The filled slots of a layer, sorted by expert.
+class Dispatch:
+    """The filled slots of T tokens, sorted by expert: M rows. A slot of index E is empty and has no row.
+
+    Args:
+        index (`torch.Tensor` of shape `(T, K)`): the expert of every slot.
+        num_experts (`int`): E.
 
     Attributes:
-        order (`torch.Tensor` of shape `(M,)`): the filled slots among all T * K, by expert.
-        token (`torch.Tensor` of shape `(M,)`): the token of each.
-        offsets (`torch.Tensor` of shape `(E,)`, int32): end of every expert's slots; the last one is M.
+        order (`torch.Tensor` of shape `(M,)`): which of the T * K slots a row belongs to.
+        token (`torch.Tensor` of shape `(M,)`): which token a row belongs to.
+        offsets (`torch.Tensor` of shape `(E,)`, int32): where the rows of every expert end; the last is M.
     """
 
-    def __init__(self, order: torch.Tensor, token: torch.Tensor, offsets: torch.Tensor):
-        self.order = order
-        self.token = token
-        self.offsets = offsets
-
-    @classmethod
     @torch.compiler.disable
-    def of(cls, top_k_index: torch.Tensor, num_experts: int) -> "SortedSlots":
-        """Sort the slots `top_k_index` (T, K), of which those with the index `num_experts` are empty."""
-        sorted_index, order = top_k_index.reshape(-1).sort(stable=True)  # (T * K,) both; empty slots come last
+    def __init__(self, index: torch.Tensor, num_experts: int):
+        self.num_tokens = len(index)
+        sorted_index, order = index.reshape(-1).sort(stable=True)  # (T * K,) both; empty slots come last
         experts = torch.arange(num_experts, device=order.device)
-        offsets = torch.searchsorted(sorted_index, experts, right=True).int()  # (E,)
-        order = order[: int(offsets[-1])]  # (M,)
-        return cls(order, order // top_k_index.shape[-1], offsets)
+        self.offsets = torch.searchsorted(sorted_index, experts, right=True).int()
+        self.order = order[: int(self.offsets[-1])]
+        self.token = self.order // index.shape[-1]
+
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the tokens' `values` (T, ...) by row, (M, ...)."""
+        return values.index_select(0, self.token)
+
+    def slot_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the slots' `values` (T, K, ...) by row, (M, ...)."""
+        return values.flatten(0, 1).index_select(0, self.order)
+
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the linear map of every expert, (E, out, in), to its rows, see [`grouped_linear`]."""
+        return grouped_linear(rows, weight, self.offsets, bias)
+
+    def add(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the tokens' `values` (T, out) plus their rows."""
+        return values.index_add(0, self.token, rows.to(values.dtype))
+
+    def combine(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the sum of every token's rows times their slots' `weight` (T, K), (T, out)."""
+        rows = rows * self.slot_rows(weight).to(rows.dtype)[:, None]
+        return self.add(rows.new_zeros(self.num_tokens, rows.shape[-1]), rows)
 
     @torch.compiler.disable
-    def split(self, sizes: list[int]) -> list["SortedSlots"]:
-        """Return the slots of successive banks of `sizes` experts each."""
+    def split(self, sizes: list[int]) -> list["Dispatch"]:
+        """Return the dispatch to each of successive banks of `sizes` experts."""
         # Read once: one copy from the device instead of one per bank.
         ends = self.offsets[torch.tensor(sizes, device=self.offsets.device).cumsum(0) - 1].tolist()
-        parts = zip(pairwise([0, *ends]), self.offsets.split(sizes), strict=True)
-        return [SortedSlots(self.order[a:b], self.token[a:b], offsets - a) for (a, b), offsets in parts]
+        parts = []
+        for (start, end), offsets in zip(pairwise([0, *ends]), self.offsets.split(sizes), strict=True):
+            part = copy(self)
+            part.order, part.token, part.offsets = self.order[start:end], self.token[start:end], offsets - start
+            parts.append(part)
+        return parts
+
+
+class EvenDispatch(Dispatch):
+    """Rows that are sorted already, equally many for each of E experts, as those of mixed slots are.
+
+    One batched product serves all experts, which compiles whole.
+    """
+
+    def __init__(self, num_experts: int):
+        self.num_experts = num_experts
+
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        output = torch.bmm(rows.view(self.num_experts, -1, rows.shape[-1]), weight.to(rows.dtype).transpose(1, 2))
+        output = output if bias is None else output + bias.to(rows.dtype)[:, None]
+        return output.flatten(0, 1)
+
+
+def stack_linear(experts: Any, name: str, rows: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    """Apply the stacked projection `name` of experts that are stored as Transformers stores them."""
+    weight = getattr(experts, name)
+    weight = weight.transpose(1, 2) if experts.is_transposed else weight  # (E, out, in)
+    return dispatch.linear(rows, weight, getattr(experts, f"{name}_bias") if experts.has_bias else None)
+
+
+def run_stacks(
+    experts: Any, tokens: torch.Tensor, dispatch: Dispatch, project: Callable[..., torch.Tensor] = stack_linear
+) -> torch.Tensor:
+    """Return what experts that are stored as Transformers stores them make of the tokens (T, d), by row (M, out).
+
+    Args:
+        project (`Callable`, *optional*): computes a projection in place of [`stack_linear`].
+    """
+    inner = project(experts, "gate_up_proj" if experts.has_gate else "up_proj", dispatch.rows(tokens), dispatch)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    output = project(experts, "down_proj", inner, dispatch)
+    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
 
 
 # The sizes of the groups are data: traced, every grouped product would break the graph; so it breaks once, around all.
 @torch.compiler.disable
-def run_sorted(
-    experts: Any, hidden_states: torch.Tensor, slots: SortedSlots, top_k_weights: torch.Tensor
+def run_rows(
+    compute: Callable[[torch.Tensor, Dispatch], torch.Tensor],
+    hidden_states: torch.Tensor,
+    dispatch: Dispatch,
+    weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Run one grouped product per projection on the sorted slots, scale by `top_k_weights` (T, K) and add back."""
+    """Return what `compute` makes of tokens (T, d) and their dispatch, mixed by the slots' `weight` (T, K)."""
+    rows = compute(hidden_states.to(compute_dtype(hidden_states)), dispatch)
+    return dispatch.combine(rows, weight).to(hidden_states.dtype)
+
+
+def mix_slots(
+    compute: Callable[[torch.Tensor, Dispatch], torch.Tensor],
+    hidden_states: torch.Tensor,
+    take: torch.Tensor,
+    give: torch.Tensor,
+    num_experts: int,
+) -> torch.Tensor:
+    """Run every expert on its mixed slots: inputs `take^T x`, outputs `give y`, both within one sequence.
+
+    Args:
+        compute (`Callable`): as of [`run_rows`].
+        hidden_states (`torch.Tensor` of shape `(B * S, d)`).
+        take, give (`torch.Tensor` of shape `(B, S, N)`): weights of the N slots, those of an expert side by side.
+        num_experts (`int`): E, which divides N.
+
+    Returns:
+        `torch.Tensor` of shape `(B * S, out)`.
+    """
     dtype = compute_dtype(hidden_states)
-
-    def project(rows: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(experts, name)
-        weight = weight.transpose(1, 2) if experts.is_transposed else weight  # (E, out, in)
-        bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-        return grouped_linear(rows, weight, slots.offsets, bias)
-
-    rows = hidden_states.to(dtype).index_select(0, slots.token)  # (M, d)
-    if experts.has_gate:
-        inner = experts._apply_gate(project(rows, "gate_up_proj"))
-    else:
-        inner = experts.act_fn(project(rows, "up_proj"))
-    output = project(inner, "down_proj")  # (M, d)
-    if experts.has_post_expert_norm:
-        output = experts.post_expert_norm(output)
-    output = output * top_k_weights.reshape(-1).index_select(0, slots.order).to(dtype)[:, None]
-    result = torch.zeros_like(hidden_states, dtype=dtype)
-    return result.index_add(0, slots.token, output).to(hidden_states.dtype)
+    batch, positions, slots = take.shape
+    tokens = hidden_states.reshape(batch, positions, -1).to(dtype)  # (B, S, d)
+    inputs = torch.einsum("bsn,bsd->nbd", take.to(dtype), tokens)  # (N, B, d)
+    outputs = compute(inputs.reshape(slots * batch, -1), EvenDispatch(num_experts)).view(slots, batch, -1)
+    mixed = torch.einsum("bsn,nbd->bsd", give.to(dtype), outputs)
+    return mixed.flatten(0, 1).to(hidden_states.dtype)
 
 
 @torch.compiler.disable
@@ -210,7 +288,8 @@ def ragged_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts on their own slots alone."""
-    return run_sorted(self, hidden_states, SortedSlots.of(top_k_index, self.num_experts), top_k_weights)
+    dispatch = Dispatch(top_k_index, self.num_experts)
+    return run_rows(partial(run_stacks, self), hidden_states, dispatch, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(RAGGED, ragged_experts_forward)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .decisions import Decision, ExpertAssignment
+from .clamped_unit import ClampedUnit
+from .decisions import Decision, ExpertAssignment, ParameterMixture, SlotMixture
+from .dispatch import Dispatch, mix_slots, run_rows
 from .layer_spec import MoELayerSpec, Site
 from .routing_context import NUM_MODALITIES, RoutingContext
 from .running_statistics import KeepsBufferTypes
@@ -91,19 +93,55 @@ class Router(KeepsBufferTypes):
 
 
 class Experts(nn.Module):
-    """Base of the expert kinds: `forward(hidden (T, d), decision) -> (T, d)`."""
+    """Base of the expert kinds: `forward(hidden (T, d), decision) -> (T, d)`.
+
+    A kind defines `compute`, which is handed its tokens sorted by expert, or a `forward` of its own.
+    """
 
     # Whether `forward(hidden, index (T, K), weight (T, K))` does the same for an assignment: the signature of
     # Transformers' experts, which its parallel plans wrap.
     takes_index_and_weight = False
+    # The gated unit of the shared branch beside these experts, where it is bounded.
+    shared_unit: ClampedUnit | None = None
 
     @property
-    def runs_sorted_slots(self) -> bool:
-        """Whether `forward` takes `slots`, those of its experts sorted by the caller (`dispatch.SortedSlots`)."""
-        return False
+    def takes_dispatch(self) -> bool:
+        """Whether `forward` takes `dispatch`, for callers that have sorted the slots."""
+        return type(self).forward is Experts.forward
 
-    def forward(self, hidden_states: torch.Tensor, decision: Decision) -> torch.Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define forward(hidden_states, decision).")
+    def compute(self, tokens: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """Return what each expert makes of its tokens, by row.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(T, d)`): in the dtype of the products.
+            dispatch (`Dispatch`): tells the rows of every expert.
+
+        Returns:
+            `torch.Tensor` of shape `(M, d)`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define compute(tokens, dispatch), or forward.")
+
+    def forward(
+        self, hidden_states: torch.Tensor, decision: Decision, *, dispatch: Dispatch | None = None
+    ) -> torch.Tensor:
+        """Run the experts on the tokens (T, d).
+
+        Args:
+            dispatch (`Dispatch`, *optional*): the slots of these experts among those of the decision.
+
+        Raises:
+            ValueError: if the decision merges experts, which only stacked ones can.
+        """
+        if isinstance(decision, SlotMixture):
+            return mix_slots(self.compute, hidden_states, decision.dispatch, decision.combine, decision.num_experts)
+        if isinstance(decision, ParameterMixture):
+            raise ValueError(
+                f"{type(self).__name__} cannot be merged into one expert, as this router asks: choose the experts "
+                "'ffn', or a router that assigns experts."
+            )
+        if dispatch is None:
+            dispatch = Dispatch(decision.expert_index, decision.num_experts)
+        return run_rows(self.compute, hidden_states, dispatch, decision.expert_weight)
 
     def initialize(self, std: float) -> None:
         """Initialise the experts' own parameters."""

@@ -30,7 +30,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
 from ..decisions import ExpertAssignment
-from ..dispatch import grouped_linear
+from ..dispatch import Dispatch
 from ..gating import (
     apply_overrides,
     check_slots,
@@ -143,21 +143,19 @@ class EvoMoEDtrRouter(Router):
     @torch.compiler.disable
     def adapt(self, tokens: torch.Tensor, network: torch.Tensor) -> torch.Tensor:
         """Return e (T, C) of tokens (T, C) float32, through the hypernetwork that each names in `network` (T,)."""
-        ordered, order = network.sort(stable=True)
-        nets = torch.arange(self.token_weight.shape[0], device=order.device)
-        offsets = torch.searchsorted(ordered, nets, right=True).int()
-        rows = tokens.index_select(0, order)  # (T, C)
-        mixing = grouped_linear(rows, self.token_weight, offsets, self.token_bias)  # (T, h), A
-        down = grouped_linear(rows, self.down_weight, offsets).unflatten(-1, (mixing.shape[-1], -1))  # (T, h, r)
-        inner = (mixing[..., None] * down).sum(1) + grouped_linear(rows, self.down_bias, offsets)  # (T, r)
+        dispatch = Dispatch(network[:, None], len(self.token_weight))
+        rows = dispatch.rows(tokens)  # (T, C)
+        mixing = dispatch.linear(rows, self.token_weight, self.token_bias)  # (T, h), A
+        down = dispatch.linear(rows, self.down_weight).unflatten(-1, (mixing.shape[-1], -1))  # (T, h, r)
+        inner = (mixing[..., None] * down).sum(1) + dispatch.linear(rows, self.down_bias)  # (T, r)
         if self.bottleneck_act == "split":
             gate, up = inner.chunk(2, dim=-1)
             inner = F.silu(gate) * up
         else:
             inner = F.silu(inner) * inner
         outer = (mixing[..., None] * inner[:, None]).flatten(1)  # (T, h * r)
-        adapted = grouped_linear(outer, self.up_weight, offsets) + grouped_linear(inner, self.up_bias, offsets)
-        return torch.empty_like(adapted).index_copy(0, order, adapted)
+        adapted = dispatch.linear(outer, self.up_weight) + dispatch.linear(inner, self.up_bias)
+        return torch.empty_like(adapted).index_copy(0, dispatch.token, adapted)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         table = torch.tensor(self.gate_of_modality, device=hidden_states.device)
