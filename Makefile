@@ -108,12 +108,13 @@ bench: $(TESTS) $(SMOLLM2)
 
 # Regenerates the cards in model_cards/ from the runs of the recipes, which are run where they are missing.
 cards: $(TESTS) $(SMOLLM2)
-	$(RUN) scripts/model_cards.py
+	$(RUN) tools/model_cards.py
 
-# Regenerates the configuration reference and the table of hosts from the code.
+# Regenerates the configuration reference, the tables of hosts and systems, and a page for each system from the code.
 docs: $(TESTS)
-	$(RUN) scripts/config_reference.py
-	$(RUN) scripts/host_table.py
+	$(RUN) tools/config_reference.py
+	$(RUN) tools/host_table.py
+	$(RUN) tools/system_pages.py
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache $(NEWEST)

@@ -1,4 +1,4 @@
-"""The command line: `hf-moe build`, `train`, `inspect`, `refresh`, `push`, `space`, `demo` and `list`."""
+"""The command line: `hf-moe build`, `train`, `inspect`, `refresh`, `push`, `space`, `demo`, `list` and `show`."""
 
 import argparse
 import importlib
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from huggingface_hub.errors import StrictDataclassError
 
 from . import list_mechanisms
-from .configuration.systems import list_systems
+from .configuration.systems import systems_by_family
 
 
 # Each module has `add_arguments(parser)` and `run(args) -> int`; it is imported when its command runs, since `train`
@@ -19,10 +19,10 @@ COMMANDS = {
     "inspect": ("hf_moe.hub.inspection", "show what a checkpoint is, without loading it"),
     "push": ("hf_moe.hub.push", "upload a checkpoint to the Hub, in one commit"),
     "refresh": ("hf_moe.hub.refresh", "write the code of a checkpoint anew, and check that it answers as before"),
+    "show": ("hf_moe.catalogue", "tell all of a published system: equations, differences, checks, numbers, a build"),
     "space": ("hf_moe.hub.space", "write that page as a Space of the Hub, and upload it"),
     "train": ("hf_moe.training.run", "run a recipe: data, model, training, evaluation, checkpoint"),
 }
-KINDS = ("router", "experts", "objective", "connector")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,10 +57,14 @@ def _end(code: int, message: str, error: BaseException) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     if args.what == "systems":
-        for system in list_systems():
-            source = f" (arXiv:{system.arxiv})" if system.arxiv else ""
-            print(f"{system.key:24} {system.title}{source}")
+        for family, records in systems_by_family().items():
+            print(f"{family}:")
+            for record in records:
+                source = f" (arXiv:{record.arxiv})" if record.arxiv else ""
+                print(f"  {record.key:22} {', '.join(record.forms):14} {record.title}{source}")
     else:
+        from .modeling.registry import KINDS
+
         for kind in KINDS:
             print(f"{kind + ':':11} {', '.join(list_mechanisms(kind))}")
     return 0

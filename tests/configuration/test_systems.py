@@ -12,7 +12,7 @@ from hf_moe.configuration.systems import load_system, merge_fields, read_record
 from hf_moe.modeling.mechanisms import get_mechanism
 
 
-KEYS = [record.key for record in list_systems("model")]
+KEYS = [record.key for record in list_systems("model") if record.model.get("layers") != []]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 RECORD = 'title: "A paper"\nmodel: {num_experts: 4}\n'
 

@@ -28,7 +28,7 @@ def load(path):
 
 @pytest.fixture(scope="module")
 def table():
-    return load(ROOT / "scripts" / "host_table.py")
+    return load(ROOT / "tools" / "host_table.py")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_tiny_hosts_are_what_the_survey_says(rows):
 
 def test_every_adopted_block_is_compared_in_small(rows):
     """`tests/construction` fills a layer from a small block of each class, and compares the two."""
-    text = (ROOT / "tests" / "construction" / "host_blocks.py").read_text(encoding="utf-8")
+    text = (ROOT / "tests" / "helpers" / "hosts" / "blocks.py").read_text(encoding="utf-8")
     compared = set(re.findall(r'"([A-Z]\w+(?:MoE|Moe|MoeBlock|MoELayer|Block|MLP))"', text.split("REFUSED")[0]))
     blocks = {block: row.model_type for row in rows.values() if row.status == "adopted" for block in row.blocks}
     moe = {block: kind for block, kind in blocks.items() if "moe" in block.lower() and not block.endswith("MLP")}

@@ -336,9 +336,10 @@ class MoeLoraConfig(PeftConfig):
         Raises:
             ValueError: if the system or its variant is unknown, or a field that it needs is missing.
         """
-        merged = load_system(key).fields("adapter", variant, fields)
+        record = load_system(key)
+        merged = record.fields("adapter", variant, fields)
         if merged.pop("peft_type", MOE_LORA.value) == MOE_LORA.value:
-            return cls(**{"system": key, **merged})
+            return cls(**{"system": record.key, **merged})
         if not fields.get("adapters") or "hidden_size" not in fields:
             raise ValueError("x_lora needs adapters=[folder or Hub name, ...] and the hidden_size of the base model.")
         # PEFT's X-LoRA loads its adapters under their numbers, and finds them under no other name.

@@ -258,7 +258,8 @@ class HfMoeConfig(PreTrainedConfig):
             overrides = {name: value for name, value in fields.items() if value != getattr(default, name)}
         if not isinstance(overrides, dict):
             raise ValueError(f"moe_config={overrides!r} must be a dict of fields, or a MoeConfig.")
-        return cls(moe_config=record.fields("model", variant, overrides), system=key, **kwargs)
+        moe_config = record.fields("model", variant, overrides)
+        return cls(**{"system": record.key, **record.config, **kwargs}, moe_config=moe_config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "HfMoeConfig":

@@ -10,7 +10,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any, get_type_hints
+from itertools import groupby
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -38,6 +39,7 @@ class SystemRecord:
         arxiv (`str`, *optional*): its number.
         year (`int`, *optional*): of its first publication.
         model (`dict`, *optional*): a `moe_config`.
+        config (`dict`, defaults to `{}`): what a model sets beside its `moe_config`, such as the `connector`.
         adapter (`dict`, *optional*): the fields of a [`MoeLoraConfig`], or of the PEFT config that `peft_type` names.
         construct (`dict`, *optional*): constructions by name with their options, as in a stage of a recipe.
         recipe (`str`, *optional*): the recipe that trains it.
@@ -47,6 +49,8 @@ class SystemRecord:
         differs (`list[str]`, defaults to `[]`): where it leaves the paper, a sentence each.
         measured (`list[str]`, defaults to `[]`): pointers into benchmarks/results, such as `"hosts.json#contestants"`.
         check (`list[str]`, defaults to `[]`): the tests that hold what the paper promises of it.
+        host (`str`, defaults to `"llama"`): the type of the small model that an example builds it on.
+        build (`str`, *optional*): the example, where it is not the usual one.
     """
 
     key: str
@@ -55,6 +59,7 @@ class SystemRecord:
     arxiv: str | None = None
     year: int | None = None
     model: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] | None = None
     construct: dict[str, Any] | None = None
     recipe: str | None = None
@@ -63,6 +68,8 @@ class SystemRecord:
     differs: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     check: list[str] = field(default_factory=list)
+    host: Literal["llama", "llava", "mixtral", "vit"] = "llama"
+    build: str | None = None
 
     @property
     def forms(self) -> list[str]:
@@ -117,6 +124,12 @@ def list_systems(form: str | None = None) -> list[SystemRecord]:
     """Return the records of all systems by key, or of those that have a form: `"model"`, `"adapter"`, ..."""
     records = [_read(key) for key in sorted(_paths())]
     return [record for record in records if form is None or form in record.forms]
+
+
+def systems_by_family() -> dict[str, list[SystemRecord]]:
+    """Return the records of all systems by family, both in alphabetical order."""
+    records = sorted(list_systems(), key=lambda record: record.family)
+    return {family: list(group) for family, group in groupby(records, key=lambda record: record.family)}
 
 
 def merge_fields(preset: Any, given: Any) -> Any:

@@ -1,6 +1,6 @@
 """Writes docs/hosts.md: every multimodal model of Transformers, and whether it can become a MoE in place.
 
-python scripts/host_table.py
+python tools/host_table.py
 
 Every type is built on the meta device with few layers, its decoder is read, and a small copy of each of its
 feed-forwards is compared with an expert. Nothing is downloaded.
@@ -79,7 +79,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 INTRODUCTION = """\
 # Hosts
 
-Written from the code by `make docs`; edit `scripts/host_table.py`, not this file.
+Written from the code by `make docs`; edit `tools/host_table.py`, not this file.
 
 A host is a model of Transformers that becomes a MoE in place: the feed-forwards of its decoder become experts, and
 everything else (towers, connector, positions, masks, generation, processor) stays the host's own.

@@ -1,6 +1,6 @@
-"""Writes docs/configuration.md, and the table of systems in README.md, from the code.
+"""Writes docs/configuration.md from the code.
 
-python scripts/config_reference.py
+python tools/config_reference.py
 """
 
 import inspect
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from hf_moe import HfMoeConfig, MoeConfig, list_mechanisms, list_systems
+from hf_moe import HfMoeConfig, MoeConfig, list_mechanisms
 from hf_moe.configuration.checks import Interval, in_words, option_hints
 from hf_moe.configuration.composed_config import ComposedConfig
 from hf_moe.modeling.mechanisms import get_mechanism
@@ -17,8 +17,6 @@ from hf_moe.modeling.mechanisms import get_mechanism
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "configuration.md"
-README = ROOT / "README.md"
-SYSTEMS_BEGIN, SYSTEMS_END = "<!-- systems: written by scripts/config_reference.py -->", "<!-- end of systems -->"
 
 INTRODUCTION = """\
 # Configuration reference
@@ -139,26 +137,9 @@ def reference() -> str:
     return re.sub(r"\[(`[^`]+`)\](?!\()", r"\1", "\n".join(sections))
 
 
-def systems_table() -> str:
-    """Return the systems of whole models, as a table."""
-    rows = ["| Key | System | Source |", "|---|---|---|"]
-    for system in list_systems("model"):
-        source = f"[arXiv:{system.arxiv}](https://arxiv.org/abs/{system.arxiv})" if system.arxiv else ""
-        rows.append(f"| `{system.key}` | {system.title} | {source} |")
-    return "\n".join(rows)
-
-
-def readme() -> str:
-    """Return README.md with the present table of systems."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(SYSTEMS_BEGIN)
-    after = rest.partition(SYSTEMS_END)[2]
-    return f"{before}{SYSTEMS_BEGIN}\n{systems_table()}\n{SYSTEMS_END}{after}"
-
-
 def main() -> None:
-    for path, text in ((REFERENCE, reference()), (README, readme())):
-        path.write_text(text, encoding="utf-8")
-        print(f"Wrote {path.relative_to(ROOT)}")
+    REFERENCE.write_text(reference(), encoding="utf-8")
+    print(f"Wrote {REFERENCE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

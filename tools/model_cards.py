@@ -1,6 +1,6 @@
 """Keeps the cards of the checkpoints that the recipes make in `model_cards/`; the weights stay with the run.
 
-python scripts/model_cards.py [NAME ...]
+python tools/model_cards.py [NAME ...]
 
 A card is written anew from the report and the checkpoint of the run in `runs/<name>`; where there is none, the recipe
 is run first.
