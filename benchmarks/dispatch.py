@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.modeling.experts.ffn import FfnExperts
-from hf_moe.modeling.routing import MoELayerSpec
+from hf_moe.modeling.layer_spec import MoELayerSpec
 
 
 # (tokens, hidden, intermediate, experts, top_k)

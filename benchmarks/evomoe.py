@@ -31,7 +31,7 @@ from hf_moe.analysis.experts import expert_similarity, mean_similarity, modality
 from hf_moe.configuration.configuration_hf_moe import MODALITIES
 from hf_moe.construction.conversion import convert_router
 from hf_moe.data import VisionLanguageCollator, load_rows
-from hf_moe.modeling.moe_layer import MoELayer
+from hf_moe.modeling.block import Block
 from hf_moe.training.parts import train_only
 from hf_moe.training.recipe import Recipe, load_recipe
 from hf_moe.training.run import collect_routing, run_recipe
@@ -216,13 +216,13 @@ def router_cost(recipe: Recipe, folder: Path, repetitions: int) -> list[dict[str
     return costs
 
 
-def router_multiply_adds(layer: MoELayer) -> int:
+def router_multiply_adds(layer: Block) -> int:
     """Return those of a token's matrix products: with the scorer, and with the matrices of one hypernetwork."""
     parameters = list(layer.gate.parameters())
     return layer.gate.weight.numel() + sum(network[0].numel() for network in parameters if network.dim() == 3)
 
 
-def expert_multiply_adds(layer: MoELayer) -> int:
+def expert_multiply_adds(layer: Block) -> int:
     """Return those of a token in one expert."""
     return sum(stack[0].numel() for stack in layer.experts.parameters())
 

@@ -1,4 +1,4 @@
-"""MoE blocks of Transformers, read by what they hold: the `MoELayer` computes the same."""
+"""MoE blocks of Transformers, read by what they hold: the MoE layer computes the same."""
 
 import pytest
 import torch

@@ -30,7 +30,7 @@ def contents(folder):
 
 def test_bundle_holds_exactly_the_mechanisms_used(tmp_path):
     tiny_config(**MOIIE).save_pretrained(tmp_path)
-    expected = ["connector_mlp", "experts_ffn", "host_composed", "objective_load_balance", "router_moiie"]
+    expected = ["block_moe", "connector_mlp", "experts_ffn", "host_composed", "objective_load_balance", "router_moiie"]
     assert mechanism_files(tmp_path) == expected
 
 
@@ -38,6 +38,7 @@ def test_every_value_of_a_layer_map_that_some_layer_uses_is_bundled(tmp_path):
     router = {"default": {"name": "top_k"}, "1": {"name": "moiie"}}
     tiny_config(router=router).save_pretrained(tmp_path / "both")
     assert mechanism_files(tmp_path / "both") == [
+        "block_moe",
         "connector_mlp",
         "experts_ffn",
         "host_composed",
@@ -45,7 +46,13 @@ def test_every_value_of_a_layer_map_that_some_layer_uses_is_bundled(tmp_path):
         "router_top_k",
     ]
     tiny_config(router=router, layers=[1]).save_pretrained(tmp_path / "one")
-    assert mechanism_files(tmp_path / "one") == ["connector_mlp", "experts_ffn", "host_composed", "router_moiie"]
+    assert mechanism_files(tmp_path / "one") == [
+        "block_moe",
+        "connector_mlp",
+        "experts_ffn",
+        "host_composed",
+        "router_moiie",
+    ]
 
 
 def test_text_only_model_carries_no_connector():
@@ -60,6 +67,7 @@ def test_second_save_removes_its_stale_files_and_leaves_the_users(tmp_path):
     (tmp_path / "router_notes.py").write_text("# my own notes\n")
     tiny_model(tiny_config(router="top_k")).save_pretrained(tmp_path)
     assert mechanism_files(tmp_path) == [
+        "block_moe",
         "connector_mlp",
         "experts_ffn",
         "host_composed",

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import torch
 
 from hf_moe.configuration.configuration_hf_moe import MoeConfig
+from hf_moe.modeling.block import Block
+from hf_moe.modeling.configured_parts import build_block
 from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.layer_spec import MoELayerSpec
-from hf_moe.modeling.moe_layer import MoELayer
 from hf_moe.modeling.objectives.load_balance import LoadBalance
 from hf_moe.modeling.routing_context import RoutingContext
 
@@ -42,18 +43,18 @@ class TwoSkills:
         return torch.cat([bits * 3 - 0.5, content], -1), target
 
 
-def build(fields: dict, seed: int) -> MoELayer:
+def build(fields: dict, seed: int) -> Block:
     torch.manual_seed(seed)
     shared = fields["num_shared_experts"]
     spec = MoELayerSpec(0, WIDTH, **{name: value for name, value in fields.items() if name != "num_shared_experts"})
     config = MoeConfig(num_shared_experts=shared, router={"name": "deepseekmoe"})
-    layer = MoELayer(SimpleNamespace(moe_config=config, _experts_implementation="ragged"), spec)
+    layer = build_block(SimpleNamespace(_experts_implementation="ragged"), config, spec)
     layer.gate.initialize(0.1)
     layer.experts.initialize(WIDTH**-0.5)
     return layer
 
 
-def forward(layer: MoELayer, tokens: torch.Tensor, barred: torch.Tensor | None = None):
+def forward(layer: Block, tokens: torch.Tensor, barred: torch.Tensor | None = None):
     """Return the layer's output and the context of it, where no token may choose its `barred` (T, N) experts."""
     context = RoutingContext.all_text(tokens[None])
     decision = context.decisions[0] = layer.gate(tokens, context)

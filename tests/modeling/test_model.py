@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe import HfMoeForConditionalGeneration, RoutingOverrides
-from hf_moe.modeling.moe_layer import MoELayer
+from hf_moe.modeling.block import Block
 
 
 OBJECTIVES = {"load_balance": 0.1, "router_z": 0.01}
@@ -383,5 +383,5 @@ def test_a_wrapped_moe_block_still_sees_the_context(tiny_model, batch):
 
 def test_layers_outside_the_list_stay_dense(tiny_model):
     layers = tiny_model(moe_config={"layers": [1]}).model.language_model.layers
-    assert [isinstance(layer.mlp, MoELayer) for layer in layers] == [False, True, False]
+    assert [isinstance(layer.mlp, Block) for layer in layers] == [False, True, False]
     assert {type(layer).__name__ for layer in layers} == {"LlamaDecoderLayer"}

@@ -10,9 +10,9 @@ from helpers.router_cases import make_experts, make_spec
 
 import hf_moe.modeling.routers as routers
 from hf_moe import HfMoeForConditionalGeneration
+from hf_moe.modeling.configured_parts import build_block
 from hf_moe.modeling.decisions import ExpertAssignment, ParameterMixture, SlotMixture
 from hf_moe.modeling.experts.ffn import FfnExperts
-from hf_moe.modeling.moe_layer import MoELayer
 
 
 ROUTERS = sorted(path.stem for path in Path(routers.__file__).parent.glob("[a-z]*.py"))
@@ -158,7 +158,7 @@ class PartOfExperts(FfnExperts):
 @pytest.mark.parametrize("mixture", ["slots", "parameters"])
 def test_mixtures_of_split_experts_are_refused(tiny_config, by, mixture):
     config = tiny_config(tower=False, moe_config={"layers": "all"})
-    layer = MoELayer(config, make_spec(layer_idx=0, num_experts=4))
+    layer = build_block(config, config.moe_config, make_spec(layer_idx=0, num_experts=4))
     layer.experts = PartOfExperts(config, layer.spec, by)
     ones = torch.ones(2, 4, 4)
     decision = SlotMixture(ones, ones, 4)

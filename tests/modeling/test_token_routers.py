@@ -1,7 +1,5 @@
 """What the papers promise of the routers that treat all tokens alike."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from helpers.near import assert_near
@@ -29,8 +27,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from hf_moe.configuration.configuration_hf_moe import MoeConfig
+from hf_moe.modeling.configured_parts import build_block
 from hf_moe.modeling.decisions import ExpertAssignment
-from hf_moe.modeling.moe_layer import MoELayer
 from hf_moe.modeling.routing import Router
 
 
@@ -183,7 +181,7 @@ def test_shared_branch_serves_every_token_also_those_the_capacity_dropped():
         num_shared_experts=2,
         router={"name": "top_k", "capacity_factor": 0.5},
     )
-    layer = randomise(MoELayer(SimpleNamespace(moe_config=moe_config, **vars(EAGER)), make_spec())).train()
+    layer = randomise(build_block(EAGER, moe_config, make_spec())).train()
     hidden = torch.randn(2, 10, HIDDEN)
     dropped = layer.gate(hidden.view(20, HIDDEN), text_context(2, 10)).signals["dropped"].view(2, 10) == 1
     assert dropped.any() and not dropped.all()

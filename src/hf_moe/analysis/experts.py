@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..modeling.block import Block
 from ..modeling.decisions import ExpertAssignment
 from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.layer_spec import Site
-from ..modeling.moe_layer import MoELayer
 from ..modeling.routing_context import RoutingContext
 from .routing_statistics import RoutingStatistics
 
 
 @torch.no_grad()
-def weight_similarity(layer: MoELayer) -> torch.Tensor:
+def weight_similarity(layer: Block) -> torch.Tensor:
     """Return the cosines between the weights of a layer's experts, (E, E) float32.
 
     Raises:
@@ -36,7 +36,7 @@ def weight_similarity(layer: MoELayer) -> torch.Tensor:
 
 
 @torch.no_grad()
-def output_similarity(layer: MoELayer, hidden_states: torch.Tensor) -> torch.Tensor:
+def output_similarity(layer: Block, hidden_states: torch.Tensor) -> torch.Tensor:
     """Return the cosines between the outputs of a layer's experts on the same tokens, averaged, (E, E) float32.
 
     Args:
@@ -58,7 +58,7 @@ def expert_similarity(model: Any, batch: dict[str, torch.Tensor]) -> dict[int, d
     """
     seen: dict[int, torch.Tensor] = {}
 
-    def keep(layer: MoELayer, args: tuple[torch.Tensor, ...]) -> None:
+    def keep(layer: Block, args: tuple[torch.Tensor, ...]) -> None:
         seen[layer.layer_idx] = args[0].flatten(0, 1)
 
     handles = [layer.register_forward_pre_hook(keep) for layer in model.moe_layers().values()]
@@ -239,7 +239,7 @@ def _output_cosines(
     return (torch.einsum("etd,ftd->ef", stacked, stacked) / stacked.shape[1]).cpu()
 
 
-def _bank(layer: MoELayer) -> FfnExperts:
+def _bank(layer: Block) -> FfnExperts:
     if not isinstance(layer.experts, FfnExperts):
         raise ValueError(
             f"Layer {layer.layer_idx}: similarities are between feed-forwards of one bank, not "

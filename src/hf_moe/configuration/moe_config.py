@@ -26,8 +26,8 @@ COMMON_FIELDS = frozenset(vars(GenerationConfig())) | {
     "tokenizer_class",
 }
 # The fields that name a mechanism; a layer may be without those that are optional.
-OPTIONAL_MECHANISMS = ("block", "attention", "layer")
-MECHANISM_FIELDS = ("router", "experts", *OPTIONAL_MECHANISMS)
+OPTIONAL_MECHANISMS = ("attention", "layer")
+MECHANISM_FIELDS = ("router", "experts", "block", *OPTIONAL_MECHANISMS)
 BANK_FIELDS = {"num_experts": PositiveInt, "intermediate_size": PositiveInt | None}
 
 
@@ -65,9 +65,8 @@ class MoeConfig(PreTrainedConfig):
             The router's name and its options.
         experts (`dict`, defaults to `{"name": "ffn"}`):
             The kind of expert and its options.
-        block (`dict`, *optional*):
-            How routers and experts are wired in the place of a feed-forward, and its options: `{"name": "moe"}`, one
-            router before one set of experts, when absent.
+        block (`dict`, defaults to `{"name": "moe"}`):
+            How routers and experts are wired in the place of a feed-forward, and its options.
         attention (`dict`, *optional*):
             What mixes experts within the attention of a layer, and its options.
         layer (`dict`, *optional*):
@@ -98,7 +97,7 @@ class MoeConfig(PreTrainedConfig):
     expert_banks: dict[str | int, dict | None] | None = None
     router: dict | str = field(default_factory=lambda: {"name": "top_k"})
     experts: dict | str = field(default_factory=lambda: {"name": "ffn"})
-    block: dict | str | None = None
+    block: dict | str = field(default_factory=lambda: {"name": "moe"})
     attention: dict | str | None = None
     layer: dict | str | None = None
     objectives: dict[str, Any] | None = field(default_factory=dict)

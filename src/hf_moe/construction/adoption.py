@@ -1,6 +1,6 @@
 """Adoption: a decoder that is a MoE already becomes this library's, with its routers and its experts.
 
-What a block is, [`read_block`] tells from what it holds; whether the `MoELayer` that takes over its weights computes
+What a block is, [`read_block`] tells from what it holds; whether the MoE layer that takes over its weights computes
 the same, [`check_block`] tells. Layers that the host keeps dense stay dense.
 """
 
@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ..modeling.block import Block
 from ..modeling.host import decoder_layers, ffn_name
 from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.moe_layer import MoELayer
 from ..modeling.registry import build
 from .materialisation import materialise
 from .moe_blocks import BlockReading, read_block
@@ -63,7 +63,7 @@ def adopted_config(readings: Mapping[int, BlockReading]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def take_block(layer: MoELayer, block: nn.Module, reading: BlockReading) -> None:
+def take_block(layer: Block, block: nn.Module, reading: BlockReading) -> None:
     """Copy a block's tensors into the layer that takes its place, and compare the two.
 
     Statistics start anew, and so does the bias of a router that has one where the host has none.
@@ -85,7 +85,7 @@ def take_block(layer: MoELayer, block: nn.Module, reading: BlockReading) -> None
 
 
 @torch.no_grad()
-def hand_over_block(moe_layer: MoELayer, block: nn.Module, reading: BlockReading, std: float) -> None:
+def hand_over_block(moe_layer: Block, block: nn.Module, reading: BlockReading, std: float) -> None:
     """Hand a host's MoE block to a layer on the meta device: its experts, its shared branch, its gate to the router.
 
     Stacks are not copied where they are stored as ours are. A shared branch that the host does not have starts without

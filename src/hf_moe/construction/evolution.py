@@ -28,11 +28,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import HfMoeConfig
+from ..modeling.block import Block
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.gating import check_choice
 from ..modeling.host import decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.moe_layer import MoELayer
 from ..modeling.parts import text_decoder
 from .upcycling import ffn_state, fill_layer
 
@@ -108,7 +108,7 @@ class ExpertEvolution(TrainerCallback):
             if layer >= len(hosts):
                 raise ValueError(f"Evolution of layer {layer}: the decoder has the layers 0 to {len(hosts) - 1}.")
             ffn = getattr(hosts[layer], ffn_name(hosts[layer]))
-            if isinstance(ffn, MoELayer):
+            if isinstance(ffn, Block):
                 raise ValueError(
                     f"Evolution of layer {layer}, which is a MoE layer already: train the dense model "
                     "(moe_config.layers = []) and assemble the MoE afterwards."
@@ -334,7 +334,7 @@ def assemble(
     return model.eval()
 
 
-def _fill_expert(moe_layer: MoELayer, number: int, state: dict[str, torch.Tensor], num_experts: int) -> None:
+def _fill_expert(moe_layer: Block, number: int, state: dict[str, torch.Tensor], num_experts: int) -> None:
     experts = moe_layer.experts
     fits = isinstance(experts, FfnExperts) and experts.num_experts == num_experts
     if not fits or moe_layer.shared_expert is not None or experts.down_proj.shape[1:] != state["down_proj"].shape:

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import HfMoeConfig
+from ..modeling.block import Block
 from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.host import decoder_layers, ffn_name, read_ffn
 from ..modeling.initialisation import initializer_std
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.moe_layer import MoELayer
 from ..modeling.parts import text_decoder
 from .adoption import hand_over_block
 from .conversion import convert_router, set_objectives
@@ -239,7 +239,7 @@ def _replace_feed_forwards(
     return exact
 
 
-def _adopt(layer: MoELayer, block: nn.Module, reading: BlockReading, keep: bool, std: float) -> bool:
+def _adopt(layer: Block, block: nn.Module, reading: BlockReading, keep: bool, std: float) -> bool:
     """Fill a MoE layer from a host's MoE block, and return whether it computes the same: with as many slots."""
     hand_over_block(layer, block, reading, std)
     if keep:

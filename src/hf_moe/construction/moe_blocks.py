@@ -1,7 +1,7 @@
 """MoE blocks of hosts: how each kind is read as this library's router and experts.
 
 A reader looks at what a block holds, never at the model's type. It says which `moe_config` describes the block and
-from which of its tensors those of the `MoELayer` come; [`check_block`] then compares the two. A tensor that no reader
+from which of its tensors those of the MoE layer come; [`check_block`] then compares the two. A tensor that no reader
 has a place for is a reason to refuse: a block is taken over whole or not at all.
 """
 
@@ -26,7 +26,7 @@ SIGMOID_BIAS, SOFTMAX_BIAS = "e_score_correction_bias", "moe_statics.e_score_cor
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of a `MoELayer` comes from.
+    """Where a tensor of a MoE layer comes from.
 
     Attributes:
         names: tensors of the host's block by their names in it, joined along their first dimension.
@@ -54,10 +54,10 @@ class BlockReading:
 
     Attributes:
         fields: of the `moe_config`, for the block's layer.
-        sources: where the tensors of the `MoELayer` come from, by their names in it. Statistics, and a bias where the
+        sources: where the tensors of the MoE layer come from, by their names in it. Statistics, and a bias where the
             host has none, are not among them: they keep their first values.
         returns_tuple: see [`MoELayerSpec`].
-        branches: paths of the parts that compute alone, in the block and in the `MoELayer`: its stacks of experts and
+        branches: paths of the parts that compute alone, in the block and in the MoE layer: its stacks of experts and
             its shared branch.
     """
 
@@ -67,7 +67,7 @@ class BlockReading:
     branches: dict[str, str] = field(default_factory=dict)
 
     def state(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors of the `MoELayer` from those of the block, such as its `state_dict()`.
+        """Return the tensors of the MoE layer from those of the block, such as its `state_dict()`.
 
         They are views, but for a gate that the host keeps in several pieces.
         """

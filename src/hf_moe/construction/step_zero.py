@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..modeling.block import Block
 from ..modeling.decisions import Decision, ExpertAssignment
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.inputs import placeholder_ids
-from ..modeling.moe_layer import MoELayer
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def logit_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return (logits.float() - reference).abs().max().item()
 
 
-def expert_widths(layer: MoELayer) -> list[int]:
+def expert_widths(layer: Block) -> list[int]:
     """Return the inner widths of a layer's experts and of its shared branch."""
     shared = layer.shared_expert
     widths = [module.intermediate_dim for module in layer.experts.modules() if isinstance(module, FfnExperts)]

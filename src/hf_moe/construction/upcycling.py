@@ -16,15 +16,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..modeling.block import Block
 from ..modeling.decisions import ExpertAssignment
 from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.experts.ffn import FfnExperts
 from ..modeling.host import FfnLayout, decoder_layers, ffn_name, read_ffn
 from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.moe_layer import MoELayer, SharedExperts
 from ..modeling.parts import text_decoder
 from ..modeling.routing_context import ACTIVE_CONTEXT, RoutingContext
+from ..modeling.shared_experts import SharedExperts
 
 
 def ffn_state(weights: Mapping[str, torch.Tensor], layout: FfnLayout) -> dict[str, torch.Tensor]:
@@ -73,7 +74,7 @@ def take_neurons(state: dict[str, torch.Tensor], width: int, start: int = 0) -> 
 
 
 @torch.no_grad()
-def fill_layer(layer: MoELayer, state: dict[str, torch.Tensor], generator: torch.Generator, noise_std: float) -> None:
+def fill_layer(layer: Block, state: dict[str, torch.Tensor], generator: torch.Generator, noise_std: float) -> None:
     """Fill a MoE layer from one feed-forward, see [`upcycle`].
 
     Args:
@@ -129,7 +130,7 @@ def copy_host(model: HfMoeForConditionalGeneration, dense: PreTrainedModel) -> N
     replaced = tuple(
         f"{name}.{ffn_name(layer)}."
         for name, layer in language_model.named_modules()
-        if layer in set(layers) and isinstance(getattr(layer, ffn_name(layer)), MoELayer)
+        if layer in set(layers) and isinstance(getattr(layer, ffn_name(layer)), Block)
     )
     source = {name: tensor for name, tensor in dense.base_model.state_dict().items() if not name.startswith(replaced)}
     target = {name: tensor for name, tensor in language_model.state_dict().items() if not name.startswith(replaced)}
@@ -227,7 +228,7 @@ def check_host_logits(model: HfMoeForConditionalGeneration, dense: PreTrainedMod
 
 
 @torch.no_grad()
-def check_expert(model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.Module) -> None:
+def check_expert(model: HfMoeForConditionalGeneration, layer: Block, ffn: nn.Module) -> None:
     """Refuse a dense feed-forward that is more than its projections and activation: no expert computes what it does.
 
     Raises:
@@ -251,7 +252,7 @@ def check_expert(model: HfMoeForConditionalGeneration, layer: MoELayer, ffn: nn.
 
 
 @torch.no_grad()
-def check_block(layer: MoELayer, block: nn.Module, branches: Mapping[str, str] | None = None) -> None:
+def check_block(layer: Block, block: nn.Module, branches: Mapping[str, str] | None = None) -> None:
     """Refuse a host's MoE block that computes something else than the layer which has taken over its weights.
 
     Args:
@@ -283,7 +284,7 @@ def check_block(layer: MoELayer, block: nn.Module, branches: Mapping[str, str] |
         )
 
 
-def _of_both_kinds(block: nn.Module, layer: MoELayer) -> tuple[nn.Module, nn.Module]:
+def _of_both_kinds(block: nn.Module, layer: Block) -> tuple[nn.Module, nn.Module]:
     """Return the two such that every other token is one of an image, where they have banks for these."""
     return (_EveryOtherImage(block), _EveryOtherImage(layer)) if layer.spec.banks else (block, layer)
 
@@ -297,7 +298,7 @@ class _EveryOtherImage(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> Any:
         kinds = (torch.arange(hidden_states.shape[1], device=hidden_states.device) % 2)[None]  # (1, S)
-        if not isinstance(self.block, MoELayer):
+        if not isinstance(self.block, Block):
             return self.block(hidden_states, kinds)
         token = ACTIVE_CONTEXT.set(RoutingContext(kinds, torch.ones_like(kinds, dtype=torch.bool)))
         try:

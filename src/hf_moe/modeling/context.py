@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .block import Block
 from .inputs import (
     check_ids,
     check_mask,
@@ -26,7 +27,6 @@ from .inputs import (
     real_tokens,
 )
 from .memory import TokenMemory, cache_of, foreign_state
-from .moe_layer import MoELayer
 from .outputs import routed_output, router_logits
 from .overrides import RoutingOverrides
 from .routing_context import CALL_CONTEXT, RoutingContext
@@ -42,9 +42,9 @@ ROUTING_INPUTS: dict[str, Any] = {
 }
 
 
-def moe_layers(model: nn.Module) -> dict[int, MoELayer]:
+def moe_layers(model: nn.Module) -> dict[int, Block]:
     """Return the MoE layers of a model by layer index."""
-    return {module.layer_idx: module for module in model.modules() if isinstance(module, MoELayer)}
+    return {module.layer_idx: module for module in model.modules() if isinstance(module, Block)}
 
 
 def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: float) -> RoutingContext:

@@ -1,6 +1,6 @@
 """The host: how a Transformers decoder is read, and how its feed-forwards become MoE layers.
 
-Two things are done to a host. The feed-forward of every MoE layer is replaced by a `MoELayer`. The class of every
+Two things are done to a host. The feed-forward of every MoE layer is replaced by a block. The class of every
 decoder layer is swapped for a subclass of the same name whose `forward` takes `routing_context` and holds it in a
 context variable while the host's own forward runs. The context stays an argument of the layer, the one thing that
 survives every kind of recomputation, and the variable reaches a block that PEFT or a compiler has wrapped.
@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration.layer_maps import at_layer
+from .block import Block
+from .configured_parts import build_block
 from .layer_spec import MoELayerSpec
-from .moe_layer import MoELayer
 from .routing_context import ACTIVE_CONTEXT, CALL_CONTEXT
 
 
@@ -223,7 +224,7 @@ def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
     )
 
 
-def install_moe_layers(language_model: PreTrainedModel, config) -> dict[int, MoELayer]:
+def install_moe_layers(language_model: PreTrainedModel, config) -> dict[int, Block]:
     """Replace the feed-forwards that the config names and make every decoder layer carry the routing context.
 
     Returns:
@@ -235,7 +236,7 @@ def install_moe_layers(language_model: PreTrainedModel, config) -> dict[int, MoE
         layer = layers[layer_idx]
         name = ffn_name(layer)
         spec = layer_spec(config, layer_idx, read_ffn(getattr(layer, name)))
-        installed[layer_idx] = MoELayer(config, spec)
+        installed[layer_idx] = build_block(config, config.moe_config, spec)
         setattr(layer, name, installed[layer_idx])
     for layer in layers:
         layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]

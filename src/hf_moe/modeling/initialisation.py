@@ -7,17 +7,18 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .block import Block
 from .routing import Connector, Experts, Objective, Router
 
 
-def mechanisms_inner_first(module: nn.Module) -> Iterator[Router | Experts | Objective | Connector]:
+def mechanisms_inner_first(module: nn.Module) -> Iterator[Block | Router | Experts | Objective | Connector]:
     """Walk the mechanisms of a module, itself among them, each after those within it.
 
     So initialised, each finds its parts done and may change them.
     """
     for child in module.children():
         yield from mechanisms_inner_first(child)
-    if isinstance(module, Router | Experts | Objective | Connector):
+    if isinstance(module, Block | Router | Experts | Objective | Connector):
         yield module
 
 
@@ -46,6 +47,7 @@ class MechanismInitialisation:
         for mechanism in mechanisms_inner_first(self):
             if not getattr(mechanism, "_is_hf_initialized", False):
                 mechanism.initialize(std)
-                for part in mechanism.modules():
+                # The shared branch of a block is made of plain linear layers, which the host's class initialises.
+                for part in [mechanism] if isinstance(mechanism, Block) else mechanism.modules():
                     part._is_hf_initialized = True
         super().initialize_weights()  # type: ignore[misc]

@@ -22,13 +22,13 @@ from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.saving import PACKAGE
 from .auxiliary import AuxiliaryLosses, count_labels, is_learning, warn_without_labels
 from .base import HfMoePreTrainedModel
+from .block import Block
 from .caches import cache_argument, name_cache
 from .context import ROUTING_INPUTS, Arguments, build_context, carry_context, moe_layers, wants_router_logits
 from .elastic import ElasticBudget
 from .host import install_moe_layers
 from .language_loss import token_balanced_loss
 from .mechanisms import get_mechanism
-from .moe_layer import MoELayer
 from .optimizer_steps import is_sharded
 from .outputs import prepare_outputs, routed_output, router_logits
 from .parts import freeze_towers_in_eval, text_decoder
@@ -150,7 +150,7 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         freeze_towers_in_eval(self)
         return self
 
-    def moe_layers(self) -> dict[int, MoELayer]:
+    def moe_layers(self) -> dict[int, Block]:
         """Return the MoE layers by layer index."""
         return moe_layers(self)
 

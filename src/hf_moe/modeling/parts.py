@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .moe_layer import MoELayer
+from .block import Block
 
 
 PARTS = ("tower", "connector", "routers", "experts", "embeddings", "backbone")
@@ -261,5 +261,5 @@ def _moe_layers(root: nn.Module) -> list[nn.Module]:
     # Asked of the model where it can tell: its code may be the copy in a checkpoint, whose classes are not those here.
     holder = next((module for module in root.modules() if hasattr(module, "moe_layers")), None)
     if holder is None:
-        return [module for module in root.modules() if isinstance(module, MoELayer)]
+        return [module for module in root.modules() if isinstance(module, Block)]
     return list(holder.moe_layers().values())

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .moe_layer import MoELayer
+from .block import Block
 from .routing import Experts
 
 
@@ -18,7 +18,7 @@ def float32_patterns(language_model: nn.Module) -> list[str]:
     """
     patterns = set()
     for name, module in language_model.named_modules():
-        if isinstance(module, MoELayer):
+        if isinstance(module, Block):
             before, _, after = (re.escape(part) for part in name.rpartition(f".{module.layer_idx}."))
             index = rf"(?:{module.layer_idx}|[^\d.]+)"
             counts = [re.escape(n) for n, b in module.gate.named_buffers() if b.dtype in (torch.long, torch.double)]
@@ -35,7 +35,7 @@ def plan_moe_layers(language_model: PreTrainedModel) -> None:
     no layer has any more are dropped.
     """
     names = {name for name, _ in [*language_model.named_modules(), *language_model.named_parameters()]}
-    layers = {name: part for name, part in language_model.named_modules() if isinstance(part, MoELayer)}
+    layers = {name: part for name, part in language_model.named_modules() if isinstance(part, Block)}
     experts = tuple({f"{_starred(name)}.experts" for name in layers})
     kept = {_starred(name) for name in names if not name.startswith(tuple(f"{name}." for name in layers))}
     for kind in ("tp_plan", "ep_plan"):
@@ -48,7 +48,7 @@ def plan_moe_layers(language_model: PreTrainedModel) -> None:
         setattr(language_model, kind, plan)
 
 
-def _layer_plan(name: str, layer: MoELayer, kind: str) -> dict[str, str | None]:
+def _layer_plan(name: str, layer: Block, kind: str) -> dict[str, str | None]:
     """Return the style of every part of a MoE layer, `None` where it stays whole."""
     parts = [part for part, _ in [*layer.named_modules(), *layer.named_parameters()] if part]
     plan: dict[str, str | None] = dict.fromkeys(parts)

@@ -1,4 +1,4 @@
-"""MoE blocks of Transformers' own classes, small and random, and the `MoELayer` that a reading of one fills."""
+"""MoE blocks of Transformers' own classes, small and random, and the block that a reading of one fills."""
 
 import importlib
 from typing import Any
@@ -10,9 +10,10 @@ from transformers import LlamaConfig
 
 from hf_moe import HfMoeConfig
 from hf_moe.construction.moe_blocks import BlockReading
+from hf_moe.modeling.block import Block
+from hf_moe.modeling.configured_parts import build_block
 from hf_moe.modeling.host import layer_spec, read_ffn
 from hf_moe.modeling.initialisation import initialize_mechanisms
-from hf_moe.modeling.moe_layer import MoELayer
 
 
 HIDDEN = 32
@@ -186,10 +187,10 @@ def config_of(reading: BlockReading, config: Any) -> HfMoeConfig:
     return HfMoeConfig(text_config=text, moe_config={"layers": [0], **reading.fields})
 
 
-def make_layer(block: nn.Module, reading: BlockReading, config: Any) -> MoELayer:
-    """Return the `MoELayer` of a reading, with the block's tensors."""
+def make_layer(block: nn.Module, reading: BlockReading, config: Any) -> Block:
+    """Return the block of a reading, with the block's tensors."""
     whole = config_of(reading, config)
-    layer = MoELayer(whole, layer_spec(whole, 0, read_ffn(block)))
+    layer = build_block(whole, whole.moe_config, layer_spec(whole, 0, read_ffn(block)))
     initialize_mechanisms(layer, 0.02)
     missing, unexpected = layer.load_state_dict(reading.state(block.state_dict()), strict=False)
     assert not unexpected

@@ -1,0 +1,138 @@
+"""The block: what takes the place of a feed-forward, and how routers, experts and a shared branch are wired in it.
+
+The plain wiring is that of the block `moe`: one router, one set of experts, a branch that every token uses. Others run
+their experts several times, in series, or on pieces of a token. A block gets its parts from `Parts`, which reads the
+config, so it names no mechanism.
+"""
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .decisions import Decision, ExpertAssignment, refuse_mixture
+from .expert_banks import run_assignment
+from .layer_spec import MoELayerSpec
+from .routing import Experts, Router
+from .routing_context import ACTIVE_CONTEXT, RoutingContext
+
+
+class Parts(Protocol):
+    """Makes the parts of a block, of the kinds and with the options that the config names."""
+
+    def router(self, spec: MoELayerSpec) -> Router: ...
+
+    def experts(self, spec: MoELayerSpec) -> Experts: ...
+
+    def shared_expert(self, spec: MoELayerSpec, experts: Experts) -> nn.Module | None: ...
+
+    def residual_mix(self, spec: MoELayerSpec) -> nn.Module | None: ...
+
+
+class Block(nn.Module):
+    """Base of the blocks: `mix(tokens (T, d), context) -> (T, d)`, in `forward(hidden (B, S, d)) -> (B, S, d)`.
+
+    Where the host's layer unpacks what its own feed-forward returns, `forward` gives `(output, None)`. The routing
+    context is not an argument, since hosts pass none to their feed-forward: it is read from the context variable that
+    the decoder layer sets for the duration of its forward (see `host.py`).
+
+    A block keeps its router under `gate`, its experts under `experts` and the branch of all tokens under
+    `shared_expert`, the names that other tools look for; several routers are a list under `gate`.
+
+    Args:
+        spec: facts of the layer.
+        parts: makes routers, experts and the shared branch.
+    """
+
+    gate: nn.Module
+    experts: nn.Module
+
+    def __init__(self, spec: MoELayerSpec, parts: Parts):
+        super().__init__()
+        self.spec = spec
+        self.layer_idx = spec.layer_idx
+        # In the singular: conversion rules of MoE hosts would take `shared_experts.down_proj` for a stack of theirs.
+        self.shared_expert: nn.Module | None = None
+        self.residual_mix: nn.Module | None = None
+
+    def initialize(self, std: float) -> None:
+        """Initialise the block's own parameters; those of its parts are initialised by themselves."""
+
+    @property
+    def routers(self) -> list[Router]:
+        """The routers, without what PEFT has wrapped around them."""
+        gates = self.gate if isinstance(self.gate, nn.ModuleList) else [self.gate]
+        return [unwrapped(gate) for gate in gates]
+
+    @property
+    def router(self) -> Router:
+        """The first of the routers."""
+        return self.routers[0]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        context = ACTIVE_CONTEXT.get()
+        if context is None:
+            context = RoutingContext.all_text(hidden_states)
+        context.enter(hidden_states)
+        output = self.mix(hidden_states.reshape(-1, hidden_states.shape[-1]), context)  # (T, d)
+        output = output.view(*hidden_states.shape[:-1], -1)
+        return (output, None) if self.spec.returns_tuple else output
+
+    def mix(self, tokens: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define mix(tokens, context).")
+
+    def route(
+        self, gate: nn.Module, experts: nn.Module, tokens: torch.Tensor, context: RoutingContext
+    ) -> tuple[torch.Tensor, Decision]:
+        """Return the experts' output for the tokens (T, d), and the gate's decision, which the context records."""
+        decision = gate(tokens, context)
+        if isinstance(decision, ExpertAssignment):
+            # Padding is computed by nobody: its slots are empty, and empty slots cost nothing.
+            decision = decision.drop(~context.tokens("token_mask", tokens.device))
+        site = unwrapped(gate).spec.site
+        context.decisions[site] = decision
+        output = run_experts(experts, tokens, decision)
+        if context.keep_outputs:
+            # What follows is computed from the view that is kept, so that the view's gradient is the output's.
+            context.outputs[site] = output.view(*context.token_mask.shape, -1)
+            output = context.outputs[site].flatten(0, 1)
+        return output, decision
+
+    def add_shared(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the routed experts' `output` with the shared branch's for the same tokens, both (T, d).
+
+        With a residual mix it is `c_0 routed(x) + c_1 shared(x)`, c = softmax(W x + b) in float32 (DeepSpeed-MoE,
+        arXiv:2201.05596), else `routed(x) + shared(x)`.
+        """
+        if self.shared_expert is None:
+            return output
+        shared = self.shared_expert(tokens)
+        if self.residual_mix is None:
+            return output + shared
+        share = self.residual_mix(tokens).float().softmax(-1).to(output.dtype)  # (T, 2)
+        return output * share[:, :1] + shared * share[:, 1:]
+
+
+def unwrapped(gate: Any) -> Router:
+    """Return the router itself where PEFT has wrapped it."""
+    return gate.get_base_layer() if hasattr(gate, "get_base_layer") else gate
+
+
+def run_experts(experts: nn.Module, tokens: torch.Tensor, decision: Decision) -> torch.Tensor:
+    """Return what the experts make of the tokens (T, d)."""
+    if not isinstance(decision, ExpertAssignment):
+        if getattr(experts, "num_experts", decision.num_experts) != decision.num_experts:
+            raise refuse_mixture(decision)
+        return experts(tokens, decision)
+    if decision.input_scale is not None:
+        tokens = tokens * decision.input_scale[:, None].to(tokens.dtype)
+    output = run_assignment(experts, tokens, decision)
+    if decision.identity_weight is not None:
+        output = output + tokens * decision.identity_weight[:, None].to(tokens.dtype)
+    return output
+
+
+def step_spec(spec: MoELayerSpec, step: int, **fields: Any) -> MoELayerSpec:
+    """Return the facts of one of several decisions in the layer of `spec`; the first keeps the site of the layer."""
+    return replace(spec, part=f"step{step}" if step else spec.part, **fields)

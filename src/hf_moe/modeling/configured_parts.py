@@ -1,0 +1,81 @@
+"""Builds the block of a layer, and its parts, as a `MoeConfig` names them."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..configuration.layer_maps import at_layer
+from .block import Block
+from .expert_banks import ExpertBanks
+from .layer_spec import MoELayerSpec
+from .mechanisms import get_mechanism
+from .registry import build
+from .routing import Experts, Router
+from .shared_experts import SharedExperts
+
+
+class ConfiguredParts:
+    """Makes the parts that a config names, see [`Parts`].
+
+    Args:
+        config: the outer `HfMoeConfig`.
+        moe: the `MoeConfig` of the decoder, tower or connector that the parts are for.
+    """
+
+    def __init__(self, config, moe):
+        self.config = config
+        self.moe = moe
+
+    def named(self, kind: str, spec: MoELayerSpec) -> tuple[type, dict[str, Any]]:
+        """Return the class of a kind of mechanism in a layer, and its options."""
+        options = dict(at_layer(getattr(self.moe, kind), spec.layer_idx))
+        return get_mechanism(kind, options.pop("name")), options
+
+    def router(self, spec: MoELayerSpec) -> Router:
+        router = build("router", *self.named("router", spec), spec)
+        # A model of low precision has float32 routers when it is loaded, so it has when it is built.
+        return router.float() if torch.finfo(torch.get_default_dtype()).bits < 32 else router
+
+    def experts(self, spec: MoELayerSpec) -> Experts:
+        cls, options = self.named("experts", spec)
+        if not spec.banks:
+            return build("experts", cls, options, self.config, spec)
+        banks = {}
+        for bank, num_experts, width in spec.banks:
+            own = replace(spec, num_experts=num_experts, expert_intermediate_size=width, banks=())
+            banks[bank] = build("experts", cls, options, self.config, own)
+        return ExpertBanks(banks, [num_experts for _, num_experts, _ in spec.banks])
+
+    def shared_expert(self, spec: MoELayerSpec, experts: Experts) -> SharedExperts | None:
+        num_shared = at_layer(self.moe.num_shared_experts, spec.layer_idx)
+        if num_shared == 0:
+            return None
+        width = at_layer(self.moe.shared_intermediate_size, spec.layer_idx)
+        gated = at_layer(self.moe.shared_expert_gate, spec.layer_idx)
+        return SharedExperts(spec, width or num_shared * spec.expert_intermediate_size, gated, experts.shared_unit)
+
+    def residual_mix(self, spec: MoELayerSpec) -> nn.Linear | None:
+        if not at_layer(self.moe.residual_mix, spec.layer_idx):
+            return None
+        if at_layer(self.moe.num_shared_experts, spec.layer_idx) == 0:
+            raise ValueError(
+                f"Layer {spec.layer_idx}: moe_config.residual_mix weighs the routed experts against the shared "
+                "branch, and there is none: set num_shared_experts."
+            )
+        return nn.Linear(spec.hidden_size, 2)
+
+
+def build_block(config, moe, spec: MoELayerSpec) -> Block:
+    """Return the block of a layer.
+
+    Args:
+        config, moe: see [`ConfiguredParts`].
+        spec: facts of the layer.
+
+    Raises:
+        ValueError: for a residual mix without a shared branch, or an option that a part refuses.
+    """
+    parts = ConfiguredParts(config, moe)
+    return build("block", *parts.named("block", spec), spec, parts)
