@@ -72,6 +72,8 @@ CASES: dict[str, dict[str, Case]] = {
         "ernie45_vl-banks": Case(moe={"expert_banks": BANKS, "num_experts": None}),
         "evomoe_dtr": Case(),
         "llama4": Case(moe=ONE_SLOT),
+        "meo": Case({"block_size": 3}, NO_LOSS),
+        "meo-whole": Case({"block_size": None}, NO_LOSS, exempt=ALL_TOKENS),
         "ming_multi_router": Case(),
         "ming_multi_router-v2": Case({"gate": "sigmoid_bias"}),
         "modality": Case(moe={"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
