@@ -43,7 +43,6 @@ FOLDERS = {
     "objective": "modeling/objectives",
     "connector": "modeling/connectors",
     "adapter": "adapters",
-    "adapter_router": "adapters/routers",
     "adapter_experts": "adapters/experts",
     "shared": "modeling",
 }

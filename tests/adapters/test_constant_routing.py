@@ -6,16 +6,15 @@ from torch import nn
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.constant_routing import RoutingVaries, constant_gates
-from hf_moe.adapters.routers import ADAPTER_ROUTERS, router_class
 from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.layer_spec import MoELayerSpec
-from hf_moe.modeling.mechanisms import mechanism_names
+from hf_moe.modeling.mechanisms import get_mechanism, mechanism_names
 from hf_moe.modeling.routing import Router
 from hf_moe.modeling.routing_context import RoutingContext
 
 
 CONSTANT = {"constant", "condition", "modality"}
-NAMES = sorted({*ADAPTER_ROUTERS, *mechanism_names("router")} - {"host"})
+NAMES = mechanism_names("router")
 OPTIONS = {"soft_moa": {"slots_per_expert": 1}, "modality": {"modalities": ["text", "image", "video", "audio"]}}
 
 
@@ -41,7 +40,7 @@ def test_a_choice_that_hidden_states_rarely_change_is_no_constant_one():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_router_says_that_it_reads_is_what_it_reads(name):
-    cls = router_class(name)
+    cls = get_mechanism("router", name)
     slots = 1 if name in ("llama4", "switch_transformer") else 2
     router = cls(MoELayerSpec(0, 8, 4, slots, 2), **OPTIONS.get(name, {})).eval()
     router.initialize(1.0)

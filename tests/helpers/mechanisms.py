@@ -8,6 +8,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.modeling.inputs import conditions_read
 
 
 IMAGE, POSITIONS = 63, 10
@@ -63,6 +64,8 @@ CASES: dict[str, dict[str, Case]] = {
     "router": {
         "adamoe": Case({"num_null_experts": 2}),
         "anyexperts": Case({"min_slots": 1, "max_slots": 4}),
+        "becotta": Case(exempt={"micro_batches": "a batch draws its noise at once"}),
+        "condition": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "constant": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "deepseek_v3": Case(),
         "deepseek_v3-groups": Case({"n_group": 2, "topk_group": 1}),
@@ -71,6 +74,7 @@ CASES: dict[str, dict[str, Case]] = {
         "ernie45_vl": Case(moe={"num_experts_per_tok": 1}),
         "ernie45_vl-banks": Case(moe={"expert_banks": BANKS, "num_experts": None}),
         "evomoe_dtr": Case(),
+        "intuition_mor1e": Case({"num_clusters": 3}),
         "llama4": Case(moe=ONE_SLOT),
         "meo": Case({"block_size": 3}, NO_LOSS),
         "meo-whole": Case({"block_size": None}, NO_LOSS, exempt=ALL_TOKENS),
@@ -81,6 +85,8 @@ CASES: dict[str, dict[str, Case]] = {
         "moiie-next_token": Case(
             {"boundary_rule": "next_token"}, exempt={"decoding": "a token looks at the next one's modality"}
         ),
+        "sequence": Case(),
+        "sequence-instruction": Case({"end_token_id": 7, "centred": True}),
         "smora": Case(),
         "soft_moa": Case(moe=NO_LOSS, exempt=ALL_TOKENS),
         "soft_moa-normalized": Case({"slots_per_expert": 2, "normalize": True}, NO_LOSS, exempt=ALL_TOKENS),
@@ -146,7 +152,7 @@ def build(kind: str, key: str, **options) -> HfMoeForConditionalGeneration:
 
 
 def make_rows(model: HfMoeForConditionalGeneration, rows: int = 3, seed: int = 1) -> dict[str, Any]:
-    """Return rows of text with one image each, and the domain of every row."""
+    """Return rows of text with one image each, and the conditions of every row."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, IMAGE, (rows, POSITIONS), generator=generator)
     types = torch.zeros_like(ids)
@@ -155,6 +161,9 @@ def make_rows(model: HfMoeForConditionalGeneration, rows: int = 3, seed: int = 1
     labels[:, 0] = -100  # which padding would have to foretell
     batch = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids), "labels": labels}
     batch["condition_ids"] = {"domain": torch.arange(rows) % 3}
+    for name, ids in conditions_read(layer.router for layer in model.moe_layers().values()).items():
+        features = torch.rand(rows, 3, generator=generator)
+        batch["condition_ids"][name] = torch.arange(rows) % ids if ids else features
     if model.config.image_token_id is None:
         return batch
     ids[:, PICTURE] = labels[:, PICTURE] = IMAGE

@@ -7,7 +7,6 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_moe import HfMoeForConditionalGeneration, MoeLoraConfig, list_mechanisms, register_router
-from hf_moe.adapters.routers import ADAPTER_ROUTERS
 from hf_moe.modeling import registry
 from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
@@ -39,14 +38,9 @@ def objective(name: str) -> torch.nn.Module:
     return build("objective", get_mechanism("objective", name), {}, [spec], 0.1)
 
 
-def adapter_router(name: str) -> torch.nn.Module:
-    return ADAPTER_ROUTERS[name](make_spec(num_experts=4), **OPTIONS.get(name, {}))
-
-
 MECHANISMS = [
     *[pytest.param(router, name, id=f"router {name}") for name in list_mechanisms("router")],
     *[pytest.param(objective, name, id=f"objective {name}") for name in list_mechanisms("objective")],
-    *[pytest.param(adapter_router, name, id=f"adapter {name}") for name in ADAPTER_ROUTERS if name != "host"],
 ]
 
 

@@ -19,11 +19,21 @@ from hf_moe.modeling.routing import Connector, Experts, Objective, Router
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE = 5
 # What the library's defaults are not enough for, and the words that say so.
-MISSING = {"llama4": "set it to 1", "switch_transformer": "set it to 1", "expert_contrast": "num_experts_per_tok=1"}
+MISSING = {
+    "llama4": "set it to 1",
+    "switch_transformer": "set it to 1",
+    "expert_contrast": "num_experts_per_tok=1",
+    "soft_moa": "all tokens of a sequence",
+}
 REMEDY = {"num_experts_per_tok": 1}
 # What the library's defaults do not fit.
-FITTING = {"modality": {"num_experts": 2, "num_experts_per_tok": 1}}
-WITHOUT_PARAMETERS = {"constant", "modality"}
+FITTING = {
+    "intuition_mor1e": {"num_experts": 4},
+    "modality": {"num_experts": 2, "num_experts_per_tok": 1},
+}
+WITHOUT_PARAMETERS = {"condition", "constant", "modality"}
+CONDITIONS = {"domain": torch.tensor([0, 1]), "task": torch.tensor([1, 0])}
+FEATURES = {"intuition_mor1e": {"intuition": torch.rand(2, 16)}}
 # The router that an objective is made for, where the default is not.
 ROUTER_OF = {"null_load": "adamoe", "slot_budget": "anyexperts", "router_orthogonality": "ernie45_vl"}
 MECHANISMS = [(kind, name) for kind in KINDS for name in mechanism_names(kind)]
@@ -55,7 +65,7 @@ def recommended(router: str) -> dict:
     return found[0].get("objectives", {}) if found else {}
 
 
-def train_a_step(model: HfMoeForConditionalGeneration) -> set[str]:
+def train_a_step(model: HfMoeForConditionalGeneration, name: str) -> set[str]:
     """Return the names of the parameters that have changed."""
     ids = torch.arange(8, 56).view(2, 24)
     ids[:, : model.config.image_seq_length] = IMAGE
@@ -64,7 +74,7 @@ def train_a_step(model: HfMoeForConditionalGeneration) -> set[str]:
         input_ids=ids,
         pixel_values=torch.randn(2, 3, 16, 16),
         labels=ids,
-        condition_ids={"domain": torch.tensor([0, 1])},
+        condition_ids={**CONDITIONS, **FEATURES.get(name, {})},
     ).loss
     loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -77,7 +87,9 @@ def test_a_mechanism_trains_a_step_or_says_what_is_missing(kind, name):
     if name in MISSING:
         with pytest.raises(ValueError, match=MISSING[name]):
             make_model(kind, name)
-    changed = train_a_step(make_model(kind, name, **(REMEDY if name in MISSING else FITTING.get(name, {}))))
+        if name == "soft_moa":
+            return  # it has no place in a decoder
+    changed = train_a_step(make_model(kind, name, **(REMEDY if name in MISSING else FITTING.get(name, {}))), name)
     assert any((".experts." if name in WITHOUT_PARAMETERS else ".gate.") in item for item in changed)
 
 

@@ -21,6 +21,7 @@ from .inputs import (
     check_mask,
     check_mask_and_positions,
     check_tokens,
+    conditions_read,
     find_placeholder,
     learned_positions,
     modality_ids,
@@ -65,7 +66,9 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
     modalities, overrides = inputs.get("moe_mm_token_type_ids"), inputs.get("routing_overrides")
     if modalities is None:
         modalities = inputs.get("mm_token_type_ids")
-    check_ids(tokens, modalities, inputs.get("condition_ids"))
+    conditions = inputs.get("condition_ids")
+    routers = (layer.router for layer in moe_layers(model).values()) if conditions is not None else ()
+    check_ids(tokens, modalities, conditions, conditions_read(routers))
     if modalities is None:
         find = functools.partial(find_placeholder, model, input_ids, inputs_embeds)
         modalities = modality_ids(config, find, tokens)
@@ -78,7 +81,7 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
         modality_ids=modalities.long(),
         token_mask=torch.ones_like(modalities, dtype=torch.bool) if token_mask is None else token_mask,
         input_ids=input_ids,
-        condition_ids=inputs.get("condition_ids"),
+        condition_ids=conditions,
         progress=progress,
         overrides=overrides,
         memory=TokenMemory(cache_of(inputs), foreign_state(inputs), hides_padding=token_mask is None),

@@ -29,6 +29,10 @@ class Router(KeepsBufferTypes):
     # experts. One that depends on less than all of them says so, and can be merged for what it does depend on.
     reads: frozenset[str] = frozenset({"hidden_states"})
 
+    # The condition of the rows that it reads, and how many ids of it it tells apart; 0 where it takes features.
+    condition: str | None = None
+    num_conditions: int = 0
+
     # The gate that serves each modality, for routers with several.
     gate_of_modality: Sequence[int] = (0,) * NUM_MODALITIES
 

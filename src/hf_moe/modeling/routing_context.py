@@ -112,14 +112,28 @@ class RoutingContext:
         Raises:
             ValueError: if the call did not give it.
         """
+        ids = self._given_condition(name, "of shape (B,) or (B, S)")
+        ids = ids[:, None].expand(self.token_mask.shape) if ids.dim() == 1 else ids  # (B, S)
+        return ids.reshape(-1).long().to(device)
+
+    def condition_features(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return the features that a condition has in place of ids, for every token, (T, C).
+
+        Raises:
+            ValueError: if the call did not give it.
+        """
+        features = self._given_condition(name, "features of shape (B, C)")
+        return features.to(device).repeat_interleave(self.token_mask.shape[1], dim=0)
+
+    def _given_condition(self, name: str, form: str) -> torch.Tensor:
         if name not in self.condition_ids:
             raise ValueError(
                 f"The router reads the condition {name!r}, and the call gave {sorted(self.condition_ids) or 'none'}: "
-                f"pass condition_ids={{{name!r}: ids}}, of shape (B,) or (B, S)."
+                f"pass condition_ids={{{name!r}: ...}}, {form}. With LoRA experts hf_moe.adapters.ConditionCollator "
+                f"brings it past a collator that drops it, and hf_moe.adapters.routing_inputs({name}=...) into "
+                "generation; task_ids never arrives where PEFT's config has a task_type."
             )
-        ids = self.condition_ids[name]
-        ids = ids[:, None].expand(self.token_mask.shape) if ids.dim() == 1 else ids  # (B, S)
-        return ids.reshape(-1).long().to(device)
+        return self.condition_ids[name]
 
     def past(self, site: Hashable) -> torch.Tensor | None:
         """Return what a router has remembered of the cached tokens, (B, n, ...); `None` where nothing is cached.
