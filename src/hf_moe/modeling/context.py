@@ -27,9 +27,11 @@ from .inputs import (
     modality_ids,
     real_tokens,
 )
+from .layer_spec import Site
 from .memory import TokenMemory, cache_of, foreign_state
 from .outputs import routed_output, router_logits
 from .overrides import RoutingOverrides
+from .routing import Router
 from .routing_context import CALL_CONTEXT, RoutingContext
 
 
@@ -43,9 +45,14 @@ ROUTING_INPUTS: dict[str, Any] = {
 }
 
 
-def moe_layers(model: nn.Module) -> dict[int, Block]:
-    """Return the MoE layers of a model by layer index."""
-    return {module.layer_idx: module for module in model.modules() if isinstance(module, Block)}
+def moe_blocks(model: nn.Module) -> dict[Site, Block]:
+    """Return the MoE layers of a model by site, those of towers and connectors among them."""
+    return {module.spec.site: module for module in model.modules() if isinstance(module, Block)}
+
+
+def routers_of(model: nn.Module) -> dict[Site, Router]:
+    """Return the routers of a model by the sites of their decisions; a block may have several."""
+    return {router.spec.site: router for block in moe_blocks(model).values() for router in block.routers}
 
 
 def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: float) -> RoutingContext:
@@ -75,7 +82,7 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
     if overrides is not None:
         if not isinstance(overrides, RoutingOverrides):
             raise ValueError(f"routing_overrides must be RoutingOverrides(...), got {type(overrides).__name__}.")
-        overrides.check_sites({layer.spec.site: layer.router for layer in moe_layers(model).values()})
+        overrides.check_sites(routers_of(model))
     token_mask = real_tokens(config, inputs, tokens)
     return RoutingContext(
         modality_ids=modalities.long(),
