@@ -74,7 +74,7 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
     if modalities is None:
         modalities = inputs.get("mm_token_type_ids")
     conditions = inputs.get("condition_ids")
-    routers = (layer.router for layer in moe_layers(model).values()) if conditions is not None else ()
+    routers = routers_of(model).values() if conditions is not None else ()
     check_ids(tokens, modalities, conditions, conditions_read(routers))
     if modalities is None:
         find = functools.partial(find_placeholder, model, input_ids, inputs_embeds)
