@@ -208,6 +208,40 @@ def select_experts(
     return index.masked_fill(empty, spec.num_experts), weight.masked_fill(empty, 0.0)
 
 
+def assign(
+    logits: torch.Tensor,
+    spec: MoELayerSpec,
+    context: RoutingContext,
+    *,
+    scores: str = "softmax",
+    norm: bool = True,
+    scale: float = 1.0,
+    bias: torch.Tensor | None = None,
+    groups: tuple[int, int, str] = (1, 1, "best_two"),
+    norm_min: float = 1e-20,
+    gate_index: torch.Tensor | None = None,
+) -> ExpertAssignment:
+    """Return the top-k assignment of logits: what almost every token-choice router ends with.
+
+    Args:
+        logits (`torch.Tensor` of shape `(T, C)`): C >= E candidates, the real experts first; -inf where a token may
+            not choose. The test-time overrides of the context are applied here.
+        scores: `"softmax"` or `"sigmoid"`, see [`router_scores`].
+        norm, norm_min: divide the K weights by their sum, at least `norm_min`.
+        scale: multiplies the weights.
+        bias, groups: see [`select_experts`]; `groups` are `n_group`, `topk_group` and `group_score`.
+        gate_index (`torch.Tensor` of shape `(T,)`, *optional*): which gate decided.
+    """
+    logits = apply_overrides(logits, spec, context)
+    values, probs = router_scores(logits, scores)  # (T, C) both
+    index, weight = select_experts(values, logits, spec, bias, *groups)  # (T, K) both
+    weight = renormalise(weight, norm_min) if norm else weight
+    weight = weight * scale if scale != 1.0 else weight
+    return ExpertAssignment(
+        index, weight, spec.num_experts, router_logits=logits, router_probs=probs, gate_index=gate_index
+    )
+
+
 def limit_capacity(
     assignment: ExpertAssignment, capacity_factor: float | None, spec: MoELayerSpec, context: RoutingContext
 ) -> ExpertAssignment:

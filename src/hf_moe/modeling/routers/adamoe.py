@@ -19,14 +19,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
 from ..decisions import ExpertAssignment
-from ..gating import (
-    apply_overrides,
-    check_slots,
-    gate_logits,
-    renormalise,
-    router_scores,
-    select_experts,
-)
+from ..gating import assign, check_slots, gate_logits
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing import Router
@@ -82,9 +75,4 @@ class AdaMoERouter(Router):
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         logits = gate_logits(hidden_states, torch.cat([self.weight, self.null_weight]))  # (T, E + M)
-        logits = apply_overrides(logits, self.spec, context)
-        scores, probs = router_scores(logits, "softmax")
-        index, weight = select_experts(scores, logits, self.spec)  # (T, K) both
-        return ExpertAssignment(
-            index, renormalise(weight), self.spec.num_experts, router_logits=logits, router_probs=probs
-        )
+        return assign(logits, self.spec, context)

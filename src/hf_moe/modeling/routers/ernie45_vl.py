@@ -16,18 +16,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, NonNegativeInt, Positive
 from ..decisions import ExpertAssignment
-from ..gating import (
-    BiasBalancedRouter,
-    apply_overrides,
-    bank_sizes,
-    gate_logits,
-    gate_overlap,
-    is_vision,
-    mask_other_bank,
-    renormalise,
-    router_scores,
-    select_experts,
-)
+from ..gating import BiasBalancedRouter, assign, bank_sizes, gate_logits, gate_overlap, is_vision, mask_other_bank
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing_context import RoutingContext
@@ -89,19 +78,15 @@ class Ernie45VLRouter(BiasBalancedRouter):
         device = hidden_states.device
         gate_index = self.in_vision_bank(context, device).long()  # (T,)
         logits = mask_other_bank(gate_logits(hidden_states, self.weight), gate_index, self.bank_sizes)  # (T, E)
-        logits = apply_overrides(logits, self.spec, context)
-        scores, probs = router_scores(logits, "softmax")
-        index, weight = select_experts(scores, logits, self.spec, self.e_score_correction_bias)  # (T, K) both
-        signals = {}
+        assignment = assign(
+            logits,
+            self.spec,
+            context,
+            bias=self.e_score_correction_bias,
+            norm_min=self.norm_min,
+            gate_index=gate_index,
+        )
         if context.keep_gate_overlap:
             overlaps = [gate_overlap(rows) for rows in self.weight.split(self.bank_sizes)]
-            signals["gate_overlap"] = torch.stack(overlaps).mean().expand(len(index))  # (T,)
-        return ExpertAssignment(
-            index,
-            renormalise(weight, self.norm_min),
-            self.spec.num_experts,
-            router_logits=logits,
-            router_probs=probs,
-            gate_index=gate_index,
-            signals=signals,
-        )
+            assignment.signals["gate_overlap"] = torch.stack(overlaps).mean().expand(len(logits))  # (T,)
+        return assignment

@@ -31,15 +31,7 @@ from transformers import initialization as init
 from ...configuration.checks import PositiveInt
 from ..decisions import ExpertAssignment
 from ..dispatch import Dispatch
-from ..gating import (
-    apply_overrides,
-    check_slots,
-    gate_logits,
-    gates_of,
-    per_gate_logits,
-    router_scores,
-    select_experts,
-)
+from ..gating import assign, check_slots, gate_logits, gates_of, per_gate_logits
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing import Router
@@ -168,7 +160,4 @@ class EvoMoEDtrRouter(Router):
             logits = gate_logits(adapted, self.weight)  # (T, E)
         if self.shared_router:
             logits = logits + self.shared_scale.float() * gate_logits(hidden_states, self.shared_weight)
-        logits = apply_overrides(logits, self.spec, context)
-        scores, probs = router_scores(logits, "softmax")
-        index, weight = select_experts(scores, logits, self.spec)  # (T, K) both
-        return ExpertAssignment(index, weight, self.spec.num_experts, router_logits=logits, router_probs=probs)
+        return assign(logits, self.spec, context, norm=False)

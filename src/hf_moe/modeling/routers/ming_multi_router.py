@@ -19,17 +19,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, Positive, PositiveInt
 from ..decisions import ExpertAssignment
-from ..gating import (
-    BiasBalancedRouter,
-    apply_overrides,
-    check_groups,
-    check_slots,
-    gates_of,
-    per_gate_logits,
-    renormalise,
-    router_scores,
-    select_experts,
-)
+from ..gating import BiasBalancedRouter, assign, check_groups, check_slots, gates_of, per_gate_logits
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing_context import RoutingContext
@@ -74,8 +64,7 @@ class MingMultiRouter(BiasBalancedRouter):
         self.gate_of_modality = gate_of_modality
         self.score_function = "softmax" if gate == "softmax" else "sigmoid"
         self.routed_scaling_factor = routed_scaling_factor
-        self.n_group = n_group
-        self.topk_group = topk_group
+        self.groups = (n_group, topk_group, "best_two")
         self.init_from_text_gate = init_from_text_gate
         self.weight = nn.Parameter(torch.empty(len(modalities), spec.num_experts, spec.hidden_size))
 
@@ -90,16 +79,13 @@ class MingMultiRouter(BiasBalancedRouter):
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         table = torch.tensor(self.gate_of_modality, device=hidden_states.device)
         gate_index = table[context.tokens("modality_ids", hidden_states.device)]  # (T,)
-        logits = per_gate_logits(hidden_states, self.weight, gate_index)  # (T, E)
-        logits = apply_overrides(logits, self.spec, context)
-        scores, probs = router_scores(logits, self.score_function)
-        bias = self.e_score_correction_bias[gate_index]  # (T, E)
-        index, weight = select_experts(scores, logits, self.spec, bias, self.n_group, self.topk_group)  # (T, K) both
-        return ExpertAssignment(
-            index,
-            renormalise(weight) * self.routed_scaling_factor,
-            self.spec.num_experts,
-            router_logits=logits,
-            router_probs=probs,
+        return assign(
+            per_gate_logits(hidden_states, self.weight, gate_index),  # (T, E)
+            self.spec,
+            context,
+            scores=self.score_function,
+            scale=self.routed_scaling_factor,
+            bias=self.e_score_correction_bias[gate_index],  # (T, E)
+            groups=self.groups,
             gate_index=gate_index,
         )

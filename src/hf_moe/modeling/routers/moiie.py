@@ -21,15 +21,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import Share
 from ..decisions import ExpertAssignment
-from ..gating import (
-    apply_overrides,
-    check_slots,
-    is_vision,
-    per_gate_logits,
-    renormalise,
-    router_scores,
-    select_experts,
-)
+from ..gating import assign, check_slots, is_vision, per_gate_logits
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing import Router
@@ -90,14 +82,5 @@ class MoIIERouter(Router):
         first_text = self.group_sizes[0] + self.group_sizes[1]
         closed = torch.stack([expert < self.group_sizes[0], expert >= first_text])  # (2, E)
         logits = per_gate_logits(hidden_states, self.weight, gate_index)  # (T, E)
-        logits = apply_overrides(logits.masked_fill(closed[gate_index], float("-inf")), self.spec, context)
-        scores, probs = router_scores(logits, "softmax")
-        index, weight = select_experts(scores, logits, self.spec)  # (T, K) both
-        return ExpertAssignment(
-            index,
-            renormalise(weight),
-            self.spec.num_experts,
-            router_logits=logits,
-            router_probs=probs,
-            gate_index=gate_index,
-        )
+        logits = logits.masked_fill(closed[gate_index], float("-inf"))
+        return assign(logits, self.spec, context, gate_index=gate_index)
