@@ -41,7 +41,7 @@ def test_a_choice_that_hidden_states_rarely_change_is_no_constant_one():
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_router_says_that_it_reads_is_what_it_reads(name):
     cls = get_mechanism("router", name)
-    slots = 1 if name in ("llama4", "switch_transformer") else 2
+    slots = 1 if name == "llama4" else 2
     router = cls(MoELayerSpec(0, 8, 4, slots, 2), **OPTIONS.get(name, {})).eval()
     router.initialize(1.0)
     assert ("hidden_states" in router.reads) == (name not in CONSTANT)

@@ -49,7 +49,7 @@ def test_an_enum_that_takes_no_members_is_a_clear_error(monkeypatch):
         ({"router": "top_q"}, "top_k"),
         ({"router": {"name": "top_k", "norm_top_prob": False}}, "norm_topk_prob"),
         ({"router": {"norm_topk_prob": False}}, "needs the key 'name'"),
-        ({"router": "switch_transformer"}, "num_experts_per_tok"),
+        ({"router": "llama4"}, "num_experts_per_tok"),
         ({"router_input": "layer"}, "'decoder_layer', 'model', 'target'"),
         ({"objectives": {"load_balanced": 0.1}}, "load_balance"),
         ({"objectives": {"router_z": -1.0}}, "must be at least 0"),

@@ -95,7 +95,13 @@ PRESETS = {
     ("mixlora", "switch"): {
         **MIXLORA,
         "num_experts_per_tok": 1,
-        "router": {"name": "switch_transformer", "jitter_noise": 0.01},
+        "router": {
+            "name": "top_k",
+            "norm_topk_prob": False,
+            "capacity_factor": 1.25,
+            "jitter_noise": 0.01,
+            "init_scale": 0.1,
+        },
         "objectives": {"load_balance": 0.01, "router_z": 0.01},
     },
     ("moe_redundancy_plora", None): {

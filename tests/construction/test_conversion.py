@@ -87,7 +87,7 @@ def test_a_converted_model_learns_its_allocation():
 @pytest.mark.parametrize(
     ("moe_config", "message"),
     [
-        ({"num_experts_per_tok": 1}, "1 < num_experts_per_tok.* Convert to 'top_k' or 'deepseekmoe'"),
+        ({"num_experts_per_tok": 1}, "1 < num_experts_per_tok.* Convert to 'top_k', which can"),
         ({"router": "moiie"}, "MoIIERouter, which is more than one top-k gate"),
     ],
 )

@@ -233,7 +233,6 @@ SURROUNDINGS: dict[str, dict[str, Any]] = {
     "llama4": {"num_experts_per_tok": 1},
     "intuition_mor1e": {"num_experts": 4},
     "modality": {"num_experts": 2, "num_experts_per_tok": 1},
-    "switch_transformer": {"num_experts_per_tok": 1},
     "expert_contrast": {"num_experts_per_tok": 1},
     "null_load": {"router": "adamoe"},
     "slot_budget": {"router": "anyexperts"},

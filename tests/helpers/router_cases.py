@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_moe.configuration.names import without_alias
 from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
@@ -29,7 +30,8 @@ def make_spec(**kwargs) -> MoELayerSpec:
 
 
 def make_router(name: str, options: dict | None = None, spec: MoELayerSpec | None = None) -> Router:
-    router = build("router", get_mechanism("router", name), options or {}, spec or make_spec())
+    options = without_alias("router", {"name": name, **(options or {})})
+    router = build("router", get_mechanism("router", options.pop("name")), options, spec or make_spec())
     router.initialize(0.2)
     return router.eval()
 

@@ -121,7 +121,7 @@ def test_the_bundle_is_verified_and_never_run(checkpoint):
     found = inspect_checkpoint(checkpoint)
     assert states(found)["gating.py"] == OTHER
     assert states(found)["extra.py"] == UNKNOWN
-    assert states(found)["moe_layer.py"] == SAME
+    assert states(found)["block.py"] == SAME
     assert found["problems"] == ["host.py is missing"]
 
 

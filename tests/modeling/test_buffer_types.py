@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.router_cases import make_spec
+from helpers.router_cases import make_router, make_spec
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,9 +28,9 @@ CASTS = {
 
 
 def router(name: str) -> torch.nn.Module:
-    slots = 1 if name in ("llama4", "switch_transformer") else 2
+    slots = 1 if name == "llama4" else 2
     spec = make_spec(num_experts=4, num_experts_per_tok=slots)
-    return build("router", get_mechanism("router", name), OPTIONS.get(name, {}), spec)
+    return make_router(name, OPTIONS.get(name, {}), spec)
 
 
 def objective(name: str) -> torch.nn.Module:

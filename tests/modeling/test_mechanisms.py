@@ -21,7 +21,6 @@ IMAGE = 5
 # What the library's defaults are not enough for, and the words that say so.
 MISSING = {
     "llama4": "set it to 1",
-    "switch_transformer": "set it to 1",
     "expert_contrast": "num_experts_per_tok=1",
     "soft_moa": "all tokens of a sequence",
 }

@@ -285,7 +285,9 @@ def test_balance_loss_spreads_a_router_that_favours_one_expert():
         shares = []
         for seed in range(3):
             torch.manual_seed(seed)
-            router = build("router", get_mechanism("router", "switch_transformer"), {}, spec)
+            router = build(
+                "router", get_mechanism("router", "top_k"), {"capacity_factor": 1.25, "jitter_noise": 0.01}, spec
+            )
             router.initialize(0.02)
             router.weight.data[0, 0] = 2.0
 

@@ -21,7 +21,7 @@ LOW = [torch.bfloat16, torch.float16]
 
 
 def router_config(router):
-    slots = 1 if router in ("llama4", "switch_transformer") else 2
+    slots = 1 if router == "llama4" else 2
     return {"router": router, "num_experts": 8, "num_experts_per_tok": slots, "layers": [0, 2]}
 
 

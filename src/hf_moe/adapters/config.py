@@ -12,6 +12,7 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from ..configuration.checks import Interval, NonNegativeInt, Positive, PositiveInt, check, unknown_name_message
+from ..configuration.names import without_alias
 from ..configuration.systems import load_system
 from ..hub.adapter import WEIGHTS_FILE, check_weights, is_path
 from ..modeling.auxiliary import AuxiliaryLosses
@@ -361,4 +362,4 @@ def _named(field_name: str, value: str | dict[str, Any]) -> dict[str, Any]:
     options = {"name": value} if isinstance(value, str) else dict(value)
     if not isinstance(options.get("name"), str):
         raise ValueError(f"{field_name}={options} needs the key 'name', with a text.")
-    return options
+    return without_alias(field_name, options)

@@ -1,6 +1,7 @@
 """Values that differ between layers: `{"default": 8, "3": 16}` in place of 8."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import validated_field
@@ -40,6 +41,11 @@ def at_layer(value: Any, layer_idx: int) -> Any:
 def layer_values(value: Any) -> list[Any]:
     """Return the values of a layer map, or the value itself as the only one."""
     return list(value.values()) if is_layer_map(value) else [value]
+
+
+def map_layers(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value after `change`, or a layer map of the changed values."""
+    return {key: change(item) for key, item in value.items()} if is_layer_map(value) else change(value)
 
 
 def layers_named(value: Any) -> set[str]:

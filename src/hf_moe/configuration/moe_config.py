@@ -10,7 +10,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from .checks import Interval, NonNegative, PositiveInt, checked, strict, unknown_name_message
-from .layer_maps import at_layer, is_layer_map, layer_values, layers_named, per_layer
+from .layer_maps import at_layer, is_layer_map, layer_values, layers_named, map_layers, per_layer
+from .names import without_alias
 
 
 # What configs hold of any model besides their fields, as Transformers and its trainers write it.
@@ -121,6 +122,8 @@ class MoeConfig(PreTrainedConfig):
                     raise ValueError(
                         f"moe_config.{kind} needs a 'name', for example {{'name': 'top_k'}}; got {value!r}."
                     )
+            if kind == "router":
+                self.router = map_layers(self.router, partial(without_alias, "router"))
         for label, value in self.objectives.items():
             objective_entry(label, value)
         if self.expert_banks is not None:

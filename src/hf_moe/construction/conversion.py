@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..configuration.layer_maps import at_layer
+from ..configuration.names import without_alias
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.context import routers_of
 from ..modeling.initialisation import initialize_mechanisms, initializer_std
@@ -42,8 +43,10 @@ def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int
         ValueError: if the router cannot be built, or cannot start as the routers that are there, with the reason.
     """
     routers, chosen, options = {}, {}, deepcopy(options)
+    defaults = without_alias("router", {"name": name})
+    name = defaults.pop("name")
     for index, layer in model.moe_layers().items():
-        own = {**starting_options(name, layer.router, layer.spec), **options}
+        own = {**defaults, **starting_options(name, layer.router, layer.spec), **options}
         chosen[str(index)] = {"name": name, **own}
         routers[index] = build("router", get_mechanism("router", name), dict(at_layer(own, index)), layer.spec)
     with torch.random.fork_rng(devices=[]):

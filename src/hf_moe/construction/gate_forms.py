@@ -3,35 +3,31 @@
 A router that takes the place of a trained one starts from its gate. Whether the outputs stay as they are depends on
 what the old gate does and on what the new router can do:
 
-| from \\ to | `top_k` | `deepseekmoe` | `deepseek_v3` | `ming_multi_router` | `anyexperts` |
-|---|---|---|---|---|---|
-| softmax, plain or renormalised | = | = | = | = if renormalised | = if 1 < K < E |
-| sigmoid | = | – | = | = if renormalised | = if 1 < K < E |
-| with a scale | = | – | = | = if renormalised | = if 1 < K < E |
-| with a bias on sigmoids | – | – | = | = if renormalised | = if 1 < K < E |
-| with a bias on a softmax | – | – | = | = if renormalised | = if 1 < K < E |
-| groups by their two best | – | – | = | = if renormalised | = if 1 < K < E |
-| groups by their best | – | – | = | – | = if 1 < K < E |
-| a capacity while training | = | – | – | – | – |
-| a bank for text, one for vision | – | – | – | – | = if 1 < K < E |
-| a gate per modality | – | – | – | – | – |
-| the input scaled (Llama 4) | – | – | – | – | – |
+| from \\ to | `top_k` | `ming_multi_router` | `anyexperts` |
+|---|---|---|---|
+| softmax or sigmoid, plain or renormalised, with a scale | = | = if renormalised | = if 1 < K < E |
+| with a bias on sigmoids | = | = if renormalised | = if 1 < K < E |
+| with a bias on a softmax | = | = if renormalised | = if 1 < K < E |
+| groups by their two best | = | = if renormalised | = if 1 < K < E |
+| groups by their best | = | – | = if 1 < K < E |
+| a capacity while training | = | – | – |
+| a bank for text, one for vision | – | – | = if 1 < K < E |
+| a gate per modality | – | – | – |
+| the input scaled (Llama 4) | – | – | – |
 
 `=` keeps the outputs, `–` is refused; E counts the experts that a token may choose from. To its own kind a router is
 always converted. The other routers of this library choose by rules of their own (`moiie`, `adamoe`, `ernie45_vl`,
-`dynamic_moe_top_p`, `evomoe_dtr`, `switch_transformer`): they take over the rows of a gate with softmax scores, and
+`dynamic_moe_top_p`, `evomoe_dtr`): they take over the rows of a gate with softmax scores, and
 the outputs change. So does a user's own router. Shared branches are no part of a gate, and stay.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from ..modeling.gating import BiasBalancedRouter
 from ..modeling.layer_spec import MoELayerSpec
-from ..modeling.routers.deepseek_v3 import DeepseekV3Router
-from ..modeling.routers.deepseekmoe import DeepseekMoERouter
 from ..modeling.routers.ernie45_vl import Ernie45VLRouter
 from ..modeling.routers.llama4 import Llama4Router
-from ..modeling.routers.switch_transformer import SwitchTransformerRouter
 from ..modeling.routers.top_k import TopKRouter
 from ..modeling.routing import Router
 
@@ -66,24 +62,19 @@ def gate_form(router: Router) -> GateForm | None:
             router.score_function,
             router.norm_topk_prob,
             router.routed_scaling_factor,
+            biased=_is_biased(router),
+            groups=router.groups,
             capacity=router.capacity_factor,
-        )
-    if isinstance(router, SwitchTransformerRouter):
-        return GateForm(normalised=False, capacity=router.capacity_factor)
-    if isinstance(router, DeepseekMoERouter):
-        return GateForm(normalised=router.norm_topk_prob)
-    if isinstance(router, DeepseekV3Router):
-        return GateForm(
-            router.score_function,
-            router.norm_topk_prob,
-            router.routed_scaling_factor,
-            biased=bool(router.e_score_correction_bias.any()),
-            groups=(router.n_group, router.topk_group, router.group_score),
         )
     # What boundary tokens are, ERNIE's router can be told and no other; a large divisor does more than renormalise.
     if isinstance(router, Ernie45VLRouter) and not router.boundary_token_ids and router.norm_min < 1e-6:
-        return GateForm(biased=bool(router.e_score_correction_bias.any()), banks=True)
+        return GateForm(biased=_is_biased(router), banks=True)
     return None
+
+
+def _is_biased(router: BiasBalancedRouter) -> bool:
+    bias = router.e_score_correction_bias
+    return bias is not None and bool(bias.any())
 
 
 def needs(form: GateForm, spec: MoELayerSpec) -> dict[str, str]:
@@ -109,9 +100,7 @@ def needs(form: GateForm, spec: MoELayerSpec) -> dict[str, str]:
 
 # What each router can do of these.
 EXPRESSES = {
-    "top_k": {"sigmoid", "plain", "scale", "capacity", "fixed"},
-    "deepseekmoe": {"plain", "fixed"},
-    "deepseek_v3": {"sigmoid", "plain", "scale", "bias", "groups", "best", "fixed"},
+    "top_k": {"sigmoid", "plain", "scale", "bias", "groups", "best", "capacity", "fixed"},
     "ming_multi_router": {"sigmoid", "scale", "bias", "groups", "fixed"},
     "anyexperts": {"sigmoid", "plain", "scale", "bias", "groups", "best", "banks"},
 }
@@ -157,15 +146,15 @@ def _remedy(form: GateForm | None, spec: MoELayerSpec) -> str:
 
 
 def top_k_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
-    return {**_score_options(form), "capacity_factor": form.capacity}
-
-
-def deepseekmoe_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
-    return {"norm_topk_prob": form.normalised}
-
-
-def deepseek_v3_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
-    return {**_score_options(form), **_group_options(form)}
+    options = {
+        "score_function": form.scores,
+        "norm_topk_prob": form.normalised,
+        "routed_scaling_factor": form.scale,
+        **_group_options(form),
+    }
+    if form.capacity is not None:
+        options["capacity_factor"] = form.capacity
+    return options | {"bias_update_rate": 0.001} if form.biased else options
 
 
 def ming_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
@@ -200,14 +189,6 @@ def anyexperts_options(form: GateForm, spec: MoELayerSpec) -> dict[str, Any]:
     return options
 
 
-def _score_options(form: GateForm) -> dict[str, Any]:
-    return {
-        "score_function": form.scores,
-        "norm_topk_prob": form.normalised,
-        "routed_scaling_factor": form.scale,
-    }
-
-
 def _group_options(form: GateForm) -> dict[str, Any]:
     return dict(zip(("n_group", "topk_group", "group_score"), form.groups, strict=True)) if form.groups[0] > 1 else {}
 
@@ -221,9 +202,7 @@ def _open_experts(form: GateForm, spec: MoELayerSpec) -> int:
 
 OPTIONS = {
     "top_k": top_k_options,
-    "deepseekmoe": deepseekmoe_options,
-    "deepseek_v3": deepseek_v3_options,
     "ming_multi_router": ming_options,
     "anyexperts": anyexperts_options,
 }
-OWN_RULES = ("moiie", "adamoe", "ernie45_vl", "dynamic_moe_top_p", "evomoe_dtr", "switch_transformer", "llama4")
+OWN_RULES = ("moiie", "adamoe", "ernie45_vl", "dynamic_moe_top_p", "evomoe_dtr", "llama4")

@@ -198,21 +198,23 @@ def _scored_router(block: nn.Module, gate: Any, config: Any, slots: int, bias: s
     if score not in ("sigmoid", "softmax"):
         raise _refusal(block, f"its gate scores by {score!r}, and a router here by 'sigmoid' or 'softmax'")
     options: dict[str, Any] = {
+        "name": "top_k",
+        "score_function": score,
         "norm_topk_prob": bool(_first(("norm_topk_prob",), gate, block, default=method is None)),
         "routed_scaling_factor": float(_first(("routed_scaling_factor",), gate, block, default=1.0)),
     }
-    if bias is None and groups == 1:
-        if options["norm_topk_prob"] and slots == 1:
-            raise _refusal(
-                block,
-                "with one slot per token it renormalises its weight to 1, which leaves the gate without a gradient; "
-                "the router 'top_k' keeps the probability",
-            )
-        return {"name": "top_k", "score_function": score, **options}
-    options |= {"score_function": score, "n_group": groups, "bias_update_rate": 0.0}
-    options["topk_group"] = 1 if groups == 1 else int(gate.topk_group)
-    options["group_score"] = "best" if method == "group_limited_greedy" else "best_two"
-    return {"name": "deepseek_v3", **options}
+    if bias is not None:
+        options["bias_update_rate"] = 0.0
+    elif options["norm_topk_prob"] and slots == 1:
+        raise _refusal(
+            block,
+            "with one slot per token it renormalises its weight to 1, which leaves the gate without a gradient; "
+            "the router 'top_k' keeps the probability",
+        )
+    if groups > 1:
+        options |= {"n_group": groups, "topk_group": int(gate.topk_group)}
+        options["group_score"] = "best" if method == "group_limited_greedy" else "best_two"
+    return options
 
 
 def _read_banks(block: nn.Module, host: HostFfn) -> BlockReading:

@@ -275,32 +275,38 @@ class BiasBalancedRouter(Router):
     over micro-batches and processes. The bias has no gradient, is saved, and does not move at inference.
 
     Args:
-        bias_shape: `(E,)`, or `(G, E)` where each of G gates has a bias of its own.
+        bias_shape: `(E,)`, or `(G, E)` where each of G gates has a bias of its own; `None` for no bias.
         bias_update_rate: the step, >= 0; 0 freezes the bias.
     """
 
-    e_score_correction_bias: torch.Tensor
+    e_score_correction_bias: torch.Tensor | None
     load: torch.Tensor
     # What the bias is added to: scores of one kind are no measure for a bias on another.
     score_function = "softmax"
 
-    def __init__(self, spec: MoELayerSpec, bias_shape: tuple[int, ...], bias_update_rate: float):
+    def __init__(self, spec: MoELayerSpec, bias_shape: tuple[int, ...] | None, bias_update_rate: float):
         super().__init__(spec)
         self.bias_update_rate = bias_update_rate
+        if bias_shape is None:
+            self.e_score_correction_bias = None
+            return
         self.register_buffer("e_score_correction_bias", torch.zeros(bias_shape, dtype=torch.float32))
         load = torch.zeros(bias_shape, dtype=torch.long).view(-1, spec.num_experts)  # (G, E)
         # Saved too: a checkpoint may be written between two micro-batches of a step.
         self.register_buffer("load", load)
 
     def initialize(self, std: float) -> None:
-        init.zeros_(self.e_score_correction_bias)
-        init.zeros_(self.load)
+        if self.e_score_correction_bias is not None:
+            init.zeros_(self.e_score_correction_bias)
+            init.zeros_(self.load)
 
     @torch.no_grad()
     def start_from(self, old: Router) -> None:
         super().start_from(old)
-        related = isinstance(old, BiasBalancedRouter) and old.score_function == self.score_function
-        if related and not isinstance(old, type(self)):
+        if isinstance(old, type(self)) or not isinstance(old, BiasBalancedRouter):
+            return
+        biased = old.e_score_correction_bias is not None and self.e_score_correction_bias is not None
+        if biased and old.score_function == self.score_function:
             biases = old.e_score_correction_bias.view(-1, self.spec.num_experts)[list(old.gate_of_modality)]
             self._write_gates(self.e_score_correction_bias, biases)
 

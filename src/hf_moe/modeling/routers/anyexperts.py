@@ -92,7 +92,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
             hosts with `norm_topk_prob=False`.
         score_function: what slots compete by and a bias is added to: `"logits"`, `"softmax"` or `"sigmoid"` scores.
         routed_scaling_factor: multiplies the weights.
-        n_group, topk_group, group_score: see [`DeepseekV3Router`].
+        n_group, topk_group, group_score: see [`TopKRouter`].
         isolated_banks: image and video tokens see the second bank of experts, all others the first.
         importance_norm: `"running_center"` subtracts from a its running mean before step 3, `"running_norm"` also
             divides by its running standard deviation: averages over the real tokens of the optimizer steps, with the
