@@ -17,7 +17,7 @@ import yaml
 from .configuration.layer_maps import layer_values
 from .configuration.moe_config import objective_entry
 from .configuration.systems import SystemRecord, load_system
-from .modeling.mechanisms import get_mechanism, mechanism_names
+from .modeling.mechanisms import get_mechanism
 from .modeling.registry import KINDS
 
 
@@ -28,6 +28,8 @@ TINY = "hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attentio
 WORDS = f"{TINY}, vocab_size=512"
 # A kind of its own: what PEFT puts beside a layer is no mechanism of a model.
 ADAPTER_EXPERTS = "adapter experts"
+# The routing of the MoE that is adapted, which a model of its own has no use for.
+HOST_ROUTER = ("router", "host")
 # How an example makes the model that a system is built on.
 HOSTS = {
     "llama": f"""\
@@ -107,8 +109,8 @@ def mechanism_class(kind: str, name: str) -> type:
     """Return the class of a mechanism, also of those that adapters alone can run."""
     if kind == ADAPTER_EXPERTS:
         return importlib.import_module("hf_moe.adapters.experts").EXPERT_KINDS[name]
-    if kind == "router" and name not in mechanism_names(kind):
-        return importlib.import_module("hf_moe.adapters.routers").router_class(name)
+    if (kind, name) == HOST_ROUTER:
+        return importlib.import_module("hf_moe.adapters.host_router").HostRouter
     return get_mechanism(kind, name)
 
 

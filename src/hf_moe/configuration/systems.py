@@ -49,7 +49,7 @@ class SystemRecord:
             that differ; the first one is the default.
         differs (`list[str]`, defaults to `[]`): where it leaves the paper, a sentence each.
         measured (`list[str]`, defaults to `[]`): pointers into benchmarks/results, such as `"hosts.json#contestants"`.
-        check (`list[str]`, defaults to `[]`): the tests that hold what the paper promises of it.
+        check (`list[str]`, defaults to `[]`): the tests that hold what the paper promises, a file or `file::test`.
         host (`str`, defaults to `"llama"`): the type of the small model that an example builds it on.
         build (`str`, *optional*): the example, where it is not the usual one.
     """

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 
+from ..configuration.configuration_hf_moe import ComposedConfig
 from ..data import TextProcessor
 from ..data.chat_template import AnyProcessor
 from ..modeling.parts import host_parts
@@ -25,7 +26,7 @@ def load_processor(model: Any, source: str, **options: Any) -> AnyProcessor:
     parts = host_parts(model)
     if not (parts.towers or parts.connectors):
         return as_processor(AutoTokenizer.from_pretrained(source, **options))
-    if model.config.host_type is None:
+    if isinstance(model.config, ComposedConfig):
         return HfMoeProcessor.from_pretrained(source, **options)
-    # The host's own: without the code of the checkpoint, for which Transformers would ask.
+    # Transformers' own: without the code of a checkpoint, for which it would ask.
     return as_processor(AutoProcessor.from_pretrained(source, trust_remote_code=False, **options))

@@ -23,9 +23,8 @@ def test_rows_that_use_experts_of_their_own_are_penalised():
     assert balance({**BALANCE, "scope": "batch"}, index, 4) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    ("variant", "router", "experts"), [("softmax", "deepseekmoe", 64), ("sigmoid", "deepseek_v3", 72)]
-)
-def test_variants_choose_the_router(variant, router, experts):
+@pytest.mark.parametrize(("variant", "scores", "experts"), [("softmax", "softmax", 64), ("sigmoid", "sigmoid", 72)])
+def test_variants_choose_the_router(variant, scores, experts):
     moe = HfMoeConfig.from_system("deepseek_vl2", variant=variant, text_config=LlamaConfig()).moe_config
-    assert (moe.router["name"], moe.num_experts, moe.moe_layers(3)) == (router, experts, [1, 2])
+    assert (moe.router.get("score_function", "softmax"), moe.num_experts) == (scores, experts)
+    assert moe.moe_layers(3) == [1, 2] and ("bias_update_rate" in moe.router) == (variant == "sigmoid")
