@@ -15,22 +15,21 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt, PositiveInt
-from ..decisions import ExpertAssignment
-from ..gating import apply_overrides, check_slots, per_gate_logits
-from ..layer_spec import MoELayerSpec
-from ..pooling import PooledRouter
-from ..registry import register_router
-from ..routing_context import RoutingContext
+from ...modeling.decisions import ExpertAssignment
+from ...modeling.gating import apply_overrides, check_slots, per_gate_logits
+from ...modeling.layer_spec import MoELayerSpec
+from ...modeling.routing_context import RoutingContext
+from .condition import condition_per_token
+from .pooled import PooledRouter
 
 
-@register_router("becotta")
 class BecottaRouter(PooledRouter):
     """Noisy top-k over pooled scores, with one gate per domain.
 
     Args:
         spec: facts of the layer.
         num_domains: D.
-        condition: name of the domain ids in the call's `condition_ids`; LoRA experts take `<name>_ids` too.
+        condition: name of the domain ids; the model's call takes them as `<name>_ids` or in `condition_ids`.
         modalities, end_token_id, end, pooling: what is pooled, and how, see [`PooledRouter`]; with `"mean"`, a long
             sample has no sharper gate than a short one.
 
@@ -38,7 +37,7 @@ class BecottaRouter(PooledRouter):
         ValueError: if K does not lie in [1, E]; in `forward`, if a domain does not lie in [0, D).
     """
 
-    reads = frozenset({"hidden_states", "sequence", "condition"})
+    mechanism_name = "becotta"
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class BecottaRouter(PooledRouter):
         init.normal_(self.weight, mean=0.0, std=std)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
-        domain = context.condition(self.condition, hidden_states.device)  # (T,)
+        domain = condition_per_token(context, self.condition, hidden_states.device).long()  # (T,)
         if bool(((domain < 0) | (domain >= self.num_domains)).any()):
             raise ValueError(f"The {self.condition}_ids must lie in [0, {self.num_domains}), one gate for each.")
         logits, raw = per_gate_logits(hidden_states, self.weight, domain).chunk(2, dim=-1)  # (T, E) both
