@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from hf_moe.adapters.experts import EXPERT_KINDS
-from hf_moe.adapters.routers import ADAPTER_ROUTERS
 from hf_moe.modeling.mechanisms import get_mechanism, mechanism_names
 from hf_moe.modeling.registry import KINDS
 
@@ -49,8 +48,7 @@ class Router(Base):
 def classes() -> dict[str, type]:
     own = {f"{kind}/{name}": get_mechanism(kind, name) for kind in KINDS for name in mechanism_names(kind)}
     own = {key: cls for key, cls in own.items() if cls.__module__.startswith("hf_moe.")}
-    adapters = {f"adapter_router/{name}": cls for name, cls in ADAPTER_ROUTERS.items() if name != "host"}
-    return {**own, **adapters, **{f"adapter_experts/{name}": cls for name, cls in EXPERT_KINDS.items()}}
+    return {**own, **{f"adapter_experts/{name}": cls for name, cls in EXPERT_KINDS.items()}}
 
 
 def test_every_mechanism_has_an_entry_that_leads_to_its_file():

@@ -239,7 +239,7 @@ def differing_layers(
         kind = str([(key, value) for key, value in vars(module).items() if isinstance(value, float | str | bool)])
         if kind not in seen:
             small = small_copy(module, hidden)
-            spec = layer_spec(config, index, read_ffn(small))
+            spec = layer_spec(config.moe_config, config.get_text_config(decoder=True), index, read_ffn(small))
             try:
                 check_expert(SimpleNamespace(config=config), SimpleNamespace(spec=spec), small)  # type: ignore[arg-type]
                 seen[kind] = True

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_moe.adapters.routers import router_class
+from hf_moe.adapters.host_router import HostRouter
 from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.layer_spec import MoELayerSpec
+from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.routing import Router
 from hf_moe.modeling.routing_context import RoutingContext
 
@@ -18,9 +19,14 @@ ROUTERS = (
 ROWS, POSITIONS, WIDTH, EXPERTS = 3, 7, 12, 5
 
 
+def router_class(name: str) -> type[Router]:
+    return HostRouter if name == "host" else get_mechanism("router", name)
+
+
 def make_router(name: str, num_experts: int = EXPERTS, slots: int = 2, **options) -> Router:
     torch.manual_seed(0)
-    router = router_class(name)(MoELayerSpec(0, WIDTH, num_experts, slots, 4), **options)
+    spec = MoELayerSpec(0, WIDTH, num_experts, slots, 4)
+    router = router_class(name)(spec, **options)
     router.initialize(0.5)
     return router.eval()
 

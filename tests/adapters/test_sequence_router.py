@@ -5,8 +5,8 @@ from helpers.near import assert_near
 from peft import PeftModel, get_peft_model
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.routers.sequence import SequenceRouter
 from hf_moe.modeling.layer_spec import MoELayerSpec
+from hf_moe.modeling.routers.sequence import SequenceRouter
 from hf_moe.modeling.routing_context import RoutingContext
 
 

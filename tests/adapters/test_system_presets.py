@@ -5,8 +5,8 @@ import inspect
 import pytest
 
 from hf_moe import MoeLoraConfig, list_systems
-from hf_moe.adapters.routers import router_class
 from hf_moe.configuration.systems import load_system
+from hf_moe.modeling.mechanisms import get_mechanism
 
 
 ATTENTION, FEED_FORWARD = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -190,7 +190,7 @@ def test_a_preset_sets_the_published_numbers(key, variant):
 
 @pytest.mark.parametrize("router, option, value", DEFAULTS)
 def test_a_router_defaults_to_the_published_number(router, option, value):
-    assert inspect.signature(router_class(router)).parameters[option].default == value
+    assert inspect.signature(get_mechanism("router", router)).parameters[option].default == value
 
 
 def test_x_lora_sets_the_published_numbers():

@@ -176,6 +176,11 @@ OPTIONS = {
     "alpha": optional(positive),
     "bias_update_rate": lambda value: real(value, 0),
     "bias_in_weights": flag,
+    "num_domains": count,
+    "end_token_id": optional(lambda value: whole(value, 0)),
+    "pooling": one_of("sum", "mean"),
+    "centred": flag,
+    "num_clusters": lambda value: whole(value, 0),
     "slots_per_expert": count,
     "normalize": flag,
     "modalities": nothing,
@@ -226,6 +231,7 @@ OPTIONS = {
 # The rest of a config in which a mechanism is at home.
 SURROUNDINGS: dict[str, dict[str, Any]] = {
     "llama4": {"num_experts_per_tok": 1},
+    "intuition_mor1e": {"num_experts": 4},
     "modality": {"num_experts": 2, "num_experts_per_tok": 1},
     "expert_contrast": {"num_experts_per_tok": 1},
     "null_load": {"router": "adamoe"},

@@ -19,7 +19,6 @@ from values import NONSENSE, count, flag, nothing, one_of, optional, positive, r
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor, MoeLoraConfig
 from hf_moe.adapters.experts import EXPERT_KINDS
-from hf_moe.adapters.routers import ADAPTER_ROUTERS
 from hf_moe.construction.tokenizer import add_image_token, default_chat_template, train_word_tokenizer
 from hf_moe.data import VisionLanguageCollator
 
@@ -71,47 +70,32 @@ LORA_FIELDS: dict[str, Callable[[Any], bool]] = {
     "layers_to_transform": optional(lambda value: isinstance(value, int) and whole(value, 0, 1)),
 }
 LORA_OPTIONS: dict[str, Callable[[Any], bool]] = {
-    "num_domains": count,
-    "end_token_id": optional(lambda value: whole(value, 0)),
-    "pooling": one_of("sum", "mean"),
-    "norm_topk_prob": flag,
-    "centred": flag,
-    "num_clusters": lambda value: whole(value, 0),
-    "bias_update_rate": lambda value: real(value, 0),
     "gated": flag,
     "head_dim": optional(lambda value: whole(value, 1, 1)),
     "activation": one_of("gelu"),
     "position": one_of("parallel"),
 }
 LORA_HOMES: dict[str, dict[str, Any]] = {
-    "condition": {"num_experts_per_tok": 1},
-    "host": {"num_experts_per_tok": 1},
-    "intuition_mor1e": {"num_experts": 4},
-    "modality": {"num_experts": 2, "num_experts_per_tok": 1},
     "rank1_pairs": {"r": 1, "num_experts": 4},
     "value_gate": {"target_modules": ["v_proj"]},
 }
 
 
 def adapter_cases() -> Iterator[Case]:
-    """Yield every field of an adapter's configuration, and every option of its routers and experts."""
+    """Yield every field of an adapter's configuration, and every option of its experts."""
     for name in MoeLoraConfig.__annotations__:
         for value in NONSENSE:
             run = partial(adapted, {name: value})
             sensible = LORA_FIELDS.get(name, nothing)(value)
             yield Case("adapters", name, value, run, partial(usual_adapted, "{}"), sensible)
-    for kind, mechanisms in (("router", ADAPTER_ROUTERS), ("experts", EXPERT_KINDS)):
-        for name, cls in mechanisms.items():
-            home = LORA_HOMES.get(name, {})
-            options = [
-                item.name for item in inspect.signature(cls).parameters.values() if item.kind is item.KEYWORD_ONLY
-            ]
-            for option in options:
-                usual = partial(usual_adapted, repr({**home, kind: {"name": name}}))
-                for value in NONSENSE:
-                    run = partial(adapted, {**home, kind: {"name": name, option: value}})
-                    sensible = LORA_OPTIONS.get(option, nothing)(value)
-                    yield Case("adapters", option, value, run, usual, sensible)
+    for name, cls in EXPERT_KINDS.items():
+        home = LORA_HOMES.get(name, {})
+        parameters = inspect.signature(cls).parameters.values()
+        for option in (item.name for item in parameters if item.kind is item.KEYWORD_ONLY):
+            usual = partial(usual_adapted, repr({**home, "experts": {"name": name}}))
+            for value in NONSENSE:
+                run = partial(adapted, {**home, "experts": {"name": name, option: value}})
+                yield Case("adapters", option, value, run, usual, LORA_OPTIONS.get(option, nothing)(value))
 
 
 @cache

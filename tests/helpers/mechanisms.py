@@ -8,6 +8,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.modeling.inputs import conditions_read
 
 
 IMAGE, POSITIONS = 63, 10
@@ -56,18 +57,21 @@ BANKS = {"text": {"num_experts": 2}, "vision": {"num_experts": 2, "intermediate_
 NO_LOSS: dict[str, Any] = {"objectives": {}}
 ALL_TOKENS = {name: "every token is mixed with all others of its row" for name in ("causality", "decoding")}
 NO_CHOICE = {"disabled": "its experts are not chosen"}
-LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality of the next"}
+LOOKS_AHEAD = "the last token of a call does not know the modality of the next"
 
 # Kind -> name -> case; a second case of one mechanism is called `name-variant`.
 CASES: dict[str, dict[str, Case]] = {
     "router": {
         "adamoe": Case({"num_null_experts": 2}),
         "anyexperts": Case({"min_slots": 1, "max_slots": 4}),
+        "becotta": Case(exempt={"micro_batches": "a batch draws its noise at once"}),
+        "condition": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "constant": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "dynamic_moe_top_p": Case(),
         "ernie45_vl": Case(moe={"num_experts_per_tok": 1}),
         "ernie45_vl-banks": Case(moe={"expert_banks": BANKS, "num_experts": None}),
         "evomoe_dtr": Case(),
+        "intuition_mor1e": Case({"num_clusters": 3}),
         "llama4": Case(moe=ONE_SLOT),
         "meo": Case({"block_size": 3}, NO_LOSS),
         "meo-whole": Case({"block_size": None}, NO_LOSS, exempt=ALL_TOKENS),
@@ -75,7 +79,11 @@ CASES: dict[str, dict[str, Case]] = {
         "ming_multi_router-v2": Case({"gate": "sigmoid_bias"}),
         "modality": Case(moe={"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
         "moiie": Case(),
-        "moiie-next_token": Case({"boundary_rule": "next_token"}, exempt=LOOKS_AHEAD),
+        "moiie-next_token": Case(
+            {"boundary_rule": "next_token"}, exempt={"decoding": "a token looks at the next one's modality"}
+        ),
+        "sequence": Case(),
+        "sequence-instruction": Case({"end_token_id": 7, "centred": True}),
         "smora": Case(),
         "soft_moa": Case(moe=NO_LOSS, exempt=ALL_TOKENS),
         "soft_moa-normalized": Case({"slots_per_expert": 2, "normalize": True}, NO_LOSS, exempt=ALL_TOKENS),
@@ -99,7 +107,7 @@ CASES: dict[str, dict[str, Case]] = {
         "router_z": Case(),
         "slot_budget": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
     },
-    "block": {"moe": Case(), "moe-residual": Case(moe={"num_shared_experts": 1, "residual_mix": True})},
+    "block": {},
     "attention": {},
     "layer": {},
     "connector": {"mlp": Case(), "pixel_shuffle": Case(tower={"patch_size": 4})},
@@ -141,18 +149,21 @@ def build(kind: str, key: str, **options) -> HfMoeForConditionalGeneration:
 
 
 def make_rows(model: HfMoeForConditionalGeneration, rows: int = 3, seed: int = 1) -> dict[str, Any]:
-    """Return rows of text with one image each, and the domain of every row."""
+    """Return rows of text with one image each, and the conditions of every row."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, IMAGE, (rows, POSITIONS), generator=generator)
     types = torch.zeros_like(ids)
     types[:, PICTURE] = 1
-    # Each row has another number of labels, and none for the first token, which padding would have to foretell.
-    labels = ids.masked_fill(torch.arange(POSITIONS) <= torch.arange(rows)[:, None], -100)
+    labels = ids.clone()
+    labels[:, 0] = -100  # which padding would have to foretell
     batch = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids), "labels": labels}
     batch["condition_ids"] = {"domain": torch.arange(rows) % 3}
+    for name, ids in conditions_read(layer.router for layer in model.moe_layers().values()).items():
+        features = torch.rand(rows, 3, generator=generator)
+        batch["condition_ids"][name] = torch.arange(rows) % ids if ids else features
     if model.config.image_token_id is None:
         return batch
-    ids[:, PICTURE] = IMAGE
+    ids[:, PICTURE] = labels[:, PICTURE] = IMAGE
     pixels = torch.randn(rows, 3, TOWER["image_size"], TOWER["image_size"], generator=generator)
     return {**batch, "pixel_values": pixels}
 
@@ -170,7 +181,11 @@ TOKENS = ("input_ids", "mm_token_type_ids", "attention_mask", "labels")
 
 
 def padded(batch: dict[str, Any], width: int, filler: int = 0) -> dict[str, Any]:
-    """Put padding before every row, with the id `filler`."""
-    values = {"input_ids": filler, "labels": -100, "mm_token_type_ids": 0, "attention_mask": 0}
-    added = {name: torch.nn.functional.pad(batch[name], (width, 0), value=value) for name, value in values.items()}
-    return {**batch, **added}
+    """Put padding before every row, whose tokens keep their positions."""
+    found = dict(batch)
+    for name in TOKENS:
+        if name in batch:
+            value = {"input_ids": filler, "labels": -100}.get(name, 0)
+            found[name] = torch.nn.functional.pad(batch[name], (width, 0), value=value)
+    positions = torch.arange(-width, batch["input_ids"].shape[1]).clamp(min=0)
+    return {**found, "position_ids": positions.expand(len(batch["input_ids"]), -1)}

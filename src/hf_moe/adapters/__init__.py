@@ -2,6 +2,7 @@
 
 from peft.utils import register_peft_method
 
+from ..data.intuition import find_centroids, intuition
 from .checkpoints import accept_earlier_type
 from .conditions import ConditionCollator, routing_inputs
 from .config import MoeLoraConfig
@@ -9,7 +10,6 @@ from .editing import add_expert, expert_names, freeze_experts, remove_expert, re
 from .layer import MoeLoraLayer
 from .merging import merge_by_mean_routing, merge_for
 from .model import MoeLoraModel
-from .routers.intuition_mor1e import find_centroids, intuition
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """The conditions of the rows (task, domain, language, ...), on their way from a call to the routers that read them."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling.routing import Router
-from .routers.condition import check_condition_ids
+from ..modeling.inputs import check_condition_ids
 
 
 _CONDITIONS: ContextVar[dict[str, Any] | None] = ContextVar("hf_moe_routing_inputs", default=None)
@@ -55,16 +54,6 @@ class ConditionCollator:
         ids = {name: torch.tensor([row[column] for row in rows]) for name, column in self.columns.items()}
         others = [{name: row[name] for name in row.keys() - set(self.columns.values())} for row in rows]
         return {**self.collator(others), "condition_ids": ids}
-
-
-def conditions_read(routers: Iterable[Router]) -> dict[str, int]:
-    """Return the conditions that routers read, and how many values they tell apart; 0 for features."""
-    read: dict[str, int] = {}
-    for router in routers:
-        name = getattr(router, "condition", None)
-        if name is not None:
-            read[name] = max(read.get(name, 0), getattr(router, "num_conditions", 0))
-    return read
 
 
 def take_conditions(model: PreTrainedModel, kwargs: dict[str, Any], names: Collection[str]) -> dict[str, Any]:

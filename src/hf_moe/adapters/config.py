@@ -18,13 +18,14 @@ from ..hub.adapter import WEIGHTS_FILE, check_weights, is_path
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
 from ..modeling.layer_spec import MoELayerSpec
+from ..modeling.mechanisms import get_mechanism
 from ..modeling.registry import build
 from ..modeling.routing import Router
 from .checkpoints import EARLIER_TYPE, check_version, complete_saved_config
 from .checks import check_expression, check_names
 from .experts import EXPERT_KINDS, Target, build_kind
+from .host_router import HostRouter
 from .parts import PARTS
-from .routers import router_class
 
 
 ROUTER_INPUTS = ("decoder_layer", "model", "target")
@@ -310,16 +311,16 @@ class MoeLoraConfig(PeftConfig):
             raise ValueError(f"r={ranks} must name the rank of each of num_experts={experts} experts.")
         return TargetSettings(**fields)
 
-    def spec(self, number: int, hidden_size: int, settings: TargetSettings) -> MoELayerSpec:
+    def spec(self, number: int, hidden_size: int, settings: TargetSettings, causal: bool = True) -> MoELayerSpec:
         """Return the facts of router `number`, which reads hidden states of width `hidden_size`."""
         experts, slots = settings.num_experts, settings.num_experts_per_tok
-        return MoELayerSpec(number, hidden_size, experts, slots, max(settings.ranks))
+        return MoELayerSpec(number, hidden_size, experts, slots, max(settings.ranks), causal=causal)
 
     def build_router(self, spec: MoELayerSpec, settings: TargetSettings) -> Router:
         """Return a router as configured; its parameters are not initialised."""
         options = dict(settings.router)
         name = options.pop("name")
-        cls = router_class(name)
+        cls = HostRouter if name == HostRouter.mechanism_name else get_mechanism("router", name)
         return build("router", cls, options, spec)
 
     @classmethod

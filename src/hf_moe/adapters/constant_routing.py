@@ -39,10 +39,10 @@ def constant_gates(
     for read, reason in VARIES.items():
         if read in router.reads:
             raise RoutingVaries(f"{name} {reason}")
-    condition = getattr(router, "condition", None)
+    condition = router.condition
     if condition is not None and condition not in given:
         raise RoutingVaries(f"{name} decides by the condition {condition!r} of a row: say which one to merge for")
-    known = getattr(router, "num_conditions", 0)
+    known = router.num_conditions
     if known and not 0 <= given[condition] < known:  # type: ignore[index]
         raise ValueError(
             f"condition_ids={condition_ids}: {condition!r} must lie in [0, {known}), of which {name} knows an expert."

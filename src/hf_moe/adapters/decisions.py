@@ -12,7 +12,6 @@ from ..modeling.routing_context import RoutingContext
 from .contexts import AdapterContext, LayerRun, TokenlessContext, are_tokens
 from .experts import ExpertKind
 from .low_rank import ExpertSlots, MixedSlots
-from .routers import PooledRouter
 
 
 def decide(
@@ -27,14 +26,15 @@ def decide(
         context = root.of(adapter_name)
     else:
         context = TokenlessContext(hidden_states)
-        if run is not None and isinstance(router, PooledRouter):
+        pools = "sequence" in router.reads
+        if run is not None and pools:
             run.check_told(f"{type(router).__name__}, which pools the tokens of a sequence,")
             if run.context is not None and run.context.tokens.memory.cached_tokens:
                 raise ValueError(
                     f"{type(router).__name__} pools the tokens of a call, and a target got others, of a cache or an "
                     "encoder: choose router_input='decoder_layer', or a router that decides token by token."
                 )
-        if isinstance(router, PooledRouter) and hidden_states.dim() < 3:
+        if pools and hidden_states.dim() < 3:
             raise ValueError(
                 f"{type(router).__name__} pools the tokens of a sequence, and a target got those of all sequences "
                 "in one row: choose a router that decides token by token, or leave this target out."
@@ -70,7 +70,12 @@ def slots_of_target(run: LayerRun, key: tuple[str, int], x: torch.Tensor, target
     if run.tells_of(x):
         return slots
     places = 0 if index is None else x[..., 0].numel() // len(index)
-    if index is None or places < index.shape[1] or not are_tokens(x, torch.Size((len(index), places))):
+    if (
+        not isinstance(slots, ExpertSlots)
+        or index is None
+        or places < index.shape[1]
+        or not are_tokens(x, torch.Size((len(index), places)))
+    ):
         raise ValueError(
             f"The router of this layer decided for the {len(slots)} tokens that enter the layer, and a target, "
             f"{target}, got others, {tuple(x.shape[:-1])}, as in cross-attention, in windows, or from a cache that "
@@ -117,13 +122,18 @@ def check_gradient(decision: Decision, router: Router) -> None:
         )
 
 
-def check_decision(decision: Any, experts: ExpertKind) -> None:
+def check_decision(decision: Any, experts: ExpertKind, causal: bool) -> None:
     """Refuse what the experts of a target cannot run.
 
     Raises:
         ValueError: if the router mixes tokens or parameters in place of assigning experts, or uses identity experts.
     """
     if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
+        if causal:
+            raise ValueError(
+                "The router mixes all tokens of a sequence, which is not for layers whose attention hides later "
+                "tokens from earlier ones: adapt a vision tower or an encoder."
+            )
         return
     if not isinstance(decision, ExpertAssignment):
         raise ValueError(

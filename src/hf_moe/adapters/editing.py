@@ -22,7 +22,6 @@ from .experts import ExpertKind, build_kind
 from .frozen import FrozenExperts, expert_stacks, hold_frozen, numbered_layers, release
 from .layer import MoeLoraLayer, tuner_layers
 from .model import INIT_STD
-from .routers import ConditionRouter, HostRouter
 
 
 Expert = int | str
@@ -200,7 +199,7 @@ def _rebuild(model: PeftModel, adapter_name: str, sources: list[int | None], ran
     for layer in layers:
         if adapter_name in layer.moe_lora_router:
             old = layer.moe_lora_router[adapter_name]
-            spec = edited.spec(old.spec.layer_idx, old.spec.hidden_size, settings[layer])
+            spec = edited.spec(old.spec.layer_idx, old.spec.hidden_size, settings[layer], old.spec.causal)
             routers[layer] = _edited_router(old, edited.build_router(spec, settings[layer]), sources)
     kinds = {layer: _edited_kind(layer, adapter_name, settings[layer], sources) for layer in layers}
     for layer, (kind, stacks) in kinds.items():
@@ -239,7 +238,7 @@ def _check_editable(
         raise ValueError(f"Adapter {adapter_name!r} is merged: unmerge_adapter() first.")
     kept = min(len(sources), config.num_experts)
     for layer in layers:
-        if isinstance(layer.deciding_router(adapter_name), ConditionRouter) and sources[:kept] != list(range(kept)):
+        if layer.deciding_router(adapter_name).reads == {"condition"} and sources[:kept] != list(range(kept)):
             raise ValueError(
                 f"The router of adapter {adapter_name!r} is 'condition', which takes expert i for the id i: only the "
                 "last expert can be removed, or the others would answer to other ids."
@@ -288,7 +287,7 @@ def _check_others(
     """Refuse an edit behind which the config would say something else of the targets that are left as they are."""
     for layer in _all_layers(model, adapter_name):
         key, number = layer.key[adapter_name], layer.num_experts(adapter_name)
-        if layer in layers or isinstance(layer.deciding_router(adapter_name), HostRouter):
+        if layer in layers or "call" in layer.deciding_router(adapter_name).reads:
             continue
         if number == edited.num_experts or edited.settings(key) != config.settings(key):
             raise ValueError(

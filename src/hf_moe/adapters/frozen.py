@@ -18,7 +18,6 @@ from .config import MoeLoraConfig
 from .experts.base import RANK_DIM
 from .index import index_of
 from .layer import MoeLoraLayer, tuner_layers
-from .routers import HostRouter
 
 
 class FrozenExperts:
@@ -105,7 +104,7 @@ def numbered_layers(model: nn.Module, adapter_name: str, config: MoeLoraConfig) 
     layers = []
     for layer in tuner_layers(model):
         if adapter_name in layer.experts:
-            follows_host = isinstance(layer.deciding_router(adapter_name), HostRouter)
+            follows_host = "call" in layer.deciding_router(adapter_name).reads
             number = layer.num_experts(adapter_name)
             if number == config.num_experts and follows_host == (config.router["name"] == "host"):  # type: ignore[index]
                 layers.append(layer)

@@ -20,10 +20,10 @@ from .dispatched import Stacks
 from .experts import ExpertKind, Target, build_kind
 from .experts.base import low_rank_pair
 from .experts.lora import LoraExperts
+from .host_router import HostRouter
 from .hosts import computes_linear
 from .low_rank import ExpertSlots, MixedSlots
 from .ranks import UnequalRanks
-from .routers import HostRouter
 
 
 class MoeLoraLayer(BaseTunerLayer):

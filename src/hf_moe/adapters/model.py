@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.layer_spec import MoELayerSpec
-from ..modeling.routers.soft_moa import SoftMoaRouter
 from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
 from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
@@ -30,12 +29,12 @@ from .dispatched import swap_class
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards
 from .frozen import FrozenExperts, numbered_layers
+from .host_router import HostRouter
 from .hosts import enclosing_layer, is_bidirectional, is_layer, is_linear, known_tokens, layer_width, reads_text
 from .index import drop_indices
 from .layer import Linear, MoeLoraLayer, tuner_layers
 from .objectives import install_hooks
 from .parts import part_of, parts_of
-from .routers import HostRouter, PooledRouter
 from .routing import OUTPUT_EXPERTS, adapted_layer_class
 from .targets import LayerOutput, ParamWrapper, WholeModule
 
@@ -214,7 +213,7 @@ class MoeLoraModel(BaseTuner):
                 check_decision_of(router, target.experts[adapter_name], tokens_known)
             except ValueError as error:
                 raise TargetRefused(str(error)) from error
-            if settings.router_input != "target" and not isinstance(router, HostRouter):
+            if settings.router_input != "target" and "call" not in router.reads:
                 target.router_owner[adapter_name] = target
         if layer is not None and not hasattr(layer, "moe_lora_host_class"):
             swap_class(layer, adapted_layer_class(type(layer), tokens_known is not None))  # type: ignore[arg-type]
@@ -262,25 +261,17 @@ class MoeLoraModel(BaseTuner):
                 f"objectives={list(config.objectives)} cannot reach where the model tells nothing of its tokens, for "
                 "padding must not count: leave the objectives out."
             )
-        spec = config.spec(len(self._specs), width, settings)
+        bidirectional = is_bidirectional(layer)
+        spec = config.spec(len(self._specs), width, settings, causal=not bidirectional)
         self._specs.append(spec)
         router = config.build_router(spec, settings)
         initialize_mechanisms(router, INIT_STD)
-        if isinstance(router, (PooledRouter, SoftMoaRouter)):
-            bidirectional = is_bidirectional(layer)
-            if isinstance(router, PooledRouter):
-                router.causal = not bidirectional
-            elif not bidirectional:
-                raise TargetRefused(
-                    f"The router {settings.router['name']!r} mixes all tokens of a sequence, which is not for layers "
-                    "whose attention hides later tokens from earlier ones: adapt a vision tower or an encoder."
-                )
-            unknown = reads_text(self.model, layer) or (layer is not None and not bidirectional)
-            if tokens_known is None and unknown:
-                raise TargetRefused(
-                    f"The router {settings.router['name']!r} pools the tokens of a sequence, and the model does not "
-                    "tell which of them are padding, or cached: choose a router that decides token by token."
-                )
+        unknown = reads_text(self.model, layer) or (layer is not None and not bidirectional)
+        if "sequence" in router.reads and tokens_known is None and unknown:
+            raise TargetRefused(
+                f"The router {settings.router['name']!r} pools the tokens of a sequence, and the model does not "
+                "tell which of them are padding, or cached: choose a router that decides token by token."
+            )
         return router
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -390,13 +381,13 @@ def _warn_of_unmatched(model: nn.Module, adapter_name: str, config: MoeLoraConfi
 @torch.no_grad()
 def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | None) -> None:
     """Refuse a router whose decisions the experts of a target cannot run, or that reads what is not known there."""
-    if isinstance(router, HostRouter) or any(parameter.is_meta for parameter in router.parameters()):
+    if "call" in router.reads or any(parameter.is_meta for parameter in router.parameters()):
         return
     probe = torch.zeros(1, 1, router.spec.hidden_size)
     context: RoutingContext = TokenlessContext(probe)
-    if tokens_known is not None and getattr(router, "condition", None) is not None:
+    if tokens_known is not None and router.condition is not None:
         return  # what it reads comes with the call
     if tokens_known == "text":
         context = RoutingContext.all_text(probe)
         context.input_ids = context.modality_ids
-    check_decision(router(probe[0], context), experts)
+    check_decision(router(probe[0], context), experts, router.spec.causal)

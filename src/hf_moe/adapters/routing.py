@@ -19,7 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .conditions import conditions_of_rows, conditions_read, take_conditions
+from ..modeling.inputs import conditions_read
+from .conditions import conditions_of_rows, take_conditions
 from .contexts import ACTIVE_LAYER, AdapterContext, LayerRun
 from .index import index_of
 from .tokens import image_context, root_inputs, text_context

@@ -14,12 +14,12 @@ from typing import Any, get_args, get_type_hints
 
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from .checks import Interval, strict, unknown_name_message, within
 from .composed_config import ComposedConfig
-from .layer_maps import is_layer_map, layers_named
 from .moe_config import MoeConfig, take_copies, unknown_fields
 from .reading import check_config, check_files
 from .saving import save_with_package
@@ -33,6 +33,13 @@ CONFIG_FORMAT = 1
 
 # The values of Transformers' `mm_token_type_ids`, in order.
 MODALITIES = ("text", "image", "video", "audio")
+
+# The places of MoE layers outside of the decoder -> the field with theirs.
+PLACE_FIELDS = {
+    "vision": "vision_moe_config",
+    "audio": "audio_moe_config",
+    "connector": "connector_moe_config",
+}
 
 # Fields that TRL, vLLM and others look for in a decoder's config.
 CONTRACT_FIELDS = ("output_router_logits", "router_aux_loss_coef", "num_experts", "num_experts_per_tok")
@@ -49,7 +56,7 @@ AUTO_MAP = {
 @strict
 class HfMoeConfig(PreTrainedConfig):
     r"""
-    A host's config, and the MoE layers of its decoder. Every field of the host keeps its name and its place.
+    A host's config, and the MoE layers of its parts. Every field of the host keeps its name and its place.
 
     The class of a config is made at run time: this one before the host's own. Without a `host_type` the host is put
     together, and the fields are those of [`ComposedConfig`].
@@ -61,6 +68,13 @@ class HfMoeConfig(PreTrainedConfig):
             The host's class with a language head, by its name in Transformers. Derived from the type when absent.
         moe_config (`dict` or `MoeConfig`, *optional*):
             See [`MoeConfig`].
+        vision_moe_config (`dict` or `MoeConfig`, *optional*):
+            The MoE layers of the tower that encodes images and videos; none when absent. Objectives are those of
+            `moe_config`.
+        audio_moe_config (`dict` or `MoeConfig`, *optional*):
+            The same of the tower that encodes sounds.
+        connector_moe_config (`dict` or `MoeConfig`, *optional*):
+            The MoE layer in the place of the connector's two linear layers; it is layer 0.
         output_router_logits (`bool`, defaults to `False`):
             Return the router logits of every MoE layer, where all layers have one width.
         config_format (`int`, defaults to 1):
@@ -87,11 +101,17 @@ class HfMoeConfig(PreTrainedConfig):
     """
 
     model_type = "hf_moe"
-    sub_configs_defaults = {"moe_config": MoeConfig}
+    sub_configs_defaults = {
+        "moe_config": MoeConfig,
+        **{name: SubConfigSpec(config_class=MoeConfig, optional=True) for name in PLACE_FIELDS.values()},
+    }
 
     host_type: str | None = None
     host_class: str | None = None
     moe_config: dict | PreTrainedConfig | None = None
+    vision_moe_config: dict | PreTrainedConfig | None = None
+    audio_moe_config: dict | PreTrainedConfig | None = None
+    connector_moe_config: dict | PreTrainedConfig | None = None
     output_router_logits: bool = False
     config_format: int = within(Interval(1), default=CONFIG_FORMAT)
     system: str | None = None
@@ -143,24 +163,18 @@ class HfMoeConfig(PreTrainedConfig):
         """Fill what the host decides. A host that is a MoE itself names its experts; see ecosystem conventions."""
         host, moe = self.get_text_config(decoder=True), self.moe_config
         experts = _first_attribute(host, ("num_experts", "num_local_experts", "n_routed_experts")) or 8
-        if moe.num_experts is None:
-            moe.num_experts = experts
-        elif moe.expert_banks is not None and is_layer_map(moe.num_experts):
-            # Layers without banks of their own.
-            moe.num_experts = {"default": experts, **moe.num_experts}
-        if moe.num_experts_per_tok is None:
-            moe.num_experts_per_tok = _first_attribute(host, ("num_experts_per_tok",)) or 2
-        # The numbers of experts are derived from the banks.
-        for name in ("expert_banks", *MoeConfig.__annotations__):
-            outside = {key for key in layers_named(getattr(moe, name)) if key != "default"}
-            outside -= {str(index) for index in range(host.num_hidden_layers)}
-            if outside:
+        moe.fill_numbers(experts, _first_attribute(host, ("num_experts_per_tok",)) or 2)
+        moe.check_layers(host.num_hidden_layers)
+        for name in PLACE_FIELDS.values():
+            tower = getattr(self, name)
+            if tower is None:
+                continue
+            if tower.objectives or tower.token_balanced_loss:
                 raise ValueError(
-                    f"moe_config.{name} names the layers {sorted(outside, key=int)}, but the decoder has the layers 0 "
-                    f"to {host.num_hidden_layers - 1}."
+                    f"{name} holds objectives, and those of all MoE layers are in moe_config.objectives: move them."
                 )
-        for layer in self.moe_layers():
-            moe.check_layer(layer)
+            # How many layers a tower has is known when it is built: its config need not tell.
+            tower.fill_numbers(8, 2)
 
     def _write_contract_fields(self) -> None:
         """Write the fields that TRL, vLLM and others look for, where the host has none of that name.
@@ -259,6 +273,7 @@ class HfMoeConfig(PreTrainedConfig):
         if not isinstance(overrides, dict):
             raise ValueError(f"moe_config={overrides!r} must be a dict of fields, or a MoeConfig.")
         moe_config = record.fields("model", variant, overrides)
+        kwargs |= record.place_fields({name: kwargs.get(name) for name in PLACE_FIELDS.values()})
         return cls(**{"system": record.key, **record.config, **kwargs}, moe_config=moe_config)
 
     @classmethod

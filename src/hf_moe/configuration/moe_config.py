@@ -177,12 +177,36 @@ class MoeConfig(PreTrainedConfig):
                 sizes[layer] = total(banks)
         return sizes
 
-    def check_layer(self, layer_idx: int) -> None:
-        """Refuse what contradicts itself in one layer.
+    def fill_numbers(self, num_experts: int, num_experts_per_tok: int) -> None:
+        """Fill the numbers of experts and slots that were left out."""
+        if self.num_experts is None:
+            self.num_experts = num_experts
+        elif self.expert_banks is not None and is_layer_map(self.num_experts):
+            # Layers without banks of their own.
+            self.num_experts = {"default": num_experts, **self.num_experts}  # type: ignore[dict-item]
+        if self.num_experts_per_tok is None:
+            self.num_experts_per_tok = num_experts_per_tok
+
+    def check_layers(self, num_hidden_layers: int) -> None:
+        """Refuse what contradicts itself, or names layers that a decoder or tower of this many layers does not have.
 
         Raises:
-            ValueError: if a number is missing, or two fields contradict each other.
+            ValueError: naming the field and the layers.
         """
+        # The numbers of experts are derived from the banks.
+        for name in ("expert_banks", *MoeConfig.__annotations__):
+            outside = {key for key in layers_named(getattr(self, name)) if key != "default"}
+            outside -= {str(index) for index in range(num_hidden_layers)}
+            if outside:
+                raise ValueError(
+                    f"moe_config.{name} names the layers {sorted(outside, key=int)}, but the decoder has the layers 0 "
+                    f"to {num_hidden_layers - 1}."
+                )
+        for layer in self.moe_layers(num_hidden_layers):
+            self._check_layer(layer)
+
+    def _check_layer(self, layer_idx: int) -> None:
+        """Refuse a missing number, and fields that contradict each other in one layer."""
         at = {name: at_layer(getattr(self, name), layer_idx) for name in MoeConfig.__annotations__ if name != "layers"}
         for name in ("num_experts", "num_experts_per_tok"):
             checked(f"Layer {layer_idx}: moe_config.{name}", at[name], PositiveInt)

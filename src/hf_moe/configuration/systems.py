@@ -6,6 +6,7 @@ a whole training job (`recipe`, a name). Key and family are those of the path.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -100,6 +101,16 @@ class SystemRecord:
         preset = {**own, **self.variants.get(variant or "", {})}
         # YAML's own anchors, and what is given, would be shared.
         return copy.deepcopy({**preset, **{name: merge_fields(preset.get(name), given[name]) for name in given or {}}})
+
+    def place_fields(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the fields of `config` with MoE layers of towers and connectors, as a copy.
+
+        Args:
+            given (`dict`, *optional*): such fields that go before those of the record, see [`merge_fields`].
+        """
+        own = {name: value for name, value in self.config.items() if name.endswith("moe_config")}
+        named = {name: value for name, value in (given or {}).items() if value is not None}
+        return copy.deepcopy(own | {name: merge_fields(own.get(name), value) for name, value in named.items()})
 
 
 def load_system(key: str) -> SystemRecord:

@@ -16,6 +16,7 @@ from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from .adoption import adopt, hand_over_block
 from .generation import generation_settings
+from .host_plan import plan_host
 from .in_place import become_moe
 from .materialisation import check_materialised, materialise
 from .moe_blocks import read_block
@@ -86,7 +87,7 @@ def build_model(
             model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
         elif tower is None:
             _fit_vocabulary(dense, len(tokenizer))
-            model = become_moe(dense, system, moe_config, False, seed, noise_std, on_check)
+            model = become_moe(dense, plan_host(dense, system, moe_config), False, seed, noise_std, on_check)
         else:
             model = _from_decoder(dense, tokenizer, system, moe_config, fields, dtype, noise_std, seed, on_check)
         if tower is not None:
@@ -94,8 +95,8 @@ def build_model(
                 tower.get_parameter(name).requires_grad_(parameter.requires_grad)
             model.model.vision_tower = _with_config(tower.to(dtype), model.config.vision_config)  # its buffers too
     check_materialised(model)
-    for layer in model.moe_layers().values():
-        layer.gate.float()
+    for block in model.moe_blocks().values():
+        block.gate.float()
     template = chat_template or default_chat_template(tokenizer, image_token if tower is not None else None)
     tokenizer.chat_template = template
     model.generation_config = generation_settings(dense, tokenizer, image_token_id)

@@ -16,6 +16,7 @@ import torch
 from ..configuration.layer_maps import at_layer
 from ..configuration.names import without_alias
 from ..modeling.auxiliary import AuxiliaryLosses
+from ..modeling.context import routers_of
 from ..modeling.initialisation import initialize_mechanisms, initializer_std
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
@@ -73,7 +74,7 @@ def set_objectives(model: HfMoeForConditionalGeneration, objectives: dict[str, A
     config = model.config
     previous, config.moe_config.objectives = config.moe_config.objectives, deepcopy(objectives)
     try:
-        fresh = AuxiliaryLosses(config, [layer.spec for layer in model.moe_layers().values()])
+        fresh = AuxiliaryLosses(config, [router.spec for router in routers_of(model).values()])
     except ValueError:
         config.moe_config.objectives = previous
         raise

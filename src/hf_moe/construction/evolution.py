@@ -34,6 +34,7 @@ from ..modeling.gating import check_choice
 from ..modeling.host import decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import text_decoder
+from .in_place import block_paths
 from .upcycling import ffn_state, fill_layer
 
 
@@ -292,7 +293,7 @@ def assemble(
     noise_std: float = 0.0,
     seed: int = 0,
 ) -> HfMoeForConditionalGeneration:
-    """Return a MoE from a dense model of this library (`moe_config.layers = []`).
+    """Return a MoE from a dense model of this library (`moe_config.layers = []`), in all places that `config` names.
 
     Args:
         dense: its feed-forwards become expert 1.
@@ -312,22 +313,21 @@ def assemble(
     if evolution is not None and evolution.layers != sorted(moe_layers):
         raise ValueError(f"Experts evolved in the layers {evolution.layers}, the MoE has {sorted(moe_layers)}.")
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
-    hosts, ours = (decoder_layers(text_decoder(item)) for item in (dense, model))
-    names = {module: name for name, module in model.named_modules()}
-    replaced = tuple(f"{names[ours[layer]]}.{ffn_name(ours[layer])}." for layer in moe_layers)
+    blocks = block_paths(model)
+    replaced = tuple(f"{path}." for path in blocks)
     differing = [*loaded.missing_keys, *loaded.unexpected_keys]
     differing = [name for name in differing if not name.startswith((*replaced, "objectives."))]
     if differing:
         raise ValueError(f"The MoE's config does not fit the dense model: they differ in {', '.join(differing[:3])}.")
     generator = torch.Generator().manual_seed(seed)
-    for layer, moe_layer in moe_layers.items():
-        ffn = getattr(hosts[layer], ffn_name(hosts[layer]))
+    for path, moe_layer in blocks.items():
+        ffn, site = dense.get_submodule(path), moe_layer.spec.site
         layout = read_ffn(ffn).layout
         if layout is None:
-            raise ValueError(f"Layer {layer} of the dense model is a MoE layer already.")
+            raise ValueError(f"Layer {site} of the dense model is a MoE layer already.")
         fill_layer(moe_layer, ffn_state(dict(ffn.named_parameters()), layout), generator, noise_std)
-        if evolution is not None:
-            prefix = f"{layer}."
+        if evolution is not None and site in moe_layers:
+            prefix = f"{site}."
             for number, held in enumerate(evolution.experts, start=1):
                 own = {name.removeprefix(prefix): theta for name, theta in held.items() if name.startswith(prefix)}
                 _fill_expert(moe_layer, number, ffn_state(own, layout), len(evolution.experts) + 1)

@@ -35,7 +35,12 @@ class HostPlan:
     objectives: dict[str, Any] = field(default_factory=dict)
 
 
-def plan_host(host: PreTrainedModel, system: str | None, moe_config: Mapping[str, Any] | None) -> HostPlan:
+def plan_host(
+    host: PreTrainedModel,
+    system: str | None,
+    moe_config: Mapping[str, Any] | None,
+    places: Mapping[str, Any] | None = None,
+) -> HostPlan:
     """Return what a host becomes.
 
     A dense host is upcycled, with the system `"top_k"` where none is given. Of a host that is a MoE the experts stay;
@@ -45,6 +50,7 @@ def plan_host(host: PreTrainedModel, system: str | None, moe_config: Mapping[str
         host: also on the meta device.
         system: a key of `hf_moe.list_systems()`.
         moe_config: fields that override the system's.
+        places: the fields of the config with the MoE layers of towers and connectors, which override the system's.
 
     Raises:
         ValueError: if a block cannot be adopted, or other experts than the host's are asked for.
@@ -53,13 +59,15 @@ def plan_host(host: PreTrainedModel, system: str | None, moe_config: Mapping[str
     readings = read_blocks(text_decoder(host))
     if not readings:
         system = system or "top_k"
-        return HostPlan(_on_host(host, load_system(system).fields("model", given=given), system))
+        fields = {"moe_config": load_system(system).fields("model", given=given)}
+        return HostPlan(_on_host(host, fields | _places(system, places), system))
     adopted = adopted_config(readings)
     _refuse_other_experts(host, adopted, given)
     preset = load_system(system).fields("model") if system is not None else {}
     joined = {name: preset[name] for name in ("objectives", "token_balanced_loss") if name in preset} | given
     objectives = joined.pop("objectives", None) or {}
-    config = _on_host(host, {**adopted, **joined, "router": adopted["router"]}, system)
+    fields = {"moe_config": {**adopted, **joined, "router": adopted["router"]}}
+    config = _on_host(host, fields | _places(system, places), system)
     options, defaults = _named(given.get("router")), _named(preset.get("router"))
     name = options.pop("name", defaults.get("name"))
     if defaults.pop("name", None) != name:
@@ -73,7 +81,11 @@ def _named(router: str | Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _on_host(host: PreTrainedModel, fields: dict[str, Any], system: str | None) -> HfMoeConfig:
-    return HfMoeConfig.on_host(host.config, type(host).__name__, moe_config=fields, system=system)
+    return HfMoeConfig.on_host(host.config, type(host).__name__, system=system, **fields)
+
+
+def _places(system: str | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    return dict(given or {}) if system is None else load_system(system).place_fields(given)
 
 
 def _refuse_other_experts(host: PreTrainedModel, adopted: Mapping[str, Any], given: Mapping[str, Any]) -> None:

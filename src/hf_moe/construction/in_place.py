@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 from ..configuration import HfMoeConfig
 from ..modeling.block import Block
 from ..modeling.evaluation_mode import evaluation_mode
-from ..modeling.host import decoder_layers, ffn_name, read_ffn
+from ..modeling.host import read_ffn
 from ..modeling.initialisation import initializer_std
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from ..modeling.parts import text_decoder
 from .adoption import hand_over_block
 from .conversion import convert_router, set_objectives
 from .gate_forms import starting_options
@@ -44,11 +43,14 @@ def from_host(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     on_check: Callable[[StepZero], None] | None = None,
+    vision_moe_config: Mapping[str, Any] | None = None,
+    audio_moe_config: Mapping[str, Any] | None = None,
+    connector_moe_config: Mapping[str, Any] | None = None,
 ) -> HfMoeForConditionalGeneration:
     """Return a model of Transformers as a MoE, in evaluation mode.
 
-    The experts of a dense host start as copies of its feed-forwards. Towers, connectors, attention, embeddings and
-    head are the host's, and so are the inputs, the processor and generation.
+    The experts of a dense host start as copies of its feed-forwards. Attention, embeddings, head and all else are the
+    host's, and so are the inputs, the processor and generation. Experts of towers and connectors start as copies too.
 
         model = HfMoeForConditionalGeneration.from_host("Qwen/Qwen2.5-VL-3B-Instruct", system="moiie")
 
@@ -63,27 +65,33 @@ def from_host(
         dtype: of the weights of a host that is loaded here, its own when absent; routers are float32.
         revision: branch, tag or commit of a repository on the Hub.
         on_check: called with the comparison with the host's own logits, where it had weights.
+        vision_moe_config, audio_moe_config, connector_moe_config: see [`HfMoeConfig`]; fields that override the
+            system's, which may leave these parts as they are.
 
     Raises:
         ValueError: if the host cannot become a MoE, or would compute something else as one.
     """
+    places = {
+        "vision_moe_config": vision_moe_config,
+        "audio_moe_config": audio_moe_config,
+        "connector_moe_config": connector_moe_config,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(host, Mapping):
-            return _fresh(host, system, moe_config, dtype, seed)
+            return _fresh(host, system, moe_config, places, dtype, seed)
         keep = isinstance(host, PreTrainedModel)
         if not isinstance(host, PreTrainedModel):
             host = load_host(host, dtype, revision)
         elif dtype is not None:
             raise ValueError("dtype is of a host that is loaded here: convert a loaded one with host.to(dtype).")
         refuse_loaded(host)
-        return become_moe(host, system, moe_config, keep, seed, noise, on_check)
+        return become_moe(host, plan_host(host, system, moe_config, places), keep, seed, noise, on_check)
 
 
 def become_moe(
     host: PreTrainedModel,
-    system: str | None,
-    moe_config: Mapping[str, Any] | None,
+    plan: HostPlan,
     keep: bool,
     seed: int,
     noise: float,
@@ -94,13 +102,12 @@ def become_moe(
     Args:
         keep: whether the host stays in use; its feed-forwards are taken away from it where it does not.
     """
-    plan = plan_host(host, system, moe_config)
     model, inputs, reference = _around(host, plan.config, keep)
-    layers = decoder_layers(text_decoder(host))
-    feed_forwards = {index: getattr(layers[index], ffn_name(layers[index])) for index in model.moe_layers()}
+    feed_forwards = {path: host.get_submodule(path) for path in block_paths(model)}
     if not keep:  # else they would stay in memory
-        for index in feed_forwards:
-            delattr(layers[index], ffn_name(layers[index]))
+        for path in feed_forwards:
+            parent, _, name = path.rpartition(".")
+            delattr(host.get_submodule(parent), name)
     _check_host(model, feed_forwards, inputs, reference)
     exact = _replace_feed_forwards(model, feed_forwards, plan, keep, noise, seed)
     check_materialised(model)
@@ -117,16 +124,17 @@ def _fresh(
     fields: Mapping[str, Any],
     system: str | None,
     moe_config: Mapping[str, Any] | None,
+    places: Mapping[str, Any],
     dtype: torch.dtype | None,
     seed: int,
 ) -> HfMoeForConditionalGeneration:
     """Return a MoE on a host without weights."""
     options = dict(fields)
     host_config = host_config_class(options.pop("model_type", None))(**options)
-    plan = plan_host(empty_model(host_class_of(host_config), host_config), system, moe_config)
+    plan = plan_host(empty_model(host_class_of(host_config), host_config), system, moe_config, places)
     model = HfMoeForConditionalGeneration._from_config(plan.config, dtype=dtype or torch.float32).eval()
-    for layer in model.moe_layers().values():
-        layer.gate.float()
+    for block in model.moe_blocks().values():
+        block.gate.float()
     if plan.readings:
         _convert(model, plan, seed)
     return model
@@ -184,7 +192,7 @@ def take_over(model: Any, host: PreTrainedModel, keep: bool) -> None:
             taken[id(tensor)] = deepcopy(tensor)
         return taken.get(id(tensor), tensor)
 
-    own = {id(part) for layer in model.moe_layers().values() for part in layer.modules()}
+    own = {id(part) for block in model.moe_blocks().values() for part in block.modules()}
     own |= {id(part) for part in model.objectives.modules()}
     theirs = dict(host.named_modules(remove_duplicate=False))
     for path, module in model.named_modules():
@@ -207,11 +215,12 @@ def _shapes(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, tuple[int, 
 
 @torch.no_grad()
 def _replace_feed_forwards(
-    model: Any, feed_forwards: dict[int, nn.Module], plan: HostPlan, keep: bool, noise: float, seed: int
+    model: Any, feed_forwards: dict[str, nn.Module], plan: HostPlan, keep: bool, noise: float, seed: int
 ) -> bool:
     """Fill the MoE layers of a model from the feed-forwards that they replace, which are let go one by one.
 
     Args:
+        feed_forwards: by their paths.
         keep: whether the feed-forwards stay in use, so that their tensors are copied.
 
     Returns:
@@ -223,10 +232,10 @@ def _replace_feed_forwards(
     std, generator = initializer_std(model.config), torch.Generator().manual_seed(seed)
     materialise(model.objectives, std, model.device)
     exact = True
-    for layer_idx, layer in model.moe_layers().items():
-        ffn = feed_forwards.pop(layer_idx)
-        if layer_idx in plan.readings:
-            equal = _adopt(layer, ffn, plan.readings[layer_idx], keep, std)
+    for path, layer in block_paths(model).items():
+        ffn = feed_forwards.pop(path)
+        if not layer.spec.place and layer.layer_idx in plan.readings:
+            equal = _adopt(layer, ffn, plan.readings[layer.layer_idx], keep, std)
         else:
             host = read_ffn(ffn)
             assert host.layout is not None, "of a dense feed-forward"
@@ -255,24 +264,34 @@ def _adopt(layer: Block, block: nn.Module, reading: BlockReading, keep: bool, st
 
 
 def _check_host(
-    model: Any, feed_forwards: dict[int, nn.Module], inputs: dict[str, torch.Tensor], reference: torch.Tensor
+    model: Any, feed_forwards: dict[str, nn.Module], inputs: dict[str, torch.Tensor], reference: torch.Tensor
 ) -> None:
     """Refuse a host that this library would change, whatever the router does: by its own feed-forwards in the MoE.
 
     Raises:
         ValueError: with the difference of the logits.
     """
-    moe_layers, layers = model.moe_layers(), decoder_layers(text_decoder(model))
+    blocks = block_paths(model)
     try:
-        for layer_idx, ffn in feed_forwards.items():
-            setattr(layers[layer_idx], ffn_name(layers[layer_idx]), ffn)
+        put_modules(model, feed_forwards)
         with torch.no_grad():
             difference = logit_difference(model(**inputs).logits, reference)
     finally:
-        for layer_idx, moe_layer in moe_layers.items():
-            setattr(layers[layer_idx], ffn_name(layers[layer_idx]), moe_layer)
+        put_modules(model, blocks)
     if difference > tolerance(model.dtype):
         raise ValueError(
             f"{type(model).hf_moe_host.__name__} cannot become a MoE: its own logits differ by {difference:.1e} from "
             "those of its parts in this library's model."
         )
+
+
+def block_paths(model: nn.Module) -> dict[str, Block]:
+    """Return the MoE layers of a model by their paths, where the host has its feed-forwards."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Block)}
+
+
+def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in the places of a model that their paths name."""
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)

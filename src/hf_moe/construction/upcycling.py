@@ -344,7 +344,7 @@ class _Alone(nn.Module):
         rows = hidden_states.flatten(0, -2)  # (T, d)
         index = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
         assignment = ExpertAssignment(index, torch.ones_like(index, dtype=rows.dtype), num_experts=1)
-        return self.experts(rows, assignment).view_as(hidden_states)
+        return self.experts(rows, assignment).view(*hidden_states.shape[:-1], -1)
 
 
 def _tolerance(weight: torch.Tensor) -> float:
@@ -368,7 +368,7 @@ def _differences(
         outputs = [module(hidden) for module in (theirs, ours)]
     # A block may return its logits too, and its tokens as one row each.
     expected, found = (
-        (output[0] if isinstance(output, tuple) else output).float().view(hidden.shape[1:]) for output in outputs
+        (output[0] if isinstance(output, tuple) else output).float().view(hidden.shape[1], -1) for output in outputs
     )
     largest = expected.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
     return (found - expected).abs().amax(-1) / largest

@@ -21,8 +21,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..configuration.configuration_hf_moe import AUTO_MAP
-from ..configuration.layer_maps import at_layer
+from ..configuration.configuration_hf_moe import AUTO_MAP, PLACE_FIELDS
+from ..configuration.layer_maps import at_layer, layer_values
 from ..configuration.moe_config import MECHANISM_FIELDS, objective_entry
 from ..configuration.reading import read_object
 from ..modeling.mechanisms import get_mechanism, mechanism_names
@@ -162,12 +162,13 @@ def used_names(config: Any) -> dict[str, list[str]]:
     """Return the names of the mechanisms that a model of this config builds, by kind."""
     names: dict[str, set[str]] = {kind: set() for kind in KINDS}
     built: list[Any] = [config.moe_config.objectives or {}]
-    for layer in config.moe_layers():
-        for kind in MECHANISM_FIELDS:
-            value = at_layer(getattr(config.moe_config, kind), layer)
-            if value is not None:
-                built.append(value)
-                names[kind].add(value["name"])
+    for kind in MECHANISM_FIELDS:
+        values = [at_layer(getattr(config.moe_config, kind), layer) for layer in config.moe_layers()]
+        # Not every config tells how many layers a tower has.
+        places = [moe for name in PLACE_FIELDS.values() if (moe := getattr(config, name)) is not None]
+        values += [value for moe in places for value in layer_values(getattr(moe, kind))]
+        built += [value for value in values if value is not None]
+        names[kind] |= {value["name"] for value in values if value is not None}
     names["objective"] = {objective_entry(*entry)[0] for entry in (config.moe_config.objectives or {}).items()}
     if config.host_type is None:
         names["host"].add("composed")

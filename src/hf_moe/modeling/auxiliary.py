@@ -27,9 +27,11 @@ from transformers.utils import ModelOutput, logging
 
 from ..configuration.checks import check
 from ..configuration.moe_config import objective_entry
-from .layer_spec import MoELayerSpec
+from .decisions import Decision
+from .layer_spec import MoELayerSpec, Site
 from .mechanisms import get_mechanism
 from .registry import build
+from .routing import Objective
 from .routing_context import RoutingContext
 
 
@@ -99,7 +101,8 @@ class AuxiliaryLosses(nn.Module):
     Args:
         config: the outer `HfMoeConfig`; its `moe_config.objectives` says what an entry looks like. Every objective
             takes `layer_reduction`: `"mean"` over the MoE layers, the default, or `"sum"`, with which the strength
-            grows with the depth.
+            grows with the depth; and `places`, of `"decoder"`, `"vision"`, `"audio"` and `"connector"`: all of them
+            when absent. What it is worth is the sum over its places, each reduced by itself.
         specs: the MoE layers.
 
     Raises:
@@ -116,7 +119,8 @@ class AuxiliaryLosses(nn.Module):
                 raise ValueError(f"{place}: the label is taken, choose another.")
             reduction = options.pop("layer_reduction", "mean")
             check(f"{place}: layer_reduction", reduction, Literal["mean", "sum"])
-            objective = build("objective", get_mechanism("objective", name), options, specs, coef)
+            own = _specs_at(options.pop("places", None), specs, place)
+            objective = build("objective", get_mechanism("objective", name), options, own, coef)
             objective.layer_reduction = reduction
             self.by_name[label] = objective
 
@@ -145,7 +149,9 @@ class AuxiliaryLosses(nn.Module):
         """
         rows, values = torch.zeros_like(row_labels, dtype=torch.float32), {}
         for name, objective in self.by_name.items():
-            value = objective(context.decisions, context).to(rows.device)  # (B,)
+            value = torch.zeros_like(rows)  # (B,)
+            for part, decisions in _read_by(objective, context):
+                value = value + part.to_batch(objective(decisions, part), len(rows)).to(rows.device)
             values[name] = value.detach()
             rows = rows + objective.coef * value
         return AuxiliaryLoss(values, rows, row_labels, num_items_in_batch)
@@ -153,12 +159,36 @@ class AuxiliaryLosses(nn.Module):
     def accumulate(self, context: RoutingContext) -> None:
         """Add a micro-batch to the statistics of the current optimizer step."""
         for objective in self.by_name.values():
-            objective.accumulate(context.decisions, context)
+            for part, decisions in _read_by(objective, context):
+                objective.accumulate(decisions, part)
 
     def end_step(self) -> None:
         """Make the statistics of the finished optimizer step the population of the next one."""
         for objective in self.by_name.values():
             objective.end_step()
+
+
+def _specs_at(places: Any, specs: list[MoELayerSpec], name: str) -> list[MoELayerSpec]:
+    """Return the MoE layers of the places that an entry names, all of them where it names none."""
+    if places is None:
+        return specs
+    known = sorted({spec.place or "decoder" for spec in specs})
+    check(f"{name}: places", places, list[str])
+    if unknown := set(places) - set(known):
+        raise ValueError(f"{name}: places={places} names {sorted(unknown)}, and the model has MoE layers in {known}.")
+    return [spec for spec in specs if (spec.place or "decoder") in places]
+
+
+def _read_by(objective: Objective, context: RoutingContext) -> list[tuple[RoutingContext, dict[Site, Decision]]]:
+    """Return the contexts of a forward, and of the decisions in each those at the sites of an objective.
+
+    A part without a decision that it can read is left out, unless it could read none at all, which is its error.
+    """
+    sites = {spec.site for spec in objective.specs}
+    parts = [(part, {s: d for s, d in part.decisions.items() if s in sites}) for part in context.contexts()]
+    parts = [(part, decisions) for part, decisions in parts if decisions]
+    readable = [(part, decisions) for part, decisions in parts if any(map(objective.applies_to, decisions.values()))]
+    return readable or parts
 
 
 def count_labels(labels: torch.Tensor) -> torch.Tensor:

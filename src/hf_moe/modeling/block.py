@@ -35,7 +35,7 @@ class Block(nn.Module):
 
     Where the host's layer unpacks what its own feed-forward returns, `forward` gives `(output, None)`. The routing
     context is not an argument, since hosts pass none to their feed-forward: it is read from the context variable that
-    the decoder layer sets for the duration of its forward (see `host.py`).
+    the layer around it sets for the duration of its forward (see `host.py`).
 
     A block keeps its router under `gate`, its experts under `experts` and the branch of all tokens under
     `shared_expert`, the names that other tools look for; several routers are a list under `gate`.
@@ -74,9 +74,9 @@ class Block(nn.Module):
         context = ACTIVE_CONTEXT.get()
         if context is None:
             context = RoutingContext.all_text(hidden_states)
-        context.enter(hidden_states)
-        output = self.mix(hidden_states.reshape(-1, hidden_states.shape[-1]), context)  # (T, d)
-        output = output.view(*hidden_states.shape[:-1], -1)
+        rows = context.in_rows(hidden_states)  # (B, S, d)
+        output = self.mix(rows.reshape(-1, rows.shape[-1]), context)  # (T, d)
+        output = context.out_of_rows(output.view(*rows.shape[:-1], -1), hidden_states)
         return (output, None) if self.spec.returns_tuple else output
 
     def mix(self, tokens: torch.Tensor, context: RoutingContext) -> torch.Tensor:

@@ -21,14 +21,17 @@ from .inputs import (
     check_mask,
     check_mask_and_positions,
     check_tokens,
+    conditions_read,
     find_placeholder,
     learned_positions,
     modality_ids,
     real_tokens,
 )
+from .layer_spec import Site
 from .memory import TokenMemory, cache_of, foreign_state
 from .outputs import routed_output, router_logits
 from .overrides import RoutingOverrides
+from .routing import Router
 from .routing_context import CALL_CONTEXT, RoutingContext
 
 
@@ -42,9 +45,14 @@ ROUTING_INPUTS: dict[str, Any] = {
 }
 
 
-def moe_layers(model: nn.Module) -> dict[int, Block]:
-    """Return the MoE layers of a model by layer index."""
-    return {module.layer_idx: module for module in model.modules() if isinstance(module, Block)}
+def moe_blocks(model: nn.Module) -> dict[Site, Block]:
+    """Return the MoE layers of a model by site, those of towers and connectors among them."""
+    return {module.spec.site: module for module in model.modules() if isinstance(module, Block)}
+
+
+def routers_of(model: nn.Module) -> dict[Site, Router]:
+    """Return the routers of a model by the sites of their decisions; a block may have several."""
+    return {router.spec.site: router for block in moe_blocks(model).values() for router in block.routers}
 
 
 def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: float) -> RoutingContext:
@@ -65,20 +73,22 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
     modalities, overrides = inputs.get("moe_mm_token_type_ids"), inputs.get("routing_overrides")
     if modalities is None:
         modalities = inputs.get("mm_token_type_ids")
-    check_ids(tokens, modalities, inputs.get("condition_ids"))
+    conditions = inputs.get("condition_ids")
+    routers = routers_of(model).values() if conditions is not None else ()
+    check_ids(tokens, modalities, conditions, conditions_read(routers))
     if modalities is None:
         find = functools.partial(find_placeholder, model, input_ids, inputs_embeds)
         modalities = modality_ids(config, find, tokens)
     if overrides is not None:
         if not isinstance(overrides, RoutingOverrides):
             raise ValueError(f"routing_overrides must be RoutingOverrides(...), got {type(overrides).__name__}.")
-        overrides.check_sites({layer.spec.site: layer.router for layer in moe_layers(model).values()})
+        overrides.check_sites(routers_of(model))
     token_mask = real_tokens(config, inputs, tokens)
     return RoutingContext(
         modality_ids=modalities.long(),
         token_mask=torch.ones_like(modalities, dtype=torch.bool) if token_mask is None else token_mask,
         input_ids=input_ids,
-        condition_ids=inputs.get("condition_ids"),
+        condition_ids=conditions,
         progress=progress,
         overrides=overrides,
         memory=TokenMemory(cache_of(inputs), foreign_state(inputs), hides_padding=token_mask is None),

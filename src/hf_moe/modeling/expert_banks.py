@@ -1,5 +1,7 @@
 """Isolated banks of experts behind one numbering, and how a layer calls experts of any make."""
 
+from functools import reduce
+
 import torch
 from torch import nn
 
@@ -31,14 +33,12 @@ class ExpertBanks(Experts):
                 "width. Leave moe_config.expert_banks out."
             )
         banks = [getattr(self, name) for name in self.names]
-        output = torch.zeros_like(hidden_states)
         if all(isinstance(bank, Experts) and bank.takes_dispatch for bank in banks):
             # Sorted once for all banks; a wrapper of PEFT's takes the other way.
             parts = Dispatch(decision.expert_index, sum(self.sizes)).split(self.sizes)
-            for bank, part in zip(banks, parts, strict=True):
-                output = output + bank(hidden_states, decision, dispatch=part)
-            return output
-        start = 0
+            outputs = [bank(hidden_states, decision, dispatch=part) for bank, part in zip(banks, parts, strict=True)]
+            return reduce(torch.add, outputs)
+        outputs, start = [], 0
         for bank, size in zip(banks, self.sizes, strict=True):
             local = decision.expert_index - start  # (T, K)
             inside = (local >= 0) & (local < size)
@@ -47,9 +47,9 @@ class ExpertBanks(Experts):
                 expert_weight=decision.expert_weight.masked_fill(~inside, 0.0),
                 num_experts=size,
             )
-            output = output + run_assignment(bank, hidden_states, assignment)
+            outputs.append(run_assignment(bank, hidden_states, assignment))
             start += size
-        return output
+        return reduce(torch.add, outputs)
 
 
 def run_assignment(experts: nn.Module, hidden_states: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
@@ -63,4 +63,4 @@ def run_assignment(experts: nn.Module, hidden_states: torch.Tensor, assignment: 
     # Each process holds some of the experts. A row per filled slot: the exchange has no place for an empty one.
     token, slot = torch.where(index < assignment.num_experts)  # (M,) both
     output = experts(hidden_states[token], index[token, slot, None], weight[token, slot, None])
-    return torch.zeros_like(hidden_states).index_add(0, token, output)
+    return output.new_zeros(len(hidden_states), output.shape[-1]).index_add(0, token, output)

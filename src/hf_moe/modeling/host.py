@@ -1,19 +1,20 @@
-"""The host: how a Transformers decoder is read, and how its feed-forwards become MoE layers.
+"""The host: how a decoder or a tower of Transformers is read, and how its feed-forwards become MoE layers.
 
 Two things are done to a host. The feed-forward of every MoE layer is replaced by a block. The class of every
-decoder layer is swapped for a subclass of the same name whose `forward` takes `routing_context` and holds it in a
-context variable while the host's own forward runs. The context stays an argument of the layer, the one thing that
+layer is swapped for a subclass of the same name whose `forward` takes `routing_context` and holds it in a context
+variable while the host's own forward runs. The context stays an argument of the layer, the one thing that
 survives every kind of recomputation, and the variable reaches a block that PEFT or a compiler has wrapped.
 """
 
 import functools
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from ..configuration.layer_maps import at_layer
 from .block import Block
@@ -47,6 +48,10 @@ LAYOUTS = (
     FfnLayout(up="up_proj", down="down_proj"),
     FfnLayout(up="dense_h_to_4h", down="dense_4h_to_h"),
     FfnLayout(up="fc1", down="fc2"),
+    FfnLayout(up="linear_fc1", down="linear_fc2"),
+    FfnLayout(up="linear_1", down="linear_2"),
+    FfnLayout(up="0", down="1"),
+    FfnLayout(up="0", down="2"),
     FfnLayout(up="c_fc", down="c_proj", transposed=True),
     FfnLayout(gate="w1", up="w3", down="w2"),
 )
@@ -54,6 +59,9 @@ LAYOUTS = (
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
 ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation_function")
 LAYER_LIST_NAMES = ("layers", "h")
+# Where no config names the activation: in timm's towers, and in connectors.
+NAMED_BY_CLASS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+ACTIVATION_CLASSES = {type(ACT2FN[name]): name for name in NAMED_BY_CLASS} | {nn.GELU: "gelu"}
 
 
 @dataclass(frozen=True)
@@ -61,17 +69,23 @@ class HostFfn:
     """What a host's feed-forward is.
 
     Attributes:
+        hidden_size: d.
+        output_size: the width of its output; d but for connectors.
         intermediate_size: f, of one expert if the host's layer is a MoE.
         gated, bias: see [`MoELayerSpec`].
         layout: how a dense feed-forward names its projections; `None` for a MoE layer.
         returns_tuple: see [`MoELayerSpec`].
+        activation: the name of its activation, by the module of it.
     """
 
+    hidden_size: int
+    output_size: int
     intermediate_size: int
     gated: bool
     bias: bool
     layout: FfnLayout | None
     returns_tuple: bool = False
+    activation: str | None = None
 
 
 def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
@@ -93,15 +107,38 @@ def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
     )
 
 
+def tower_layers(tower: nn.Module, connectors: Collection[nn.Module] = ()) -> nn.ModuleList | nn.Sequential:
+    """Return the layers of a tower: its one list of modules with a feed-forward, connectors in it aside.
+
+    Raises:
+        ValueError: if it has none, or several, as towers have that merge patches on the way.
+    """
+    found = {
+        path: module
+        for path, module in tower.named_modules(memo=set(connectors))
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and all(map(_find_ffn, module))
+    }
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(tower).__name__} cannot host MoE layers: layers with a feed-forward under "
+            f"{' or '.join(FFN_NAMES)} are in {list(found) or 'none of its lists of modules'}, and one is needed. "
+            "Choose another tower."
+        )
+    return next(iter(found.values()))
+
+
+def _find_ffn(layer: nn.Module) -> str | None:
+    return next((name for name in FFN_NAMES if isinstance(getattr(layer, name, None), nn.Module)), None)
+
+
 def ffn_name(layer: nn.Module) -> str:
-    """Return the attribute under which a decoder layer keeps its feed-forward.
+    """Return the attribute under which a layer keeps its feed-forward.
 
     Raises:
         ValueError: if it keeps it under no known name.
     """
-    for name in FFN_NAMES:
-        if isinstance(getattr(layer, name, None), nn.Module):
-            return name
+    if (name := _find_ffn(layer)) is not None:
+        return name
     raise ValueError(
         f"{type(layer).__name__} cannot host a MoE layer: no feed-forward under {' or '.join(FFN_NAMES)}; it has "
         f"{[name for name, _ in layer.named_children()]}."
@@ -133,8 +170,18 @@ def read_ffn(ffn: nn.Module) -> HostFfn:
                 if extra
                 else f"{name} cannot become a MoE layer: only some of its projections {projections} have a bias."
             )
-        width = getattr(ffn, layout.down).weight.shape[0 if layout.transposed else 1]
-        return HostFfn(width, gated=layout.fused or layout.gate is not None, bias=biases.pop(), layout=layout)
+        in_dim = 0 if layout.transposed else 1
+        up, down = (getattr(ffn, item).weight.shape for item in (layout.up, layout.down))
+        activations = (ACTIVATION_CLASSES.get(type(child)) for child in ffn.children())
+        return HostFfn(
+            hidden_size=up[in_dim],
+            output_size=down[1 - in_dim],
+            intermediate_size=down[in_dim],
+            gated=layout.fused or layout.gate is not None,
+            bias=biases.pop(),
+            layout=layout,
+            activation=next(filter(None, activations), None),
+        )
     raise ValueError(
         f"{name} cannot become a MoE layer: its projections {[child for child, _ in ffn.named_children()]} are none "
         f"of {[(layout.gate, layout.up, layout.down) for layout in LAYOUTS]}."
@@ -168,9 +215,11 @@ def _read_experts(ffn: nn.Module) -> HostFfn:
             f"{type(ffn).__name__} cannot become a MoE layer: its experts are not stacked as gate_up_proj (E, 2f, d) "
             "and down_proj (E, d, f), or both (in, out), with the gate before the up projection. Choose another host."
         )
-    width = stacks[0].down_proj.shape[1 if True in forms else 2]
+    inner, outer = (1, 2) if True in forms else (2, 1)
+    shape = stacks[0].down_proj.shape
     bias = hasattr(stacks[0], "down_proj_bias")
-    return HostFfn(width, gated=True, bias=bias, layout=None, returns_tuple=_returns_tuple(ffn, stacks[0]))
+    returns_tuple = _returns_tuple(ffn, stacks[0])
+    return HostFfn(shape[outer], shape[outer], shape[inner], True, bias, layout=None, returns_tuple=returns_tuple)
 
 
 def _returns_tuple(block: nn.Module, experts: nn.Module) -> bool:
@@ -190,15 +239,18 @@ def _returns_tuple(block: nn.Module, experts: nn.Module) -> bool:
         return False
 
 
-def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
-    """Resolve the facts of one MoE layer from the config and the feed-forward it replaces.
+def layer_spec(moe, host_config, layer_idx: int, host_ffn: HostFfn, **facts: Any) -> MoELayerSpec:
+    """Resolve the facts of one MoE layer from a `MoeConfig` and the feed-forward it replaces.
+
+    Args:
+        moe, host_config, facts: see [`install_blocks`].
 
     Raises:
         ValueError: if the experts would have no width.
     """
-    moe, text = config.moe_config, config.get_text_config(decoder=True)
+    named = (getattr(host_config, name, None) for name in ACTIVATION_FIELDS)
     # A host that names none has it in its code. A build compares its experts with the feed-forward they come from.
-    activation = next((getattr(text, name) for name in ACTIVATION_FIELDS if getattr(text, name, None)), "silu")
+    activation = next(filter(None, named), host_ffn.activation or "silu")
     granularity = at_layer(moe.granularity, layer_idx)
     width = at_layer(moe.expert_intermediate_size, layer_idx) or host_ffn.intermediate_size // granularity
     if width < 1:
@@ -212,7 +264,8 @@ def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
     )
     return MoELayerSpec(
         layer_idx=layer_idx,
-        hidden_size=text.hidden_size,
+        hidden_size=host_ffn.hidden_size,
+        output_size=None if host_ffn.output_size == host_ffn.hidden_size else host_ffn.output_size,
         num_experts=at_layer(moe.num_experts, layer_idx),
         num_experts_per_tok=at_layer(moe.num_experts_per_tok, layer_idx),
         expert_intermediate_size=width,
@@ -221,31 +274,57 @@ def layer_spec(config, layer_idx: int, host_ffn: HostFfn) -> MoELayerSpec:
         bias=host_ffn.bias,
         banks=banks,
         returns_tuple=host_ffn.returns_tuple,
+        **facts,
     )
 
 
-def install_moe_layers(language_model: PreTrainedModel, config) -> dict[int, Block]:
-    """Replace the feed-forwards that the config names and make every decoder layer carry the routing context.
+def install_blocks(layers: Any, config, moe, host_config, **facts: Any) -> None:
+    """Replace the feed-forwards that a `MoeConfig` names, and make every layer carry the routing context.
 
-    Returns:
-        The MoE layers by layer index.
+    Args:
+        layers: of the decoder or tower.
+        config: the outer `HfMoeConfig`.
+        moe: the `MoeConfig` of this decoder or tower.
+        host_config: the config of the decoder or tower itself.
+        facts: what else holds of all these layers, see [`MoELayerSpec`].
     """
-    installed = {}
-    layers = decoder_layers(language_model)
-    for layer_idx in config.moe_layers():
+    for layer_idx in moe.moe_layers(len(layers)):
         layer = layers[layer_idx]
         name = ffn_name(layer)
-        spec = layer_spec(config, layer_idx, read_ffn(getattr(layer, name)))
-        installed[layer_idx] = build_block(config, config.moe_config, spec)
-        setattr(layer, name, installed[layer_idx])
+        spec = layer_spec(moe, host_config, layer_idx, read_ffn(getattr(layer, name)), **facts)
+        setattr(layer, name, build_block(config, moe, spec))
     for layer in layers:
         layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]
-    return installed
+
+
+def install_in_connector(model: nn.Module, path: str, config, moe) -> Block:
+    """Replace the feed-forward of a connector by a MoE layer, which is returned.
+
+    Args:
+        path: of the connector in the model; the feed-forward is the connector itself, or one of its parts.
+        config, moe: see [`install_blocks`].
+
+    Raises:
+        ValueError: if it has none, of two linear layers.
+    """
+    for name, part in model.get_submodule(path).named_modules():
+        try:
+            ffn = read_ffn(part)
+        except ValueError:
+            continue
+        block = build_block(config, moe, layer_spec(moe, None, 0, ffn, place="connector", causal=False))
+        parent, _, own = f"{path}.{name}".rstrip(".").rpartition(".")
+        setattr(model.get_submodule(parent), own, block)
+        return block
+    raise ValueError(
+        f"The connector {path} cannot host a MoE layer: none of its parts is two linear layers with an activation. "
+        "Leave connector_moe_config out, or choose a connector such as 'mlp'."
+    )
 
 
 @functools.cache
 def routed_layer_class(host_class: Any) -> Any:
-    """Return the subclass of a decoder layer's class that takes `routing_context`.
+    """Return the subclass of a layer's class that takes `routing_context`.
 
     It keeps the host's name, by which device maps and FSDP wrapping policies find it, and pickles.
     """
@@ -258,9 +337,10 @@ def routed_layer_class(host_class: Any) -> Any:
             ACTIVE_CONTEXT.reset(token)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Where the host drops the argument on its way: here, before a recomputation records the arguments.
+        # Where no argument comes this far, as in a tower: here, before a recomputation records the arguments.
         if kwargs.get("routing_context") is None:
-            kwargs["routing_context"] = CALL_CONTEXT.get()
+            context = ACTIVE_CONTEXT.get()
+            kwargs["routing_context"] = CALL_CONTEXT.get() if context is None else context
         return host_class.__call__(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:

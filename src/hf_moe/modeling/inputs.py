@@ -3,7 +3,7 @@
 Values are read where that costs nothing, on the CPU and outside of a compiled graph; types and shapes are always.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..configuration.configuration_hf_moe import MODALITIES
 from .memory import cache_of, cached_tokens, foreign_state
+from .routing import Router
 
 
 logger = logging.get_logger(__name__)
@@ -171,8 +172,35 @@ def check_labels(config, tokens: torch.Tensor, labels: Any) -> None:
     _check_range("labels", labels, 0, vocabulary(config), limit, masked=-100)
 
 
-def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any) -> None:
+def conditions_read(routers: Iterable[Router]) -> dict[str, int]:
+    """Return the conditions that routers read, and how many ids they tell apart; 0 for features."""
+    read: dict[str, int] = {}
+    for router in routers:
+        if router.condition is not None:
+            read[router.condition] = max(read.get(router.condition, 0), router.num_conditions)
+    return read
+
+
+def check_condition_ids(name: str, ids: torch.Tensor, number: int) -> None:
+    """Refuse ids that no router knows.
+
+    Raises:
+        ValueError: if they are no integers, or one is `number` or more.
+    """
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"The ids of the condition {name!r} must be integers, not {ids.dtype}.")
+    if ids.numel() and int(ids.max()) >= number:
+        raise ValueError(
+            f"The ids of the condition {name!r} must be less than {number}, which a router knows, and one is "
+            f"{int(ids.max())}."
+        )
+
+
+def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any, read: dict[str, int]) -> None:
     """Check the modality and condition ids of `tokens` (B, S, ...).
+
+    Args:
+        read: what the routers of the model read, see [`conditions_read`].
 
     Raises:
         ValueError: naming the argument.
@@ -189,8 +217,13 @@ def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any) 
             f"condition_ids must be a dict of ids by the name of a condition, got {given(condition_ids)}."
         )
     for name, ids in condition_ids.items():
-        check_integers(f"condition_ids[{name!r}]", ids, shape[:1], "rows")
-        _check_range(f"condition_ids[{name!r}]", ids, 0, None, "")
+        label, known = f"condition_ids[{name!r}]", read.get(name)
+        if known == 0:
+            if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != shape[0]:
+                raise ValueError(f"{label} must hold features (B, C) of the {shape[0]} rows, got {given(ids)}.")
+            continue
+        check_integers(label, ids, shape[:1], "rows")
+        _check_range(label, ids, 0, known, "the ids that a router knows")
 
 
 def check_mask_and_positions(

@@ -100,11 +100,11 @@ class TokenMemory:
         if not self.kept or cache is None:
             return
         if "moe_memory" not in vars(cache):
-            cache.__class__ = remembering_class(type(cache))  # type: ignore[assignment]
+            cache.__class__ = remembering_class(type(cache))  # type: ignore[arg-type]
         length = next(iter(self.kept.values())).shape[1]
         # A router that was left out of this call can know the tokens of the cache no more.
         others = {key: values for key, values in remembered(cache).items() if values.shape[1] == length}
-        cache.moe_memory = others | self.kept  # type: ignore[attr-defined]
+        cache.moe_memory = others | self.kept
 
 
 def cache_of(values: Any) -> Cache | None:

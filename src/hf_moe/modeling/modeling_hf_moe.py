@@ -18,23 +18,33 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from ..configuration.configuration_hf_moe import HfMoeConfig
+from ..configuration.configuration_hf_moe import PLACE_FIELDS, HfMoeConfig
 from ..configuration.saving import PACKAGE
 from .auxiliary import AuxiliaryLosses, count_labels, is_learning, warn_without_labels
 from .base import HfMoePreTrainedModel
 from .block import Block
 from .caches import cache_argument, name_cache
-from .context import ROUTING_INPUTS, Arguments, build_context, carry_context, moe_layers, wants_router_logits
+from .context import (
+    ROUTING_INPUTS,
+    Arguments,
+    build_context,
+    carry_context,
+    moe_blocks,
+    routers_of,
+    wants_router_logits,
+)
 from .elastic import ElasticBudget
-from .host import install_moe_layers
+from .host import decoder_layers, install_blocks, install_in_connector, tower_layers
 from .language_loss import token_balanced_loss
+from .layer_spec import Site
 from .mechanisms import get_mechanism
 from .optimizer_steps import is_sharded
 from .outputs import prepare_outputs, routed_output, router_logits
-from .parts import freeze_towers_in_eval, text_decoder
+from .parts import find_part, freeze_towers_in_eval, host_parts, text_decoder
 from .plans import float32_patterns, plan_moe_layers
 from .routed_forward import RoutedForward, install_hooks
 from .routing_context import CALL_CONTEXT, RoutingContext
+from .towers import carry_place_context
 
 
 # What a call with a loss may bring besides those.
@@ -111,8 +121,10 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
             config.host_class = type(self).hf_moe_host.__name__
         decoder = text_decoder(self)
         self.cache_argument = cache_argument(type(decoder))
-        install_moe_layers(decoder, config)
-        self.objectives = AuxiliaryLosses(config, [layer.spec for layer in self.moe_layers().values()])
+        text = config.get_text_config(decoder=True)
+        install_blocks(decoder_layers(decoder), config, config.moe_config, text)
+        self._install_outside_decoder()
+        self.objectives = AuxiliaryLosses(config, [router.spec for router in routers_of(self).values()])
         kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
         self._keep_in_fp32_modules_strict = {*kept, *float32_patterns(self)}
         carry_context(self.base_model, decoder)
@@ -150,9 +162,31 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         freeze_towers_in_eval(self)
         return self
 
+    def _install_outside_decoder(self) -> None:
+        given = {place: getattr(self.config, name) for place, name in PLACE_FIELDS.items()}
+        for place, moe in given.items():
+            if moe is None:
+                continue
+            parts = host_parts(self)
+            path, modalities = find_part(self, parts, place)
+            if place == "connector":
+                moe.check_layers(1)
+                block = install_in_connector(self, path, self.config, moe)
+                carry_place_context(block, block, place, modalities)
+            else:
+                tower = self.get_submodule(path)
+                layers = tower_layers(tower, [self.get_submodule(item) for item in parts.connectors])
+                moe.check_layers(len(layers))
+                carry_place_context(tower, layers[0], place, modalities)
+                install_blocks(layers, self.config, moe, tower.config, place=place, causal=False)
+
     def moe_layers(self) -> dict[int, Block]:
-        """Return the MoE layers by layer index."""
-        return moe_layers(self)
+        """Return the MoE layers of the decoder by layer index."""
+        return {block.layer_idx: block for block in self.moe_blocks().values() if not block.spec.place}
+
+    def moe_blocks(self) -> dict[Site, Block]:
+        """Return all MoE layers by site: an index in the decoder, `"vision.3"` or `"connector.0"` elsewhere."""
+        return moe_blocks(self)
 
     def routing_context(self, **inputs: Any) -> RoutingContext:
         """Build what the routers may know of a forward pass with these inputs, see [`build_context`].

@@ -9,16 +9,20 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .block import Block
+from .inputs import placeholder_ids
 
 
 PARTS = ("tower", "connector", "routers", "experts", "embeddings", "backbone")
 ENCODED = ("image", "video", "audio")
+# What the tower or connector of each place encodes.
+PLACES = {"vision": ("image", "video"), "audio": ("audio",), "connector": ("image", "video")}
 
 # What the layers of a tower are, or else a list of them is.
 LAYERS = (GradientCheckpointingLayer, nn.ModuleList)
@@ -33,7 +37,7 @@ class HostParts:
         towers: what encodes images, videos or sounds.
         connectors: what maps the width of a tower to that of the decoder; some lie in a tower, at its end.
         embeddings: the embeddings of tokens and of positions, and the head.
-        moe_layers: the MoE layers.
+        moe_layers: the MoE layers, of the decoder, towers and connectors.
         modalities: tower or connector -> those it serves, of [`ENCODED`].
     """
 
@@ -53,19 +57,19 @@ class HostParts:
 def part_of(name: str, parts: HostParts) -> str:
     """Return the part, of [`PARTS`], that a parameter belongs to.
 
-    `routers` are the gates and the residual mixes, `experts` the routed and the shared ones, `embeddings` those of
-    tokens and positions and the head, `backbone` everything else of the decoder. A parameter on its own beside the
-    decoder, such as LLaVA-NeXT's `image_newline`, counts as `connector`.
+    `routers` are the gates and the residual mixes, `experts` the routed and the shared ones, those of towers and
+    connectors too, `embeddings` those of tokens and positions and the head, `backbone` everything else of the decoder.
+    A parameter on its own beside the decoder, such as LLaVA-NeXT's `image_newline`, counts as `connector`.
     """
+    layer = next((path for path in parts.moe_layers if _inside(name, path)), None)
+    if layer is not None:
+        inner = name.removeprefix(f"{layer}.").partition(".")[0]
+        return "routers" if inner in ("gate", "residual_mix") else "experts"
     holder = parts.holder(name)
     if holder is not None:
         return "connector" if holder in parts.connectors else "tower"
     if any(_inside(name, path) for path in parts.embeddings):
         return "embeddings"
-    layer = next((path for path in parts.moe_layers if _inside(name, path)), None)
-    if layer is not None:
-        inner = name.removeprefix(f"{layer}.").partition(".")[0]
-        return "routers" if inner in ("gate", "residual_mix") else "experts"
     if _inside(name, parts.decoder) or not (parts.towers or parts.connectors):
         return "backbone"
     return "connector"
@@ -130,15 +134,35 @@ def host_parts(model: nn.Module) -> HostParts:
     )
 
 
+def find_part(model: Any, parts: HostParts, place: str) -> tuple[str, tuple[str, ...]]:
+    """Return the path of the one tower or connector of a place, of [`PLACES`], and what it encodes.
+
+    Raises:
+        ValueError: if the model has none there, or several, or none whose tokens can be told by placeholders.
+    """
+    encoded = PLACES[place]
+    candidates = parts.connectors if place == "connector" else parts.towers
+    served = {path: tuple(name for name in encoded if name in parts.modalities[path]) for path in candidates}
+    found = {path: modalities for path, modalities in served.items() if modalities}
+    placeholders = sorted(placeholder_ids(model.config).values())
+    if len(found) != 1 or not placeholders:
+        raise ValueError(
+            f"{place}_moe_config needs one part of the host that serves {' or '.join(encoded)}, whose features "
+            f"replace placeholders. {type(model).hf_moe_host.__name__} has {' and '.join(found) or 'none'}, and the "
+            f"placeholders {placeholders}: leave it out, or choose another host."
+        )
+    return next(iter(found.items()))
+
+
 def freeze_towers_in_eval(model: nn.Module) -> None:
-    """Put the towers that are not trained into eval mode, but for connectors in them: for the end of a `train()`.
+    """Put towers that are not trained into eval mode, except connectors and MoE layers in them: the end of `train()`.
 
     A frozen tower keeps its batch statistics and drops nothing.
     """
     parts = host_parts(model)
     for path in parts.towers:
         tower = model.get_submodule(path)
-        ends = [model.get_submodule(item) for item in parts.connectors if _inside(item, path)]
+        ends = [model.get_submodule(item) for item in (*parts.connectors, *parts.moe_layers) if _inside(item, path)]
         connecting = {parameter for end in ends for parameter in end.parameters()}
         if any(p.requires_grad for p in tower.parameters() if p not in connecting):
             continue
@@ -262,4 +286,5 @@ def _moe_layers(root: nn.Module) -> list[nn.Module]:
     holder = next((module for module in root.modules() if hasattr(module, "moe_layers")), None)
     if holder is None:
         return [module for module in root.modules() if isinstance(module, Block)]
-    return list(holder.moe_layers().values())
+    # Code of before towers had MoE layers knows those of the decoder.
+    return list(getattr(holder, "moe_blocks", holder.moe_layers)().values())

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .auxiliary import AuxiliaryLosses, is_learning
+from .context import routers_of
 from .inputs import check_labels
 from .optimizer_steps import Statistics, count_in_backward, end_cleared_step, end_step, follow_steps
 from .routing_context import RoutingContext
@@ -20,7 +21,6 @@ class RoutedForward:
 
     config: Any
     objectives: AuxiliaryLosses
-    moe_layers: Any
     routing_context: Any
 
     def open_context(self, **inputs: Any) -> RoutingContext:
@@ -49,9 +49,11 @@ class RoutedForward:
             return
         adapted = hasattr(self, "peft_config")
         statistics: Statistics = [(self.objectives, (context,))]
-        for layer in self.moe_layers().values():
-            if not adapted or any(parameter.requires_grad for parameter in layer.router.parameters()):
-                statistics.append((layer.router, (context.decisions[layer.spec.site], context)))
+        decisions = [(site, item, part) for part in context.contexts() for site, item in part.decisions.items()]
+        routers = routers_of(self)
+        for site, decision, part in decisions:
+            if not adapted or any(parameter.requires_grad for parameter in routers[site].parameters()):
+                statistics.append((routers[site], (decision, part)))
         count_in_backward(self, output, statistics)
 
     def end_step(self) -> None:

@@ -7,6 +7,7 @@ E routed experts, K slots per token, f expert width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,10 @@ class Router(KeepsBufferTypes):
     # What the decision depends on: "hidden_states", "input_ids", "modality", "condition" or "call", that of the host's
     # experts. One that depends on less than all of them says so, and can be merged for what it does depend on.
     reads: frozenset[str] = frozenset({"hidden_states"})
+
+    # The condition of the rows that it reads, and how many ids of it it tells apart; 0 where it takes features.
+    condition: str | None = None
+    num_conditions: int = 0
 
     # The gate that serves each modality, for routers with several.
     gate_of_modality: Sequence[int] = (0,) * NUM_MODALITIES
@@ -187,17 +192,17 @@ class Objective(KeepsBufferTypes):
     def initialize(self, std: float) -> None:
         """Initialise the objective's own parameters and buffers."""
 
+    def applies_to(self, decision: Decision) -> bool:
+        """Whether this loss can read a decision."""
+        return isinstance(decision, ExpertAssignment) and decision.router_probs is not None
+
     def assignments(self, decisions: dict[Site, Decision]) -> dict[Site, ExpertAssignment]:
         """Return the decisions this loss applies to.
 
         Raises:
             ValueError: if there is none.
         """
-        usable = {
-            site: decision
-            for site, decision in decisions.items()
-            if isinstance(decision, ExpertAssignment) and decision.router_probs is not None
-        }
+        usable: Any = {site: decision for site, decision in decisions.items() if self.applies_to(decision)}
         if not usable:
             kinds = sorted({type(decision).__name__ for decision in decisions.values()})
             raise ValueError(

@@ -18,8 +18,8 @@ from .overrides import RoutingOverrides
 # Population statistics keep one row for each.
 NUM_MODALITIES = len(MODALITIES)
 
-# The inputs of a call that a context keeps, for routers that ask for the documents or the labels of a row.
-KEPT_INPUTS = ("labels", "position_ids", "seq_idx", "cu_seq_lens_q")
+# The inputs of a call that a context keeps, for who asks for the documents or labels of a row, or the real patches.
+KEPT_INPUTS = ("labels", "position_ids", "seq_idx", "cu_seq_lens_q", "pixel_attention_mask")
 
 Made = TypeVar("Made")
 
@@ -112,14 +112,28 @@ class RoutingContext:
         Raises:
             ValueError: if the call did not give it.
         """
+        ids = self._given_condition(name, "of shape (B,) or (B, S)")
+        ids = ids[:, None].expand(self.token_mask.shape) if ids.dim() == 1 else ids  # (B, S)
+        return ids.reshape(-1).long().to(device)
+
+    def condition_features(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return the features that a condition has in place of ids, for every token, (T, C).
+
+        Raises:
+            ValueError: if the call did not give it.
+        """
+        features = self._given_condition(name, "features of shape (B, C)")
+        return features.to(device).repeat_interleave(self.token_mask.shape[1], dim=0)
+
+    def _given_condition(self, name: str, form: str) -> torch.Tensor:
         if name not in self.condition_ids:
             raise ValueError(
                 f"The router reads the condition {name!r}, and the call gave {sorted(self.condition_ids) or 'none'}: "
-                f"pass condition_ids={{{name!r}: ids}}, of shape (B,) or (B, S)."
+                f"pass condition_ids={{{name!r}: ...}}, {form}. With LoRA experts hf_moe.adapters.ConditionCollator "
+                f"brings it past a collator that drops it, and hf_moe.adapters.routing_inputs({name}=...) into "
+                "generation; task_ids never arrives where PEFT's config has a task_type."
             )
-        ids = self.condition_ids[name]
-        ids = ids[:, None].expand(self.token_mask.shape) if ids.dim() == 1 else ids  # (B, S)
-        return ids.reshape(-1).long().to(device)
+        return self.condition_ids[name]
 
     def past(self, site: Hashable) -> torch.Tensor | None:
         """Return what a router has remembered of the cached tokens, (B, n, ...); `None` where nothing is cached.
@@ -148,12 +162,10 @@ class RoutingContext:
         fits = isinstance(labels, torch.Tensor) and labels.shape == self.token_mask.shape
         return labels != -100 if fits else None
 
-    def derive(self, modality_ids: torch.Tensor, token_mask: torch.Tensor, **fields: Any) -> "RoutingContext":
-        """Return the context of other tokens in the same forward pass; everything but their decisions is shared."""
-        part = RoutingContext(modality_ids, token_mask, progress=self.progress, overrides=self.overrides, **fields)
-        part.shared, part.row_index = self.shared, self.row_index
-        part.keep_outputs, part.keep_gate_overlap = self.keep_outputs, self.keep_gate_overlap
-        return part
+    def take_after(self, other: "RoutingContext") -> None:
+        """Share what is of the whole forward pass with the context of other tokens in it."""
+        self.progress, self.overrides, self.shared = other.progress, other.overrides, other.shared
+        self.keep_outputs, self.keep_gate_overlap = other.keep_outputs, other.keep_gate_overlap
 
     def split(self, pieces: int) -> "RoutingContext":
         """Return the context of sub-tokens, (B, S * pieces): every token is cut into `pieces`, which lie together."""
@@ -164,35 +176,21 @@ class RoutingContext:
                 return None if ids is None else ids.repeat_interleave(pieces, dim=1)
 
             conditions = {key: ids if ids.dim() == 1 else repeated(ids) for key, ids in self.condition_ids.items()}
-            self.parts[name] = self.derive(
-                repeated(self.modality_ids),
-                repeated(self.token_mask),
-                input_ids=repeated(self.input_ids),
-                condition_ids=conditions,
+            part = RoutingContext(
+                repeated(self.modality_ids), repeated(self.token_mask), repeated(self.input_ids), conditions
             )
+            part.take_after(self)
+            part.row_index = self.row_index
+            self.parts[name] = part
         return self.parts[name]
 
-    def images(self, place: str, row_index: torch.Tensor) -> "RoutingContext":
-        """Return the context of N images in a tower or connector, one a row.
+    def in_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what reaches a layer as (B, S, d), the shape that the context describes."""
+        return hidden_states
 
-        How many patches an image has shows in the layers, see [`enter`].
-
-        Args:
-            place: `"vision"`, say, under which it is found in `parts`.
-            row_index (`torch.Tensor` of shape `(N,)`): the row of the batch that each image belongs to.
-        """
-        nothing = torch.zeros(len(row_index), 0, dtype=torch.long, device=row_index.device)
-        conditions = {name: ids[row_index] for name, ids in self.condition_ids.items() if ids.dim() == 1}
-        part = self.derive(nothing, nothing.bool(), condition_ids=conditions)
-        part.row_index = row_index
-        self.parts[place] = part
-        return part
-
-    def enter(self, hidden_states: torch.Tensor) -> None:
-        """Take the number of patches from what reaches a layer of a tower, (N, P, d)."""
-        if self.row_index is not None and self.token_mask.shape[1] == 0:
-            seen = RoutingContext.all_text(hidden_states)
-            self.token_mask, self.modality_ids = seen.token_mask, seen.modality_ids + MODALITIES.index("image")
+    def out_of_rows(self, output: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the output (B, S, d') of a layer in the shape of what has reached it."""
+        return output.reshape(*like.shape[:-1], -1)
 
     def contexts(self) -> "list[RoutingContext]":
         """Return this context and those of its parts."""

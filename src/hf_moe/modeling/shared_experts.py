@@ -26,7 +26,7 @@ class SharedExperts(nn.Module):
         if spec.gated:
             self.gate_proj = nn.Linear(spec.hidden_size, intermediate_size, bias=spec.bias)
         self.up_proj = nn.Linear(spec.hidden_size, intermediate_size, bias=spec.bias)
-        self.down_proj = nn.Linear(intermediate_size, spec.hidden_size, bias=spec.bias)
+        self.down_proj = nn.Linear(intermediate_size, spec.output_size or spec.hidden_size, bias=spec.bias)
         self.shared_expert_gate = nn.Linear(spec.hidden_size, 1, bias=False) if gate else None
         self.act_fn = ACT2FN[spec.hidden_act]
         self.gated = spec.gated

@@ -38,6 +38,7 @@ class StackedExperts(Experts):
         self.config = config
         self.num_experts = spec.num_experts
         self.hidden_dim = spec.hidden_size
+        self.output_dim = spec.output_size or spec.hidden_size
         self.intermediate_dim = spec.expert_intermediate_size
         # Instance flags that Transformers' backends read; their decorator would overwrite them per class.
         self.has_gate = spec.gated
@@ -51,10 +52,10 @@ class StackedExperts(Experts):
         self.input_name = "gate_up_proj" if self.has_gate else "up_proj"
         inner = 2 * self.intermediate_dim if self.has_gate else self.intermediate_dim
         self.add_stack(self.input_name, inner, self.hidden_dim)
-        self.add_stack("down_proj", self.hidden_dim, self.intermediate_dim)
+        self.add_stack("down_proj", self.output_dim, self.intermediate_dim)
         if self.has_bias:
             self.add_stack(f"{self.input_name}_bias", inner)
-            self.add_stack("down_proj_bias", self.hidden_dim)
+            self.add_stack("down_proj_bias", self.output_dim)
 
     def add_stack(self, name: str, *shape: int) -> None:
         """Give the experts the parameter `name`, (E, *shape)."""
@@ -70,7 +71,12 @@ class StackedExperts(Experts):
     @property
     def takes_dispatch(self) -> bool:
         # A forward that a parallel plan has put in its place takes index and weight alone.
-        return self.config._experts_implementation == RAGGED and "forward" not in vars(self)
+        return self.backend == RAGGED and "forward" not in vars(self)
+
+    @property
+    def backend(self) -> str | None:
+        """The name of the function that runs the experts: Transformers' own return the width that they are given."""
+        return self.config._experts_implementation if self.output_dim == self.hidden_dim else RAGGED
 
     def parallel_plans(self) -> dict[str, dict[str, str]]:
         # Stacked weights are split along their last dimension but one, biases along the last.
@@ -115,7 +121,7 @@ class StackedExperts(Experts):
         weight = expert_weight.to(hidden_states.dtype)
         if dispatch is not None:
             return run_rows(self.compute, hidden_states, dispatch, weight)
-        backend = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, type(self).eager)
+        backend = ALL_EXPERTS_FUNCTIONS.get_interface(self.backend, type(self).eager)
         output = backend(self, hidden_states, index, weight)
         return output - self._surplus_bias(index, weight) if self.has_bias and self._width_share() < 1.0 else output
 
@@ -149,7 +155,7 @@ class StackedExperts(Experts):
         """Merge the experts by `expert_weight` into one per group and run every token through its group's."""
         dtype = compute_dtype(hidden_states)
         stacks = [stack.to(dtype) for stack in self._stacks()]
-        output = torch.zeros_like(hidden_states, dtype=dtype)
+        output = hidden_states.new_zeros(len(hidden_states), self.output_dim, dtype=dtype)
         # One merged expert at a time: all of them at once would take G experts of memory.
         for group, weight in enumerate(decision.expert_weight.to(dtype)):
             matrices = [torch.einsum("e,e...->...", weight, stack) for stack in stacks]

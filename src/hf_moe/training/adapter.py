@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedConfig, Trainer
 
-from ..adapters.conditions import conditions_read
 from ..adapters.index import index_of
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..construction.pretrained import PACKAGED, load_language_model
@@ -20,6 +19,7 @@ from ..data.chat_template import AnyProcessor
 from ..data.text import tokenizer_or_processor
 from ..evaluation.vqa import evaluate_vqa
 from ..hub.adapter_card import write_adapter_card
+from ..modeling.inputs import conditions_read
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import host_parts, part_of
 from .arguments import training_arguments

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ..configuration import HfMoeConfig, MoeConfig
-from ..configuration.configuration_hf_moe import unknown_name_message
+from ..configuration.configuration_hf_moe import PLACE_FIELDS, unknown_name_message
 from ..configuration.systems import load_system
 from ..construction.build import config_of_decoder
 from ..construction.evolution import ExpertEvolution
@@ -162,7 +162,8 @@ def _check_host(model: dict[str, Any], place: str) -> HfMoeConfig | None:
         host = None if config is None else empty_model(host_class_of(config), config)
     with named(f"model.moe_config of the {place}"):
         MoeConfig(**moe_config)
-        return None if host is None else _on_meta(plan_host(host, model.get("system"), moe_config).config)
+        places = {name: model.get(name) for name in PLACE_FIELDS.values()}
+        return None if host is None else _on_meta(plan_host(host, model.get("system"), moe_config, places).config)
 
 
 def _on_meta(config: HfMoeConfig) -> HfMoeConfig:

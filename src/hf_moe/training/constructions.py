@@ -4,7 +4,7 @@ from copy import deepcopy
 from typing import Any
 
 from ..configuration import HfMoeConfig, MoeConfig
-from ..configuration.configuration_hf_moe import unknown_name_message
+from ..configuration.configuration_hf_moe import PLACE_FIELDS, unknown_name_message
 from ..configuration.systems import load_system
 from ..construction.conversion import convert_router, set_objectives
 from ..construction.evolution import ExpertEvolution, assemble
@@ -17,8 +17,8 @@ CONSTRUCTIONS = ("upcycle", "assemble", "convert_router")
 def construct_stage(model: Any, stage: Stage, evolution: ExpertEvolution | None, seed: int) -> Any:
     """Return the model that a stage trains, made from `model`, the one before.
 
-    `upcycle` and `assemble` take `system` (a preset) and `moe_config` (fields over it), and `upcycle` the `noise_std`
-    of [`assemble`]; `convert_router` takes the arguments of [`convert_router`].
+    `upcycle` and `assemble` take `system` (a preset), `moe_config` and its likes for towers and connectors (fields
+    over it), and `upcycle` the `noise_std` of [`assemble`]; `convert_router` takes those of [`convert_router`].
 
     Args:
         evolution: of the stage before, with its experts.
@@ -42,8 +42,11 @@ def construct_stage(model: Any, stage: Stage, evolution: ExpertEvolution | None,
                     "'evolve', or use 'upcycle' for copies."
                 )
             system, fields = options.pop("system", None), options.pop("moe_config", {})
-            fields = load_system(system).fields("model", given=fields) if system else fields
-            config = {**model.config.to_dict(), "moe_config": fields, "system": system}
+            places = {name: options.pop(name) for name in PLACE_FIELDS.values() if name in options}
+            if system is not None:
+                record = load_system(system)
+                fields, places = record.fields("model", given=fields), record.place_fields(places)
+            config = {**model.config.to_dict(), "moe_config": fields, **places, "system": system}
             evolved = evolution if method == "assemble" else None
             model = assemble(model, HfMoeConfig.from_dict(config), evolved, **{"seed": seed, **options})
         else:

@@ -39,6 +39,9 @@ class Host(TypedDict, total=False):
     processor: str
     system: str | None
     moe_config: dict[str, Any] | None
+    vision_moe_config: dict[str, Any] | None
+    audio_moe_config: dict[str, Any] | None
+    connector_moe_config: dict[str, Any] | None
     chat_template: str | None
     noise_std: Annotated[float, Range(low=0)]
     dtype: Dtype
@@ -103,6 +106,9 @@ class Assemble(TypedDict, total=False):
 
     system: str | None
     moe_config: dict[str, Any]
+    vision_moe_config: dict[str, Any]
+    audio_moe_config: dict[str, Any]
+    connector_moe_config: dict[str, Any]
     seed: Seed
 
 

@@ -190,7 +190,7 @@ def config_of(reading: BlockReading, config: Any) -> HfMoeConfig:
 def make_layer(block: nn.Module, reading: BlockReading, config: Any) -> Block:
     """Return the block of a reading, with the block's tensors."""
     whole = config_of(reading, config)
-    layer = build_block(whole, whole.moe_config, layer_spec(whole, 0, read_ffn(block)))
+    layer = build_block(whole, whole.moe_config, layer_spec(whole.moe_config, whole.text_config, 0, read_ffn(block)))
     initialize_mechanisms(layer, 0.02)
     missing, unexpected = layer.load_state_dict(reading.state(block.state_dict()), strict=False)
     assert not unexpected

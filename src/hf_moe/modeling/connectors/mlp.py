@@ -6,16 +6,14 @@ Two layers with GELU are LLaVA-1.5's (Improved Baselines with Visual Instruction
 """
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from ...configuration.checks import PositiveInt
-from ..gating import check_choice
+from ..linear_chain import initialize_linears, linear_chain
 from ..registry import register_connector
 from ..routing import Connector
 
@@ -48,20 +46,15 @@ class MlpConnector(Connector):
         pool: PositiveInt = 1,
     ):
         super().__init__(feature_size, hidden_size)
-        check_choice("act", act, tuple(ACT2FN))
         self.pool = pool
         self.norm = nn.LayerNorm(feature_size) if norm else None
-        widths = [feature_size] + [hidden_size] * num_layers
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
-        self.act_fn = ACT2FN[act]
+        self.layers = linear_chain([feature_size] + [hidden_size] * num_layers, act)
 
     def initialize(self, std: float) -> None:
         if self.norm is not None:
             init.ones_(self.norm.weight)
             init.zeros_(self.norm.bias)
-        for layer in self.layers:
-            init.normal_(layer.weight, mean=0.0, std=std)
-            init.zeros_(layer.bias)
+        initialize_linears(self.layers, std)
 
     def num_tokens(self, num_patches: int) -> int:
         if self.pool == 1:
@@ -83,7 +76,4 @@ class MlpConnector(Connector):
             features = F.avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)  # (N, P', C)
         if self.norm is not None:
             features = self.norm(features)
-        features = self.layers[0](features)
-        for layer in self.layers[1:]:
-            features = layer(self.act_fn(features))
-        return features
+        return self.layers(features)

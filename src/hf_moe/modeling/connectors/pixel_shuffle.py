@@ -8,15 +8,11 @@ arXiv:2504.05299.
 """
 
 import math
-from itertools import pairwise
 
 import torch
-from torch import nn
-from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from ...configuration.checks import PositiveInt
-from ..gating import check_choice
+from ..linear_chain import initialize_linears, linear_chain
 from ..registry import register_connector
 from ..routing import Connector
 
@@ -48,17 +44,12 @@ class PixelShuffleConnector(Connector):
         bias: bool = False,
     ):
         super().__init__(feature_size, hidden_size)
-        check_choice("act", act, tuple(ACT2FN))
         self.scale_factor = scale_factor
         widths = [feature_size * scale_factor**2] + [hidden_size] * num_layers
-        self.layers = nn.ModuleList(nn.Linear(before, after, bias=bias) for before, after in pairwise(widths))
-        self.act_fn = ACT2FN[act]
+        self.layers = linear_chain(widths, act, bias)
 
     def initialize(self, std: float) -> None:
-        for layer in self.layers:
-            init.normal_(layer.weight, mean=0.0, std=std)
-            if layer.bias is not None:
-                init.zeros_(layer.bias)
+        initialize_linears(self.layers, std)
 
     def num_tokens(self, num_patches: int) -> int:
         side = math.isqrt(num_patches)
@@ -75,7 +66,4 @@ class PixelShuffleConnector(Connector):
         tokens, block = self.num_tokens(patches), self.scale_factor
         side = math.isqrt(patches) // block
         blocks = features.reshape(images, side, block, side, block, width).transpose(2, 3)
-        features = self.layers[0](blocks.reshape(images, tokens, block * block * width))
-        for layer in self.layers[1:]:
-            features = layer(self.act_fn(features))
-        return features
+        return self.layers(blocks.reshape(images, tokens, block * block * width))

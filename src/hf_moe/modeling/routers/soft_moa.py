@@ -33,6 +33,8 @@ class SoftMoaRouter(Router):
         normalize: l2-normalise hidden states and slot parameters, and multiply by one learned scale.
     """
 
+    reads = frozenset({"hidden_states", "sequence"})
+
     def __init__(self, spec: MoELayerSpec, *, slots_per_expert: PositiveInt = 1, normalize: bool = False):
         super().__init__(spec)
         self.weight = nn.Parameter(torch.empty(spec.num_experts * slots_per_expert, spec.hidden_size))

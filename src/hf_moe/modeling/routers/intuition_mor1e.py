@@ -13,31 +13,31 @@ from math import isqrt
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt
-from ...modeling.decisions import ExpertAssignment
-from ...modeling.gating import apply_overrides, check_slots, gate_logits
-from ...modeling.layer_spec import MoELayerSpec
-from ...modeling.routing import Router
-from ...modeling.routing_context import RoutingContext
-from .condition import condition_per_token
+from ..decisions import ExpertAssignment
+from ..gating import apply_overrides, check_slots, gate_logits
+from ..layer_spec import MoELayerSpec
+from ..registry import register_router
+from ..routing import Router
+from ..routing_context import RoutingContext
 
 
+@register_router("intuition_mor1e")
 class IntuitionRouter(Router):
     """Sums of an up and a down score per pair, with a prior from the row's intuition.
 
     Args:
         spec: facts of the layer; E must be a square.
-        num_clusters: C; the model's call takes `intuition_ids` (B, C), or the condition `intuition`; see
-            [`intuition`]. 0 routes by the hidden state alone.
+        num_clusters: C; the call brings the condition `intuition` (B, C), see `hf_moe.data.intuition`. 0 routes by the
+            hidden state alone.
 
     Raises:
         ValueError: if E is no square, or K does not lie in [1, E].
     """
 
-    mechanism_name = "intuition_mor1e"
+    reads = frozenset({"hidden_states", "condition"})
 
     def __init__(self, spec: MoELayerSpec, *, num_clusters: NonNegativeInt = 16):
         super().__init__(spec)
@@ -58,7 +58,7 @@ class IntuitionRouter(Router):
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         scores = gate_logits(hidden_states, self.weight)  # (T, 2n)
         if self.condition is not None:
-            scores = scores + gate_logits(condition_per_token(context, self.condition, scores.device), self.prior)
+            scores = scores + gate_logits(context.condition_features(self.condition, scores.device), self.prior)
         up, down = scores.chunk(2, dim=-1)
         logits = (up[:, :, None] + down[:, None, :]).flatten(1)  # (T, E)
         logits = apply_overrides(logits, self.spec, context)
@@ -67,33 +67,3 @@ class IntuitionRouter(Router):
         return ExpertAssignment(
             index, weight, self.spec.num_experts, router_logits=logits, router_probs=logits.softmax(-1)
         )
-
-
-def find_centroids(
-    embeddings: torch.Tensor, num_clusters: int, *, iterations: int = 25, seed: int = 0
-) -> torch.Tensor:
-    """Return the centroids (C, m) of K-means by cosine over the embeddings (N, m) of the training rows.
-
-    Raises:
-        ValueError: if there are fewer embeddings than clusters.
-    """
-    if len(embeddings) < num_clusters:
-        raise ValueError(f"{num_clusters} clusters need at least as many embeddings, got {len(embeddings)}.")
-    points = F.normalize(embeddings.float(), dim=-1)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    for _ in range(num_clusters - 1):  # the farthest from those chosen so far
-        chosen.append(int((points @ points[chosen].T).amax(1).argmin()))
-    centroids = points[chosen]
-    for _ in range(iterations):
-        nearest = (points @ centroids.T).argmax(1)
-        sums = torch.zeros_like(centroids).index_add(0, nearest, points)
-        filled = torch.bincount(nearest, minlength=num_clusters) > 0
-        centroids = torch.where(filled[:, None], F.normalize(sums, dim=-1), centroids)
-    return centroids
-
-
-def intuition(embeddings: torch.Tensor, centroids: torch.Tensor, *, tau: float = 0.1) -> torch.Tensor:
-    """Return `softmax(cos(z, centroid) / tau)`, (B, C), for rows with embeddings z (B, m)."""
-    similarity = F.normalize(embeddings.float(), dim=-1) @ F.normalize(centroids.float(), dim=-1).T
-    return (similarity / tau).softmax(-1)

@@ -23,18 +23,20 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt
-from ...modeling.decisions import Decision, ExpertAssignment
-from ...modeling.gating import apply_overrides, check_slots, gate_logits, renormalise, router_scores, select_experts
-from ...modeling.layer_spec import MoELayerSpec
-from ...modeling.routing_context import RoutingContext
-from ...modeling.running_statistics import finite, sum_over_ranks
-from .pooled import PooledRouter
+from ..decisions import Decision, ExpertAssignment
+from ..gating import apply_overrides, check_slots, gate_logits, renormalise, router_scores, select_experts
+from ..layer_spec import MoELayerSpec
+from ..pooling import PooledRouter
+from ..registry import register_router
+from ..routing_context import RoutingContext
+from ..running_statistics import finite, sum_over_ranks
 
 
 # The share of the latest step in the mean, once there have been as many steps.
 MEAN_RATE = 0.02
 
 
+@register_router("sequence")
 class SequenceRouter(PooledRouter):
     """Softmax gate on pooled hidden states, top-k of E; a token before the first counted one gets no expert.
 
@@ -45,7 +47,6 @@ class SequenceRouter(PooledRouter):
         centred: subtract what the samples of the training have in common.
     """
 
-    mechanism_name = "sequence"
     mean: torch.Tensor
     accumulated: torch.Tensor
     steps: torch.Tensor
@@ -106,11 +107,11 @@ class SequenceRouter(PooledRouter):
         number = read.sum(1, keepdim=True)  # (B, 1)
         samples = pooled.masked_fill(~read[..., None], 0.0).sum(1) / number.clamp(min=1)  # (B, d)
         summed = torch.cat([samples, torch.ones_like(samples[:, :1])], dim=-1).masked_fill(number == 0, 0.0).sum(0)
-        context.carry.setdefault("pooled_samples", {})[self.spec.layer_idx] = summed
+        context.carry.setdefault("pooled_samples", {})[self.spec.site] = summed
 
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
         super().accumulate(decision, context)
-        summed = context.carry.get("pooled_samples", {}).get(self.spec.layer_idx)
+        summed = context.carry.get("pooled_samples", {}).get(self.spec.site)
         if summed is not None:
             self.accumulated += finite(sum_over_ranks(summed)).to(self.accumulated)
 

@@ -1,7 +1,7 @@
 """The base of routers that look at a whole sequence, or at its instruction, without looking ahead.
 
     pooled_t = mean, or sum, of v_s over the counted tokens s <= t
-    with `end_token_id`, behind the first such token: over s <= e, the last of them up to t
+    with `end_token_id`, after the first such token: over s <= e, the last of them up to t
 
 A token counts if it is real and of one of the named modalities. So the gate of a token never sees a later one, padding
 or another row, and it is the same whether the tokens before were computed in the same call or lie in a cache. In
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ...configuration.checks import NonNegativeInt
-from ...configuration.configuration_hf_moe import MODALITIES
-from ...modeling.decisions import Decision
-from ...modeling.gating import check_choice
-from ...modeling.layer_spec import MoELayerSpec
-from ...modeling.routing import Router
-from ...modeling.routing_context import RoutingContext
+from ..configuration.checks import NonNegativeInt
+from ..configuration.configuration_hf_moe import MODALITIES
+from .decisions import Decision
+from .gating import check_choice
+from .layer_spec import MoELayerSpec
+from .routing import Router
+from .routing_context import RoutingContext
 
 
 # After so many rows whose instructions are all the same, their end is not where it was thought to be.
@@ -80,8 +80,7 @@ class PooledRouter(Router):
         ValueError: if a modality, the end or the pooling is unknown.
     """
 
-    # Set by the tuner: whether the layer around the target hides later tokens from earlier ones.
-    causal = True
+    reads = frozenset({"hidden_states", "sequence"})
 
     def __init__(
         self,
@@ -112,10 +111,10 @@ class PooledRouter(Router):
         spans = self.spans(context, values.device)
         flags = torch.stack([spans.counted, spans.ends], -1)[:, -length:].to(values.dtype)  # (B, S, 2)
         # Remembered token by token, the values are summed in the same order whether or not they come from a cache.
-        held = context.remember(self.spec.layer_idx, torch.cat([values.view(rows, length, -1), flags], -1))
+        held = context.remember(self.spec.site, torch.cat([values.view(rows, length, -1), flags], -1))
         total = spans.sum(held[..., :-2])  # (B, n + S, C)
         count = spans.sum(spans.counted.long())  # (B, n + S)
-        if self.end_token_id is not None and self.causal:
+        if self.end_token_id is not None and self.spec.causal:
             total, count = spans.at_end(total), spans.at_end(count)
         total, count = total[:, -length:], count[:, -length:]
         pooled = total / count.clamp(min=1)[..., None] if self.pooling == "mean" else total  # (B, S, C)
@@ -126,7 +125,7 @@ class PooledRouter(Router):
         counted = mask = context.token_mask.to(device)  # (B, S)
         documents = context.documents  # (B, S), or none where every row is one
         documents = None if documents is None else documents.to(device)
-        past = context.past(self.spec.layer_idx)  # (B, n, C + 2)
+        past = context.past(self.spec.site)  # (B, n, C + 2)
         if self.modalities is not None:
             wanted = torch.tensor(self.modalities, device=device)
             counted = counted & torch.isin(context.modality_ids.to(device), wanted)
@@ -143,20 +142,20 @@ class PooledRouter(Router):
         if self.end_token_id is not None:
             if self.end == "first":
                 ends = ends & (_running_sum(ends.long(), documents) == 1)
-            if not self.causal:  # every token sees the same: all up to the last end
+            if not self.spec.causal:  # every token sees the same: all up to the last end
                 number, whole = (part(ends.long(), documents) for part in (_running_sum, _whole_sum))
                 counted = counted & ((whole == 0) | (whole - number + ends.long() > 0))
-        return Spans(counted, ends, documents, self.causal)
+        return Spans(counted, ends, documents, self.spec.causal)
 
     def answers(self, spans: Spans, context: RoutingContext) -> torch.Tensor:
         """Return which tokens' gates have read the whole instruction of their sample, (B, S) bool.
 
-        They are those with labels behind the end of an instruction, or all behind it where the call has no labels. The
+        They are those with labels after the end of an instruction, or all after it where the call has no labels. The
         token that ends the answer has read that too.
         """
         labelled = context.labelled
-        behind = spans.ended & ~spans.ends
-        return behind if labelled is None else behind & labelled.to(behind.device)
+        after = spans.ended & ~spans.ends
+        return after if labelled is None else after & labelled.to(after.device)
 
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
         """Warn if the instructions of all rows of a training are the same, so that the gate tells no rows apart."""
@@ -166,7 +165,7 @@ class PooledRouter(Router):
         spans = self.spans(context, ids.device)
         # A number for every instruction: the sum of its tokens, each made a large number of its own.
         signature = spans.sum((ids.long() + 1) * 2654435761 % 2305843009)
-        signature = spans.at_end(signature) if self.causal else signature
+        signature = spans.at_end(signature) if self.spec.causal else signature
         answers = self.answers(spans, context)
         rows = answers.any(1)
         last = torch.arange(ids.shape[1], device=ids.device).masked_fill(~answers, 0).amax(1, keepdim=True)

@@ -15,21 +15,22 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt, PositiveInt
-from ...modeling.decisions import ExpertAssignment
-from ...modeling.gating import apply_overrides, check_slots, per_gate_logits
-from ...modeling.layer_spec import MoELayerSpec
-from ...modeling.routing_context import RoutingContext
-from .condition import condition_per_token
-from .pooled import PooledRouter
+from ..decisions import ExpertAssignment
+from ..gating import apply_overrides, check_slots, per_gate_logits
+from ..layer_spec import MoELayerSpec
+from ..pooling import PooledRouter
+from ..registry import register_router
+from ..routing_context import RoutingContext
 
 
+@register_router("becotta")
 class BecottaRouter(PooledRouter):
     """Noisy top-k over pooled scores, with one gate per domain.
 
     Args:
         spec: facts of the layer.
         num_domains: D.
-        condition: name of the domain ids; the model's call takes them as `<name>_ids` or in `condition_ids`.
+        condition: name of the domain ids in the call's `condition_ids`; LoRA experts take `<name>_ids` too.
         modalities, end_token_id, end, pooling: what is pooled, and how, see [`PooledRouter`]; with `"mean"`, a long
             sample has no sharper gate than a short one.
 
@@ -37,7 +38,7 @@ class BecottaRouter(PooledRouter):
         ValueError: if K does not lie in [1, E]; in `forward`, if a domain does not lie in [0, D).
     """
 
-    mechanism_name = "becotta"
+    reads = frozenset({"hidden_states", "sequence", "condition"})
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class BecottaRouter(PooledRouter):
         init.normal_(self.weight, mean=0.0, std=std)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
-        domain = condition_per_token(context, self.condition, hidden_states.device).long()  # (T,)
+        domain = context.condition(self.condition, hidden_states.device)  # (T,)
         if bool(((domain < 0) | (domain >= self.num_domains)).any()):
             raise ValueError(f"The {self.condition}_ids must lie in [0, {self.num_domains}), one gate for each.")
         logits, raw = per_gate_logits(hidden_states, self.weight, domain).chunk(2, dim=-1)  # (T, E) both
