@@ -49,6 +49,9 @@ FOLDERS = {
     "adapter_experts": "adapters/experts",
     "shared": "modeling",
 }
+# The suite over all mechanisms of the registry; a mechanism is held by its own cases.
+SUITE = "tests/mechanisms/test_mechanism_suite.py"
+OUTSIDE_OF_THE_SUITE = ("adapter", "adapter_router", "adapter_experts", "shared")
 KILLED_AT_LEAST = 3
 # A test that takes longer than this, in seconds of CPU, is left out: an exact check has to kill.
 LONGEST_TEST = 2.0
@@ -64,11 +67,13 @@ class Mechanism:
         key: kind and name.
         source: the file.
         tests: paths from the root of the repository.
+        case: how the ids of its cases in the suite begin.
     """
 
     key: str
     source: Path
     tests: list[str]
+    case: str = ""
 
     @property
     def module(self) -> str:
@@ -81,19 +86,24 @@ class Watch:
 
     Attributes:
         long: node ids of tests that are left out; those that prove too long are added.
+        case: how the ids of the cases in the suite begin that are run.
         outcome: `"survived"`, `"killed"` or `"crashed"`.
         finished: how many tests came to their end.
         modules: of other libraries that were imported.
     """
 
     long: set[str]
+    case: str = ""
     outcome: str = "survived"
     finished: int = 0
     modules: list[str] = field(default_factory=list)
     crashes: int = 0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if item.nodeid not in self.long]
+        def is_run(path: str, _: str, case: str) -> bool:
+            return not path.startswith(SUITE) or case.startswith((f"{self.case}]", f"{self.case}-"))
+
+        items[:] = [item for item in items if item.nodeid not in self.long and is_run(*item.nodeid.partition("["))]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Any:
@@ -139,7 +149,7 @@ def run_here(mechanism: Mechanism, source: str, long: set[str], pipe: Any) -> No
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     sys.meta_path.insert(0, MutantLoader(mechanism.module, mechanism.source, source))
-    watch = Watch(long)
+    watch = Watch(long, mechanism.case)
     without = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")  # which collects garbage at the end
     code = pytest.main(["-q", "-m", "not slow", *without, *mechanism.tests], plugins=[watch])
     if mechanism.module not in sys.modules or code not in (0, 1, 2):
@@ -159,9 +169,9 @@ def run(mechanism: Mechanism, source: str, long: set[str]) -> Watch:
     process.start()
     sender.close()
     try:
-        watch = receiver.recv() if receiver.poll(TIMEOUT) else Watch(long, "crashed")
+        watch = receiver.recv() if receiver.poll(TIMEOUT) else Watch(long, outcome="crashed")
     except EOFError:
-        watch = Watch(long, "crashed")
+        watch = Watch(long, outcome="crashed")
     if process.is_alive():
         process.join(5)
         process.kill()
@@ -182,11 +192,13 @@ def preload(modules: list[str]) -> None:
 
 def mechanisms() -> dict[str, Mechanism]:
     """Return all mechanisms by `kind/name`."""
-    return {
-        f"{kind}/{name}": Mechanism(f"{kind}/{name}", SOURCE / "hf_moe" / FOLDERS[kind] / f"{name}.py", tests)
-        for kind, names in yaml.safe_load(TEST_FILES.read_text()).items()
-        for name, tests in names.items()
-    }
+    found = {}
+    for kind, names in yaml.safe_load(TEST_FILES.read_text()).items():
+        suite = [] if kind in OUTSIDE_OF_THE_SUITE else [SUITE]
+        for name, tests in names.items():
+            source = SOURCE / "hf_moe" / FOLDERS[kind] / f"{name}.py"
+            found[f"{kind}/{name}"] = Mechanism(f"{kind}/{name}", source, [*tests, *suite], f"{kind} {name}")
+    return found
 
 
 def judge(mechanism: Mechanism, count: int, seed: int) -> tuple[int, list[Mutant]]:

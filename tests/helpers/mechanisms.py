@@ -41,12 +41,14 @@ class Case:
     Attributes:
         options: of the mechanism itself.
         moe: other fields of `moe_config`.
+        place: where it is used: `""` in the decoder, `"vision"` in a tower.
         tower: fields of the vision tower's config.
         exempt: checks that it cannot pass, each with the reason. A check that it passes all the same is an error.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     moe: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
     tower: Mapping[str, Any] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
 
@@ -55,16 +57,16 @@ ONE_SLOT = {"num_experts_per_tok": 1}
 BANKS = {"text": {"num_experts": 2}, "vision": {"num_experts": 2, "intermediate_size": 16}}
 
 NO_LOSS: dict[str, Any] = {"objectives": {}}
-ALL_TOKENS = {name: "every token is mixed with all others of its row" for name in ("causality", "decoding")}
+WHOLE_PROMPT = {name: "the experts are merged for the whole prompt" for name in ("causality", "decoding")}
 NO_CHOICE = {"disabled": "its experts are not chosen"}
-LOOKS_AHEAD = "the last token of a call does not know the modality of the next"
+LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality of the next"}
 
 # Kind -> name -> case; a second case of one mechanism is called `name-variant`.
 CASES: dict[str, dict[str, Case]] = {
     "router": {
         "adamoe": Case({"num_null_experts": 2}),
         "anyexperts": Case({"min_slots": 1, "max_slots": 4}),
-        "becotta": Case(exempt={"micro_batches": "a batch draws its noise at once"}),
+        "becotta": Case(exempt={name: "a batch draws its noise at once" for name in ("micro_batches", "padding")}),
         "condition": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "constant": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "dynamic_moe_top_p": Case(),
@@ -74,19 +76,17 @@ CASES: dict[str, dict[str, Case]] = {
         "intuition_mor1e": Case({"num_clusters": 3}),
         "llama4": Case(moe=ONE_SLOT),
         "meo": Case({"block_size": 3}, NO_LOSS),
-        "meo-whole": Case({"block_size": None}, NO_LOSS, exempt=ALL_TOKENS),
+        "meo-whole": Case({"block_size": None}, NO_LOSS, exempt=WHOLE_PROMPT),
         "ming_multi_router": Case(),
         "ming_multi_router-v2": Case({"gate": "sigmoid_bias"}),
         "modality": Case(moe={"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
         "moiie": Case(),
-        "moiie-next_token": Case(
-            {"boundary_rule": "next_token"}, exempt={"decoding": "a token looks at the next one's modality"}
-        ),
+        "moiie-next_token": Case({"boundary_rule": "next_token"}, exempt=LOOKS_AHEAD),
         "sequence": Case(),
         "sequence-instruction": Case({"end_token_id": 7, "centred": True}),
         "smora": Case(),
-        "soft_moa": Case(moe=NO_LOSS, exempt=ALL_TOKENS),
-        "soft_moa-normalized": Case({"slots_per_expert": 2, "normalize": True}, NO_LOSS, exempt=ALL_TOKENS),
+        "soft_moa": Case(moe=NO_LOSS, place="vision"),
+        "soft_moa-normalized": Case({"slots_per_expert": 2, "normalize": True}, NO_LOSS, "vision"),
         "top_k": Case(),
         "top_k-sigmoid": Case({"score_function": "sigmoid", "routed_scaling_factor": 2.0}),
         "top_k-capacity": Case({"capacity_factor": 1.0}),
@@ -107,7 +107,7 @@ CASES: dict[str, dict[str, Case]] = {
         "router_z": Case(),
         "slot_budget": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
     },
-    "block": {},
+    "block": {"moe": Case(), "moe-residual": Case(moe={"num_shared_experts": 1, "residual_mix": True})},
     "attention": {},
     "layer": {},
     "connector": {"mlp": Case(), "pixel_shuffle": Case(tower={"patch_size": 4})},
@@ -123,18 +123,22 @@ def config_of(kind: str, key: str) -> HfMoeConfig:
     case = CASES[kind][key]
     named = {"name": name_of(key), **case.options}
     moe = {"layers": "from_1", "num_experts": 4, "objectives": {"load_balance": 0.01}, **case.moe}
-    tower = kind in ("connector", "host")
+    tower = kind in ("connector", "host") or case.place == "vision"
     if kind == "objective":
         moe["objectives"] = {named["name"]: {**named, "coef": 0.1}}
-    elif not tower:
+    elif kind not in ("connector", "host"):
         moe[kind] = named
+    if case.place:
+        configs = {"moe_config": {"layers": []}, f"{case.place}_moe_config": {**moe, "layers": "all"}}
+    else:
+        configs = {"moe_config": moe}
     return HfMoeConfig(
         text_config=LlamaConfig(**TEXT),
         vision_config=CLIPVisionConfig(**{**TOWER, **case.tower}) if tower else None,
         connector=named if kind == "connector" else "mlp",
         image_token_id=IMAGE if tower else None,
         initializer_range=0.15,
-        moe_config=moe,
+        **configs,
     )
 
 
@@ -154,8 +158,8 @@ def make_rows(model: HfMoeForConditionalGeneration, rows: int = 3, seed: int = 1
     ids = torch.randint(3, IMAGE, (rows, POSITIONS), generator=generator)
     types = torch.zeros_like(ids)
     types[:, PICTURE] = 1
-    labels = ids.clone()
-    labels[:, 0] = -100  # which padding would have to foretell
+    # Each row has another number of labels, and none for the first token, which padding would have to foretell.
+    labels = ids.masked_fill(torch.arange(POSITIONS) <= torch.arange(rows)[:, None], -100)
     batch = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids), "labels": labels}
     batch["condition_ids"] = {"domain": torch.arange(rows) % 3}
     for name, ids in conditions_read(layer.router for layer in model.moe_layers().values()).items():
@@ -163,7 +167,7 @@ def make_rows(model: HfMoeForConditionalGeneration, rows: int = 3, seed: int = 1
         batch["condition_ids"][name] = torch.arange(rows) % ids if ids else features
     if model.config.image_token_id is None:
         return batch
-    ids[:, PICTURE] = labels[:, PICTURE] = IMAGE
+    ids[:, PICTURE] = IMAGE
     pixels = torch.randn(rows, 3, TOWER["image_size"], TOWER["image_size"], generator=generator)
     return {**batch, "pixel_values": pixels}
 
@@ -181,11 +185,7 @@ TOKENS = ("input_ids", "mm_token_type_ids", "attention_mask", "labels")
 
 
 def padded(batch: dict[str, Any], width: int, filler: int = 0) -> dict[str, Any]:
-    """Put padding before every row, whose tokens keep their positions."""
-    found = dict(batch)
-    for name in TOKENS:
-        if name in batch:
-            value = {"input_ids": filler, "labels": -100}.get(name, 0)
-            found[name] = torch.nn.functional.pad(batch[name], (width, 0), value=value)
-    positions = torch.arange(-width, batch["input_ids"].shape[1]).clamp(min=0)
-    return {**found, "position_ids": positions.expand(len(batch["input_ids"]), -1)}
+    """Put padding before every row, with the id `filler`."""
+    values = {"input_ids": filler, "labels": -100, "mm_token_type_ids": 0, "attention_mask": 0}
+    added = {name: torch.nn.functional.pad(batch[name], (width, 0), value=value) for name, value in values.items()}
+    return {**batch, **added}

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -25,13 +26,15 @@ from helpers.near import assert_near
 from transformers import AutoModelForCausalLM
 
 from hf_moe import HfMoeForConditionalGeneration, RoutingOverrides, list_mechanisms
+from hf_moe.configuration.checks import in_words, option_hints
+from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import KINDS
 from hf_moe.modeling.routing import ExpertAssignment
 
 
 # Checks of the logits alone, which an objective does not touch.
 OF_LOGITS = ("alone", "causality", "decoding", "backends", "disabled")
-WITHOUT_TOWER = ("disabled",)
+OF_ROUTERS = ("disabled",)
 
 
 @dataclass
@@ -76,6 +79,11 @@ def backward(model, *batches, **extra) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def decisions(output) -> dict:
+    """Return the decisions of all MoE layers by site, those of towers and of sub-tokens too."""
+    return {site: decision for context in output.routing.contexts() for site, decision in context.decisions.items()}
+
+
 def assert_same_gradients(found, expected):
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -88,9 +96,11 @@ def pytest_generate_tests(metafunc):
     check = metafunc.function.__name__.removeprefix("test_")
     parameters = []
     for kind, cases in CASES.items():
-        if (kind == "objective" and check in OF_LOGITS) or (kind in ("connector", "host") and check in WITHOUT_TOWER):
+        if (kind == "objective" and check in OF_LOGITS) or (kind in ("connector", "host") and check in OF_ROUTERS):
             continue
         for key, case in list(cases.items())[: 1 if check == "bundle" else None]:
+            if case.place and check in OF_ROUTERS:
+                continue
             reason = case.exempt.get(check)
             marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)] if reason else []
             parameters.append(pytest.param((kind, key), id=f"{kind} {key}", marks=marks))
@@ -108,6 +118,15 @@ def test_every_mechanism_has_a_case():
         assert {name_of(key) for key in cases} == set(list_mechanisms(kind)), kind
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_declares_its_type(kind):
+    for name in list_mechanisms(kind):
+        cls = get_mechanism(kind, name)
+        hints = option_hints(cls, 0)
+        options = [item.name for item in signature(cls).parameters.values() if item.kind is item.KEYWORD_ONLY]
+        assert not [option for option in options if in_words(hints[option]) in ("Any", "_empty")], name
+
+
 def test_every_exemption_is_of_a_check():
     checks = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {check for cases in CASES.values() for case in cases.values() for check in case.exempt} <= checks
@@ -117,8 +136,8 @@ def test_shapes(subject):
     output, rows = subject.output, subject.rows
     assert output.logits.shape == (*rows["input_ids"].shape, 64) and output.logits.isfinite().all()
     assert output.loss.isfinite() and (output.aux_loss is None or output.aux_loss.isfinite())
-    assert sorted(output.routing.decisions) == sorted(subject.model.moe_layers())
-    for decision in output.routing.decisions.values():
+    assert decisions(output).keys() == subject.model.moe_blocks().keys()
+    for decision in decisions(output).values():
         if isinstance(decision, ExpertAssignment):
             check_assignment(decision, rows["input_ids"].numel())
 
@@ -148,18 +167,22 @@ def test_gradients(subject):
 
 
 def test_padding(subject):
-    model = subject.trained
-    model = copy.deepcopy(model).eval()
+    """Padding, whatever is written there, moves no logit, no loss, no gradient and no statistic, and has no expert."""
+    model, other = copy.deepcopy(subject.trained), copy.deepcopy(subject.trained)
+    expected, seven = backward(model, subject.rows), padded(subject.rows, 3, filler=7)
+    assert_same_gradients(backward(other, seven), expected)
+    assert_near(list(other.buffers()), list(model.buffers()), 1e-5)
     with torch.no_grad():
-        plain = model(**subject.rows)
-        for filler in (0, 7):
-            found = model(**padded(subject.rows, 3, filler), output_routing=True)
-            assert_near(found.logits[:, 3:], plain.logits, 1e-5)
-            assert_near(found.loss, plain.loss, 1e-5)
-    for decision in found.routing.decisions.values():
+        plain = model.eval()(**subject.rows)
+        for batch in (padded(subject.rows, 3), seven):
+            found = model(**batch, output_routing=True)
+            assert_near((found.logits[:, 3:], found.loss), (plain.logits, plain.loss), 1e-5)
+            for name, value in (plain.objective_values or {}).items():
+                assert_near(found.objective_values[name], value, 1e-5)
+    for decision in decisions(found).values():
         if isinstance(decision, ExpertAssignment):
             slots = decision.expert_index.view(len(found.logits), -1, decision.expert_index.shape[-1])
-            assert (slots[:, :3] == decision.num_experts).all(), "padding has no expert"
+            assert (slots[:, :3] == decision.num_experts).all()
 
 
 def test_alone(subject):
@@ -194,12 +217,18 @@ def test_decoding(subject):
 
 
 def test_float32(subject):
+    """Autocast changes no logit of a router for the same hidden states, and no loss is of low precision."""
+    model, calls = subject.copy(), []
+    for layer in model.moe_blocks().values():
+        layer.gate.register_forward_hook(lambda gate, arguments, decision: calls.append((arguments, decision)))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        output = subject.model(**subject.rows, output_routing=True)
+        output = model(**subject.rows)
     assert output.aux_loss is None or output.aux_loss.dtype == torch.float32
-    for decision in output.routing.decisions.values():
+    for layer, (arguments, decision) in zip(model.moe_blocks().values(), list(calls), strict=True):
         logits = getattr(decision, "router_logits", None)
-        assert logits is None or logits.dtype == torch.float32
+        if logits is not None:
+            assert logits.dtype == torch.float32
+            assert_near(layer.gate(*arguments).router_logits, logits)
 
 
 def test_bfloat16(subject):
@@ -208,6 +237,26 @@ def test_bfloat16(subject):
     assert output.logits.dtype == torch.bfloat16 and output.loss.isfinite()
     output.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_casts(subject):
+    """Buffers count or accumulate: they keep their type, and so what they hold, whatever the model is cast to."""
+    for cast in (
+        lambda model: model.half(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.double().float(),
+    ):
+        model = subject.copy()
+        ours = {
+            name: buffer
+            for name, buffer in model.named_buffers()
+            if ".gate." in name or name.startswith("objectives.")
+        }
+        # Exact in float32 and in int64, and in nothing shorter.
+        expected = {name: buffer.fill_(70_001).clone() for name, buffer in ours.items()}
+        cast(model)
+        for name, buffer in expected.items():
+            assert model.get_buffer(name).dtype is buffer.dtype and torch.equal(model.get_buffer(name), buffer), name
 
 
 def test_backends(subject):
@@ -222,29 +271,32 @@ def test_checkpointing(subject):
     model, other = copy.deepcopy(subject.trained), copy.deepcopy(subject.trained)
     other.gradient_checkpointing_enable()
     runs = []
-    next(iter(other.moe_layers().values())).register_forward_pre_hook(lambda *_: runs.append(1))
+    next(iter(other.moe_blocks().values())).register_forward_pre_hook(lambda *_: runs.append(1))
     expected = backward(model, subject.rows, use_cache=False)
     assert_same_gradients(backward(other, subject.rows, use_cache=False), expected)
     assert len(runs) == 2, "the layer ran again in the backward pass"
 
 
 def test_micro_batches(subject):
-    total = subject.rows["labels"][:, 1:].numel()
-    whole = backward(copy.deepcopy(subject.trained), subject.rows, num_items_in_batch=total)
+    total = (subject.rows["labels"][:, 1:] != -100).sum()
+    model, other = copy.deepcopy(subject.trained), copy.deepcopy(subject.trained)
     parts = [take(subject.rows, rows) for rows in (slice(0, 1), slice(1, 3))]
-    assert_same_gradients(backward(copy.deepcopy(subject.trained), *parts, num_items_in_batch=total), whole)
+    expected = backward(model, subject.rows, num_items_in_batch=total)
+    assert_same_gradients(backward(other, *parts, num_items_in_batch=total), expected)
+    assert_near(list(other.buffers()), list(model.buffers()), 1e-5)
 
 
 def test_meta(subject, tmp_path):
     """A model is built without memory, filled by `initialize`, saved with its code and loaded with what it learnt."""
     with torch.device("meta"):
         assert all(tensor.is_meta for tensor in build(subject.kind, subject.key).state_dict().values())
-    fresh = HfMoeForConditionalGeneration.from_pretrained(
-        None, config=config_of(subject.kind, subject.key), state_dict={}
-    )
-    assert all(tensor.isfinite().all() for tensor in fresh.state_dict().values())
-    with torch.no_grad():
-        assert fresh(**subject.rows).logits.isfinite().all()
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody has initialised with NaN
+    try:
+        config = config_of(subject.kind, subject.key)
+        fresh = HfMoeForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [name for name, tensor in fresh.state_dict().items() if not tensor.isfinite().all()] == []
     subject.trained.save_pretrained(tmp_path)
     loaded = HfMoeForConditionalGeneration.from_pretrained(tmp_path).eval()
     state = loaded.state_dict()

@@ -95,14 +95,6 @@ def test_virtual_slots_are_used_where_a_token_needs_fewer_experts_than_its_slots
     assert 0.1 < share.mean() <= 0.2 + 1e-6
 
 
-def test_a_token_is_routed_alike_alone_and_among_others():
-    router = make_router().eval()
-    hidden = torch.randn(16, 24)
-    together, alone = route(router, hidden), route(router, hidden[3:4])
-    torch.testing.assert_close(together.expert_weight[3:4], alone.expert_weight)
-    assert torch.equal(together.expert_index[3:4], alone.expert_index)
-
-
 def test_the_budget_moves_the_slots_of_a_trained_router():
     router = make_router()
     hidden = torch.randn(512, 24)

@@ -38,27 +38,6 @@ def test_output_has_the_announced_number_of_tokens(case):
     assert connector(torch.randn(3, patches, FEATURES)).shape == (3, tokens, HIDDEN)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_parameter_is_initialised_and_gets_a_gradient(case):
-    name, options, patches, _ = CASES[case]
-    connector = build("connector", get_mechanism("connector", name), options, FEATURES, HIDDEN)
-    for parameter in connector.parameters():
-        parameter.data.fill_(float("nan"))
-    connector.initialize(0.02)
-    connector(torch.randn(3, patches, FEATURES)).square().sum().backward()
-    for parameter_name, parameter in connector.named_parameters():
-        assert parameter.isfinite().all() and parameter.grad.abs().sum() > 0, parameter_name
-        if parameter.dim() == 2:
-            assert 0.01 < parameter.std() < 0.03, parameter_name
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_images_do_not_mix(case):
-    name, options, patches, _ = CASES[case]
-    connector, features = make_connector(name, options), torch.randn(3, patches, FEATURES)
-    torch.testing.assert_close(connector(features)[1:2], connector(features[1:2]))
-
-
 def test_pool_averages_neighbouring_patches():
     connector = make_connector("mlp", {"num_layers": 1, "pool": 2})
     features = torch.randn(1, 16, FEATURES)

@@ -90,22 +90,6 @@ def test_a_cap_bounds_the_slots_also_below_the_threshold():
     torch.testing.assert_close(decision.expert_weight.sum(-1), torch.full((8,), 3 / EXPERTS))
 
 
-def test_a_token_is_routed_alike_alone_and_among_others():
-    router, hidden = make_router(), torch.randn(16, WIDTH)
-    together, alone = route(router, hidden), route(router, hidden[3:4])
-    assert torch.equal(together.expert_index[3:4], alone.expert_index)
-    torch.testing.assert_close(together.expert_weight[3:4], alone.expert_weight)
-
-
-def test_the_choice_is_made_in_float32_under_autocast():
-    router, hidden = make_router(), torch.randn(64, WIDTH)
-    expected = route(router, hidden)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        decision = route(router, hidden)
-    assert decision.router_probs.dtype == torch.float32
-    assert torch.equal(decision.expert_index, expected.expert_index)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -22,6 +22,7 @@ from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_
 
 from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.expert_banks import ExpertBanks
+from hf_moe.modeling.overrides import RoutingOverrides
 from hf_moe.modeling.routing_context import RoutingContext
 
 
@@ -106,6 +107,15 @@ def test_ernie45_vl_balances_each_bank_by_its_own_mean():
     router.end_step()
     # Text loads 3, 3, 0, 0 with mean 1.5; vision loads 4, 0, 0, 0 with mean 1.
     assert router.e_score_correction_bias.tolist() == [-1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0]
+
+
+def test_ernie45_vl_gives_empty_slots_where_no_expert_is_left():
+    router = make_router("ernie45_vl")
+    context = make_context(overrides=RoutingOverrides(disabled_experts={1: [4, 5, 6, 7]}))
+    decision = router(make_hidden(context), context)
+    vision = context.modality_ids.reshape(-1) == 1
+    assert (decision.expert_index[vision] == EXPERTS).all() and (decision.expert_weight[vision] == 0).all()
+    assert (decision.expert_index[~vision] < 4).all()
 
 
 # ming_multi_router

@@ -105,16 +105,6 @@ def test_layers_that_decide_otherwise_are_left_out_and_no_fitting_one_is_an_erro
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_changes_no_value_and_no_statistic(name):
-    plain, changed = make_call(), make_call(other_padding=True)
-    first, second = after_a_step(name, plain), after_a_step(name, changed)
-    for objective in (first, make_objective(name)):  # with a population, and before there is one
-        torch.testing.assert_close(objective(*changed), objective(*plain))
-    for buffer, other in zip(first.buffers(), second.buffers(), strict=True):
-        torch.testing.assert_close(other, buffer)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_make_one_population_and_rows_have_their_own_value(name):
     call = make_call()
     parts = [rows_of(*call, rows) for rows in (slice(0, 1), slice(1, 4))]

@@ -81,38 +81,6 @@ def test_balance_is_the_mean_over_layers_and_skips_other_decisions():
     torch.testing.assert_close(objective(decisions, context), torch.tensor([2.5]))
 
 
-@pytest.mark.parametrize("name", ["load_balance", "router_z", "null_load"])
-def test_an_objective_without_any_fitting_router_says_so(name):
-    decisions = {0: SlotMixture(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), 4)}
-    with pytest.raises(ValueError, match=r"routers of layers \[0\] returned SlotMixture"):
-        make_objective(name)(decisions, make_context(1, 4))
-
-
-@pytest.mark.parametrize("name", ["load_balance", "router_z", "null_load"])
-def test_padding_counts_nowhere(name):
-    mask = [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
-    context = make_context(2, 6, mask=mask)
-    router, decision = route("adamoe", make_spec(slots=2), context)
-    real = context.token_mask.view(-1)
-    cut = ExpertAssignment(
-        decision.expert_index[real],
-        decision.expert_weight[real],
-        4,
-        router_logits=decision.router_logits[real],
-        router_probs=decision.router_probs[real],
-    )
-    padded, plain = make_objective(name), make_objective(name)
-    for _ in range(2):
-        values = padded({0: decision}, context)
-        torch.testing.assert_close(values, plain({0: cut}, make_context(2, 4)))
-        padded.accumulate({0: decision}, context)
-        plain.accumulate({0: cut}, make_context(2, 4))
-        padded.end_step()
-        plain.end_step()
-    gradient = torch.autograd.grad(values.sum(), decision.router_logits)[0]
-    assert (gradient[~real] == 0).all() and gradient[real].abs().sum() > 0
-
-
 def test_after_a_step_rows_are_linear_in_their_tokens():
     objective, context = make_objective("load_balance"), make_context(2, 4)
     _, decision = route("top_k", make_spec(slots=2), context)

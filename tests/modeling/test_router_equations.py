@@ -160,3 +160,12 @@ def test_the_capacity_of_a_router_is_a_matter_of_training(name):
     hidden = make_hidden(context).abs() + 0.1
     assert (router(hidden, context).expert_index < EXPERTS).all()
     assert (router.train()(hidden, context).expert_index == EXPERTS).any()
+
+
+NAMES = ["adamoe", "deepseek_v3", "deepseekmoe", "ernie45_vl", "ming_multi_router", "moiie", "smora", "top_k"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "switch_transformer"])
+def test_more_slots_than_candidates_are_refused(name):
+    with pytest.raises(ValueError, match="num_experts_per_tok=17"):
+        make_router(name, spec=make_spec(num_experts_per_tok=17))
