@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, MoeConfig, MoeLoraConfig, from_system, list_systems
 from hf_moe.configuration.moe_config import objective_entry
@@ -128,18 +128,25 @@ def test_a_fine_grained_record_keeps_the_parameters_of_its_coarse_form():
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_record_builds_a_model_that_trains(key):
-    config = HfMoeConfig.from_system(key, text_config=tiny_host(num_hidden_layers=2))
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    tower = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=8)
+    seen = {"vision_config": tower, "image_token_id": 63} if load_system(key).place_fields() else {}
+    config = HfMoeConfig.from_system(key, text_config=tiny_host(num_hidden_layers=2), **seen)
     model = HfMoeForConditionalGeneration(config).train()
     input_ids = torch.arange(24).view(2, 12)
     modality = torch.zeros_like(input_ids)
     modality[:, 2:6] = 1
+    images = {}
+    if seen:
+        input_ids, images = input_ids.masked_fill(modality == 1, 63), {"pixel_values": torch.randn(2, 3, 16, 16)}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
-        output = model(input_ids=input_ids, mm_token_type_ids=modality, labels=input_ids)
+        output = model(input_ids=input_ids, mm_token_type_ids=modality, labels=input_ids, **images)
         output.loss.backward()
         optimizer.step()
         for name, parameter in model.named_parameters():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            learnt = parameter.grad is not None and parameter.grad.isfinite().all()
+            assert learnt or not parameter.requires_grad, name
         optimizer.zero_grad()
     values = output.objective_values or {}
     assert set(values) == set(config.moe_config.objectives or ()) and all(map(torch.isfinite, values.values()))

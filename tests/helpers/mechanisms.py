@@ -109,7 +109,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "block": {"moe": Case(), "moe-residual": Case(moe={"num_shared_experts": 1, "residual_mix": True})},
     "attention": {},
-    "layer": {},
+    "layer": {"mot_transformers": Case(), "mot_transformers-attention": Case({"untie": ["attention"]})},
     "connector": {"mlp": Case(), "pixel_shuffle": Case(tower={"patch_size": 4})},
     "host": {"composed": Case()},
 }

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_moe.modeling.host import decoder_layers
+from hf_moe.modeling.host_layers import decoder_layers
 from hf_moe.modeling.parts import text_decoder
 
 

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from ..configuration import HfMoeConfig
 from ..modeling.block import Block
 from ..modeling.evaluation_mode import evaluation_mode
+from ..modeling.host_layers import read_ffn
 from ..modeling.initialisation import initializer_std
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.replacement import Replacement
 from .adoption import hand_over_block
-from .block_checks import check_block, check_expert
 from .conversion import convert_router, set_objectives
-from .expert_sources import ExpertSource, build_source, feed_forward_state, fill_layer
 from .gate_forms import starting_options
 from .generation import savable
 from .host_plan import HostPlan, plan_host
@@ -30,7 +30,8 @@ from .materialisation import check_materialised, empty_model, materialise
 from .moe_blocks import BlockReading
 from .pretrained import load_host
 from .refusals import host_class_of, host_config_class, refuse_loaded
-from .step_zero import StepZero, compare_at_step_zero, logit_difference, random_text, tolerance
+from .step_zero import StepZero, compare_at_step_zero, expert_widths, logit_difference, random_text, tolerance
+from .upcycling import check_block, check_expert, ffn_state, fill_layer
 
 
 def from_host(
@@ -38,7 +39,6 @@ def from_host(
     *,
     system: str | None = None,
     moe_config: Mapping[str, Any] | None = None,
-    source: str | Mapping[str, Any] | None = None,
     seed: int = 0,
     noise: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -61,10 +61,8 @@ def from_host(
             fresh model.
         system: a key of `hf_moe.list_systems()`; `"top_k"` for a dense host when absent.
         moe_config: fields that override the system's.
-        source: what the experts of a dense host are made of: a name of `construction/sources/`, or `{name: ...}` with
-            its options. That of the system when absent, else `"copies"`.
         seed: of everything that is drawn at random.
-        noise: on the experts, relative to the standard deviation of each matrix.
+        noise: on the expert copies, relative to the standard deviation of each matrix.
         dtype: of the weights of a host that is loaded here, its own when absent; routers are float32.
         revision: branch, tag or commit of a repository on the Hub.
         on_check: called with the comparison with the host's own logits, where it had weights.
@@ -89,23 +87,20 @@ def from_host(
         elif dtype is not None:
             raise ValueError("dtype is of a host that is loaded here: convert a loaded one with host.to(dtype).")
         refuse_loaded(host)
-        plan = plan_host(host, system, moe_config, places, source)
-        return become_moe(host, plan, build_source(plan.source, seed, noise), keep, seed, on_check)
+        return become_moe(host, plan_host(host, system, moe_config, places), keep, seed, noise, on_check)
 
 
 def become_moe(
     host: PreTrainedModel,
     plan: HostPlan,
-    source: ExpertSource,
     keep: bool,
     seed: int,
+    noise: float,
     on_check: Callable[[StepZero], None] | None,
 ) -> Any:
     """Return a loaded host as a MoE, see [`from_host`].
 
     Args:
-        plan: what it becomes.
-        source: what the experts of a dense host are made of.
         keep: whether the host stays in use; its feed-forwards are taken away from it where it does not.
     """
     model, inputs, reference = _around(host, plan.config, keep)
@@ -115,7 +110,7 @@ def become_moe(
             parent, _, name = path.rpartition(".")
             delattr(host.get_submodule(parent), name)
     _check_host(model, feed_forwards, inputs, reference)
-    exact = _replace_feed_forwards(model, feed_forwards, plan, source, keep)
+    exact = _replace_feed_forwards(model, feed_forwards, plan, keep, noise, seed)
     check_materialised(model)
     check = compare_at_step_zero(model, inputs, reference, exact, adopted=bool(plan.readings))
     if plan.readings:
@@ -177,13 +172,16 @@ def _around(
         reference = host(**inputs).logits.float()
     model = empty_model(HfMoeForConditionalGeneration, config, host.dtype, host.config._attn_implementation)
     take_over(model, host, keep)
+    for path, module in replacements(model).items():
+        materialise(module, initializer_std(config), host.device)
+        module.start_from(host.get_submodule(path))
     model.generation_config = savable(deepcopy(host.generation_config))
     return model.eval(), inputs, reference
 
 
 @torch.no_grad()
 def take_over(model: Any, host: PreTrainedModel, keep: bool) -> None:
-    """Give a MoE on the meta device the host's tensors, all but those that its MoE layers and its objectives hold.
+    """Give a MoE on the meta device the host's tensors, all but those of its MoE layers, replacements and objectives.
 
     Args:
         keep: whether the host stays in use, so that its tensors are copied; tied ones stay tied.
@@ -198,8 +196,8 @@ def take_over(model: Any, host: PreTrainedModel, keep: bool) -> None:
             taken[id(tensor)] = deepcopy(tensor)
         return taken.get(id(tensor), tensor)
 
-    own = {id(part) for block in model.moe_blocks().values() for part in block.modules()}
-    own |= {id(part) for part in model.objectives.modules()}
+    outside = (*model.moe_blocks().values(), *replacements(model).values(), model.objectives)
+    own = {id(part) for module in outside for part in module.modules()}
     theirs = dict(host.named_modules(remove_duplicate=False))
     for path, module in model.named_modules():
         if id(module) in own:
@@ -221,7 +219,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, tuple[int, 
 
 @torch.no_grad()
 def _replace_feed_forwards(
-    model: Any, feed_forwards: dict[str, nn.Module], plan: HostPlan, source: ExpertSource, keep: bool
+    model: Any, feed_forwards: dict[str, nn.Module], plan: HostPlan, keep: bool, noise: float, seed: int
 ) -> bool:
     """Fill the MoE layers of a model from the feed-forwards that they replace, which are let go one by one.
 
@@ -235,7 +233,7 @@ def _replace_feed_forwards(
     Raises:
         ValueError: naming the layer whose feed-forward does more than a MoE layer can.
     """
-    std = initializer_std(model.config)
+    std, generator = initializer_std(model.config), torch.Generator().manual_seed(seed)
     materialise(model.objectives, std, model.device)
     exact = True
     for path, layer in block_paths(model).items():
@@ -243,9 +241,12 @@ def _replace_feed_forwards(
         if not layer.spec.place and layer.layer_idx in plan.readings:
             equal = _adopt(layer, ffn, plan.readings[layer.layer_idx], keep, std)
         else:
+            host = read_ffn(ffn)
+            assert host.layout is not None, "of a dense feed-forward"
             check_expert(model, layer, ffn)
             materialise(layer, std, next(ffn.parameters()).device)
-            equal = fill_layer(layer, [feed_forward_state(ffn)], source)
+            fill_layer(layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise)
+            equal = noise == 0.0 and all(width % host.intermediate_size == 0 for width in expert_widths(layer))
         layer.gate.float()
         exact = exact and equal
     return exact
@@ -291,6 +292,11 @@ def _check_host(
 def block_paths(model: nn.Module) -> dict[str, Block]:
     """Return the MoE layers of a model by their paths, where the host has its feed-forwards."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Block)}
+
+
+def replacements(model: nn.Module) -> dict[str, Replacement]:
+    """Return what stands in the places of other modules of the host than feed-forwards, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Replacement)}
 
 
 def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

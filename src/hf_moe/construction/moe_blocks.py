@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.host import HostFfn, expert_stacks, read_ffn, stored_in_out
+from ..modeling.host_layers import HostFfn, expert_stacks, read_ffn, stored_in_out
 
 
 GATE_NAMES = ("gate", "router")

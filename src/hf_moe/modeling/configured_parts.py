@@ -28,13 +28,19 @@ class ConfiguredParts:
         self.config = config
         self.moe = moe
 
-    def named(self, kind: str, spec: MoELayerSpec) -> tuple[type, dict[str, Any]]:
+    def named(self, kind: str, spec: MoELayerSpec) -> tuple[Any, dict[str, Any]]:
         """Return the class of a kind of mechanism in a layer, and its options."""
         options = dict(at_layer(getattr(self.moe, kind), spec.layer_idx))
         return get_mechanism(kind, options.pop("name")), options
 
     def router(self, spec: MoELayerSpec) -> Router:
-        router = build("router", *self.named("router", spec), spec)
+        cls, options = self.named("router", spec)
+        if cls.looks_ahead and spec.causal:
+            raise ValueError(
+                f"The router {cls.mechanism_name!r} of layer {spec.layer_idx} mixes all tokens of a sequence, which "
+                "must not see later ones: put it into vision_moe_config, audio_moe_config or connector_moe_config."
+            )
+        router = build("router", cls, options, spec)
         # A model of low precision has float32 routers when it is loaded, so it has when it is built.
         return router.float() if torch.finfo(torch.get_default_dtype()).bits < 32 else router
 

@@ -47,10 +47,12 @@ class ExpertAssignment:
         """Count the chosen slots of real tokens, (num_groups, E) int64, detached."""
         return self.slot_table(group, num_groups, token_mask)[:, : self.num_experts]
 
-    def slot_table(self, group: torch.Tensor, num_groups: int, token_mask: torch.Tensor) -> torch.Tensor:
-        """Count the slots of real tokens, (num_groups, E + 1) int64; the last column counts those without a choice."""
+    def slot_table(
+        self, group: torch.Tensor, num_groups: int, token_mask: torch.Tensor, slots: int | None = None
+    ) -> torch.Tensor:
+        """Count the first `slots` of real tokens, (num_groups, E + 1) int64; the last column is those without choice."""
         width = self.num_experts + 1
-        index = self.expert_index if self.chosen_index is None else self.chosen_index
+        index = (self.expert_index if self.chosen_index is None else self.chosen_index)[:, :slots]
         cell = group[:, None] * width + index.clamp(max=self.num_experts)  # (T, K)
         weight = token_mask[:, None].expand_as(cell).long()
         table = torch.zeros(num_groups * width, dtype=torch.long, device=cell.device)

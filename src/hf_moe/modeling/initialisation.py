@@ -8,17 +8,21 @@ from torch import nn
 from transformers import initialization as init
 
 from .block import Block
+from .replacement import Replacement
 from .routing import Connector, Experts, Objective, Router
 
 
-def mechanisms_inner_first(module: nn.Module) -> Iterator[Block | Router | Experts | Objective | Connector]:
+MECHANISMS = (Block, Replacement, Router, Experts, Objective, Connector)
+
+
+def mechanisms_inner_first(module: nn.Module) -> Iterator[Any]:
     """Walk the mechanisms of a module, itself among them, each after those within it.
 
     So initialised, each finds its parts done and may change them.
     """
     for child in module.children():
         yield from mechanisms_inner_first(child)
-    if isinstance(module, Block | Router | Experts | Objective | Connector):
+    if isinstance(module, MECHANISMS):
         yield module
 
 
@@ -47,7 +51,7 @@ class MechanismInitialisation:
         for mechanism in mechanisms_inner_first(self):
             if not getattr(mechanism, "_is_hf_initialized", False):
                 mechanism.initialize(std)
-                # The shared branch of a block is made of plain linear layers, which the host's class initialises.
-                for part in [mechanism] if isinstance(mechanism, Block) else mechanism.modules():
+                # Plain layers in these, as a shared branch or a copy of a projection, the host's class initialises.
+                for part in [mechanism] if isinstance(mechanism, Block | Replacement) else mechanism.modules():
                     part._is_hf_initialized = True
         super().initialize_weights()  # type: ignore[misc]

@@ -34,7 +34,8 @@ from .context import (
     wants_router_logits,
 )
 from .elastic import ElasticBudget
-from .host import decoder_layers, install_blocks, install_in_connector, tower_layers
+from .host import install_blocks, install_in_connector
+from .host_layers import decoder_layers, tower_layers
 from .language_loss import token_balanced_loss
 from .layer_spec import Site
 from .mechanisms import get_mechanism

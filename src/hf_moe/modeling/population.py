@@ -19,6 +19,9 @@ class PopulationObjective(Objective):
     the buffers of its first process at every forward, and only that process saves them.
     """
 
+    # How many slots of a token are counted, from the first; all when absent.
+    slots: int | None = None
+
     def __init__(self, specs: list[MoELayerSpec], coef: float):
         super().__init__(specs, coef)
         for spec in specs:
@@ -42,7 +45,7 @@ class PopulationObjective(Objective):
         rows, positions = context.token_mask.shape
         row = torch.arange(rows, device=mask.device).repeat_interleave(positions)  # (T,)
         cell = row * NUM_MODALITIES + self.group(decision, context)
-        return decision.slot_table(cell, rows * NUM_MODALITIES, mask).view(rows, NUM_MODALITIES, -1)
+        return decision.slot_table(cell, rows * NUM_MODALITIES, mask, self.slots).view(rows, NUM_MODALITIES, -1)
 
     def population_counts(self, site: Site, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
         """Return the counts that apply in every row, (B, NUM_MODALITIES, E + 1).

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.gating import check_choice
-from ..modeling.host import FFN_NAMES, decoder_layers
+from ..modeling.host_layers import FFN_NAMES, decoder_layers
 from ..modeling.parts import HostParts, host_parts, text_decoder
 
 

@@ -12,7 +12,8 @@ from hf_moe import HfMoeConfig
 from hf_moe.construction.moe_blocks import BlockReading
 from hf_moe.modeling.block import Block
 from hf_moe.modeling.configured_parts import build_block
-from hf_moe.modeling.host import layer_spec, read_ffn
+from hf_moe.modeling.host import layer_spec
+from hf_moe.modeling.host_layers import read_ffn
 from hf_moe.modeling.initialisation import initialize_mechanisms
 
 

@@ -6,7 +6,8 @@ P_t is the router's distribution renormalised over the real experts, C_t the num
 f_g the share of the chosen slots of population g that went to expert i (detached). The mean over layers is taken. It
 is exactly 1.0 when f or P is uniform over the candidates, and C when all tokens sit on one expert with certainty; it
 does not grow with K. With `shares="tokens"` f is the share of the tokens that chose expert i, as in Transformers'
-Mixtral: it sums to K, and so the value is K times as large.
+Mixtral: it sums to K, and so the value is K times as large. With `shares="first_choices"` it is the share of the
+tokens whose first choice is i, as CuMo counts: the value at collapse is then C for any K.
 
 Every token weighs the same, so a gate weighs as much as it has tokens. With `per_gate` there is one term per gate, as
 in MoIIE: the mean over the gate's tokens of the row, and the row's value is their sum. A gate of few tokens is then
@@ -16,7 +17,7 @@ Taking f from the previous optimizer step makes the value linear in the tokens: 
 and processes at will, and domains may specialise within the batch.
 
 Sources: GShard, arXiv:2006.16668; Switch Transformers, arXiv:2101.03961; DeepSeekMoE, arXiv:2401.06066 (groups);
-DeepSeek-V3, arXiv:2412.19437 (sequence-wise).
+DeepSeek-V3, arXiv:2412.19437 (sequence-wise); CuMo, arXiv:2405.05949 (first choices).
 """
 
 from typing import Literal
@@ -42,7 +43,7 @@ class LoadBalance(PopulationObjective):
         scope: `"batch"` balances against the previous optimizer step, `"sequence"` every row by itself.
         per_modality: make every modality a population; otherwise every gate is one.
         per_gate: one term per population, as above.
-        shares: `"slots"` or `"tokens"`, of which f is the share.
+        shares: `"slots"`, `"tokens"` or `"first_choices"`, of which f is the share.
         expert_groups: balance this many groups of neighbouring experts (the devices of DeepSeekMoE) in place of single
             experts; must divide the number of experts of every layer.
 
@@ -59,7 +60,7 @@ class LoadBalance(PopulationObjective):
         scope: Literal["batch", "sequence"] = "batch",
         per_modality: bool = False,
         per_gate: bool = False,
-        shares: Literal["slots", "tokens"] = "slots",
+        shares: Literal["slots", "tokens", "first_choices"] = "slots",
         expert_groups: PositiveInt | None = None,
     ):
         super().__init__(specs, coef)
@@ -73,6 +74,7 @@ class LoadBalance(PopulationObjective):
         self.per_modality = per_modality
         self.per_gate = per_gate
         self.share_of = shares
+        self.slots = 1 if shares == "first_choices" else None
         self.expert_groups = expert_groups
 
     def group(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
@@ -92,7 +94,7 @@ class LoadBalance(PopulationObjective):
             counts = self.row_counts(decision, context)
         else:
             counts = self.population_counts(site, decision, context)
-        if self.share_of == "slots":
+        if self.share_of != "tokens":
             counts = counts[..., :experts]  # empty slots were chosen by nobody
         share = self.shares(counts, decision, self.share_of)[..., :experts]  # (B, NUM_MODALITIES, E)
         share = self.per_token(share, decision, context)  # (T, E)

@@ -34,6 +34,7 @@ class SoftMoaRouter(Router):
     """
 
     reads = frozenset({"hidden_states", "sequence"})
+    looks_ahead = True
 
     def __init__(self, spec: MoELayerSpec, *, slots_per_expert: PositiveInt = 1, normalize: bool = False):
         super().__init__(spec)

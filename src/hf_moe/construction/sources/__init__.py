@@ -1,1 +1,0 @@
-"""One construction source per file; the file's name is the name users type."""

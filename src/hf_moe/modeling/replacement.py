@@ -1,0 +1,33 @@
+"""What stands in the place of a module of the host, other than a feed-forward."""
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from .block import Parts
+from .layer_spec import MoELayerSpec
+
+
+class Replacement(nn.Module):
+    """Base of the modules that the kinds `attention` and `layer` put in the places of the host's."""
+
+    def start_from(self, module: nn.Module) -> None:
+        """Take over the weights of the host's module, which are let go; what has no counterpart there stays fresh."""
+
+    def initialize(self, std: float) -> None:
+        """Initialise the module's own parameters; those of its parts are initialised by themselves."""
+
+
+class LayerChange(Protocol):
+    """A mechanism of the kind `attention` or `layer`: its constructor changes a layer of the host in place.
+
+    It puts a [`Replacement`] where it takes a projection or a norm away, so that the host's attention, positions and
+    cache stay its own. Options are keyword arguments.
+
+    Args:
+        spec (`MoELayerSpec`): facts of the place.
+        parts (`Parts`): makes routers and experts, as the config names them.
+        layer (`nn.Module`): the host's layer; the MoE layers are in place of its feed-forwards.
+    """
+
+    def __init__(self, spec: MoELayerSpec, parts: Parts, layer: nn.Module, **options: Any): ...
