@@ -35,10 +35,10 @@ from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.analysis.experts import modality_divergence
 from hf_moe.analysis.pictures import draw_routing
 from hf_moe.analysis.routing_statistics import RoutingStatistics, active_parameters
+from hf_moe.construction.expert_sources import feed_forward_state, take_neurons
 from hf_moe.construction.small_omni import save_small_omni
-from hf_moe.construction.upcycling import ffn_state, take_neurons
 from hf_moe.data import VisionLanguageCollator, load_rows
-from hf_moe.modeling.host_layers import decoder_layers, ffn_name, read_ffn
+from hf_moe.modeling.host_layers import decoder_layers, ffn_name
 from hf_moe.modeling.parts import text_decoder
 from hf_moe.training.parts import train_only
 
@@ -163,7 +163,7 @@ def widen(model: Any, factor: int, noise: float, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for layer in decoder_layers(text_decoder(model)):
         ffn = getattr(layer, ffn_name(layer))
-        state = ffn_state(dict(ffn.named_parameters()), read_ffn(ffn).layout)
+        state = feed_forward_state(ffn)
         width = factor * state["down_proj"].shape[-1]
         state = take_neurons(state, width)
         for tensor in state.values():

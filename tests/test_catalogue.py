@@ -11,6 +11,7 @@ from hf_moe.adapters.experts import EXPERT_KINDS
 from hf_moe.catalogue import ADAPTER_EXPERTS, HOST_ROUTER, build_lines, mechanisms_of, numbers, page
 from hf_moe.cli import main
 from hf_moe.configuration.systems import load_system
+from hf_moe.construction.expert_sources import source_names
 from hf_moe.modeling.registry import KINDS
 from hf_moe.training.recipe import recipe_names
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = list_systems()
 MECHANISMS = [
     *((kind, name) for kind in KINDS if kind != "host" for name in list_mechanisms(kind)),
+    *(("source", name) for name in source_names()),
     HOST_ROUTER,
     *((ADAPTER_EXPERTS, name) for name in EXPERT_KINDS),
 ]

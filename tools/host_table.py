@@ -26,8 +26,8 @@ from transformers.models.auto.modeling_auto import (
 
 from hf_moe import HfMoeConfig
 from hf_moe.construction.adoption import read_blocks
+from hf_moe.construction.block_checks import check_expert
 from hf_moe.construction.refused_hosts import REFUSED
-from hf_moe.construction.upcycling import check_expert
 from hf_moe.modeling.host import layer_spec
 from hf_moe.modeling.host_layers import decoder_layers, ffn_name, read_ffn
 from hf_moe.modeling.inputs import placeholder_ids

@@ -30,6 +30,8 @@ WORDS = f"{TINY}, vocab_size=512"
 ADAPTER_EXPERTS = "adapter experts"
 # The routing of the MoE that is adapted, which a model of its own has no use for.
 HOST_ROUTER = ("router", "host")
+# What experts are made of, in the form `construct` of a record.
+SOURCE = "source"
 # How an example makes the model that a system is built on.
 HOSTS = {
     "llama": f"""\
@@ -54,7 +56,7 @@ host = ViTForImageClassification(ViTConfig({TINY}))""",
 
 def mechanisms_of(record: SystemRecord) -> list[tuple[str, str]]:
     """Return kind and name of every mechanism that a record names, in any of its forms."""
-    forms = [record.model, record.config, record.adapter, *record.variants.values()]
+    forms = [record.model, record.config, record.adapter, record.construct, *record.variants.values()]
     named = [item for fields in forms for item in _named(fields or {})]
     of_adapters = {"experts": ADAPTER_EXPERTS} if record.adapter is not None else {}
     return list(dict.fromkeys((of_adapters.get(kind, kind), name) for kind, name in named))
@@ -64,7 +66,7 @@ def _named(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in fields.items():
         if key == "objectives":
             yield from (("objective", objective_entry(*item)[0]) for item in value.items())
-        elif key in KINDS:
+        elif key in (*KINDS, SOURCE):
             values = [item if isinstance(item, dict) else {"name": item} for item in layer_values(value)]
             yield from ((key, item["name"]) for item in values if "name" in item)
         elif isinstance(value, dict):
@@ -107,6 +109,8 @@ def page(record: SystemRecord) -> str:
 
 def mechanism_class(kind: str, name: str) -> type:
     """Return the class of a mechanism, also of those that adapters alone can run."""
+    if kind == SOURCE:
+        return importlib.import_module("hf_moe.construction.expert_sources").source_class(name)
     if kind == ADAPTER_EXPERTS:
         return importlib.import_module("hf_moe.adapters.experts").EXPERT_KINDS[name]
     if (kind, name) == HOST_ROUTER:

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
+from hf_moe.construction.block_checks import check_block, check_expert
 from hf_moe.construction.moe_blocks import read_block
-from hf_moe.construction.upcycling import check_block, check_expert
 
 
 def filled(name, fields=None, **block_fields):

@@ -90,6 +90,16 @@ def test_dtype_and_seed_reach_the_build(llava_folder, tmp_path):
     assert half.moe_layers()[0].gate.weight.dtype == torch.float32
 
 
+def test_a_build_names_what_its_experts_are_made_of(llava_folder, tmp_path, capsys):
+    source = '{"name": "drop_upcycling", "reinit_ratio": 0.0}'
+    assert main(["build", "--model", llava_folder, "-o", str(tmp_path / "moe"), "--source", source]) == 0
+    assert "not exact" not in capsys.readouterr().out
+    assert main(["build", "--model", llava_folder, "-o", str(tmp_path / "half"), "--system", "drop_upcycling"]) == 0
+    assert "not exact by design" in capsys.readouterr().out
+    assert main(["build", "--model", llava_folder, "-o", str(tmp_path / "x"), "--source", "drop_upcyclin"]) == 2
+    assert "Did you mean 'drop_upcycling'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

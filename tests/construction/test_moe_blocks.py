@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers.hosts.blocks import BLOCKS, HIDDEN, REFUSED, make_block, make_layer
 
+from hf_moe.construction.block_checks import check_block
 from hf_moe.construction.gate_forms import starting_options
 from hf_moe.construction.moe_blocks import read_block
-from hf_moe.construction.upcycling import check_block
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
 from hf_moe.modeling.routing_context import ACTIVE_CONTEXT, RoutingContext

@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.construction.adoption import adopt
+from hf_moe.construction.block_checks import check_block
 from hf_moe.construction.build import build_model
-from hf_moe.construction.upcycling import check_block
 
 
 def checked(folder, system=None, **moe_config):

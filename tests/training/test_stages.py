@@ -179,6 +179,11 @@ def test_copies_with_noise_and_vanilla_evolution_are_constructions_too(tmp_path)
     )  # fmt: skip
     experts = noisy.moe_layers()[1].experts.down_proj
     assert noisy.config.system == "moe_llava" and not torch.equal(experts[0], experts[1])
+    dropped = construct(
+        dense, Stage("x", [], construct={"upcycle": {"system": "drop_upcycling", "moe_config": fields}}), None, seed=0
+    )
+    rows = dropped.moe_layers()[1].experts.gate_up_proj
+    assert torch.isin(rows, dense.model.language_model.layers[1].mlp.gate_proj.weight).any(-1).float().mean() < 0.3
     evolution = ExpertEvolution([1], beta_ranges=[0.5])
     evolution.start(dense)
     evolution.save(tmp_path)

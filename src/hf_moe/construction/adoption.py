@@ -19,9 +19,10 @@ from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.registry import build
+from .block_checks import check_block
 from .materialisation import materialise
 from .moe_blocks import BlockReading, read_block
-from .upcycling import check_block, copy_host
+from .upcycling import copy_host
 
 
 # Of a layer whose block has no such part, where another layer's has.

@@ -4,7 +4,7 @@ The dense decoder itself becomes the MoE, one layer at a time: a feed-forward is
 and let go before the next layer's experts exist, so the dense decoder and the MoE are never both whole in memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,15 +16,16 @@ from ..modeling.host_layers import decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from .adoption import adopt, hand_over_block
+from .block_checks import check_block, check_expert
+from .expert_sources import ExpertSource, build_source, feed_forward_state, fill_layer
 from .generation import generation_settings
-from .host_plan import plan_host
+from .host_plan import plan_host, system_source
 from .in_place import become_moe
 from .materialisation import check_materialised, materialise
 from .moe_blocks import read_block
 from .pretrained import load_language_model, load_vision_tower
-from .step_zero import StepZero, compare_at_step_zero, expert_widths, logit_difference, tolerance
+from .step_zero import StepZero, compare_at_step_zero, logit_difference, tolerance
 from .tokenizer import IMAGE_TOKEN, add_image_token, default_chat_template
-from .upcycling import check_block, check_expert, ffn_state, fill_layer
 
 
 def build_model(
@@ -39,6 +40,7 @@ def build_model(
     image_token: str = IMAGE_TOKEN,
     image_size: int | None = None,
     feature_stage: int | None = None,
+    source: str | Mapping[str, Any] | None = None,
     noise_std: float = 0.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -60,7 +62,8 @@ def build_model(
         chat_template: instead of [`default_chat_template`].
         image_token: the placeholder, added to the tokenizer if it is new there.
         image_size, feature_stage: see [`load_vision_tower`].
-        noise_std: noise on the expert copies, relative to the standard deviation of each matrix.
+        source: what the experts of a dense decoder are made of, see [`from_host`].
+        noise_std: noise on the experts, relative to the standard deviation of each matrix.
         seed: of everything that is drawn at random.
         dtype: of the weights; routers stay float32.
         on_check: called with the comparison with the decoder's own output, where it had weights.
@@ -88,9 +91,11 @@ def build_model(
             model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
         elif tower is None:
             _fit_vocabulary(dense, len(tokenizer))
-            model = become_moe(dense, plan_host(dense, system, moe_config), False, seed, noise_std, on_check)
+            plan = plan_host(dense, system, moe_config, source=source)
+            model = become_moe(dense, plan, build_source(plan.source, seed, noise_std), False, seed, on_check)
         else:
-            model = _from_decoder(dense, tokenizer, system, moe_config, fields, dtype, noise_std, seed, on_check)
+            method = build_source(source or system_source(system), seed, noise_std)
+            model = _from_decoder(dense, tokenizer, system, moe_config, fields, dtype, method, seed, on_check)
         if tower is not None:
             for name, parameter in model.model.vision_tower.named_parameters():
                 tower.get_parameter(name).requires_grad_(parameter.requires_grad)
@@ -154,7 +159,7 @@ def _from_decoder(
     moe_config: dict[str, Any] | None,
     fields: dict[str, Any],
     dtype: torch.dtype,
-    noise_std: float,
+    source: ExpertSource,
     seed: int,
     on_check: Callable[[StepZero], None] | None,
 ) -> HfMoeForConditionalGeneration:
@@ -186,14 +191,12 @@ def _from_decoder(
     for module in (model.model.connector, model.objectives):
         if module is not None:
             materialise(module, std)
-    generator = torch.Generator().manual_seed(seed)
-    exact = noise_std == 0.0
+    exact = True
     for layer_idx, moe_layer in moe_layers.items():
         layer = layers[layer_idx]
         name = ffn_name(layer)
         ffn = getattr(layer, name)
-        host = read_ffn(ffn)
-        if host.layout is None:
+        if read_ffn(ffn).layout is None:
             reading = read_block(ffn, text_config)
             assert reading is not None, "of a MoE block"
             hand_over_block(moe_layer, ffn, reading, std)
@@ -202,8 +205,7 @@ def _from_decoder(
         else:
             check_expert(model, moe_layer, ffn)
             materialise(moe_layer, std)
-            fill_layer(moe_layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise_std)
-            exact = exact and all(width % host.intermediate_size == 0 for width in expert_widths(moe_layer))
+            exact = fill_layer(moe_layer, [feed_forward_state(ffn)], source) and exact
         setattr(layer, name, moe_layer)
     inputs, equal = {"input_ids": ids}, exact and own_routers == adopted
     check = compare_at_step_zero(model.eval(), inputs, reference, equal, adopted)

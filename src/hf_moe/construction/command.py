@@ -146,13 +146,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, help="side of the images in pixels, where the tower leaves it open")
     add("--feature-stage", type=int, help="stage of a packaged convolutional tower")
     add("--revision", help="branch, tag or commit of --model on the Hub")
-    add("--noise", type=float, default=0.0, help="noise on the expert copies, relative to their standard deviation")
+    add(
+        "--source",
+        type=name_or_options,
+        metavar="NAME|JSON",
+        help="how the experts start from feed-forwards: copies, drop_upcycling, ...; as in the system when absent",
+    )
+    add("--noise", type=float, default=0.0, help="noise on the experts, relative to their standard deviation")
     add("--seed", type=int, default=0)
     add(
         "--dtype",
         choices=DTYPES,
         help="of the weights; that of --model, or float32, when absent; routers stay float32",
     )
+
+
+def name_or_options(value: str) -> Any:
+    """Return an argument that is a name, or a JSON object with a name and options."""
+    return json.loads(value) if value.startswith("{") else value
 
 
 # What of the command line belongs to one kind of source alone.
@@ -188,6 +199,7 @@ def run(args: argparse.Namespace) -> int:
         args.overwrite,
         system=args.system,
         moe_config=args.moe_config,
+        source=args.source,
         seed=args.seed,
         **source_options(args),
     )

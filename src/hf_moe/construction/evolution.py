@@ -15,7 +15,7 @@ optimizer's state is that of one expert.
 Source: EvoMoE: Expert Evolution in Mixture of Experts for Multimodal Large Language Models, arXiv:2505.23830.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import HfMoeConfig
 from ..modeling.block import Block
-from ..modeling.experts.ffn import FfnExperts
 from ..modeling.gating import check_choice
 from ..modeling.host_layers import decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import text_decoder
+from .expert_sources import State, build_source, feed_forward_state, ffn_state, fill_layer
 from .in_place import block_paths
-from .upcycling import ffn_state, fill_layer
 
 
 BETA_RANGES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))
@@ -162,6 +161,16 @@ class ExpertEvolution(TrainerCallback):
             else:
                 draws = [torch.rand((), generator=self.generator, dtype=torch.float64)] * len(expert)
             yield [low + (high - low) * draw for draw in draws]
+
+    def states(self, layer: int, ffn: nn.Module) -> list[State]:
+        """Return experts 2..N of a layer in the form of experts; `ffn` is expert 1."""
+        layout, prefix = read_ffn(ffn).layout, f"{layer}."
+        assert layout is not None, "of a dense feed-forward"
+        own = (
+            {name.removeprefix(prefix): theta for name, theta in held.items() if name.startswith(prefix)}
+            for held in self.experts
+        )
+        return [ffn_state(weights, layout) for weights in own]
 
     def save(self, folder: str | Path, model: nn.Module | None = None) -> None:
         """Write the experts and the state of the draws to `expert_evolution.safetensors`.
@@ -290,6 +299,7 @@ def assemble(
     config: HfMoeConfig,
     evolution: ExpertEvolution | None = None,
     *,
+    source: str | Mapping[str, Any] = "copies",
     noise_std: float = 0.0,
     seed: int = 0,
 ) -> HfMoeForConditionalGeneration:
@@ -298,9 +308,10 @@ def assemble(
     Args:
         dense: its feed-forwards become expert 1.
         config: of the MoE; the same but for `moe_config`.
-        evolution: holds experts 2..N; without it they are copies of expert 1.
-        noise_std: noise on copied experts, relative to the standard deviation of each matrix.
-        seed: of the new routers and of the noise.
+        evolution: holds experts 2..N; without it they are made of expert 1.
+        source: how the experts are made of these, see [`build_source`].
+        noise_std: noise on the experts, relative to the standard deviation of each matrix.
+        seed: of the new routers, of the source and of the noise.
 
     Raises:
         ValueError: if the models differ in more than their MoE layers, or the evolution's experts do not fit.
@@ -319,28 +330,21 @@ def assemble(
     differing = [name for name in differing if not name.startswith((*replaced, "objectives."))]
     if differing:
         raise ValueError(f"The MoE's config does not fit the dense model: they differ in {', '.join(differing[:3])}.")
-    generator = torch.Generator().manual_seed(seed)
+    method = build_source(source, seed, noise_std)
     for path, moe_layer in blocks.items():
-        ffn, site = dense.get_submodule(path), moe_layer.spec.site
-        layout = read_ffn(ffn).layout
-        if layout is None:
-            raise ValueError(f"Layer {site} of the dense model is a MoE layer already.")
-        fill_layer(moe_layer, ffn_state(dict(ffn.named_parameters()), layout), generator, noise_std)
-        if evolution is not None and site in moe_layers:
-            prefix = f"{site}."
-            for number, held in enumerate(evolution.experts, start=1):
-                own = {name.removeprefix(prefix): theta for name, theta in held.items() if name.startswith(prefix)}
-                _fill_expert(moe_layer, number, ffn_state(own, layout), len(evolution.experts) + 1)
+        ffn = dense.get_submodule(path)
+        parents = [feed_forward_state(ffn)]
+        if evolution is not None and not moe_layer.spec.place:
+            parents += evolution.states(moe_layer.layer_idx, ffn)
+            _check_fit(moe_layer, parents)
+        fill_layer(moe_layer, parents, method)
     return model.eval()
 
 
-def _fill_expert(moe_layer: Block, number: int, state: dict[str, torch.Tensor], num_experts: int) -> None:
-    experts = moe_layer.experts
-    fits = isinstance(experts, FfnExperts) and experts.num_experts == num_experts
-    if not fits or moe_layer.shared_expert is not None or experts.down_proj.shape[1:] != state["down_proj"].shape:
+def _check_fit(moe_layer: Block, parents: list[State]) -> None:
+    widths = [state["down_proj"].shape[-1] for state in parents]
+    if moe_layer.experts.widths != widths or moe_layer.shared_expert is not None:
         raise ValueError(
-            f"Evolved experts are {num_experts} whole feed-forwards a layer; layer {moe_layer.layer_idx} of the MoE "
-            f"is not: set num_experts={num_experts}, num_shared_experts=0, granularity=1 and no expert_banks."
+            f"Evolved experts are {len(parents)} whole feed-forwards a layer; layer {moe_layer.layer_idx} of the MoE "
+            f"is not: set num_experts={len(parents)}, num_shared_experts=0, granularity=1 and no expert_banks."
         )
-    for name, tensor in state.items():
-        getattr(experts, name)[number].copy_(tensor)

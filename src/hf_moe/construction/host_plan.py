@@ -29,6 +29,7 @@ class HostPlan:
         options: of that router, as they were asked for.
         defaults: of that router, as the system has them; the host's own gate may need others.
         objectives: of a host that is a MoE: they may need the new router.
+        source: what the experts of a dense host are made of, see [`build_source`].
     """
 
     config: HfMoeConfig
@@ -37,6 +38,7 @@ class HostPlan:
     options: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     objectives: dict[str, Any] = field(default_factory=dict)
+    source: str | Mapping[str, Any] = "copies"
 
 
 def plan_host(
@@ -44,6 +46,7 @@ def plan_host(
     system: str | None,
     moe_config: Mapping[str, Any] | None,
     places: Mapping[str, Any] | None = None,
+    source: str | Mapping[str, Any] | None = None,
 ) -> HostPlan:
     """Return what a host becomes.
 
@@ -55,6 +58,7 @@ def plan_host(
         system: a key of `hf_moe.list_systems()`.
         moe_config: fields that override the system's.
         places: the fields of the config with the MoE layers of towers and connectors, which override the system's.
+        source: what the experts of a dense host are made of, in place of the system's source.
 
     Raises:
         ValueError: if a block cannot be adopted, or other experts than the host's are asked for.
@@ -64,7 +68,10 @@ def plan_host(
     if not readings:
         system = system or "top_k"
         fields = {"moe_config": load_system(system).fields("model", given=given)}
-        return HostPlan(_on_host(host, fields | _places(system, places), system))
+        config = _on_host(host, fields | _places(system, places), system)
+        return HostPlan(config, source=source or system_source(system))
+    if source is not None:
+        raise ValueError(f"{type(host).__name__} is a MoE, whose experts are taken over: leave source={source!r} out.")
     adopted = adopted_config(readings)
     _refuse_other_experts(host, adopted, given)
     preset = load_system(system).fields("model") if system is not None else {}
@@ -78,6 +85,12 @@ def plan_host(
         defaults = {}
     kept = name is None or _is_part_of({"name": name, **options}, adopted["router"], list(readings))
     return HostPlan(config, readings, None if kept else name, options, defaults, objectives)
+
+
+def system_source(system: str | None) -> str | dict[str, Any]:
+    """Return what the experts of a system are made of: `construct: {upcycle: {source: ...}}` in its record."""
+    construct = load_system(system).construct if system is not None else None
+    return (construct or {}).get("upcycle", {}).get("source", "copies")
 
 
 def _named(router: str | Mapping[str, Any] | None) -> dict[str, Any]:

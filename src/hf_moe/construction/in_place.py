@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from ..configuration import HfMoeConfig
 from ..modeling.block import Block
 from ..modeling.evaluation_mode import evaluation_mode
-from ..modeling.host_layers import read_ffn
 from ..modeling.initialisation import initializer_std
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.replacement import Replacement
 from .adoption import hand_over_block
+from .block_checks import check_block, check_expert
 from .conversion import convert_router, set_objectives
+from .expert_sources import ExpertSource, build_source, feed_forward_state, fill_layer
 from .gate_forms import starting_options
 from .generation import savable
 from .host_plan import HostPlan, plan_host
@@ -30,8 +31,7 @@ from .materialisation import check_materialised, empty_model, materialise
 from .moe_blocks import BlockReading
 from .pretrained import load_host
 from .refusals import host_class_of, host_config_class, refuse_loaded
-from .step_zero import StepZero, compare_at_step_zero, expert_widths, logit_difference, random_text, tolerance
-from .upcycling import check_block, check_expert, ffn_state, fill_layer
+from .step_zero import StepZero, compare_at_step_zero, logit_difference, random_text, tolerance
 
 
 def from_host(
@@ -39,6 +39,7 @@ def from_host(
     *,
     system: str | None = None,
     moe_config: Mapping[str, Any] | None = None,
+    source: str | Mapping[str, Any] | None = None,
     seed: int = 0,
     noise: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -61,8 +62,10 @@ def from_host(
             fresh model.
         system: a key of `hf_moe.list_systems()`; `"top_k"` for a dense host when absent.
         moe_config: fields that override the system's.
+        source: what the experts of a dense host are made of: a name of `construction/sources/`, or `{name: ...}` with
+            its options. That of the system when absent, else `"copies"`.
         seed: of everything that is drawn at random.
-        noise: on the expert copies, relative to the standard deviation of each matrix.
+        noise: on the experts, relative to the standard deviation of each matrix.
         dtype: of the weights of a host that is loaded here, its own when absent; routers are float32.
         revision: branch, tag or commit of a repository on the Hub.
         on_check: called with the comparison with the host's own logits, where it had weights.
@@ -87,20 +90,23 @@ def from_host(
         elif dtype is not None:
             raise ValueError("dtype is of a host that is loaded here: convert a loaded one with host.to(dtype).")
         refuse_loaded(host)
-        return become_moe(host, plan_host(host, system, moe_config, places), keep, seed, noise, on_check)
+        plan = plan_host(host, system, moe_config, places, source)
+        return become_moe(host, plan, build_source(plan.source, seed, noise), keep, seed, on_check)
 
 
 def become_moe(
     host: PreTrainedModel,
     plan: HostPlan,
+    source: ExpertSource,
     keep: bool,
     seed: int,
-    noise: float,
     on_check: Callable[[StepZero], None] | None,
 ) -> Any:
     """Return a loaded host as a MoE, see [`from_host`].
 
     Args:
+        plan: what it becomes.
+        source: what the experts of a dense host are made of.
         keep: whether the host stays in use; its feed-forwards are taken away from it where it does not.
     """
     model, inputs, reference = _around(host, plan.config, keep)
@@ -110,7 +116,7 @@ def become_moe(
             parent, _, name = path.rpartition(".")
             delattr(host.get_submodule(parent), name)
     _check_host(model, feed_forwards, inputs, reference)
-    exact = _replace_feed_forwards(model, feed_forwards, plan, keep, noise, seed)
+    exact = _replace_feed_forwards(model, feed_forwards, plan, source, keep)
     check_materialised(model)
     check = compare_at_step_zero(model, inputs, reference, exact, adopted=bool(plan.readings))
     if plan.readings:
@@ -219,7 +225,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, tuple[int, 
 
 @torch.no_grad()
 def _replace_feed_forwards(
-    model: Any, feed_forwards: dict[str, nn.Module], plan: HostPlan, keep: bool, noise: float, seed: int
+    model: Any, feed_forwards: dict[str, nn.Module], plan: HostPlan, source: ExpertSource, keep: bool
 ) -> bool:
     """Fill the MoE layers of a model from the feed-forwards that they replace, which are let go one by one.
 
@@ -233,7 +239,7 @@ def _replace_feed_forwards(
     Raises:
         ValueError: naming the layer whose feed-forward does more than a MoE layer can.
     """
-    std, generator = initializer_std(model.config), torch.Generator().manual_seed(seed)
+    std = initializer_std(model.config)
     materialise(model.objectives, std, model.device)
     exact = True
     for path, layer in block_paths(model).items():
@@ -241,12 +247,9 @@ def _replace_feed_forwards(
         if not layer.spec.place and layer.layer_idx in plan.readings:
             equal = _adopt(layer, ffn, plan.readings[layer.layer_idx], keep, std)
         else:
-            host = read_ffn(ffn)
-            assert host.layout is not None, "of a dense feed-forward"
             check_expert(model, layer, ffn)
             materialise(layer, std, next(ffn.parameters()).device)
-            fill_layer(layer, ffn_state(dict(ffn.named_parameters()), host.layout), generator, noise)
-            equal = noise == 0.0 and all(width % host.intermediate_size == 0 for width in expert_widths(layer))
+            equal = fill_layer(layer, [feed_forward_state(ffn)], source)
         layer.gate.float()
         exact = exact and equal
     return exact

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling.block import Block
 from ..modeling.decisions import Decision, ExpertAssignment
-from ..modeling.experts.ffn import FfnExperts
 from ..modeling.inputs import placeholder_ids
 
 
@@ -67,13 +65,6 @@ def tolerance(dtype: torch.dtype) -> float:
 def logit_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the largest absolute difference of a logit."""
     return (logits.float() - reference).abs().max().item()
-
-
-def expert_widths(layer: Block) -> list[int]:
-    """Return the inner widths of a layer's experts and of its shared branch."""
-    shared = layer.shared_expert
-    widths = [module.intermediate_dim for module in layer.experts.modules() if isinstance(module, FfnExperts)]
-    return widths + ([] if shared is None else [shared.down_proj.in_features])
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class ExpertAssignment:
     def slot_table(
         self, group: torch.Tensor, num_groups: int, token_mask: torch.Tensor, slots: int | None = None
     ) -> torch.Tensor:
-        """Count the first `slots` of real tokens, (num_groups, E + 1) int64; the last column is those without choice."""
+        """Count the first `slots` of real tokens, (num_groups, E + 1) int64; the last column those without choice."""
         width = self.num_experts + 1
         index = (self.expert_index if self.chosen_index is None else self.chosen_index)[:, :slots]
         cell = group[:, None] * width + index.clamp(max=self.num_experts)  # (T, K)

@@ -1,6 +1,8 @@
 """Isolated banks of experts behind one numbering, and how a layer calls experts of any make."""
 
+from collections.abc import Iterable
 from functools import reduce
+from itertools import islice
 
 import torch
 from torch import nn
@@ -24,6 +26,19 @@ class ExpertBanks(Experts):
         for name, bank in banks.items():
             self.add_module(name, bank)
 
+    @property
+    def banks(self) -> list[Experts]:
+        return [getattr(self, name) for name in self.names]
+
+    @property
+    def widths(self) -> list[int]:
+        return [width for bank in self.banks for width in bank.widths]
+
+    def take(self, states: Iterable[dict[str, torch.Tensor]]) -> None:
+        states = iter(states)
+        for bank, size in zip(self.banks, self.sizes, strict=True):
+            bank.take(islice(states, size))
+
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, decision: Decision
     ) -> torch.Tensor:
@@ -32,7 +47,7 @@ class ExpertBanks(Experts):
                 f"Isolated banks need a router that assigns experts; {type(decision).__name__} mixes experts of one "
                 "width. Leave moe_config.expert_banks out."
             )
-        banks = [getattr(self, name) for name in self.names]
+        banks = self.banks
         if all(isinstance(bank, Experts) and bank.takes_dispatch for bank in banks):
             # Sorted once for all banks; a wrapper of PEFT's takes the other way.
             parts = Dispatch(decision.expert_index, sum(self.sizes)).split(self.sizes)

@@ -6,7 +6,7 @@ swapped. Shapes, throughout the library: B sequences, S positions, T = B * S tok
 E routed experts, K slots per token, f expert width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -153,6 +153,22 @@ class Experts(nn.Module):
 
     def initialize(self, std: float) -> None:
         """Initialise the experts' own parameters."""
+
+    @property
+    def widths(self) -> list[int]:
+        """How many inner neurons each expert has, for kinds that can start as feed-forwards."""
+        raise ValueError(
+            f"Experts of the class {type(self).__name__} cannot start as feed-forwards: choose the kind 'ffn'."
+        )
+
+    def take(self, states: Iterable[dict[str, torch.Tensor]]) -> None:
+        """Start as feed-forwards, one for each expert in order, and of the width in [`~Experts.widths`].
+
+        Args:
+            states: `gate_up_proj` (2f, d) with the gate first, or `up_proj` (f, d), and `down_proj` (d, f), each with
+                `_bias` where it has biases. They may be made one at a time: hold no more of them than needed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define take(states).")
 
     def parallel_plans(self) -> dict[str, dict[str, str]]:
         """Return how Transformers splits these experts: by their width in `"tp_plan"`, by their number in `"ep_plan"`.

@@ -7,6 +7,8 @@ each with `_bias` where the host's feed-forward has biases. So PEFT's `target_pa
 quantisers and weight loaders apply unchanged.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -67,6 +69,16 @@ class StackedExperts(Experts):
                 init.zeros_(parameter)
             else:
                 init.normal_(parameter, mean=0.0, std=std)
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.intermediate_dim] * self.num_experts
+
+    @torch.no_grad()
+    def take(self, states: Iterable[dict[str, torch.Tensor]]) -> None:
+        for expert, state in enumerate(states):
+            for name, tensor in state.items():
+                getattr(self, name)[expert].copy_(tensor)
 
     @property
     def takes_dispatch(self) -> bool:

@@ -22,6 +22,7 @@ from ..configuration.configuration_hf_moe import PLACE_FIELDS, unknown_name_mess
 from ..configuration.systems import load_system
 from ..construction.build import config_of_decoder
 from ..construction.evolution import ExpertEvolution
+from ..construction.expert_sources import build_source
 from ..construction.host_plan import plan_host
 from ..construction.materialisation import empty_model
 from ..construction.pretrained import PACKAGED, local_config
@@ -160,6 +161,7 @@ def _check_host(model: dict[str, Any], place: str) -> HfMoeConfig | None:
     with named(f"model.host of the {place}"):
         config = (_fresh_config if fresh else local_config)(source)
         host = None if config is None else empty_model(host_class_of(config), config)
+    _check_source(model, place)
     with named(f"model.moe_config of the {place}"):
         MoeConfig(**moe_config)
         places = {name: model.get(name) for name in PLACE_FIELDS.values()}
@@ -177,6 +179,11 @@ def _check_system(model: dict[str, Any], place: str) -> None:
     if model.get("system") is not None:
         with named(f"model.system of the {place}"):
             load_system(model["system"]).fields("model")
+
+
+def _check_source(model: dict[str, Any], place: str) -> None:
+    with named(f"model.source of the {place}"):
+        build_source(model.get("source") or "copies")
 
 
 def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
@@ -202,6 +209,7 @@ def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
             build("connector", get_mechanism("connector", connector["name"]), options, 8, 8)
     moe_config = model.get("moe_config") or {}
     _check_system(model, place)
+    _check_source(model, place)
     with named(f"model.moe_config of the {place}"):
         if text_config is None:
             MoeConfig(**moe_config)

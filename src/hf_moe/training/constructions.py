@@ -8,6 +8,7 @@ from ..configuration.configuration_hf_moe import PLACE_FIELDS, unknown_name_mess
 from ..configuration.systems import load_system
 from ..construction.conversion import convert_router, set_objectives
 from ..construction.evolution import ExpertEvolution, assemble
+from ..construction.host_plan import system_source
 from .sections import Stage
 
 
@@ -18,7 +19,8 @@ def construct_stage(model: Any, stage: Stage, evolution: ExpertEvolution | None,
     """Return the model that a stage trains, made from `model`, the one before.
 
     `upcycle` and `assemble` take `system` (a preset), `moe_config` and its likes for towers and connectors (fields
-    over it), and `upcycle` the `noise_std` of [`assemble`]; `convert_router` takes those of [`convert_router`].
+    over it), and `upcycle` the `source` and the `noise_std` of [`assemble`]; `convert_router` takes those of
+    [`convert_router`].
 
     Args:
         evolution: of the stage before, with its experts.
@@ -48,6 +50,8 @@ def construct_stage(model: Any, stage: Stage, evolution: ExpertEvolution | None,
                 fields, places = record.fields("model", given=fields), record.place_fields(places)
             config = {**model.config.to_dict(), "moe_config": fields, **places, "system": system}
             evolved = evolution if method == "assemble" else None
+            if method == "upcycle":
+                options.setdefault("source", system_source(system))
             model = assemble(model, HfMoeConfig.from_dict(config), evolved, **{"seed": seed, **options})
         else:
             raise ValueError(unknown_name_message("construction", method, list(CONSTRUCTIONS)))

@@ -24,6 +24,7 @@ class Model(TypedDict, total=False):
     image_token: str
     image_size: Count | None
     feature_stage: Annotated[int, Range(low=0, high=4)] | None
+    source: str | dict[str, Any] | None
     noise_std: Annotated[float, Range(low=0)]
     dtype: Dtype
 
@@ -43,6 +44,7 @@ class Host(TypedDict, total=False):
     audio_moe_config: dict[str, Any] | None
     connector_moe_config: dict[str, Any] | None
     chat_template: str | None
+    source: str | dict[str, Any] | None
     noise_std: Annotated[float, Range(low=0)]
     dtype: Dtype
 
@@ -113,8 +115,9 @@ class Assemble(TypedDict, total=False):
 
 
 class Upcycle(Assemble, total=False):
-    """Noise on the copies besides, relative to the standard deviation of each matrix."""
+    """What the experts are made of besides, and noise on them, relative to the standard deviation of each matrix."""
 
+    source: str | dict[str, Any]
     noise_std: Annotated[float, Range(low=0)]
 
 

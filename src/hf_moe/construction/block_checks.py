@@ -1,0 +1,166 @@
+"""Whether a MoE layer, or one of its experts, computes what the host's block or feed-forward did."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling.block import Block
+from ..modeling.decisions import ExpertAssignment
+from ..modeling.evaluation_mode import evaluation_mode
+from ..modeling.experts.ffn import FfnExperts
+from ..modeling.host_layers import read_ffn
+from ..modeling.layer_spec import MoELayerSpec
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.routing_context import ACTIVE_CONTEXT, RoutingContext
+from ..modeling.shared_experts import SharedExperts
+from .expert_sources import feed_forward_state
+
+
+@torch.no_grad()
+def check_expert(model: HfMoeForConditionalGeneration, layer: Block, ffn: nn.Module) -> None:
+    """Refuse a dense feed-forward that is more than its projections and activation: no expert computes what it does.
+
+    Raises:
+        ValueError: with the difference, on random hidden states.
+    """
+    host = read_ffn(ffn)
+    assert host.layout is not None, "of a dense feed-forward"
+    spec = replace(layer.spec, num_experts=1, expert_intermediate_size=host.intermediate_size, banks=())
+    weight = next(ffn.parameters())
+    with torch.device(weight.device):
+        expert = FfnExperts(model.config, spec).to(weight.dtype)
+    expert.take([feed_forward_state(ffn)])
+    pair = (ffn, _Alone(expert), spec.hidden_size, weight)
+    difference = torch.cat([_differences(*pair, scale) for scale in (1.0, _large(weight))]).max().item()
+    if not difference <= _tolerance(weight):
+        raise ValueError(
+            f"{type(ffn).__name__} cannot become a MoE layer: an expert that holds the feed-forward of layer "
+            f"{spec.layer_idx} differs from it by {difference:.1e}; it does more than its projections and activation."
+        )
+
+
+@torch.no_grad()
+def check_block(layer: Block, block: nn.Module, branches: Mapping[str, str] | None = None) -> None:
+    """Refuse a host's MoE block that computes something else than the layer which has taken over its weights.
+
+    Args:
+        branches: paths of the parts that compute alone, in the block and in the layer, see [`BlockReading`]. They are
+            compared on large hidden states too, where a clamp shows; a gate's scores would only tie there.
+
+    Raises:
+        ValueError: with the difference, on random hidden states.
+    """
+    weight = next(block.parameters())
+    width = layer.spec.hidden_size
+    whole = _differences(*_of_both_kinds(block, layer), width, weight)  # (16,)
+    # In low precision hosts round the logits of their gates, which ours do not: some tokens find other experts.
+    most = whole.max() if weight.dtype == torch.float32 else whole.quantile(0.75)
+    differences = {"the block": most.item()}
+    for path, own in (branches or {}).items():
+        theirs, ours = block.get_submodule(path), layer.get_submodule(own)
+        if isinstance(ours, SharedExperts):
+            theirs, ours = theirs, _Ungated(ours)
+        else:
+            theirs, ours = _Assigned(theirs, layer.spec), _Assigned(ours, layer.spec)
+        differences[path] = _differences(theirs, ours, width, weight, _large(weight)).max().item()
+    part, difference = max(differences.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+    if not difference <= _tolerance(weight):
+        raise ValueError(
+            f"{type(block).__name__} cannot be adopted: the MoE layer that holds the weights of layer "
+            f"{layer.layer_idx} differs from it by {difference:.1e} in {part}; it does more than a top-k gate and "
+            "gated experts do. Choose another decoder."
+        )
+
+
+def _of_both_kinds(block: nn.Module, layer: Block) -> tuple[nn.Module, nn.Module]:
+    """Return the two such that every other token is one of an image, where they have banks for these."""
+    return (_EveryOtherImage(block), _EveryOtherImage(layer)) if layer.spec.banks else (block, layer)
+
+
+class _EveryOtherImage(nn.Module):
+    """A block with a bank for text and one for vision: every other token is of an image."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        kinds = (torch.arange(hidden_states.shape[1], device=hidden_states.device) % 2)[None]  # (1, S)
+        if not isinstance(self.block, Block):
+            return self.block(hidden_states, kinds)
+        token = ACTIVE_CONTEXT.set(RoutingContext(kinds, torch.ones_like(kinds, dtype=torch.bool)))
+        try:
+            return self.block(hidden_states)
+        finally:
+            ACTIVE_CONTEXT.reset(token)
+
+
+class _Assigned(nn.Module):
+    """A stack of experts, each of which sees some tokens."""
+
+    def __init__(self, experts: nn.Module, spec: MoELayerSpec):
+        super().__init__()
+        self.experts = experts
+        self.slots = spec.num_experts_per_tok
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.flatten(0, -2)  # (T, d)
+        index = torch.arange(len(rows) * self.slots, device=rows.device).view(len(rows), -1)
+        weight = torch.full_like(index, 1.0 / self.slots, dtype=rows.dtype)
+        return self.experts(rows, index % self.experts.down_proj.shape[0], weight).view_as(hidden_states)
+
+
+class _Ungated(nn.Module):
+    """A shared branch without the gate on its output."""
+
+    def __init__(self, shared: SharedExperts):
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.shared.feed_forward(hidden_states)
+
+
+class _Alone(nn.Module):
+    """An expert as a feed-forward: every token goes to it, with weight 1."""
+
+    def __init__(self, experts: FfnExperts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.flatten(0, -2)  # (T, d)
+        index = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        assignment = ExpertAssignment(index, torch.ones_like(index, dtype=rows.dtype), num_experts=1)
+        return self.experts(rows, assignment).view(*hidden_states.shape[:-1], -1)
+
+
+def _tolerance(weight: torch.Tensor) -> float:
+    return 1e-4 if weight.dtype == torch.float32 else 1e-1
+
+
+def _large(weight: torch.Tensor) -> float:
+    """Return by how much hidden states are scaled to reach a clamp; float16 has no room for their products."""
+    return 1.0 if weight.dtype == torch.float16 else 100.0
+
+
+def _differences(
+    theirs: nn.Module, ours: nn.Module, width: int, weight: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
+    """Return the largest difference of two modules' outputs for each of 16 random tokens, (16,).
+
+    It is relative to the token's largest output: two kernels round in proportion to what they sum.
+    """
+    hidden = scale * torch.randn(1, 16, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    with evaluation_mode(theirs), evaluation_mode(ours):
+        outputs = [module(hidden) for module in (theirs, ours)]
+    # A block may return its logits too, and its tokens as one row each.
+    expected, found = (
+        (output[0] if isinstance(output, tuple) else output).float().view(hidden.shape[1], -1) for output in outputs
+    )
+    largest = expected.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (found - expected).abs().amax(-1) / largest
