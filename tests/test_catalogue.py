@@ -10,10 +10,9 @@ from hf_moe import list_mechanisms, list_systems
 from hf_moe.adapters.experts import EXPERT_KINDS
 from hf_moe.catalogue import ADAPTER_EXPERTS, HOST_ROUTER, build_lines, mechanisms_of, numbers, page
 from hf_moe.cli import main
-from hf_moe.configuration.systems import load_system
+from hf_moe.configuration.systems import load_system, recipe_names
 from hf_moe.construction.expert_sources import source_names
 from hf_moe.modeling.registry import KINDS
-from hf_moe.training.recipe import recipe_names
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -38,7 +38,7 @@ def test_an_alias_leads_to_its_record():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("title: [", "systems/routing/x.yaml is not YAML"),
+        ("title: [", "record systems/routing/x.yaml is not YAML"),
         ("text", "must hold the fields of a record"),
         ("model: {}", "lacks 'title'"),
         ('title: "A paper"', "has no form: give it one of model, adapter"),

@@ -1,6 +1,7 @@
 import pytest
 
-from hf_moe.training.recipe import load_recipe, recipe_names
+from hf_moe.configuration.systems import recipe_names
+from hf_moe.training.recipe import load_recipe
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -133,6 +133,12 @@ class HfMoeConfig(PreTrainedConfig):
                 "'qwen2_5_vl', or leave both out."
             )
         kwargs = take_copies(self, kwargs)
+        for name in PLACE_FIELDS.values():
+            if isinstance(given := getattr(self, name), dict):
+                try:
+                    setattr(self, name, MoeConfig(**given))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
         self._check_names(kwargs)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)

@@ -12,15 +12,16 @@ from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
-
-import yaml
 
 from .checks import checked, unknown_name_message
 from .layer_maps import is_layer_map
+from .yaml_text import read_yaml
 
 
 ROOT = files(__package__) / "systems"
+RECIPES = files(__package__) / "recipes"
 FORMS = {
     "model": "hf_moe.HfMoeConfig.from_system({key!r}), or system={key!r} in a build",
     "adapter": "hf_moe.MoeLoraConfig.from_system({key!r}), for PEFT",
@@ -143,6 +144,27 @@ def systems_by_family() -> dict[str, list[SystemRecord]]:
     return {family: list(group) for family, group in groupby(records, key=lambda record: record.family)}
 
 
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    return sorted(file.name.removesuffix(".yaml") for file in RECIPES.iterdir())
+
+
+def find_recipe(source: str) -> Traversable:
+    """Return the file of a recipe.
+
+    Args:
+        source (`str`): a name of [`recipe_names`], the key of a system that has a recipe, or a path.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    name = (_read(source).recipe if source in _paths() else None) or source
+    file = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(source)
+    if not file.is_file():
+        raise FileNotFoundError(f"{source} is no file; the shipped recipes are: {', '.join(recipe_names())}.")
+    return file
+
+
 def merge_fields(preset: Any, given: Any) -> Any:
     """Return a field of a record with what is given in its place.
 
@@ -178,10 +200,7 @@ def read_record(key: str, family: str, text: str) -> SystemRecord:
             field are named.
     """
     place = f"systems/{family}/{key}.yaml"
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{place} is not YAML: {error}") from error
+    content = read_yaml(text, f"record {place}")
     if not isinstance(content, dict):
         raise ValueError(f"{place} must hold the fields of a record, not {content!r:.80}.")
     hints = get_type_hints(SystemRecord)

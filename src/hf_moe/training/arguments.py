@@ -8,8 +8,8 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..configuration.configuration_hf_moe import unknown_name_message
-from .schema import Range, fit, refuse_words
+from ..configuration.checks import Interval, unknown_name_message
+from .schema import fit, refuse_words
 
 
 # What a recipe, or the command, says elsewhere.
@@ -22,19 +22,19 @@ ELSEWHERE = {
 NEVER = ("load_best_model_at_end", "eval_strategy", "eval_on_start")
 # Where Trainer itself takes every number, and what it does with a wrong one shows late or never.
 RANGES = {
-    "learning_rate": Range(low=0),
-    "weight_decay": Range(low=0),
-    "max_grad_norm": Range(low=0),
-    "label_smoothing_factor": Range(low=0, high=1),
-    "num_train_epochs": Range(above=0),
-    "max_steps": Range(low=-1),
-    "per_device_train_batch_size": Range(low=1),
-    "gradient_accumulation_steps": Range(low=1),
-    "warmup_steps": Range(low=0),
-    "logging_steps": Range(above=0),
-    "save_steps": Range(above=0),
-    "save_total_limit": Range(low=1),
-    "dataloader_num_workers": Range(low=0),
+    "learning_rate": Interval(0),
+    "weight_decay": Interval(0),
+    "max_grad_norm": Interval(0),
+    "label_smoothing_factor": Interval(0, 1),
+    "num_train_epochs": Interval(0, open_minimum=True),
+    "max_steps": Interval(-1),
+    "per_device_train_batch_size": Interval(1),
+    "gradient_accumulation_steps": Interval(1),
+    "warmup_steps": Interval(0),
+    "logging_steps": Interval(0, open_minimum=True),
+    "save_steps": Interval(0, open_minimum=True),
+    "save_total_limit": Interval(1),
+    "dataloader_num_workers": Interval(0),
 }
 
 
@@ -61,7 +61,7 @@ def check_training(options: dict[str, Any], place: str) -> dict[str, Any]:
         if isinstance(value, dict):
             refuse_words(value, place, key)
         if name in RANGES and fitted[name] is not None and fitted[name] not in RANGES[name]:
-            raise ValueError(f"The {place} has {key}={value!r}, expected a number {RANGES[name]}.")
+            raise ValueError(f"The {place}: {key}={value!r} must {RANGES[name]}.")
         if name in NEVER and fitted[name] not in (False, "no"):
             raise ValueError(
                 f"The {place} sets {key}={value!r}: a recipe evaluates once, after its training. "

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ..configuration import HfMoeConfig, MoeConfig
+from ..configuration.checks import NonNegativeInt, PositiveInt
 from ..configuration.configuration_hf_moe import PLACE_FIELDS, unknown_name_message
 from ..configuration.systems import load_system
 from ..construction.build import config_of_decoder
@@ -34,8 +35,8 @@ from ..modeling.parts import host_parts
 from ..modeling.registry import build
 from .constructions import construct_stage, evolution_of
 from .parts import Selector, selects, train_only
-from .schema import Range, fit
-from .sections import Count, Recipe, Stage
+from .schema import fit
+from .sections import Recipe, Stage
 
 
 # Files that a source of rows may name as a plain string.
@@ -59,9 +60,9 @@ class SourceOptions(TypedDict, total=False):
     streaming: bool
     where: dict[str, Any]
     ignore: list[str]
-    limit: Count | None
+    limit: PositiveInt | None
     shuffle: bool
-    seed: Annotated[int, Range(low=0)]
+    seed: NonNegativeInt
 
 
 @contextmanager
@@ -162,9 +163,11 @@ def _check_host(model: dict[str, Any], place: str) -> HfMoeConfig | None:
         config = (_fresh_config if fresh else local_config)(source)
         host = None if config is None else empty_model(host_class_of(config), config)
     _check_source(model, place)
+    places = {name: model.get(name) for name in PLACE_FIELDS.values()}
+    for name, fields_of_place in {"moe_config": moe_config, **places}.items():
+        with named(f"model.{name} of the {place}"):
+            MoeConfig(**fields_of_place or {})
     with named(f"model.moe_config of the {place}"):
-        MoeConfig(**moe_config)
-        places = {name: model.get(name) for name in PLACE_FIELDS.values()}
         return None if host is None else _on_meta(plan_host(host, model.get("system"), moe_config, places).config)
 
 

@@ -1,29 +1,22 @@
 """Recipes: a whole training job as one YAML file."""
 
 from dataclasses import fields
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
 from ..adapters import MoeLoraConfig
 from ..configuration.configuration_hf_moe import unknown_name_message
-from ..configuration.systems import load_system
+from ..configuration.systems import find_recipe, load_system
+from ..configuration.yaml_text import read_yaml
 from .arguments import check_arguments, check_training
 from .checks import check_model, check_sources, named
-from .schema import fit, read_yaml, refuse_words
+from .schema import fit, refuse_words
 from .sections import SECTIONS, Host, Recipe, Stage
 
 
-RECIPES = Path(str(files("hf_moe.configuration") / "recipes"))
 # What a recipe may say of an adapter: the fields of the config, but not what PEFT itself fills in.
 ADAPTER_FIELDS = sorted({item.name for item in fields(MoeLoraConfig)} - {item.name for item in fields(PeftConfig)})
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that ship with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
@@ -33,7 +26,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     its field declares (`"1e-2"`, `yes` for a bool) becomes what is declared.
 
     Args:
-        source: a name of [`recipe_names`] or a path.
+        source: a name, the key of a system or a path, see [`find_recipe`].
         overrides: `key.subkey=value` strings; values are YAML. A stage goes by its number from 0.
 
     Raises:
@@ -43,9 +36,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
             override is not of the form above; the training is to evaluate in between; an adapter's recipe has what
             only a model's takes. File, section and field are named.
     """
-    path = RECIPES / f"{source}.yaml" if source in recipe_names() else Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"{source} is no file; the shipped recipes are: {', '.join(recipe_names())}.")
+    path = find_recipe(source)
     place = f"recipe {path.name}"
     try:
         content = read_yaml(path.read_text(encoding="utf-8"), place)

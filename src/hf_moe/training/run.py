@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..analysis.pictures import draw_routing
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
+from ..configuration.systems import recipe_names
 from ..construction.build import build_model
 from ..construction.pretrained import host_folder
 from ..construction.tokenizer import train_word_tokenizer
@@ -43,7 +44,7 @@ from .job import (
 )  # fmt: skip
 from .parts import refuse_strayed, trained_parts
 from .processors import as_processor, load_processor
-from .recipe import load_recipe, recipe_names
+from .recipe import load_recipe
 from .sections import Recipe, Stage
 from .stages import kept_features, load_trained, run_stages, train_model
 
@@ -245,7 +246,7 @@ def collect_routing(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `hf-moe train`."""
-    parser.add_argument("recipe", help=f"a YAML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument("recipe", help=f"a YAML file, a system that has a recipe, or {', '.join(recipe_names())}")
     parser.add_argument("--output-dir", help="default: runs/<name of the recipe>")
     parser.add_argument(
         "--resume", action="store_true", help="do what is left of the run in the output folder, from its checkpoints"

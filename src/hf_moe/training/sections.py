@@ -3,11 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, Required, TypedDict
 
-from .schema import Range
+from ..configuration.checks import Interval, NonNegative, NonNegativeInt, Positive, PositiveInt
 
 
-Count = Annotated[int, Range(low=1)]
-Seed = Annotated[int, Range(low=0, high=2**32 - 1)]
+Seed = Annotated[int, Interval(0, 2**32 - 1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -22,10 +21,10 @@ class Model(TypedDict, total=False):
     tokenizer: Literal["words"]
     chat_template: str | None
     image_token: str
-    image_size: Count | None
-    feature_stage: Annotated[int, Range(low=0, high=4)] | None
+    image_size: PositiveInt | None
+    feature_stage: Annotated[int, Interval(0, 4)] | None
     source: str | dict[str, Any] | None
-    noise_std: Annotated[float, Range(low=0)]
+    noise_std: NonNegative
     dtype: Dtype
 
 
@@ -45,7 +44,7 @@ class Host(TypedDict, total=False):
     connector_moe_config: dict[str, Any] | None
     chat_template: str | None
     source: str | dict[str, Any] | None
-    noise_std: Annotated[float, Range(low=0)]
+    noise_std: NonNegative
     dtype: Dtype
 
 
@@ -66,14 +65,14 @@ class Data(TypedDict, total=False):
 
     train: Required[str | dict[str, Any]]
     eval: str | dict[str, Any] | None
-    max_length: Count | None
+    max_length: PositiveInt | None
     keep_features: bool
 
 
 class AdapterEvaluation(TypedDict, total=False):
     """Questions per batch, and whether they are scored under autocast."""
 
-    batch_size: Count
+    batch_size: PositiveInt
     bf16: bool
 
 
@@ -81,7 +80,7 @@ class Evaluation(AdapterEvaluation, total=False):
     """Whether to score also with the image features zeroed, and how many questions `generate` answers too."""
 
     blind: bool
-    generated: Annotated[int, Range(low=0)]
+    generated: NonNegativeInt
 
 
 class Card(TypedDict, total=False):
@@ -118,7 +117,7 @@ class Upcycle(Assemble, total=False):
     """What the experts are made of besides, and noise on them, relative to the standard deviation of each matrix."""
 
     source: str | dict[str, Any]
-    noise_std: Annotated[float, Range(low=0)]
+    noise_std: NonNegative
 
 
 class Construct(TypedDict, total=False):
@@ -151,7 +150,7 @@ class Stage:
     construct: Construct | None = None
     evolve: Evolve | None = None
     objectives: dict[str, Any] | None = None
-    learning_rate_scales: dict[str, Annotated[float, Range(above=0)]] = field(default_factory=dict)
+    learning_rate_scales: dict[str, Positive] = field(default_factory=dict)
 
 
 @dataclass
