@@ -45,7 +45,9 @@ def layer_values(value: Any) -> list[Any]:
 
 def map_layers(value: Any, change: Callable[[Any], Any]) -> Any:
     """Return a value after `change`, or a layer map of the changed values."""
-    return {key: change(item) for key, item in value.items()} if is_layer_map(value) else change(value)
+    if not is_layer_map(value):
+        return change(value)
+    return {key: item if item is None else change(item) for key, item in value.items()}
 
 
 def layers_named(value: Any) -> set[str]:

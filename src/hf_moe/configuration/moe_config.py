@@ -122,8 +122,8 @@ class MoeConfig(PreTrainedConfig):
                     raise ValueError(
                         f"moe_config.{kind} needs a 'name', for example {{'name': 'top_k'}}; got {value!r}."
                     )
-            if kind == "router":
-                self.router = map_layers(self.router, partial(without_alias, "router"))
+            if getattr(self, kind) is not None:
+                setattr(self, kind, map_layers(getattr(self, kind), partial(without_alias, kind)))
         for label, value in self.objectives.items():
             objective_entry(label, value)
         if self.expert_banks is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 
 ALIASES: dict[str, dict[str, dict[str, Any]]] = {
+    "block": {"multi_head_moe": {"name": "mh_moe", "num_heads": 4, "parity": False}},
     "router": {
         "deepseek_v3": {"name": "top_k", "score_function": "sigmoid", "bias_update_rate": 0.001},
         "deepseekmoe": {"name": "top_k", "norm_topk_prob": False},

@@ -29,7 +29,7 @@ GROUPS = (
 DECODER = ("routers", "shared experts", "embeddings", "rest of the decoder")
 # In the decoder the first that matches gives the group of a tensor; the others are known by structure.
 MECHANISMS = {
-    "routers": r"\.gate\.",
+    "routers": r"\.gate\.|\bshared_routing\.",
     "routed experts": r"\.experts\.",
     "shared experts": r"\.shared_experts?\.",
 }

@@ -5,7 +5,6 @@ their experts several times, in series, or on pieces of a token. A block gets it
 config, so it names no mechanism.
 """
 
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +57,10 @@ class Block(nn.Module):
 
     def initialize(self, std: float) -> None:
         """Initialise the block's own parameters; those of its parts are initialised by themselves."""
+
+    def initialized_parts(self) -> list[nn.Module]:
+        """Return what `initialize` gives its first values: the block, and layers of its own."""
+        return [self]
 
     @property
     def routers(self) -> list[Router]:
@@ -131,8 +134,3 @@ def run_experts(experts: nn.Module, tokens: torch.Tensor, decision: Decision) ->
     if decision.identity_weight is not None:
         output = output + tokens * decision.identity_weight[:, None].to(tokens.dtype)
     return output
-
-
-def step_spec(spec: MoELayerSpec, step: int, **fields: Any) -> MoELayerSpec:
-    """Return the facts of one of several decisions in the layer of `spec`; the first keeps the site of the layer."""
-    return replace(spec, part=f"step{step}" if step else spec.part, **fields)

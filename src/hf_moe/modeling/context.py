@@ -55,6 +55,15 @@ def routers_of(model: nn.Module) -> dict[Site, Router]:
     return {router.spec.site: router for block in moe_blocks(model).values() for router in block.routers}
 
 
+def shared_parts(model: nn.Module) -> nn.ModuleDict:
+    """Return fresh modules of what the routers of a model share, by their names in `context.shared`."""
+    groups: dict[str, list[Router]] = {}
+    for router in routers_of(model).values():
+        groups.setdefault(router.shared_name, []).append(router)
+    parts = {name: type(routers[0]).shared_part(routers) for name, routers in groups.items()}
+    return nn.ModuleDict({name: part.float() for name, part in parts.items() if part is not None})
+
+
 def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: float) -> RoutingContext:
     """Build what the routers may know of a forward pass.
 
@@ -84,7 +93,7 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
             raise ValueError(f"routing_overrides must be RoutingOverrides(...), got {type(overrides).__name__}.")
         overrides.check_sites(routers_of(model))
     token_mask = real_tokens(config, inputs, tokens)
-    return RoutingContext(
+    context = RoutingContext(
         modality_ids=modalities.long(),
         token_mask=torch.ones_like(modalities, dtype=torch.bool) if token_mask is None else token_mask,
         input_ids=input_ids,
@@ -94,6 +103,8 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
         memory=TokenMemory(cache_of(inputs), foreign_state(inputs), hides_padding=token_mask is None),
         inputs=inputs,
     )
+    context.shared = dict(model.base_model.shared_routing.items())
+    return context
 
 
 def carry_context(backbone: Any, decoder: Any) -> None:

@@ -1,6 +1,6 @@
 """Which mechanisms a module holds, and their first values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,10 +9,10 @@ from transformers import initialization as init
 
 from .block import Block
 from .replacement import Replacement
-from .routing import Connector, Experts, Objective, Router
+from .routing import Connector, Experts, Objective, Router, SharedPart
 
 
-MECHANISMS = (Block, Replacement, Router, Experts, Objective, Connector)
+MECHANISMS = (Block, Replacement, Router, SharedPart, Experts, Objective, Connector)
 
 
 def mechanisms_inner_first(module: nn.Module) -> Iterator[Any]:
@@ -30,6 +30,17 @@ def initialize_mechanisms(module: nn.Module, std: float) -> None:
     """Give the mechanisms of a module their first values."""
     for mechanism in mechanisms_inner_first(module):
         mechanism.initialize(std)
+
+
+def _initialized_parts(mechanism: nn.Module) -> Iterable[nn.Module]:
+    """Return the modules that a mechanism's `initialize` has given their first values.
+
+    Plain layers in blocks and replacements, such as a shared branch or the copy of a projection, are initialised by the
+    host's class, unless the block says that it does.
+    """
+    if isinstance(mechanism, Block):
+        return mechanism.initialized_parts()
+    return [mechanism] if isinstance(mechanism, Replacement) else mechanism.modules()
 
 
 def initializer_std(config: Any) -> float:
@@ -51,7 +62,6 @@ class MechanismInitialisation:
         for mechanism in mechanisms_inner_first(self):
             if not getattr(mechanism, "_is_hf_initialized", False):
                 mechanism.initialize(std)
-                # Plain layers in these, as a shared branch or a copy of a projection, the host's class initialises.
-                for part in [mechanism] if isinstance(mechanism, Block | Replacement) else mechanism.modules():
+                for part in _initialized_parts(mechanism):
                     part._is_hf_initialized = True
         super().initialize_weights()  # type: ignore[misc]

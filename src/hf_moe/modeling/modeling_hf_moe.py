@@ -31,6 +31,7 @@ from .context import (
     carry_context,
     moe_blocks,
     routers_of,
+    shared_parts,
     wants_router_logits,
 )
 from .elastic import ElasticBudget
@@ -125,6 +126,7 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         text = config.get_text_config(decoder=True)
         install_blocks(decoder_layers(decoder), config, config.moe_config, text)
         self._install_outside_decoder()
+        self.base_model.shared_routing = shared_parts(self)
         self.objectives = AuxiliaryLosses(config, [router.spec for router in routers_of(self).values()])
         kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
         self._keep_in_fp32_modules_strict = {*kept, *float32_patterns(self)}

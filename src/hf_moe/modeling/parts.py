@@ -65,6 +65,8 @@ def part_of(name: str, parts: HostParts) -> str:
     if layer is not None:
         inner = name.removeprefix(f"{layer}.").partition(".")[0]
         return "routers" if inner in ("gate", "residual_mix") else "experts"
+    if "shared_routing" in name.split("."):
+        return "routers"
     holder = parts.holder(name)
     if holder is not None:
         return "connector" if holder in parts.connectors else "tower"

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .block import Block
-from .routing import Experts
+from .routing import Experts, Router, SharedPart
 
 
 def float32_patterns(language_model: nn.Module) -> list[str]:
@@ -18,12 +18,14 @@ def float32_patterns(language_model: nn.Module) -> list[str]:
     """
     patterns = set()
     for name, module in language_model.named_modules():
-        if isinstance(module, Block):
-            before, _, after = (re.escape(part) for part in name.rpartition(f".{module.layer_idx}."))
-            index = rf"(?:{module.layer_idx}|[^\d.]+)"
-            counts = [re.escape(n) for n, b in module.gate.named_buffers() if b.dtype in (torch.long, torch.double)]
-            unless = rf"(?!\.({'|'.join(counts)})$)" if counts else ""
-            patterns.add(rf"{before}\.{index}\.{after}\.gate\b{unless}")
+        if not isinstance(module, Router | SharedPart):
+            continue
+        pattern = re.escape(name)
+        if isinstance(module, Router):
+            layer = module.spec.layer_idx
+            pattern = re.sub(rf"\\\.{layer}\\\.", rf"\\.(?:{layer}|[^\\d.]+)\\.", pattern, count=1)
+        counts = [re.escape(n) for n, b in module.named_buffers() if b.dtype in (torch.long, torch.double)]
+        patterns.add(rf"{pattern}\b" + (rf"(?!\.({'|'.join(counts)})$)" if counts else ""))
     return sorted(patterns)
 
 

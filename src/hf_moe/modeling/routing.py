@@ -20,6 +20,17 @@ from .routing_context import NUM_MODALITIES, RoutingContext
 from .running_statistics import KeepsBufferTypes
 
 
+class SharedPart(nn.Module):
+    """Base of what the routers of all layers share: a module of the model, which routers find in `context.shared`.
+
+    It is no parameter that is tied from layer to layer: hooks of sharding and offloading run at the borders of
+    modules, and a tied parameter comes apart where every layer is sharded by itself.
+    """
+
+    def initialize(self, std: float) -> None:
+        """Initialise the part's own parameters; `std` is the model's `initializer_range`."""
+
+
 class Router(KeepsBufferTypes):
     """Base of the routers: `forward(hidden (T, d), context) -> decision`.
 
@@ -49,6 +60,17 @@ class Router(KeepsBufferTypes):
 
     def initialize(self, std: float) -> None:
         """Initialise the router's own parameters and buffers; `std` is the model's `initializer_range`."""
+
+    @classmethod
+    def shared_part(cls, routers: Sequence["Router"]) -> SharedPart | None:
+        """Return the module that the routers of this class share, if any; they are those of one place of a model."""
+        return None
+
+    @property
+    def shared_name(self) -> str:
+        """The name of that module in `context.shared`."""
+        name: str = self.mechanism_name
+        return f"{self.spec.place}_{name}" if self.spec.place else name
 
     def gate_rows(self) -> torch.Tensor | None:
         """Return the rows of the linear gate that scores the experts for each modality, (NUM_MODALITIES, E, d).

@@ -180,7 +180,7 @@ class RoutingContext:
                 repeated(self.modality_ids), repeated(self.token_mask), repeated(self.input_ids), conditions
             )
             part.take_after(self)
-            part.row_index = self.row_index
+            part.row_index, part.memory = self.row_index, self.memory
             self.parts[name] = part
         return self.parts[name]
 
