@@ -221,16 +221,16 @@ def test_decoding(subject):
 def test_float32(subject):
     """Autocast changes no logit of a router for the same hidden states, and no loss is of low precision."""
     model, calls = subject.copy(), []
-    for layer in model.moe_blocks().values():
-        layer.gate.register_forward_hook(lambda gate, arguments, decision: calls.append((arguments, decision)))
+    for router in routers_of(model).values():
+        router.register_forward_hook(lambda router, arguments, decision: calls.append((router, arguments, decision)))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(**subject.rows)
     assert output.aux_loss is None or output.aux_loss.dtype == torch.float32
-    for layer, (arguments, decision) in zip(model.moe_blocks().values(), list(calls), strict=True):
+    for router, arguments, decision in list(calls):
         logits = getattr(decision, "router_logits", None)
         if logits is not None:
             assert logits.dtype == torch.float32
-            assert_near(layer.gate(*arguments).router_logits, logits)
+            assert_near(router(*arguments).router_logits, logits)
 
 
 def test_bfloat16(subject):

@@ -17,12 +17,14 @@ from hf_moe.modeling.experts.ffn import FfnExperts
 
 ROUTERS = sorted({path.stem for path in Path(routers.__file__).parent.glob("[a-z]*.py")} - {"soft_moa"})
 STACKS = ("gate_up_proj", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias")
+ROUTING = re.compile(r"\.gate\.|\.shared_routing\.")
 LOW = [torch.bfloat16, torch.float16]
 
 
 def router_config(router):
     slots = 1 if router == "llama4" else 2
-    return {"router": router, "num_experts": 8, "num_experts_per_tok": slots, "layers": [0, 2]}
+    experts = {"modality": 2, "intuition_mor1e": 4}.get(router, 8)  # one per modality; a square
+    return {"router": router, "num_experts": experts, "num_experts_per_tok": slots, "layers": [0, 2]}
 
 
 def dtypes_of(model):
@@ -37,8 +39,8 @@ def test_routers_are_float32_built_as_loaded(tiny_config, router, dtype, tmp_pat
     loaded = HfMoeForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
     assert dtypes_of(built) == dtypes_of(loaded)
     floats = {name: kind for name, kind in dtypes_of(built).items() if kind.is_floating_point}
-    assert {kind for name, kind in floats.items() if ".gate." in name} <= {torch.float32}
-    assert {kind for name, kind in floats.items() if ".gate." not in name and "objectives" not in name} == {dtype}
+    assert {kind for name, kind in floats.items() if ROUTING.search(name)} <= {torch.float32}
+    assert {kind for name, kind in floats.items() if not ROUTING.search(name) and "objectives" not in name} == {dtype}
 
 
 def test_a_model_of_full_precision_has_its_routers_in_it(tiny_config):

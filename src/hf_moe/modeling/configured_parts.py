@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..configuration.layer_maps import at_layer
@@ -12,7 +11,7 @@ from .expert_banks import ExpertBanks
 from .layer_spec import MoELayerSpec
 from .mechanisms import get_mechanism
 from .registry import build
-from .routing import Experts, Router
+from .routing import Experts, Router, at_least_float32
 from .shared_experts import SharedExperts
 
 
@@ -40,9 +39,7 @@ class ConfiguredParts:
                 f"The router {cls.mechanism_name!r} of layer {spec.layer_idx} mixes all tokens of a sequence, which "
                 "must not see later ones: put it into vision_moe_config, audio_moe_config or connector_moe_config."
             )
-        router = build("router", cls, options, spec)
-        # A model of low precision has float32 routers when it is loaded, so it has when it is built.
-        return router.float() if torch.finfo(torch.get_default_dtype()).bits < 32 else router
+        return at_least_float32(build("router", cls, options, spec))
 
     def experts(self, spec: MoELayerSpec) -> Experts:
         cls, options = self.named("experts", spec)

@@ -31,7 +31,7 @@ from .layer_spec import Site
 from .memory import TokenMemory, cache_of, foreign_state
 from .outputs import routed_output, router_logits
 from .overrides import RoutingOverrides
-from .routing import Router
+from .routing import Router, at_least_float32
 from .routing_context import CALL_CONTEXT, RoutingContext
 
 
@@ -61,7 +61,7 @@ def shared_parts(model: nn.Module) -> nn.ModuleDict:
     for router in routers_of(model).values():
         groups.setdefault(router.shared_name, []).append(router)
     parts = {name: type(routers[0]).shared_part(routers) for name, routers in groups.items()}
-    return nn.ModuleDict({name: part.float() for name, part in parts.items() if part is not None})
+    return nn.ModuleDict({name: at_least_float32(part) for name, part in parts.items() if part is not None})
 
 
 def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: float) -> RoutingContext:

@@ -35,8 +35,8 @@ def initialize_mechanisms(module: nn.Module, std: float) -> None:
 def _initialized_parts(mechanism: nn.Module) -> Iterable[nn.Module]:
     """Return the modules that a mechanism's `initialize` has given their first values.
 
-    Plain layers in blocks and replacements, such as a shared branch or the copy of a projection, are initialised by the
-    host's class, unless the block says that it does.
+    Plain layers in blocks and replacements, such as a shared branch or the copy of a projection, are initialised by
+    the host's class, unless the block says that it does.
     """
     if isinstance(mechanism, Block):
         return mechanism.initialized_parts()

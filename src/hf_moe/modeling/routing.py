@@ -284,3 +284,8 @@ class Connector(nn.Module):
     def num_tokens(self, num_patches: int) -> int:
         """Return P' for P = `num_patches`."""
         return num_patches
+
+
+def at_least_float32(part: Router | SharedPart) -> Any:
+    """Return a part of the routing in float32 where models are built in less: so it is when they are loaded."""
+    return part.float() if torch.finfo(torch.get_default_dtype()).bits < 32 else part
