@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.adapters.low_rank import SharedAssignment
+from hf_moe.adapters.stacks import Weights
 
 
 TOP_K = 2
@@ -38,17 +39,17 @@ CONTESTANTS = ("moe_lora", "lora_equal_active", "lora_equal_total", "loop", "x_l
 MOST_X_LORA = 16
 
 
-def looped(
-    result: torch.Tensor, inputs: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, slots: ExpertSlots
-) -> torch.Tensor:
+def looped(result: torch.Tensor, inputs: torch.Tensor, weights: Weights, decision: SharedAssignment) -> torch.Tensor:
     """Add the experts' output expert by expert: the usual way to write it."""
     tokens = inputs.reshape(-1, inputs.shape[-1])
     output = result.reshape(-1, result.shape[-1])
-    for expert in range(len(lora_a)):
-        token, slot = (slots.index == expert).nonzero(as_tuple=True)
+    for expert in range(len(weights.a)):
+        token, slot = (decision.expert_index == expert).nonzero(as_tuple=True)
         if len(token):
-            rows = F.linear(F.linear(tokens[token], lora_a[expert]), lora_b[expert])
-            output = output.index_add(0, token, rows * slots.weight[token, slot, None].to(rows.dtype))
+            rows = F.linear(F.linear(tokens[token], weights.a[expert]), weights.b[expert])
+            output = output.index_add(
+                0, token, rows * weights.scaling * decision.expert_weight[token, slot, None].to(rows.dtype)
+            )
     return output.view(result.shape)
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.adapters.low_rank import SharedAssignment
 from hf_moe.modeling.routing_context import RoutingContext
 
 
@@ -23,7 +23,7 @@ def test_the_gate_of_a_domain_decides_with_noise_while_training_alone():
         context = RoutingContext.all_text(hidden)
         context.condition_ids = {"domain": torch.tensor(domains)}
         torch.manual_seed(1)
-        gates = ExpertSlots(router.train(training)(hidden.flatten(0, 1), context)).gates.view(2, 3, 3)
+        gates = SharedAssignment.of(router.train(training)(hidden.flatten(0, 1), context)).gates.view(2, 3, 3)
         torch.manual_seed(1)
         noise = torch.randn(2, 3, 3)
         for row, domain in enumerate(domains):
@@ -43,7 +43,7 @@ def test_adapters_read_what_their_target_returns(llama, text, randomise):
     seen, gates = [], []
     layer.register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
     layer.moe_lora_router["default"].register_forward_hook(
-        lambda module, args, decision: gates.append(ExpertSlots(decision).gates.view(2, 9, -1))
+        lambda module, args, decision: gates.append(SharedAssignment.of(decision).gates.view(2, 9, -1))
     )
     with torch.no_grad():
         model(input_ids=text["input_ids"], domain_ids=torch.tensor([1, 3]))

@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import MoeLoraLayer, tuner_layers
-from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.adapters.low_rank import SharedAssignment
 from hf_moe.modeling.decisions import ExpertAssignment
 
 
@@ -144,7 +144,7 @@ def test_experts_of_unequal_rank_are_exactly_their_own_loras(llama, randomise, n
     index = torch.randint(0, num_experts, (7, 2))
     index[:4, 0] = torch.arange(4)
     weight = torch.rand(7, 2, dtype=torch.double)
-    layer.slots = lambda *args: ExpertSlots(ExpertAssignment(index, weight, num_experts))
+    layer.decision = lambda *args: SharedAssignment(index, weight, num_experts)
     found = layer(x) - layer.base_layer(x)
     for token in range(7):
         expected = 0.0
@@ -222,7 +222,7 @@ def test_merged_vectors_equal_the_weighted_sum_of_separate_outputs(llama, text, 
         x = torch.randn(6, layer.in_features)
         share = torch.rand(6, 4).softmax(-1)
         index = torch.arange(4).expand(6, -1)
-        layer.slots = lambda *args, s=share, i=index: ExpertSlots(ExpertAssignment(i, s, 4))
+        layer.decision = lambda *args, s=share, i=index: SharedAssignment(i, s, 4)
         vectors = layer.moe_lora_vector["default"]
         scales_input = layer.in_features == 48
         outputs = [layer.base_layer(x * v) if scales_input else layer.base_layer(x) * v for v in vectors]
@@ -241,7 +241,9 @@ def test_a_bottleneck_stands_beside_or_behind_a_module(llama, text, randomise):
         read = x if position == "parallel" else base
         inner = F.relu(read @ layer.moe_lora_A["default"][0].T)
         expected = base + 0.5 * inner @ layer.moe_lora_B["default"][0].T
-        layer.slots = lambda *args: ExpertSlots(ExpertAssignment(torch.zeros(5, 1).long(), torch.ones(5, 1), 1))
+        layer.decision = lambda *args: SharedAssignment.of(
+            ExpertAssignment(torch.zeros(5, 1).long(), torch.ones(5, 1), 1)
+        )
         assert_near(layer(x), expected, 1e-5)
 
 
@@ -251,7 +253,7 @@ def test_pairs_of_rank_1_vectors_are_experts_of_their_own(llama, randomise):
     layer = next(tuner_layers(model))
     assert layer.moe_lora_A["default"].shape == (3, 1, 32) and layer.moe_lora_B["default"].shape == (3, 48, 1)
     index, weight = torch.tensor([[5, 6], [0, 9]]), torch.tensor([[0.3, 0.7], [1.0, 0.0]])
-    layer.slots = lambda *args: ExpertSlots(ExpertAssignment(index, weight, 9))
+    layer.decision = lambda *args: SharedAssignment(index, weight, 9)
     x = torch.randn(2, 32)
     down, up = layer.moe_lora_A["default"][:, 0], layer.moe_lora_B["default"][..., 0]
     first = 0.3 * up[1] * (down[2] @ x[0]) + 0.7 * up[2] * (down[0] @ x[0])
@@ -303,7 +305,7 @@ def test_a_stacked_weight_computes_what_a_loop_over_both_kinds_of_experts_does(r
     index, weight = torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
     lora_index, lora_weight = torch.randint(0, 3, (5, 2)), torch.rand(5, 2)
     for wrapper in (gate_up, down):
-        wrapper.slots = lambda *args: ExpertSlots(ExpertAssignment(lora_index, lora_weight, 3))
+        wrapper.decision = lambda *args: SharedAssignment(lora_index, lora_weight, 3)
 
     def delta(wrapper, token, expert):
         total = 0.0

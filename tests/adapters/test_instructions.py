@@ -9,7 +9,7 @@ from helpers.near import assert_near
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.adapters.low_rank import SharedAssignment
 
 
 END, HEADER = 61, 62
@@ -40,7 +40,7 @@ def adapted(model, router_input="decoder_layer", **options):
 def gates(model, inputs):
     made = decisions(model)
     logits(model, inputs)
-    return ExpertSlots(made[0]).gates.view(*inputs["input_ids"].shape, -1)
+    return SharedAssignment.of(made[0]).gates.view(*inputs["input_ids"].shape, -1)
 
 
 @pytest.mark.parametrize("options", [{}, {"centred": True}, {"pooling": "sum"}, {"modalities": ["text"]}], ids=str)

@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from hf_moe import MoeLoraConfig
+from hf_moe.adapters import low_rank
 from hf_moe.adapters.contexts import ACTIVE_LAYER
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.low_rank import ExpertSlots
 from hf_moe.adapters.routing import _ROOT_CONTEXT
+from hf_moe.modeling.dispatch import Dispatch
 
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
@@ -194,7 +195,7 @@ def test_the_context_reaches_the_layers_of_a_decoder_that_drops_keyword_argument
 def test_a_failed_call_leaves_no_context_behind(text):
     host = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)).eval()
     model = adapt(host, target_modules="all-linear", router="condition")
-    with pytest.raises(ValueError, match="pass task_ids"):
+    with pytest.raises(ValueError, match="reads the condition .task."):
         model(**text)
     assert _ROOT_CONTEXT.get() is None
     assert model(**text, task_ids=torch.tensor([0, 1])).loss.isfinite() and _ROOT_CONTEXT.get() is None
@@ -381,12 +382,6 @@ def test_a_copy_is_independent_and_routes_with_its_own_router(llama, own_model, 
 
 def test_every_target_of_a_layer_uses_one_sort(llama, text, monkeypatch):
     made = []
-    original = ExpertSlots.by_expert.make
-
-    def by_expert(self):
-        made.append(self)
-        return original(self)
-
-    monkeypatch.setattr(ExpertSlots, "by_expert", type(ExpertSlots.by_expert)(by_expert))
+    monkeypatch.setattr(low_rank, "Dispatch", lambda *args: made.append(args) or Dispatch(*args))
     logits(adapt(llama(), num_experts=24), text)
     assert len(made) == 2

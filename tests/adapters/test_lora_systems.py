@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from hf_moe import MoeLoraConfig, list_systems
 from hf_moe.adapters import find_centroids, intuition
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.low_rank import ExpertSlots, add_experts
+from hf_moe.adapters.low_rank import SharedAssignment, add_experts
+from hf_moe.adapters.stacks import Weights
 from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.routing_context import RoutingContext
 
@@ -95,7 +96,7 @@ def test_octavius_gates_by_the_instruction_alone_and_merges_for_one_request(llam
         cache = with_cache(model, model(input_ids=request[:, :5], use_cache=True))
         routed = model(input_ids=request[:, 5:], **cache, attention_mask=torch.ones(1, 9)).logits
         prefilled = with_cache(model, model(input_ids=request[:, :5], use_cache=True))
-    gates = ExpertSlots(made[1]).gates
+    gates = SharedAssignment.of(made[1]).gates
     assert torch.equal(gates, gates[:1].expand_as(gates)) and (gates[0] > 0).sum() == 2
     torch.testing.assert_close(gates.sum(-1), torch.ones(4))
     merged = llama()
@@ -139,7 +140,7 @@ def test_mixlora_equals_the_naive_path_through_every_expert(llama, text, randomi
     gates = torch.rand(5, 4).masked_fill(torch.rand(5, 4) < 0.4, 0.0)
     gates[0] = 0.0
     index = torch.where(gates > 0, torch.arange(4), 4)
-    mlp.gate_proj.slots = lambda *args: ExpertSlots(ExpertAssignment(index, gates, 4))
+    mlp.gate_proj.decision = lambda *args: SharedAssignment.of(ExpertAssignment(index, gates, 4))
     x = torch.randn(5, 32)
 
     def linear(name, expert, inputs):
@@ -205,12 +206,12 @@ def test_smora_is_a_mixture_of_loras_when_gates_are_constant_on_blocks_and_balan
     torch.manual_seed(0)
     x, a, b = torch.randn(6, 12), torch.randn(8, 12), torch.randn(8, 12)
     index, weight = torch.tensor([[0, 2]] * 6), torch.rand(6, 2)
-    blocks = ExpertSlots(ExpertAssignment(index, weight, 4))
-    ranks = ExpertSlots(
-        ExpertAssignment(torch.stack([2 * index, 2 * index + 1], -1).flatten(1), weight.repeat_interleave(2, dim=1), 8)
-    )
-    by_block = add_experts(torch.zeros(6, 12), x, a.view(4, 2, 12), b.view(4, 2, 12).transpose(1, 2), blocks)
-    by_rank = add_experts(torch.zeros(6, 12), x, a[:, None], b[..., None], ranks)
+    blocks = SharedAssignment(index, weight, 4)
+    slots = torch.stack([2 * index, 2 * index + 1], -1).flatten(1)
+    ranks = SharedAssignment(slots, weight.repeat_interleave(2, dim=1), 8)
+    of_blocks = Weights(a.view(4, 2, 12), b.view(4, 2, 12).transpose(1, 2))
+    by_block = add_experts(torch.zeros(6, 12), x, of_blocks, blocks)
+    by_rank = add_experts(torch.zeros(6, 12), x, Weights(a[:, None], b[..., None]), ranks)
     assert_near(by_rank, by_block, 1e-5)
 
     model = get_peft_model(
@@ -273,7 +274,7 @@ def test_intuition_decides_between_pairs_and_sharpens_specialisation(llama, text
     layer = next(tuner_layers(model))
     with torch.no_grad():
         x = torch.randn(18, 32)
-        layer.slots = lambda *args: ExpertSlots(made[0])
+        layer.decision = lambda *args: SharedAssignment.of(made[0])
         change = layer(x) - layer.base_layer(x)
     up = layer.moe_lora_B["default"][made[0].expert_index[:, 0].clamp(max=8) // 3, :, 0]
     real = made[0].expert_index[:, 0] < 9

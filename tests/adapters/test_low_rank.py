@@ -5,11 +5,24 @@ import torch
 from helpers.near import assert_near
 
 from hf_moe.adapters import low_rank
-from hf_moe.adapters.low_rank import ExpertSlots, add_experts, bucketed, grouped, masked_dense
-from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.adapters.low_rank import SharedAssignment, add_experts
+from hf_moe.adapters.stacks import Weights
+from hf_moe.modeling import dispatch
 
 
-FORMS = [masked_dense, grouped, bucketed]
+# The bytes up to which all experts are computed for every token.
+FORMS = {"dense": 1 << 30, "by rows": 0}
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    monkeypatch.setattr(low_rank, "MAX_DENSE_BYTES", FORMS[request.param])
+    return request.param
+
+
+def mix(result, inputs, lora_a, lora_b, weight, index, experts, scaling=1.0):
+    decision = SharedAssignment(index, weight, experts)
+    return add_experts(result, inputs, Weights(lora_a, lora_b, scaling=scaling), decision)
 
 
 def case(tokens=11, width=12, out=7, experts=4, rank=3, slots=2, empty=0.3, favourite=0.0, seed=0):
@@ -39,7 +52,6 @@ def loop(result, inputs, lora_a, lora_b, weight, index, experts):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -55,9 +67,7 @@ def loop(result, inputs, lora_a, lora_b, weight, index, experts):
 )
 def test_a_form_equals_the_loop_in_output_and_gradients(form, sizes):
     leaves, index, experts = case(**sizes)
-    result, inputs, lora_a, lora_b, weight = leaves
-    slots = ExpertSlots(ExpertAssignment(index, weight, experts))
-    output = form(result, inputs, lora_a, lora_b, slots)
+    output = mix(*leaves, index, experts)
     expected = loop(*leaves, index, experts)
     assert_near(output, expected, 1e-5)
     upstream = torch.randn_like(expected)
@@ -67,41 +77,28 @@ def test_a_form_equals_the_loop_in_output_and_gradients(form, sizes):
         assert_near(gradient, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("trained", [(0, 1), (2,), (3,), (4,)])
-def test_buckets_give_their_gradient_alone_to_what_is_trained(trained):
-    leaves, index, experts = case()
-    leaves = [leaf.detach().requires_grad_(place in trained) for place, leaf in enumerate(leaves)]
-    output = bucketed(*leaves[:4], ExpertSlots(ExpertAssignment(index, leaves[4], experts)))
-    output.square().sum().backward()
-    found = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    loop(*leaves, index, experts).square().sum().backward()
-    for place, (gradient, leaf) in enumerate(zip(found, leaves, strict=True)):
-        assert (gradient is not None) == (place in trained)
-        if gradient is not None:
-            assert_near(gradient, leaf.grad, 1e-4)
+def test_the_scaling_multiplies_what_the_experts_add(form):
+    (result, *others), index, experts = case()
+    expected = result + 2.5 * (loop(result, *others, index, experts) - result)
+    assert_near(mix(result, *others, index, experts, scaling=2.5), expected, 1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
 def test_in_bfloat16_a_form_is_as_close_to_the_loop_as_the_dtype_allows(form):
     leaves, index, experts = case(tokens=60, experts=9, rank=8, width=32)
     expected = loop(*leaves, index, experts)
     reference = torch.autograd.grad(expected.square().sum(), leaves)
     half = [leaf.detach().to(torch.bfloat16).requires_grad_() for leaf in leaves]
-    output = form(*half[:4], ExpertSlots(ExpertAssignment(index, half[4], experts)))
+    output = mix(*half, index, experts)
     assert output.dtype == torch.bfloat16
     gradients = torch.autograd.grad(output.float().square().sum(), half)
     for found, wanted in zip([output, *gradients], [expected, *reference], strict=True):
         assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
-@pytest.mark.parametrize("form", FORMS)
 def test_under_autocast_a_form_computes_in_bfloat16_and_keeps_the_dtype_of_the_result(form, monkeypatch):
-    (result, inputs, lora_a, lora_b, weight), index, experts = case(width=16, out=8, rank=8)
+    leaves, index, experts = case(width=16, out=8, rank=8)
     seen = []
-    products = {grouped: (low_rank, "grouped_linear"), bucketed: (torch, "bmm"), masked_dense: (low_rank.F, "linear")}
-    place = products[form]
+    place = (low_rank.F, "linear") if form == "dense" else (dispatch, "grouped_linear")
     product = getattr(*place)
 
     def spy(*args, **kwargs):
@@ -110,52 +107,28 @@ def test_under_autocast_a_form_computes_in_bfloat16_and_keeps_the_dtype_of_the_r
         return output
 
     monkeypatch.setattr(*place, spy)
-    slots = ExpertSlots(ExpertAssignment(index, weight, experts))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = form(result, inputs, lora_a, lora_b, slots)
+        output = mix(*leaves, index, experts)
     assert set(seen) == {torch.bfloat16} and output.dtype == torch.float32
-    expected = loop(result, inputs, lora_a, lora_b, weight, index, experts)
-    torch.testing.assert_close(output, expected, atol=0.1, rtol=0.05)
+    torch.testing.assert_close(output, loop(*leaves, index, experts), atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize(
-    "experts, rank, slots, form",
-    [(8, 8, 2, "masked_dense"), (9, 8, 2, "bucketed"), (64, 8, 2, "bucketed"), (32, 8, 32, "masked_dense")],
+    "experts, rank, slots, dense", [(8, 8, 2, True), (9, 8, 2, False), (64, 8, 2, False), (32, 8, 32, True)]
 )
-def test_on_a_cpu_the_form_follows_the_total_rank(monkeypatch, experts, rank, slots, form):
-    taken = []
-    for name in ("masked_dense", "grouped", "bucketed"):
-        monkeypatch.setattr(low_rank, name, lambda *args, name=name: taken.append(name))
+def test_the_form_follows_the_total_rank(monkeypatch, experts, rank, slots, dense):
+    sorted_by = []
+    monkeypatch.setattr(low_rank, "Dispatch", lambda *args: sorted_by.append(args) or dispatch.Dispatch(*args))
     leaves, index, experts = case(experts=experts, rank=rank, slots=slots)
-    add_experts(*leaves[:4], ExpertSlots(ExpertAssignment(index, leaves[4], experts)))
-    assert taken == [form]
-    taken.clear()
-    half = [leaf.to(torch.bfloat16) for leaf in leaves[:4]]
-    add_experts(*half, ExpertSlots(ExpertAssignment(index, leaves[4], experts)))
-    assert taken == ["masked_dense" if experts * rank <= 128 else form]
-
-
-@pytest.mark.parametrize("favourite, most", [(0.0, 1.2), (0.5, 1.6), (1.0, 2.6)])
-def test_buckets_hold_every_slot_once_in_few_rows_however_uneven_the_loads(favourite, most):
-    (_, _, _, _, weight), index, experts = case(tokens=500, experts=64, favourite=favourite)
-    slots = ExpertSlots(ExpertAssignment(index, weight, experts))
-    buckets, token, row_weight, filled, starts = slots.bucketed
-    filled_slots = int((index < experts).sum())
-    assert filled_slots <= len(token) < most * filled_slots
-    found = torch.zeros(len(token), dtype=torch.long).index_fill(0, filled, 1)
-    assert found.sum() == len(filled) == filled_slots
-    assert (row_weight[found == 0] == 0).all()
-    gates = torch.zeros(500, experts)
-    for bucket, rows in buckets:
-        expert = bucket.repeat_interleave((rows.stop - rows.start) // len(bucket))
-        gates.index_put_((token[rows], expert), row_weight[rows].detach(), accumulate=True)
-    torch.testing.assert_close(gates, slots.gates.detach())
-    assert torch.equal(starts.diff(), (index < experts).sum(1)[:-1])
+    mix(*leaves, index, experts)
+    assert len(sorted_by) == (not dense)
+    mix(*[leaf.to(torch.bfloat16) for leaf in leaves], index, experts)
+    assert len(sorted_by) == 2 * (not dense) - (not dense and experts * rank <= 128)
 
 
 def test_targets_with_the_same_input_gather_it_once():
     (_, inputs, _, _, weight), index, experts = case()
-    slots = ExpertSlots(ExpertAssignment(index, weight, experts))
+    slots = SharedAssignment(index, weight, experts)
     first = slots.rows(inputs, torch.float32)
     assert slots.rows(inputs, torch.float32) is first
     torch.testing.assert_close(slots.rows(inputs * 2, torch.float32), 2 * first)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.adapters.low_rank import SharedAssignment
 from hf_moe.modeling.routing_context import RoutingContext
 
 
@@ -115,7 +115,7 @@ def test_a_strategy_chooses_and_weighs_by_its_formula(variant, expected):
     router.weight.data = torch.eye(4)
     hidden = torch.tensor([[0.55, 0.2, 0.13, 0.12], [0.02, 0.03, 0.05, 0.9]]).log()
     decision = router(hidden, RoutingContext.all_text(hidden[None]))
-    torch.testing.assert_close(ExpertSlots(decision).gates, torch.tensor(expected).float())
+    torch.testing.assert_close(SharedAssignment.of(decision).gates, torch.tensor(expected).float())
 
 
 @pytest.mark.parametrize("variant, slots, has_z", [("top_k", 2, False), ("switch", 1, True)])

@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.adapters.low_rank import SharedAssignment
 from hf_moe.construction.assembly import assemble_lora_experts
 from hf_moe.construction.selection import score_adapters, select_adapters, select_data, update_similarities
 from hf_moe.modeling.decisions import ExpertAssignment
@@ -259,9 +259,9 @@ def test_pill_goes_on_from_captions_with_the_image_adapters_that_they_trained(ow
     assert trained.moe_lora_B["default"][1].any() and not trained.moe_lora_B["default"][0].any()
     for container in ("moe_lora_A", "moe_lora_B"):
         assert torch.equal(getattr(went_on, container)["default"], getattr(trained, container)["default"])
-    images = ExpertSlots(ExpertAssignment(torch.ones(18, 1, dtype=torch.long), torch.ones(18, 1), 2))
+    images = SharedAssignment.of(ExpertAssignment(torch.ones(18, 1, dtype=torch.long), torch.ones(18, 1), 2))
     for layer in (trained, went_on):
-        layer.slots = lambda *args: images
+        layer.decision = lambda *args: images
     assert torch.equal(trained(x), went_on(x)) and not torch.equal(trained(x), trained.get_base_layer()(x))
     assert trainable(model)
 

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.low_rank import ExpertSlots
+from hf_moe.adapters.low_rank import SharedAssignment
 from hf_moe.modeling.routing_context import RoutingContext
 
 
@@ -28,7 +28,7 @@ def watch(model):
     """Collect the gates (T, E) of the one router."""
     gates = []
     (router,) = [layer.moe_lora_router["default"] for layer in tuner_layers(model) if layer.moe_lora_router]
-    router.register_forward_hook(lambda module, args, decision: gates.append(ExpertSlots(decision).gates))
+    router.register_forward_hook(lambda module, args, decision: gates.append(SharedAssignment.of(decision).gates))
     return gates
 
 
@@ -44,7 +44,7 @@ def test_the_gate_is_the_renormalised_top_two_of_what_the_instruction_says_on_av
         token_mask=torch.ones(1, 6, dtype=torch.bool),
         input_ids=torch.tensor([[5, IMAGE, IMAGE, 7, END, 9]]),
     )
-    found = ExpertSlots(router(hidden, context)).gates
+    found = SharedAssignment.of(router(hidden, context)).gates
     scores = (hidden / hidden.square().mean(-1, keepdim=True).sqrt()) @ weight.T
     for token, read in enumerate([[0], [0], [0], [0, 3], [0, 3, 4], [0, 3, 4]]):
         best, chosen = scores[read].mean(0).softmax(-1).topk(2)

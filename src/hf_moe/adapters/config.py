@@ -23,9 +23,10 @@ from ..modeling.registry import build
 from ..modeling.routing import Router
 from .checkpoints import EARLIER_TYPE, check_version, complete_saved_config
 from .checks import check_expression, check_names
-from .experts import EXPERT_KINDS, Target, build_kind
+from .experts import EXPERT_KINDS, build_kind
 from .host_router import HostRouter
 from .parts import PARTS
+from .stacks import Target
 
 
 ROUTER_INPUTS = ("decoder_layer", "model", "target")

@@ -7,7 +7,7 @@ from ..modeling.decisions import ExpertAssignment
 from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
-from .low_rank import ExpertSlots
+from .low_rank import SharedAssignment
 
 
 # What `Router.reads` names, and why no merge can hold what is decided by it.
@@ -60,4 +60,4 @@ def constant_gates(
         decision = router(hidden_state, context)
     if not isinstance(decision, ExpertAssignment):
         raise RoutingVaries(f"{name} mixes the tokens of a sequence")
-    return ExpertSlots(decision).gates[0]
+    return SharedAssignment.of(decision).gates[0]

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from ..configuration.configuration_hf_moe import MODALITIES
-from ..modeling.decisions import Decision
+from ..modeling.decisions import Decision, SlotMixture
 from ..modeling.layer_spec import Site
 from ..modeling.routing_context import RoutingContext, TraceableVariable
-from .low_rank import ExpertSlots, MixedSlots
+from .low_rank import SharedAssignment
 
 
 def are_tokens(x: torch.Tensor, shape: torch.Size) -> bool:
@@ -169,8 +169,8 @@ class LayerRun:
         self.context = context
         self.encoder_hidden_states = encoder_hidden_states
         self.knows_tokens = knows_tokens
-        # (adapter, number of the router) -> the decision that targets in this layer share.
-        self.shared: dict[tuple[str, int], ExpertSlots | MixedSlots] = {}
+        # (adapter, target that has the router) -> the decision that targets in this layer share.
+        self.shared: dict[tuple[str, nn.Module], SharedAssignment | SlotMixture] = {}
 
     def check_told(self, router: str) -> None:
         """Refuse a router that needs what only the call of the model tells, where something inside was called."""

@@ -3,18 +3,7 @@
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
-
-
-class Stacks(nn.ParameterDict):
-    """Parameters by adapter, which a call returns: offloaded weights are brought in by the call of their module."""
-
-    def __call__(self, adapter_name: str) -> torch.Tensor:
-        return nn.Module.__call__(self, adapter_name)
-
-    def forward(self, adapter_name: str) -> torch.Tensor:
-        return self[adapter_name]
 
 
 def swap_class(module: nn.Module, cls: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.dispatch import compute_dtype, grouped_linear
+from ..modeling.dispatch import compute_dtype
 from .dispatched import swap_class
 from .experts.lora import LoraExperts
 from .layer import MoeLoraLayer, tuner_layers
@@ -126,23 +126,22 @@ def _new_whole_ffn(host_class: Any) -> nn.Module:
 def mix_experts(module: nn.Module, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
     """Return the mixture of an adapter's feed-forward experts, (..., d)."""
     gate, up, down = (getattr(module, projection) for projection in PROJECTIONS)
-    slots = gate.slots(adapter_name, hidden_states, ())
-    token, weight, offsets = slots.by_expert
+    made = gate.decision(adapter_name, hidden_states, ())
+    dispatch = made.dispatch
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, d)
     base_gate, base_up = gate.base_layer(tokens), up.base_layer(tokens)  # (T, f)
 
     def delta(layer: MoeLoraLayer, rows: torch.Tensor) -> torch.Tensor:
         lora_a, lora_b = layer.stacks(adapter_name)
-        return grouped_linear(grouped_linear(rows, lora_a, offsets), lora_b, offsets)
+        return dispatch.linear(dispatch.linear(rows, lora_a), lora_b)
 
-    rows = gate.prepare(adapter_name, tokens).index_select(0, token).to(compute_dtype(tokens))  # (M, d)
-    inner = module.act_fn(base_gate.index_select(0, token) + delta(gate, rows))
-    inner = inner * (base_up.index_select(0, token) + delta(up, rows))  # (M, f)
+    rows = dispatch.rows(gate.prepare(adapter_name, tokens)).to(compute_dtype(tokens))  # (M, d)
+    inner = module.act_fn(dispatch.rows(base_gate) + delta(gate, rows))
+    inner = inner * (dispatch.rows(base_up) + delta(up, rows))  # (M, f)
     output = down.base_layer(inner)
     output = output + delta(down, down.prepare(adapter_name, inner).to(rows.dtype))  # (M, d)
-    result = torch.zeros_like(tokens, dtype=output.dtype)
-    result = result.index_add(0, token, output * weight[:, None].to(output.dtype))
-    left = 1.0 - slots.weight.sum(-1)  # (T,)
+    result = dispatch.combine(output, made.expert_weight)
+    left = 1.0 - made.expert_weight.sum(-1)  # (T,)
     rest = (left.abs() > 1e-5).nonzero().squeeze(-1)
     dense = down.base_layer(module.act_fn(base_gate[rest]) * base_up[rest])
     result = result.index_add(0, rest, (dense * left[rest, None]).to(output.dtype))

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from .config import MoeLoraConfig
-from .experts.base import RANK_DIM
 from .index import index_of
 from .layer import MoeLoraLayer, tuner_layers
+from .stacks import RANK_DIM
 
 
 class FrozenExperts:

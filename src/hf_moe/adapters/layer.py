@@ -11,19 +11,18 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..modeling.decisions import SlotMixture
 from ..modeling.routing import Router
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import constant_gates
 from .contexts import ACTIVE_LAYER, LayerRun
-from .decisions import as_slots, check_gradient, decide, slots_of_target
-from .dispatched import Stacks
-from .experts import ExpertKind, Target, build_kind
-from .experts.base import low_rank_pair
+from .deciding import check_gradient, decide, decision_of_target, shared
+from .experts import ExpertKind, TargetCall, build_kind
 from .experts.lora import LoraExperts
 from .host_router import HostRouter
 from .hosts import computes_linear
-from .low_rank import ExpertSlots, MixedSlots
-from .ranks import UnequalRanks
+from .low_rank import SharedAssignment
+from .stacks import Stacks, Target, UnequalRanks, Weights, low_rank_pair
 
 
 class MoeLoraLayer(BaseTunerLayer):
@@ -68,7 +67,7 @@ class MoeLoraLayer(BaseTunerLayer):
         self.moe_lora_ranks = nn.ModuleDict()  # of experts of unequal rank
         self.moe_lora_shared_A = Stacks()  # (shared_r, in)
         self.moe_lora_shared_B = Stacks()  # (out, shared_r)
-        self.moe_lora_dropout = nn.ModuleDict()
+        self.moe_lora_dropout: dict[str, float] = {}
         self.moe_lora_router = nn.ModuleDict()
         # The objectives of an adapter live in its first target, where PEFT saves them.
         self.moe_lora_objectives = nn.ModuleDict()
@@ -127,7 +126,7 @@ class MoeLoraLayer(BaseTunerLayer):
         self.key[adapter_name] = key
         self.lora_alpha[adapter_name] = settings.lora_alpha
         self.set_experts(adapter_name, config, kind, {name: self.stored(t) for name, t in kind.tensors().items()})
-        self.moe_lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.moe_lora_dropout[adapter_name] = config.lora_dropout
         if config.shared_r:
             self.shared_scaling[adapter_name] = config.scaling(settings.lora_alpha, config.shared_r)
             pair = low_rank_pair(replace(target, num_experts=1, ranks=(config.shared_r,)))
@@ -198,33 +197,41 @@ class MoeLoraLayer(BaseTunerLayer):
             x (`torch.Tensor` of shape `(..., in)`).
             args: further arguments of the target's call.
         """
-        self.has_acted = True
+        if not self.has_acted:
+            self.has_acted = True
         for adapter_name in self.active_adapters:
             if adapter_name in self.experts:
                 call = partial(self._adapt, adapter_name, call, args)
         return call(x)
 
     def _adapt(
-        self, adapter_name: str, call: Callable[[torch.Tensor], torch.Tensor], args: tuple, x: torch.Tensor
+        self, adapter_name: str, run: Callable[[torch.Tensor], torch.Tensor], args: tuple, x: torch.Tensor
     ) -> torch.Tensor:
-        tensors = {
-            "A": self.moe_lora_A(adapter_name) if adapter_name in self.moe_lora_A else None,
-            "B": self.scaled_b(adapter_name) if adapter_name in self.moe_lora_B else None,
-            "vector": self.moe_lora_vector(adapter_name) if adapter_name in self.moe_lora_vector else None,
-            "ranks": self.moe_lora_ranks[adapter_name] if adapter_name in self.moe_lora_ranks else None,
-        }
         prepare = partial(self.prepare, adapter_name)
-        slots: Any = self.slots(adapter_name, x, args)
-        result = self.experts[adapter_name].forward(call, x, prepare, tensors, slots)
-        if adapter_name in self.moe_lora_shared_A:
+        call = TargetCall(run, x, prepare, self.weights(adapter_name), self.decision(adapter_name, x, args))
+        result = self.experts[adapter_name].forward(call)
+        if adapter_name in self.shared_scaling:
             inner = F.linear(prepare(x), self.moe_lora_shared_A(adapter_name) * self.shared_scaling[adapter_name])
             result = result + F.linear(inner, self.moe_lora_shared_B(adapter_name)).to(result.dtype)
         return result
 
+    def weights(self, adapter_name: str) -> Weights:
+        """Return the tensors of an adapter's experts."""
+        # Not by attribute: a module looks those up in three places, which costs as much as a product of one token.
+        held: Any = self._modules
+        a, b = held["moe_lora_A"](adapter_name), held["moe_lora_B"](adapter_name)
+        scaling, ranks = self.scaling[adapter_name], held["moe_lora_ranks"]._modules.get(adapter_name)
+        if ranks is not None:
+            b, scaling = b * (scaling * ranks.scaling).to(b.dtype), 1.0
+        return Weights(a, b, held["moe_lora_vector"](adapter_name), scaling, ranks)
+
     def prepare(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Return what the experts of an adapter read of `x`: in their dtype, after dropout."""
-        stacks = self.moe_lora_A if adapter_name in self.moe_lora_A else self.moe_lora_vector
-        return self.moe_lora_dropout[adapter_name](self._cast_input_dtype(x, stacks[adapter_name].dtype))
+        held: Any = self._modules
+        stacks = held["moe_lora_A" if adapter_name in held["moe_lora_A"] else "moe_lora_vector"]
+        x = self._cast_input_dtype(x, stacks[adapter_name].dtype)
+        dropout = self.moe_lora_dropout[adapter_name]
+        return F.dropout(x, dropout, self.training) if dropout else x
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
@@ -233,38 +240,41 @@ class MoeLoraLayer(BaseTunerLayer):
             device, dtype = parameter.device, parameter.dtype
         return device, dtype
 
-    def slots(self, adapter_name: str, x: torch.Tensor, args: tuple) -> ExpertSlots | MixedSlots:
+    def decision(self, adapter_name: str, x: torch.Tensor, args: tuple) -> SharedAssignment | SlotMixture:
         """Return the decision for the tokens of `x`, the shared one if a sibling has not made it yet."""
         run = ACTIVE_LAYER.get()
         owner = self.router_owner[adapter_name]
         if owner is None:
             router = self.moe_lora_router[adapter_name]
             if isinstance(router, HostRouter):
-                return ExpertSlots(router.from_call(*args))
+                return SharedAssignment.of(router.from_call(*args))
             return decide(router, x, run, adapter_name)
         if run is None:
             raise RuntimeError(
                 "A layer of LoRA experts whose router reads the input of the decoder layer was called outside of one: "
                 "call the model, or set router_input='target'."
             )
-        router = owner.moe_lora_router[adapter_name]
-        key = adapter_name, router.spec.layer_idx
-        if key not in run.shared:
-            run.shared[key] = self._shared_slots(owner, adapter_name, router, run, x.device)
-        name = f"{type(self.get_base_layer()).__name__}({self.in_features}, {self.out_features})"
-        return slots_of_target(run, key, x, name)
+        key = adapter_name, owner
+        made = run.shared.get(key)
+        if made is None:
+            made = run.shared[key] = self._shared_decision(owner, adapter_name, run, x.device)
+        if x.shape[:-1] == run.hidden_states.shape[:-1] and x is not run.encoder_hidden_states:
+            return made
+        target = f"{type(self.get_base_layer()).__name__}({self.in_features}, {self.out_features})"
+        return decision_of_target(run, made, (adapter_name, owner.moe_lora_router[adapter_name].spec.site), x, target)
 
-    def _shared_slots(
-        self, owner: "MoeLoraLayer", adapter_name: str, router: Router, run: LayerRun, device: torch.device
-    ) -> ExpertSlots | MixedSlots:
+    def _shared_decision(
+        self, owner: "MoeLoraLayer", adapter_name: str, run: LayerRun, device: torch.device
+    ) -> SharedAssignment | SlotMixture:
         """Return the decision of a shared router: its own layer makes it, other layers take it from the context."""
+        router = owner.moe_lora_router[adapter_name]
         if self.layer_name[adapter_name] == owner.layer_name[adapter_name]:
             return decide(router, run.hidden_states, run, adapter_name)
         run.check_told(f"A {type(router).__name__} that all layers share")
-        decision = run.context.of(adapter_name).decisions[router.spec.layer_idx]  # type: ignore[union-attr]
+        decision = run.context.of(adapter_name).decisions[router.spec.site]  # type: ignore[union-attr]
         check_gradient(decision, router)
-        # Slots of their own: what a layer derives from the decision must come back in its recomputation.
-        return as_slots(decision, device)
+        # Of its own: what a layer derives from the decision must come back in its recomputation.
+        return shared(decision, device)
 
     def deciding_router(self, adapter_name: str) -> Router:
         """Return the router of an adapter that decides for this target, its own or the shared one."""
@@ -385,11 +395,12 @@ class Linear(nn.Module, MoeLoraLayer):
         self.update_layer(adapter_name, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        return self.adapted(lambda inputs: self.base_layer(inputs, *args, **kwargs), x)
+        base: Any = self._modules["base_layer"]
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return base(x, *args, **kwargs)
+        return self.adapted(partial(base, *args, **kwargs) if args or kwargs else base, x)
 
     def __repr__(self) -> str:
         return "moe_lora." + super().__repr__()

@@ -23,7 +23,7 @@ from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
 from .constant_routing import RoutingVaries, constant_gates
 from .layer import MoeLoraLayer, tuner_layers
-from .low_rank import ExpertSlots
+from .low_rank import SharedAssignment
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _mean_gates(model: PeftModel, batches: list[dict[str, Any]]) -> Gates:
     def record(key: tuple[str, Router], args: tuple[torch.Tensor, RoutingContext], decision: ExpertAssignment) -> None:
         if not isinstance(decision, ExpertAssignment):
             raise ValueError(f"{type(key[1]).__name__} mixes the tokens of a sequence, and has no mean gates.")
-        gates = ExpertSlots(decision).gates.float()  # (T, E)
+        gates = SharedAssignment.of(decision).gates.float()  # (T, E)
         real = gates[args[1].tokens("token_mask", gates.device)]
         sums[key] = sums.get(key, 0) + real.sum(0)
         counts[key] = counts.get(key, 0) + len(real)

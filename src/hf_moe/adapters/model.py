@@ -24,7 +24,7 @@ from .checks import refusal
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
 from .contexts import TokenlessContext
-from .decisions import check_decision
+from .deciding import check_decision
 from .dispatched import swap_class
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards

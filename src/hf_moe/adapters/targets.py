@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.decisions import ExpertAssignment
-from ..modeling.dispatch import compute_dtype, grouped_linear
+from ..modeling.dispatch import Dispatch, compute_dtype, run_stacks, stack_linear
 from .config import TargetSettings
-from .experts import Target
 from .hosts import input_name, is_expert_stack
 from .layer import MoeLoraLayer
-from .low_rank import ExpertSlots, add_experts
+from .low_rank import SharedAssignment, add_experts
+from .stacks import Target, Weights
 
 
 class WholeModule(nn.Module, MoeLoraLayer):
@@ -164,24 +163,14 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
         ):
             return host(hidden_states, *args)
         index, weight = _index_and_weight(args)
-        host_slots = ExpertSlots(ExpertAssignment(index, weight, self.num_host_experts))
-        token, weight, offsets = host_slots.by_expert
+        dispatch = Dispatch(index, self.num_host_experts)
 
-        def project(rows: torch.Tensor, name: str) -> torch.Tensor:
-            stack = getattr(host, name)
-            stack = stack.transpose(1, 2) if host.is_transposed else stack  # (H, out, in)
-            bias = getattr(host, f"{name}_bias") if host.has_bias else None
-            output = grouped_linear(rows, stack, offsets, bias)
-            return wrappers[name].add(output, rows, hidden_states, host_slots) if name in wrappers else output
+        def project(host: Any, name: str, rows: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+            output = stack_linear(host, name, rows, dispatch)
+            return wrappers[name].add(output, rows, hidden_states, dispatch) if name in wrappers else output
 
-        rows = hidden_states.to(compute_dtype(hidden_states)).index_select(0, token)  # (M, d)
-        inner = project(rows, input_name(host))
-        output = project(host._apply_gate(inner) if host.has_gate else host.act_fn(inner), "down_proj")
-        if getattr(host, "has_post_expert_norm", False):
-            output = host.post_expert_norm(output)
-        output = output * weight[:, None].to(output.dtype)
-        result = torch.zeros_like(hidden_states, dtype=output.dtype)
-        return result.index_add(0, token, output).to(hidden_states.dtype)
+        tokens = hidden_states.to(compute_dtype(hidden_states))
+        return dispatch.combine(run_stacks(host, tokens, dispatch, project), weight).to(hidden_states.dtype)
 
     def _wrappers(self) -> Iterator["ParamWrapper"]:
         wrapper: Any = self
@@ -190,21 +179,21 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
             wrapper = wrapper.base_layer
 
     def add(
-        self, output: torch.Tensor, rows: torch.Tensor, hidden_states: torch.Tensor, host_slots: ExpertSlots
+        self, output: torch.Tensor, rows: torch.Tensor, hidden_states: torch.Tensor, dispatch: Dispatch
     ) -> torch.Tensor:
         """Add the experts of the active adapters to what the host's experts computed of `rows` (M, in)."""
         self.has_acted = True
-        token, _, offsets = host_slots.by_expert
-        experts = torch.arange(self.num_host_experts, device=token.device)
-        host_expert = experts.repeat_interleave(torch.diff(offsets, prepend=offsets.new_zeros(1)))  # (M,)
+        hosts, ends = self.num_host_experts, dispatch.offsets
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        host_expert = torch.arange(hosts, device=ends.device).repeat_interleave(counts)  # (M,)
         for adapter in self.active_adapters:
             if adapter in self.experts:
-                slots: Any = self.slots(adapter, hidden_states, ())
-                index = slots.index.index_select(0, token) * self.num_host_experts + host_expert[:, None]  # (M, K)
+                made: Any = self.decision(adapter, hidden_states, ())
+                index = dispatch.rows(made.expert_index) * hosts + host_expert[:, None]  # (M, K)
                 lora_a, lora_b = self.stacks(adapter)  # (E * H, r, in), (E * H, out, r)
-                index = index.clamp(max=len(lora_a))
-                decision = ExpertAssignment(index, slots.weight.index_select(0, token), len(lora_a))
-                output = add_experts(output, self.prepare(adapter, rows), lora_a, lora_b, ExpertSlots(decision))
+                total = len(lora_a)
+                own = SharedAssignment(index.clamp(max=total), dispatch.rows(made.expert_weight), total)
+                output = add_experts(output, self.prepare(adapter, rows), Weights(lora_a, lora_b), own)
         return output
 
     def __repr__(self) -> str:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from ...configuration.checks import checked_options, unknown_name_message
-from .base import ExpertKind, Target
+from ..stacks import Target
+from .base import ExpertKind, TargetCall
 from .bottleneck import BottleneckExperts
 from .ia3 import Ia3Experts
 from .lora import LoraExperts
@@ -11,7 +12,7 @@ from .rank1_pairs import Rank1PairExperts
 from .value_gate import ValueGateExperts
 
 
-__all__ = ["EXPERT_KINDS", "ExpertKind", "Target", "build_kind"]
+__all__ = ["EXPERT_KINDS", "ExpertKind", "TargetCall", "build_kind"]
 
 EXPERT_KINDS: dict[str, type[ExpertKind]] = {
     "bottleneck": BottleneckExperts,

@@ -10,20 +10,19 @@ Sources: Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751 (sequen
 Parameter-Efficient Transfer Learning, arXiv:2110.04366 (parallel).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from transformers.activations import ACT2FN
 
 from ...modeling.gating import check_choice
-from ..low_rank import ExpertSlots, MixedSlots, add_experts
-from .base import ExpertKind, Target, low_rank_pair
+from ..low_rank import add_experts
+from ..stacks import Target, low_rank_pair
+from .base import ExpertKind, TargetCall
 
 
 class BottleneckExperts(ExpertKind):
-    """Bottleneck experts of inner width r beside or behind a target.
+    """Bottleneck experts of inner width r beside or after a target.
 
     Args:
         activation: name of the non-linearity, as in Transformers' `ACT2FN`.
@@ -57,15 +56,7 @@ class BottleneckExperts(ExpertKind):
         gate, down = inner.chunk(2, dim=-1)
         return self.act_fn(gate) * down
 
-    def forward(
-        self,
-        call: Callable[[torch.Tensor], torch.Tensor],
-        x: torch.Tensor,
-        prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, Any],
-        slots: ExpertSlots | MixedSlots,
-    ) -> torch.Tensor:
-        result = call(x)
-        inputs = prepare(x if self.position == "parallel" else result)
-        add = add_experts if tensors["ranks"] is None else tensors["ranks"].add_experts
-        return add(result, inputs, tensors["A"], tensors["B"], slots, self.activate)
+    def forward(self, call: TargetCall) -> torch.Tensor:
+        result = call.run(call.x)
+        inputs = call.prepare(call.x if self.position == "parallel" else result)
+        return add_experts(result, inputs, call.weights, call.decision, self.activate)

@@ -9,13 +9,10 @@ Sources: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-
 Pushing Mixture of Experts to the Limit, arXiv:2309.05444.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from ..low_rank import ExpertSlots
-from .base import ExpertKind, Target
+from ..stacks import Target
+from .base import ExpertKind, TargetCall
 
 
 class Ia3Experts(ExpertKind):
@@ -33,17 +30,10 @@ class Ia3Experts(ExpertKind):
         width = self.target.in_features if self.scales_input else self.target.out_features
         return {"vector": torch.ones(self.target.num_experts, width)}
 
-    def forward(
-        self,
-        call: Callable[[torch.Tensor], torch.Tensor],
-        x: torch.Tensor,
-        prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, Any],
-        slots: ExpertSlots,
-    ) -> torch.Tensor:
-        vectors = tensors["vector"]
-        scale = 1.0 + slots.gates.to(vectors.dtype) @ (vectors - 1.0)  # (T, width)
+    def forward(self, call: TargetCall) -> torch.Tensor:
+        vectors = call.weights.vector
+        scale = 1.0 + call.decision.gates.to(vectors.dtype) @ (vectors - 1.0)  # (T, width)
         if self.scales_input:
-            return call((x * scale.view(x.shape)).to(x.dtype))
-        result = call(x)
+            return call.run((call.x * scale.view(call.x.shape)).to(call.x.dtype))
+        result = call.run(call.x)
         return (result * scale.view(result.shape)).to(result.dtype)

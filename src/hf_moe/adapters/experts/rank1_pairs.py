@@ -7,16 +7,14 @@ n down and n up vectors give n * n experts for the parameters of n. Expert (i, j
 Source: Intuition-aware Mixture-of-Rank-1-Experts for Parameter Efficient Finetuning, arXiv:2404.08985.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import isqrt
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from ..low_rank import ExpertSlots
-from .base import ExpertKind, Target, low_rank_pair
+from ..stacks import Target, low_rank_pair
+from .base import ExpertKind, TargetCall
 
 
 class Rank1PairExperts(ExpertKind):
@@ -40,18 +38,10 @@ class Rank1PairExperts(ExpertKind):
     def tensors(self) -> dict[str, torch.Tensor]:
         return low_rank_pair(replace(self.target, num_experts=self.pool_size, ranks=(1,) * self.pool_size))
 
-    def forward(
-        self,
-        call: Callable[[torch.Tensor], torch.Tensor],
-        x: torch.Tensor,
-        prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, Any],
-        slots: ExpertSlots,
-    ) -> torch.Tensor:
-        result = call(x)
-        inputs = prepare(x)
-        inner = F.linear(inputs.reshape(-1, inputs.shape[-1]), tensors["A"].squeeze(1))  # (T, n) down
-        pairs = slots.gates.to(inner.dtype).unflatten(1, (self.pool_size, self.pool_size))  # (T, n up, n down)
-        mixed = torch.einsum("tud,td->tu", pairs, inner)
-        output = F.linear(mixed, tensors["B"].squeeze(2).t())  # (T, out)
+    def forward(self, call: TargetCall) -> torch.Tensor:
+        result, inputs, weights = call.run(call.x), call.prepare(call.x), call.weights
+        inner = F.linear(inputs.reshape(-1, inputs.shape[-1]), weights.a.squeeze(1))  # (T, n) down
+        pairs = call.decision.gates.to(inner.dtype).unflatten(1, (self.pool_size, self.pool_size))  # (T, n up, n down)
+        mixed = torch.einsum("tud,td->tu", pairs, inner) * weights.scaling
+        output = F.linear(mixed, weights.b.squeeze(2).t())  # (T, out)
         return result + output.view(result.shape).to(result.dtype)

@@ -8,14 +8,11 @@ mass: of all kinds of experts this is the one that changes the model at step 0, 
 Source: PILL: Plug Into LLM with Adapter Expert and Attention Gate, arXiv:2311.02126.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from ...configuration.checks import PositiveInt
-from ..low_rank import ExpertSlots
-from .base import ExpertKind, Target
+from ..stacks import Target
+from .base import ExpertKind, TargetCall
 
 
 class ValueGateExperts(ExpertKind):
@@ -48,19 +45,11 @@ class ValueGateExperts(ExpertKind):
         heads = self.target.out_features // self.head_dim
         return {"vector": torch.zeros(self.target.num_experts, heads, self.target.in_features)}
 
-    def forward(
-        self,
-        call: Callable[[torch.Tensor], torch.Tensor],
-        x: torch.Tensor,
-        prepare: Callable[[torch.Tensor], torch.Tensor],
-        tensors: dict[str, Any],
-        slots: ExpertSlots,
-    ) -> torch.Tensor:
-        result = call(x)
-        inputs = prepare(x)
-        vectors = tensors["vector"]
+    def forward(self, call: TargetCall) -> torch.Tensor:
+        result, inputs, gates = call.run(call.x), call.prepare(call.x), call.decision.gates
+        vectors = call.weights.vector
         scores = torch.einsum("td,ehd->teh", inputs.reshape(-1, inputs.shape[-1]), vectors)  # (T, E, heads)
-        gate = torch.einsum("teh,te->th", scores, slots.gates.to(scores.dtype)).tanh()
-        gate = torch.where(slots.gates.sum(-1, keepdim=True) > 0, gate, 1.0)
+        gate = torch.einsum("teh,te->th", scores, gates.to(scores.dtype)).tanh()
+        gate = torch.where(gates.sum(-1, keepdim=True) > 0, gate, 1.0)
         heads = result.reshape(len(gate), -1, self.head_dim) * gate[..., None].to(result.dtype)
         return heads.view(result.shape)

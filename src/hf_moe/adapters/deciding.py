@@ -11,12 +11,12 @@ from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
 from .contexts import AdapterContext, LayerRun, TokenlessContext, are_tokens
 from .experts import ExpertKind
-from .low_rank import ExpertSlots, MixedSlots
+from .low_rank import SharedAssignment
 
 
 def decide(
     router: Router, hidden_states: torch.Tensor, run: LayerRun | None, adapter_name: str
-) -> ExpertSlots | MixedSlots:
+) -> SharedAssignment | SlotMixture:
     """Return a router's decision for hidden states (..., d), and record it for the objectives."""
     context: RoutingContext
     root: AdapterContext | None = None if run is None else run.context
@@ -45,10 +45,12 @@ def decide(
         decision = decision.drop(~context.tokens("token_mask", tokens.device))
     if root is not None:
         context.decisions[router.spec.layer_idx] = decision
-    return as_slots(decision)
+    return shared(decision)
 
 
-def slots_of_target(run: LayerRun, key: tuple[str, int], x: torch.Tensor, target: str) -> ExpertSlots | MixedSlots:
+def decision_of_target(
+    run: LayerRun, made: SharedAssignment | SlotMixture, key: tuple[str, Site], x: torch.Tensor, target: str
+) -> SharedAssignment | SlotMixture:
     """Return the decision that a layer's targets share, for what one of them reads.
 
     That is the tokens which enter the layer, or, where attention expands what it has cached of every token, the cached
@@ -56,55 +58,55 @@ def slots_of_target(run: LayerRun, key: tuple[str, int], x: torch.Tensor, target
 
     Args:
         run: the call of the layer.
-        key: adapter and number of the router.
+        made: the decision for the tokens that enter it.
+        key: adapter and site of the router.
         x (`torch.Tensor` of shape `(..., in)`): what the target reads.
         target: how to call it in an error.
 
     Raises:
         ValueError: if the target reads other tokens.
     """
-    slots = run.shared[key]
     index = weight = None
-    if run.context is not None and isinstance(slots, ExpertSlots) and x.dim() > run.hidden_states.dim():
-        index, weight = _remembered(run.context.of(key[0]), key[1], slots, len(run.hidden_states))
+    if run.context is not None and isinstance(made, SharedAssignment) and x.dim() > run.hidden_states.dim():
+        index, weight = _remembered(run.context.of(key[0]), key[1], made, len(run.hidden_states))
     if run.tells_of(x):
-        return slots
+        return made
     places = 0 if index is None else x[..., 0].numel() // len(index)
     if (
-        not isinstance(slots, ExpertSlots)
+        not isinstance(made, SharedAssignment)
         or index is None
         or places < index.shape[1]
         or not are_tokens(x, torch.Size((len(index), places)))
     ):
         raise ValueError(
-            f"The router of this layer decided for the {len(slots)} tokens that enter the layer, and a target, "
-            f"{target}, got others, {tuple(x.shape[:-1])}, as in cross-attention, in windows, or from a cache that "
-            "was filled without this adapter: set router_input='target', or leave this target out."
+            f"The router of this layer decided for the {run.hidden_states[..., 0].numel()} tokens that enter the "
+            f"layer, and a target, {target}, got others, {tuple(x.shape[:-1])}, as in cross-attention, in windows, or "
+            "from a cache that was filled without this adapter: set router_input='target', or leave this target out."
         )
-    # A cache of fixed size has free places behind the tokens.
+    # A cache of fixed size has free places after the tokens.
     free = places - index.shape[1]
-    index = F.pad(index, (0, 0, 0, free), value=slots.num_experts)
+    index = F.pad(index, (0, 0, 0, free), value=made.num_experts)
     weight = F.pad(weight, (0, 0, 0, free))
-    return ExpertSlots(ExpertAssignment(index.flatten(0, 1), weight.flatten(0, 1), slots.num_experts))
+    return SharedAssignment(index.flatten(0, 1), weight.flatten(0, 1), made.num_experts)
 
 
-def _remembered(context: RoutingContext, router: Site, slots: ExpertSlots, rows: int) -> tuple[Any, Any]:
+def _remembered(context: RoutingContext, router: Site, made: SharedAssignment, rows: int) -> tuple[Any, Any]:
     """Remember a decision, and return index and weight (B, n + S, K) of the cached tokens too.
 
     Both are `None` where the decisions for those are not remembered.
     """
-    parts = {"index": slots.index, "weight": slots.weight}  # (T, K) both
+    parts = {"index": made.expert_index, "weight": made.expert_weight}  # (T, K) both
     if not all(context.memory.knows((name, router)) for name in parts):
         return None, None
     found = [context.remember((name, router), part.unflatten(0, (rows, -1))) for name, part in parts.items()]
     return found[0], found[1]
 
 
-def as_slots(decision: Decision, device: torch.device | None = None) -> ExpertSlots | MixedSlots:
+def shared(decision: Decision, device: torch.device | None = None) -> SharedAssignment | SlotMixture:
     """Return a decision in the form that experts take, on `device` if it is given."""
     if isinstance(decision, SlotMixture):
-        return MixedSlots(decision)
-    return ExpertSlots(decision, device)  # type: ignore[arg-type]
+        return decision
+    return SharedAssignment.of(decision, device)  # type: ignore[arg-type]
 
 
 def check_gradient(decision: Decision, router: Router) -> None:
