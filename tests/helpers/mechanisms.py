@@ -95,6 +95,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "experts": {
         "ffn": Case(),
+        "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),
         "ffn-shared": Case(moe={"num_shared_experts": 1, "shared_expert_gate": True, "granularity": 2}),
     },
     "objective": {

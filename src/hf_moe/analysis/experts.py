@@ -5,7 +5,7 @@ Source of the test: EvoMoE, arXiv:2505.23830.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -56,6 +56,20 @@ def expert_similarity(model: Any, batch: dict[str, torch.Tensor]) -> dict[int, d
     Args:
         batch: keyword arguments of a forward pass; its real tokens are the ones compared on.
     """
+    inputs, layers = layer_inputs(model, batch), model.moe_layers()
+    return {
+        index: {"weights": weight_similarity(layers[index]), "outputs": output_similarity(layers[index], tokens)}
+        for index, tokens in inputs.items()
+    }
+
+
+@torch.no_grad()
+def layer_inputs(model: Any, batch: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+    """Return the real tokens (T, d) that reach every MoE layer.
+
+    Args:
+        batch: keyword arguments of a forward pass.
+    """
     seen: dict[int, torch.Tensor] = {}
 
     def keep(layer: Block, args: tuple[torch.Tensor, ...]) -> None:
@@ -68,11 +82,7 @@ def expert_similarity(model: Any, batch: dict[str, torch.Tensor]) -> dict[int, d
     finally:
         for handle in handles:
             handle.remove()
-    result = {}
-    for index, layer in model.moe_layers().items():
-        tokens = seen[index][routing.tokens("token_mask", seen[index].device)]
-        result[index] = {"weights": weight_similarity(layer), "outputs": output_similarity(layer, tokens)}
-    return result
+    return {index: tokens[routing.tokens("token_mask", tokens.device)] for index, tokens in seen.items()}
 
 
 @torch.no_grad()

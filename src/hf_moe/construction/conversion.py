@@ -1,4 +1,4 @@
-"""Conversion: another router, or other objectives, for a model that exists.
+"""Conversion: another router, experts of another kind, or other objectives, for a model that exists.
 
 Where the new router can compute what the old gate does, the model is the same at step 0: `gate_forms.py` has the
 table. To AnyExperts the gate's weights and its bias are taken over, the importance module's last layer is zero (every
@@ -8,14 +8,17 @@ margin. Weights are renormalised over the slots where the gate did so.
 Source of the AnyExperts start: this library's reading of arXiv:2511.18314.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 
+from ..analysis.experts import layer_inputs
 from ..configuration.layer_maps import at_layer
 from ..configuration.names import without_alias
 from ..modeling.auxiliary import AuxiliaryLosses
+from ..modeling.configured_parts import ConfiguredParts
 from ..modeling.context import routers_of
 from ..modeling.initialisation import initialize_mechanisms, initializer_std
 from ..modeling.mechanisms import get_mechanism
@@ -60,6 +63,46 @@ def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int
     first = next(iter(chosen.values()), {"name": name, **options})
     model.config.moe_config.router = first if all(item == first for item in chosen.values()) else chosen
     model.config.system = None
+
+
+@torch.no_grad()
+def convert_experts(
+    model: HfMoeForConditionalGeneration,
+    name: str,
+    *,
+    batch: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Give every MoE layer of a model experts of another kind, in place; they start from those that are there.
+
+    Args:
+        model: its `config` is changed with it.
+        name: of the new kind.
+        batch (`Mapping[str, Any]`, *optional*): keyword arguments of a forward pass; kinds that approximate the old
+            experts do so for the tokens that then reach the layers.
+        options: of the new kind.
+
+    Raises:
+        ValueError: if the kind cannot be built, cannot start as feed-forwards, or the old experts are none.
+    """
+    config = model.config
+    inputs = {} if batch is None else layer_inputs(model, batch)
+    previous, config.moe_config.experts = config.moe_config.experts, {"name": name, **options}
+    try:
+        parts = ConfiguredParts(config, config.moe_config)
+        fresh = {index: parts.experts(layer.spec) for index, layer in model.moe_layers().items()}
+        for index, experts in fresh.items():
+            old = model.moe_layers()[index].experts
+            initialize_mechanisms(experts, initializer_std(config))
+            experts.take(old.states(), inputs.get(index))
+            weight = next(old.parameters())
+            fresh[index] = experts.to(weight.device, weight.dtype).train(old.training)
+    except ValueError:
+        config.moe_config.experts = previous
+        raise
+    for index, experts in fresh.items():
+        model.moe_layers()[index].experts = experts
+    config.system = None
 
 
 def set_objectives(model: HfMoeForConditionalGeneration, objectives: dict[str, Any]) -> None:

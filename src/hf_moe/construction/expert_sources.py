@@ -151,13 +151,14 @@ def fill_layer(layer: Block, parents: Sequence[State], source: ExpertSource) -> 
         ValueError: if the experts are of a kind that cannot start as feed-forwards.
     """
     branch = 1.0 if layer.shared_expert is None or layer.residual_mix is not None else 0.5
-    layer.experts.take(_states(layer.experts.widths, parents, source, branch))
+    equal = layer.experts.take(_states(layer.experts.widths, parents, source, branch))
     widths = list(layer.experts.widths)
     if layer.shared_expert is not None:
         widths.append(layer.shared_expert.down_proj.in_features)
         _fill_shared(layer.shared_expert, take_neurons(parents[0], widths[-1]), branch)
     full = parents[0]["down_proj"].shape[-1]
-    return source.exact and source.noise_std == 0.0 and len(parents) == 1 and all(w % full == 0 for w in widths)
+    exact = source.exact and source.noise_std == 0.0 and len(parents) == 1
+    return equal and exact and all(width % full == 0 for width in widths)
 
 
 def _states(widths: Sequence[int], parents: Sequence[State], source: ExpertSource, branch: float) -> Iterator[State]:

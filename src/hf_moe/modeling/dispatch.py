@@ -170,6 +170,13 @@ class Dispatch:
         self.order = order[: int(self.offsets[-1])]
         self.token = self.order // index.shape[-1]
 
+    @property
+    def expert(self) -> torch.Tensor:
+        """The expert of every row, (M,)."""
+        counts = torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
+        experts = torch.arange(len(counts), device=counts.device)
+        return experts.repeat_interleave(counts, output_size=len(self.order))
+
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """Return the tokens' `values` (T, ...) by row, (M, ...)."""
         return values.index_select(0, self.token)
@@ -208,10 +215,20 @@ class EvenDispatch(Dispatch):
     """Rows that are sorted already, equally many for each of E experts, as those of mixed slots are.
 
     One batched product serves all experts, which compiles whole.
+
+    Args:
+        num_experts (`int`): E.
+        num_rows (`int`): M.
+        device (`torch.device`): of the rows.
     """
 
-    def __init__(self, num_experts: int):
+    def __init__(self, num_experts: int, num_rows: int, device: torch.device):
         self.num_experts = num_experts
+        self.token = torch.arange(num_rows, device=device)
+
+    @property
+    def expert(self) -> torch.Tensor:
+        return self.token // (len(self.token) // self.num_experts)
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -278,7 +295,8 @@ def mix_slots(
     batch, positions, slots = take.shape
     tokens = hidden_states.reshape(batch, positions, -1).to(dtype)  # (B, S, d)
     inputs = torch.einsum("bsn,bsd->nbd", take.to(dtype), tokens)  # (N, B, d)
-    outputs = compute(inputs.reshape(slots * batch, -1), EvenDispatch(num_experts)).view(slots, batch, -1)
+    dispatch = EvenDispatch(num_experts, slots * batch, tokens.device)
+    outputs = compute(inputs.reshape(slots * batch, -1), dispatch).view(slots, batch, -1)
     mixed = torch.einsum("bsn,nbd->bsd", give.to(dtype), outputs)
     return mixed.flatten(0, 1).to(hidden_states.dtype)
 

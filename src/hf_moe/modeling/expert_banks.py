@@ -1,6 +1,6 @@
 """Isolated banks of experts behind one numbering, and how a layer calls experts of any make."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from itertools import islice
 
@@ -34,10 +34,14 @@ class ExpertBanks(Experts):
     def widths(self) -> list[int]:
         return [width for bank in self.banks for width in bank.widths]
 
-    def take(self, states: Iterable[dict[str, torch.Tensor]]) -> None:
+    def take(self, states: Iterable[dict[str, torch.Tensor]], inputs: torch.Tensor | None = None) -> bool:
         states = iter(states)
-        for bank, size in zip(self.banks, self.sizes, strict=True):
-            bank.take(islice(states, size))
+        pairs = zip(self.banks, self.sizes, strict=True)
+        return all([bank.take(islice(states, size), inputs) for bank, size in pairs])
+
+    def states(self) -> Iterator[dict[str, torch.Tensor]]:
+        for bank in self.banks:
+            yield from bank.states()
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, decision: Decision

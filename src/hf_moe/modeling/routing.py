@@ -6,7 +6,7 @@ swapped. Shapes, throughout the library: B sequences, S positions, T = B * S tok
 E routed experts, K slots per token, f expert width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -183,14 +183,25 @@ class Experts(nn.Module):
             f"Experts of the class {type(self).__name__} cannot start as feed-forwards: choose the kind 'ffn'."
         )
 
-    def take(self, states: Iterable[dict[str, torch.Tensor]]) -> None:
+    def take(self, states: Iterable[dict[str, torch.Tensor]], inputs: torch.Tensor | None = None) -> bool:
         """Start as feed-forwards, one for each expert in order, and of the width in [`~Experts.widths`].
 
         Args:
             states: `gate_up_proj` (2f, d) with the gate first, or `up_proj` (f, d), and `down_proj` (d, f), each with
                 `_bias` where it has biases. They may be made one at a time: hold no more of them than needed.
+            inputs (`torch.Tensor` of shape `(T, d)`, *optional*): tokens that reach the layer; kinds that approximate
+                feed-forwards do so for these.
+
+        Returns:
+            Whether every expert computes what its feed-forward does.
         """
         raise NotImplementedError(f"{type(self).__name__} must define take(states).")
+
+    def states(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield every expert as a feed-forward, in the form of [`~Experts.take`]."""
+        raise ValueError(
+            f"Experts of the class {type(self).__name__} are no feed-forwards that others could start from."
+        )
 
     def parallel_plans(self) -> dict[str, dict[str, str]]:
         """Return how Transformers splits these experts: by their width in `"tp_plan"`, by their number in `"ep_plan"`.

@@ -7,7 +7,7 @@ each with `_bias` where the host's feed-forward has biases. So PEFT's `target_pa
 quantisers and weight loaders apply unchanged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -75,10 +75,16 @@ class StackedExperts(Experts):
         return [self.intermediate_dim] * self.num_experts
 
     @torch.no_grad()
-    def take(self, states: Iterable[dict[str, torch.Tensor]]) -> None:
+    def take(self, states: Iterable[dict[str, torch.Tensor]], inputs: torch.Tensor | None = None) -> bool:
         for expert, state in enumerate(states):
             for name, tensor in state.items():
                 getattr(self, name)[expert].copy_(tensor)
+        return True
+
+    def states(self) -> Iterator[dict[str, torch.Tensor]]:
+        names = [name for name, _ in self.named_parameters(recurse=False)]
+        for expert in range(self.num_experts):
+            yield {name: getattr(self, name)[expert] for name in names}
 
     @property
     def takes_dispatch(self) -> bool:
