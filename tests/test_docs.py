@@ -18,7 +18,7 @@ from hf_moe.training.recipe import load_recipe
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 class Snippet(NamedTuple):
@@ -170,3 +170,8 @@ def test_every_local_link_of_a_page_leads_somewhere(page):
 def test_the_generated_pages_are_up_to_date(tool, page):
     written = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))["reference"]()
     assert (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") == written, "run `make docs`"
+
+
+def test_the_readme_names_every_system():
+    tool = runpy.run_path(str(ROOT / "tools" / "system_pages.py"))
+    assert tool["README"].read_text(encoding="utf-8") == tool["readme"](), "run `make docs`"

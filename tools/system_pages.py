@@ -1,4 +1,4 @@
-"""Writes docs/systems.md, the systems by family, and beside it a page for each, which is not committed.
+"""Writes docs/systems.md, the systems by family, their list in README.md, and a page for each, which is not committed.
 
 python tools/system_pages.py
 """
@@ -11,6 +11,8 @@ from hf_moe.configuration.systems import systems_by_family
 
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+README = DOCS.parent / "README.md"
+BEGIN, END = "<!-- Systems: written by `make docs`. -->\n", "<!-- End of systems. -->\n"
 RECORDS = "../src/hf_moe/configuration/systems"
 INTRODUCTION = """\
 # Published systems
@@ -35,7 +37,19 @@ def reference() -> str:
     return "\n".join(sections)
 
 
+def readme() -> str:
+    """Return the text of README.md with the systems of today."""
+    families = systems_by_family().items()
+    lines = [
+        f"- [{family.capitalize()}](docs/systems.md#{family}): " + ", ".join(f"`{record.key}`" for record in records)
+        for family, records in families
+    ]
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    return before + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2]
+
+
 def main() -> None:
+    README.write_text(readme(), encoding="utf-8")
     (DOCS / "systems.md").write_text(reference(), encoding="utf-8")
     folder = DOCS / "systems"
     folder.mkdir(exist_ok=True)
