@@ -140,8 +140,8 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
     layers = model.moe_layers()
     experts = {layer: _expert_sizes(module) for layer, module in layers.items()}
     parts = host_parts(model)
-    encoding = ("tower", "connector")
-    always = sum(p.numel() for name, p in model.named_parameters() if part_of(name, parts) not in encoding)
+    decoder = {n: p for n, p in model.named_parameters() if not parts.holder(n) and part_of(n, parts) != "connector"}
+    always = sum(parameter.numel() for parameter in decoder.values())
     always -= sum(int(sizes.sum()) for sizes in experts.values())
     always -= sum(layer.router.idle_parameters() for layer in layers.values())
     active = {}

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..configuration import HfMoeConfig
 from ..modeling.host import routed_layer_class
 from ..modeling.host_layers import decoder_layers, ffn_name, read_ffn
+from ..modeling.initialisation import initializer_std
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from .adoption import adopt, hand_over_block
@@ -20,7 +21,7 @@ from .block_checks import check_block, check_expert
 from .expert_sources import ExpertSource, build_source, feed_forward_state, fill_layer
 from .generation import generation_settings
 from .host_plan import plan_host, system_source
-from .in_place import become_moe
+from .in_place import become_moe, block_paths
 from .materialisation import check_materialised, materialise
 from .moe_blocks import read_block
 from .pretrained import load_language_model, load_vision_tower
@@ -35,6 +36,8 @@ def build_model(
     *,
     moe_config: dict[str, Any] | None = None,
     connector: dict[str, Any] | None = None,
+    vision_moe_config: dict[str, Any] | None = None,
+    connector_moe_config: dict[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     chat_template: str | None = None,
     image_token: str = IMAGE_TOKEN,
@@ -58,6 +61,7 @@ def build_model(
         system: a key of `hf_moe.list_systems()`; `"top_k"` for a dense decoder when absent.
         moe_config: fields that override the system's.
         connector: the connector's name and options; a two-layer MLP when absent.
+        vision_moe_config, connector_moe_config: see [`HfMoeConfig`]; the tower's experts start as copies too.
         tokenizer: instead of the decoder's own.
         chat_template: instead of [`default_chat_template`].
         image_token: the placeholder, added to the tokenizer if it is new there.
@@ -78,6 +82,8 @@ def build_model(
         if vision_tower is not None:
             tower, image_processor = load_vision_tower(vision_tower, image_size, feature_stage, dtype)
             fields |= {"vision_config": tower.config, "image_size": _side(image_processor, image_size)}
+            places = {"vision_moe_config": vision_moe_config, "connector_moe_config": connector_moe_config}
+            fields |= {name: moe for name, moe in places.items() if moe is not None}
         dense = None
         if not isinstance(language_model, dict):
             dense, own_tokenizer = load_language_model(language_model, dtype)
@@ -97,9 +103,8 @@ def build_model(
             method = build_source(source or system_source(system), seed, noise_std)
             model = _from_decoder(dense, tokenizer, system, moe_config, fields, dtype, method, seed, on_check)
         if tower is not None:
-            for name, parameter in model.model.vision_tower.named_parameters():
-                tower.get_parameter(name).requires_grad_(parameter.requires_grad)
-            model.model.vision_tower = _with_config(tower.to(dtype), model.config.vision_config)  # its buffers too
+            method = build_source(source or system_source(system), seed, noise_std)
+            _put_tower(model, _with_config(tower.to(dtype), model.config.vision_config), method)  # its buffers too
     check_materialised(model)
     for block in model.moe_blocks().values():
         block.gate.float()
@@ -112,6 +117,20 @@ def build_model(
     return model.eval(), HfMoeProcessor(
         image_processor, tokenizer, image_seq_length, image_token, chat_template=template
     )
+
+
+@torch.no_grad()
+def _put_tower(model: HfMoeForConditionalGeneration, tower: PreTrainedModel, source: ExpertSource) -> None:
+    """Give a model its tower, whose feed-forwards become experts where the config says so."""
+    dense = dict(tower.named_modules())
+    model.model.vision_tower = tower
+    model.install_place("vision")
+    for path, block in block_paths(tower).items():
+        check_expert(model, block, dense[path])
+        materialise(block, initializer_std(model.config), next(dense[path].parameters()).device)
+        fill_layer(block, [feed_forward_state(dense[path])], source)
+    for name in model.model.unreachable_parameters:
+        model.model.get_parameter(name).requires_grad_(False)
 
 
 def _side(image_processor: Any, asked: int | None) -> int | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..configuration import MoeConfig
+from ..configuration.configuration_hf_moe import PLACE_FIELDS
 from ..configuration.layer_maps import at_layer
 from ..modeling.mechanisms import mechanism_names
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
@@ -41,8 +43,9 @@ Shapes = Mapping[str, Iterable[int]]
 def bare_model(config: Any) -> HfMoeForConditionalGeneration:
     """Return the model of a checkpoint on the meta device without its mechanisms: its parts and buffers are known."""
     bare = copy.deepcopy(config)
-    bare.moe_config.layers = []
-    bare.moe_config.objectives = {}
+    bare.moe_config = MoeConfig(layers=[])
+    for name in PLACE_FIELDS.values():
+        setattr(bare, name, None)
     connector = getattr(bare, "connector", None)
     if isinstance(connector, dict) and connector["name"] not in mechanism_names("connector"):
         # A user's own that is not installed: it lies where any other would.

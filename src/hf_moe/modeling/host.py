@@ -74,8 +74,11 @@ def install_blocks(layers: Any, config, moe, host_config, **facts: Any) -> None:
     for layer_idx in moe.moe_layers(len(layers)):
         layer = layers[layer_idx]
         name = ffn_name(layer)
-        spec = layer_spec(moe, host_config, layer_idx, read_ffn(getattr(layer, name)), **facts)
-        setattr(layer, name, build_block(config, moe, spec))
+        ffn = getattr(layer, name)
+        block = build_block(config, moe, layer_spec(moe, host_config, layer_idx, read_ffn(ffn), **facts))
+        # No feature depends on the last layers of some towers, which stay out of training.
+        block.requires_grad_(any(parameter.requires_grad for parameter in ffn.parameters()))
+        setattr(layer, name, block)
     parts = ConfiguredParts(config, moe)
     for kind in ("attention", "layer"):
         for layer_idx, layer in enumerate(layers):

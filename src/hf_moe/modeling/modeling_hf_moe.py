@@ -125,7 +125,12 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         self.cache_argument = cache_argument(type(decoder))
         text = config.get_text_config(decoder=True)
         install_blocks(decoder_layers(decoder), config, config.moe_config, text)
-        self._install_outside_decoder()
+        for place in PLACE_FIELDS:
+            self.install_place(place)
+        if config.host_type is None:
+            # Experts may have taken the place of a feed-forward that no feature depends on.
+            unreachable = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+            self.model.unreachable_parameters = unreachable
         self.base_model.shared_routing = shared_parts(self)
         self.objectives = AuxiliaryLosses(config, [router.spec for router in routers_of(self).values()])
         kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
@@ -165,23 +170,30 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         freeze_towers_in_eval(self)
         return self
 
-    def _install_outside_decoder(self) -> None:
-        given = {place: getattr(self.config, name) for place, name in PLACE_FIELDS.items()}
-        for place, moe in given.items():
-            if moe is None:
-                continue
-            parts = host_parts(self)
-            path, modalities = find_part(self, parts, place)
-            if place == "connector":
-                moe.check_layers(1)
-                block = install_in_connector(self, path, self.config, moe)
-                carry_place_context(block, block, place, modalities)
-            else:
-                tower = self.get_submodule(path)
-                layers = tower_layers(tower, [self.get_submodule(item) for item in parts.connectors])
-                moe.check_layers(len(layers))
-                carry_place_context(tower, layers[0], place, modalities)
-                install_blocks(layers, self.config, moe, tower.config, place=place, causal=False)
+    def install_place(self, place: str) -> None:
+        """Make the feed-forwards of a tower or connector MoE layers, where the config says so.
+
+        Args:
+            place: `"vision"`, `"audio"` or `"connector"`.
+
+        Raises:
+            ValueError: if the model has no such part, or it cannot host MoE layers.
+        """
+        moe = getattr(self.config, PLACE_FIELDS[place])
+        if moe is None:
+            return
+        parts = host_parts(self)
+        path, modalities = find_part(self, parts, place)
+        if place == "connector":
+            moe.check_layers(1)
+            block = install_in_connector(self, path, self.config, moe)
+            carry_place_context(block, block, place, modalities)
+        else:
+            tower = self.get_submodule(path)
+            layers = tower_layers(tower, [self.get_submodule(item) for item in parts.connectors])
+            moe.check_layers(len(layers))
+            carry_place_context(tower, layers[0], place, modalities)
+            install_blocks(layers, self.config, moe, tower.config, place=place, causal=False)
 
     def moe_layers(self) -> dict[int, Block]:
         """Return the MoE layers of the decoder by layer index."""

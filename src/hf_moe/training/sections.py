@@ -18,6 +18,8 @@ class Model(TypedDict, total=False):
     system: str | None
     moe_config: dict[str, Any] | None
     connector: dict[str, Any] | None
+    vision_moe_config: dict[str, Any] | None
+    connector_moe_config: dict[str, Any] | None
     tokenizer: Literal["words"]
     chat_template: str | None
     image_token: str

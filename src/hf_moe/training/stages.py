@@ -188,13 +188,16 @@ def image_features(
     """
     parts, base = host_parts(model), model.base_model
     hosted = model.config.host_type is not None
+    encoders = (*parts.towers, *parts.connectors) if hosted else parts.towers
     encoding = {"tower", "connector"} if hosted else {"tower"}
+    if any(parts.holder(path) in encoders for path in parts.moe_layers):
+        encoding |= {"experts", "routers"}
     if not parts.towers or not encoding.isdisjoint(trained):
         return None
     if hosted and "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
         return None
     for name, parameter in model.named_parameters():
-        if part_of(name, parts) in encoding:
+        if parts.holder(name) in encoders or (hosted and part_of(name, parts) == "connector"):
             parameter.requires_grad_(False)
     media = ("images", "videos") if hosted else ("images",)
     seen = [(part, [name for name in media if name in part.column_names]) for part in rows.values()]
