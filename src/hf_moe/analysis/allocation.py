@@ -1,5 +1,6 @@
 """Pictures of how a router with a slot budget spends its experts: by image patch and word, by modality, by layer."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from ..configuration.configuration_hf_moe import MODALITIES
 from ..modeling.decisions import ExpertAssignment
 from ..modeling.routing_context import RoutingContext
-from .pictures import FAINT, INK
+from .pictures import FAINT, INK, dress_scale, new_figure, write_figure
 from .routing_statistics import RoutingStatistics
 
 
@@ -30,7 +31,7 @@ def draw_importance(
     signal: str = "importance",
     title: str | None = None,
 ) -> Path:
-    """Draw a signal over the patches of a row's image and over its words, one line of panels per layer.
+    """Draw a signal over the patches of a row's image and its words, one line of panels per layer; return the path.
 
     Args:
         routing: of a forward pass with `output_routing=True`.
@@ -41,9 +42,6 @@ def draw_importance(
         layers: all that report the signal when absent.
         signal: one value per token, 0 to 1, or any number for other signals than `importance`.
         title: of the picture, *optional*.
-
-    Returns:
-        The path of the picture.
 
     Raises:
         ValueError: if no layer reports the signal, or the row has no image with a square number of tokens.
@@ -67,23 +65,20 @@ def draw_importance(
     values = torch.cat([item[mask] for item in found.values()])
     low, high = values.min().item(), max(values.max().item(), values.min().item() + 1e-6)
 
-    figure, canvas = _figure((2.4 + WORDS_WIDTH, 2.0 * len(found) + 0.3))
+    figure = new_figure((2.4 + WORDS_WIDTH, 2.0 * len(found) + 0.3))
     axes = figure.subplots(len(found), 2, squeeze=False, width_ratios=[2.2, WORDS_WIDTH])
     for (image_axes, word_axes), (layer, signals) in zip(axes, found.items(), strict=True):
         grid = signals[patches].view(side, side)
         image_axes.imshow(picture.convert("L"), cmap="gray", extent=(0, side, side, 0), alpha=0.75)
-        heat = image_axes.imshow(
-            grid.tolist(), cmap="inferno", vmin=low, vmax=high, alpha=0.7, extent=(0, side, side, 0)
-        )
+        levels = {"cmap": "inferno", "vmin": low, "vmax": high, "alpha": 0.7}
+        heat = image_axes.imshow(grid.tolist(), extent=(0, side, side, 0), **levels)
         image_axes.set_title(f"layer {layer}", color=INK, fontsize=10, loc="left")
         image_axes.set_axis_off()
         _draw_words(word_axes, [(tokens[index], signals[index].item()) for index in words], low, high)
     scale = figure.colorbar(heat, ax=axes, fraction=0.025, pad=0.02)
-    scale.set_label(signal, color=INK, fontsize=9)
-    scale.outline.set_visible(False)
     scale.solids.set_alpha(1.0)
-    scale.ax.tick_params(length=0, labelsize=8, colors=INK)
-    return _write(figure, canvas, path, title)
+    dress_scale(scale, signal)
+    return write_figure(figure, path, title)
 
 
 def _draw_words(axes: Any, words: list[tuple[str, float]], low: float, high: float) -> None:
@@ -106,47 +101,35 @@ def _draw_words(axes: Any, words: list[tuple[str, float]], low: float, high: flo
         left += width + 0.012
 
 
-def draw_slot_histogram(statistics: RoutingStatistics, path: str | Path, title: str | None = None) -> Path:
-    """Draw how many slots the tokens of each modality get, over all layers that report it.
-
-    Returns:
-        The path of the picture.
+def draw_slot_histogram(statistics: RoutingStatistics, path: str | Path) -> Path:
+    """Draw how many slots the tokens of each modality get, over all layers that report it, and return the path.
 
     Raises:
         ValueError: if no layer reports `slots`.
     """
-    if not statistics.slot_histograms:
+    histograms = statistics.slot_histograms.values()
+    if not histograms:
         raise ValueError("No layer reported 'slots': it comes from routers with a slot budget, such as 'anyexperts'.")
-    widest = max(counts.shape[1] for counts in statistics.slot_histograms.values())
+    widest = max(counts.shape[1] for counts in histograms)
     total = torch.zeros(len(MODALITIES), widest)
-    for counts in statistics.slot_histograms.values():
+    for counts in histograms:
         total[:, : counts.shape[1]] += counts
+    shares = total / total.sum(1, keepdim=True)
+    means = (shares * torch.arange(widest)).sum(1).tolist()
     seen = [modality for modality in range(len(MODALITIES)) if total[modality].sum() > 0]
     used = total.sum(0).nonzero().flatten()
-    figure, canvas = _figure((5.6, 3.2))
+    figure = new_figure((5.6, 3.2))
     axes = figure.subplots()
-    width = 0.8 / len(seen)
-    for place, modality in enumerate(seen):
-        share = total[modality] / total[modality].sum()
-        mean = (share * torch.arange(widest)).sum().item()
-        positions = [slots + (place - (len(seen) - 1) / 2) * width for slots in range(widest)]
-        axes.bar(
-            positions, share.tolist(), width=width * 0.92, color=COLORS[modality],
-            label=f"{MODALITIES[modality]} (mean {mean:.2f})",
-        )  # fmt: skip
+    for modality, bars in _bars(axes, {modality: shares[modality].tolist() for modality in seen}):
+        bars.set_label(f"{MODALITIES[modality]} (mean {means[modality]:.2f})")
     axes.set_xlim(used.min().item() - 0.6, used.max().item() + 0.6)
     axes.set_xticks(range(int(used.min()), int(used.max()) + 1))
-    axes.set_xlabel("expert slots of a token", color=INK, fontsize=9)
-    axes.set_ylabel("share of tokens", color=INK, fontsize=9)
-    _dress(axes)
-    return _write(figure, canvas, path, title)
+    _dress(axes, "expert slots of a token", "share of tokens")
+    return write_figure(figure, path)
 
 
-def draw_virtual_share(statistics: RoutingStatistics, path: str | Path, title: str | None = None) -> Path:
-    """Draw the share of virtual slots by layer and modality.
-
-    Returns:
-        The path of the picture.
+def draw_virtual_share(statistics: RoutingStatistics, path: str | Path) -> Path:
+    """Draw the share of virtual slots by layer and modality, and return the path of the picture.
 
     Raises:
         ValueError: if no layer reports `virtual_share`.
@@ -154,49 +137,33 @@ def draw_virtual_share(statistics: RoutingStatistics, path: str | Path, title: s
     layers = [layer for layer in sorted(statistics.signals) if "virtual_share" in statistics.signals[layer]]
     if not layers:
         raise ValueError("No layer reported 'virtual_share': it comes from the router 'anyexperts'.")
+    means = torch.stack([statistics.signal_means(layer, "virtual_share") for layer in layers])  # (layers, modalities)
     seen = [m for m in range(len(MODALITIES)) if any(statistics.tokens[layer][m] > 0 for layer in layers)]
-    figure, canvas = _figure((max(3.6, 0.5 * len(layers) + 2.2), 3.0))
+    figure = new_figure((max(3.6, 0.5 * len(layers) + 2.2), 3.0))
     axes = figure.subplots()
-    width = 0.8 / len(seen)
-    for place, modality in enumerate(seen):
-        shares = [statistics.signal_means(layer, "virtual_share")[modality].item() for layer in layers]
-        positions = [rank + (place - (len(seen) - 1) / 2) * width for rank in range(len(layers))]
-        bars = axes.bar(positions, shares, width=width * 0.92, color=COLORS[modality], label=MODALITIES[modality])
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, color=INK if max(shares) > 0 else FAINT)
+    for modality, bars in _bars(axes, {modality: means[:, modality].tolist() for modality in seen}):
+        bars.set_label(MODALITIES[modality])
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, color=INK if means[:, modality].max() > 0 else FAINT)
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set_xlabel("layer", color=INK, fontsize=9)
-    axes.set_ylabel("share of virtual slots", color=INK, fontsize=9)
     axes.set_ylim(0.0, max(axes.get_ylim()[1], 0.05))
-    _dress(axes)
-    return _write(figure, canvas, path, title)
+    _dress(axes, "layer", "share of virtual slots")
+    return write_figure(figure, path)
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'hf-moe[train]'") from error
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, FigureCanvasAgg(figure)
+def _bars(axes: Any, heights: dict[int, list[float]]) -> Iterator[tuple[int, Any]]:
+    """Draw groups of bars, the modalities side by side, and give the bars of each."""
+    width = 0.8 / len(heights)
+    for place, (modality, values) in enumerate(heights.items()):
+        positions = [group + (place - (len(heights) - 1) / 2) * width for group in range(len(values))]
+        yield modality, axes.bar(positions, values, width=width * 0.92, color=COLORS[modality])
 
 
-def _dress(axes: Any) -> None:
+def _dress(axes: Any, across: str, up: str) -> None:
+    axes.set_xlabel(across, color=INK, fontsize=9)
+    axes.set_ylabel(up, color=INK, fontsize=9)
     axes.tick_params(length=0, labelsize=8, colors=INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
     # Above the bars, which may fill the whole panel.
-    axes.legend(
-        frameon=False, fontsize=8, labelcolor=INK, ncols=len(MODALITIES), loc="lower left", bbox_to_anchor=(0, 1)
-    )
-
-
-def _write(figure: Any, canvas: Any, path: str | Path, title: str | None) -> Path:
-    if title is not None:
-        figure.suptitle(title, color=INK, fontsize=11, fontweight="bold")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_figure(path, dpi=150, facecolor="white")
-    return path
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=len(MODALITIES), **place)

@@ -6,6 +6,7 @@ Source of the test: EvoMoE, arXiv:2505.23830.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -22,13 +23,12 @@ from ..modeling.routing_context import RoutingContext
 from .routing_statistics import RoutingStatistics
 
 
+SHUFFLES = 3
+
+
 @torch.no_grad()
 def weight_similarity(layer: Block) -> torch.Tensor:
-    """Return the cosines between the weights of a layer's experts, (E, E) float32.
-
-    Raises:
-        ValueError: if the experts are no single bank of feed-forwards.
-    """
+    """Return the cosines between the weights of a layer's experts, (E, E) float32; they are one bank."""
     experts = _bank(layer)
     flat = torch.cat([stack.detach().float().flatten(1) for stack in experts.parameters()], dim=1)  # (E, weights)
     flat = F.normalize(flat, dim=-1)
@@ -40,13 +40,10 @@ def output_similarity(layer: Block, hidden_states: torch.Tensor) -> torch.Tensor
     """Return the cosines between the outputs of a layer's experts on the same tokens, averaged, (E, E) float32.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(T, d)`): what reaches the layer.
-
-    Raises:
-        ValueError: if the experts are no single bank of feed-forwards.
+        hidden_states (`torch.Tensor` of shape `(T, d)`): what reaches the layer, whose experts are one bank.
     """
     experts = layer.spec.num_experts
-    return _output_cosines(partial(_run_expert, _bank(layer), experts), hidden_states, experts)
+    return _output_cosines(partial(_run_expert, _bank(layer), experts, True), hidden_states, experts)
 
 
 @torch.no_grad()
@@ -65,23 +62,16 @@ def expert_similarity(model: Any, batch: dict[str, torch.Tensor]) -> dict[int, d
 
 @torch.no_grad()
 def layer_inputs(model: Any, batch: Mapping[str, Any]) -> dict[int, torch.Tensor]:
-    """Return the real tokens (T, d) that reach every MoE layer.
-
-    Args:
-        batch: keyword arguments of a forward pass.
-    """
+    """Return the real tokens (T, d) of a batch, keyword arguments of a forward pass, that reach every MoE layer."""
     seen: dict[int, torch.Tensor] = {}
 
     def keep(layer: Block, args: tuple[torch.Tensor, ...]) -> None:
         seen[layer.layer_idx] = args[0].flatten(0, 1)
 
-    handles = [layer.register_forward_pre_hook(keep) for layer in model.moe_layers().values()]
-    try:
-        with evaluation_mode(model):
-            routing = model(**batch, output_routing=True).routing
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluation_mode(model), ExitStack() as hooks:
+        for layer in model.moe_layers().values():
+            hooks.enter_context(layer.register_forward_pre_hook(keep))
+        routing = model(**batch, output_routing=True).routing
     return {index: tokens[routing.tokens("token_mask", tokens.device)] for index, tokens in seen.items()}
 
 
@@ -108,29 +98,20 @@ def expert_redundancy(model: Any, batch: dict[str, torch.Tensor], tokens: torch.
     def measure(number: int, num_experts: int) -> Any:
         # Within the forward pass, where the routers of adapters know the modality of the tokens.
         def hook(experts: Any, args: tuple, output: torch.Tensor) -> None:
-            run = partial(_run_expert, experts, num_experts, takes_assignment=len(args) == 2)
+            run = partial(_run_expert, experts, num_experts, len(args) == 2)
             found[number] = mean_similarity(_output_cosines(run, args[0], num_experts, tokens.flatten()))
 
         return hook
 
-    handles = [
-        experts.register_forward_hook(measure(number, count)) for number, (experts, count) in _banks(model).items()
-    ]
-    try:
-        with evaluation_mode(model):
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluation_mode(model), ExitStack() as hooks:
+        for number, (experts, count) in _banks(model).items():
+            hooks.enter_context(experts.register_forward_hook(measure(number, count)))
+        model(**batch)
     return found
 
 
 def _banks(model: Any) -> dict[int, tuple[nn.Module, int]]:
-    """Return the experts of every MoE layer, with all adapters around them, and their number.
-
-    Raises:
-        ValueError: if the model has none.
-    """
+    """Return the experts of every MoE layer, with all adapters around them, and their number."""
     if hasattr(model, "moe_layers"):
         return {layer.layer_idx: (layer.experts, layer.spec.num_experts) for layer in model.moe_layers().values()}
     banks = {}
@@ -167,37 +148,31 @@ def modality_divergence(statistics: RoutingStatistics) -> dict[Site, float]:
 
 
 @torch.no_grad()
-def shuffle_test(
-    model: Any, batches: Iterable[dict[str, torch.Tensor]], shuffles: int = 3, seed: int = 0
-) -> dict[str, float]:
+def shuffle_test(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Return the mean language loss with the routers as they are, and with their columns permuted.
+
+    The shuffled loss is the mean over `SHUFFLES` fixed permutations, none of which leaves an expert in its place.
 
     Args:
         batches: keyword arguments of forward passes, with labels.
-        shuffles: permutations per layer that are averaged; none leaves an expert in its place.
-        seed: of the permutations.
 
     Returns:
         `loss`, `shuffled_loss` and `change`, their relative difference.
     """
     batches = list(batches)
     loss = _mean_loss(model, batches)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     shuffled = 0.0
-    for _ in range(shuffles):
-        handles = []
-        for layer in model.moe_layers().values():
-            experts = layer.spec.num_experts
-            # A cycle through a random order moves every expert.
-            order = torch.randperm(experts, generator=generator)
-            target = torch.empty(experts + 1, dtype=torch.long)
-            target[order], target[experts] = order.roll(1), experts
-            handles.append(layer.gate.register_forward_hook(_exchange(target)))
-        try:
-            shuffled += _mean_loss(model, batches) / shuffles
-        finally:
-            for handle in handles:
-                handle.remove()
+    for _ in range(SHUFFLES):
+        with ExitStack() as hooks:
+            for layer in model.moe_layers().values():
+                experts = layer.spec.num_experts
+                # A cycle through a random order moves every expert.
+                order = torch.randperm(experts, generator=generator)
+                target = torch.empty(experts + 1, dtype=torch.long)
+                target[order], target[experts] = order.roll(1), experts
+                hooks.enter_context(layer.gate.register_forward_hook(_exchange(target)))
+            shuffled += _mean_loss(model, batches) / SHUFFLES
     return {"loss": loss, "shuffled_loss": shuffled, "change": shuffled / loss - 1.0}
 
 
@@ -212,18 +187,14 @@ def _exchange(target: torch.Tensor) -> Any:
 
 
 def _mean_loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
-    total, labels = 0.0, 0
-    for batch in batches:
-        with evaluation_mode(model):
-            outputs = model(**batch)
-        count = int((batch["labels"][:, 1:] != -100).sum())
-        total += outputs.loss.item() * count
-        labels += count
-    return total / max(labels, 1)
+    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    with evaluation_mode(model):
+        total = sum(model(**batch).loss.item() * count for batch, count in zip(batches, counts, strict=True))
+    return total / max(sum(counts), 1)
 
 
 def _run_expert(
-    experts: Any, num_experts: int, hidden_states: torch.Tensor, expert: int, takes_assignment: bool = True
+    experts: Any, num_experts: int, takes_assignment: bool, hidden_states: torch.Tensor, expert: int
 ) -> torch.Tensor:
     """Return what one expert makes of all tokens; Transformers' take index and weight in place of a decision."""
     index = torch.full((len(hidden_states), 1), expert, device=hidden_states.device)

@@ -25,11 +25,8 @@ def draw_routing(statistics: RoutingStatistics, path: str | Path, title: str | N
 
     Args:
         statistics: counts of at least one forward pass.
-        path: the PNG file to write.
+        path: the PNG file to write; it is returned.
         title: of the picture, *optional*.
-
-    Returns:
-        The path of the picture.
 
     Raises:
         ValueError: if the statistics saw no real token.
@@ -42,19 +39,13 @@ def draw_routing(statistics: RoutingStatistics, path: str | Path, title: str | N
             "The routing statistics are empty: run the model with output_routing=True and pass the routing of its "
             "output to RoutingStatistics.update()."
         )
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'hf-moe[train]'") from error
-
     experts = max(statistics.tables[layer].shape[1] - 1 for layer in layers)
     rows, columns = (1, len(seen)) if experts * len(seen) <= COLUMNS else (len(seen), 1)
     # In inches: a cell holds a written share or is a thin stripe; what is added holds bars, labels and the scale.
     width = max(experts * 0.58, 2.3) if experts <= FEW_EXPERTS else min(max(experts * 0.13, 6.0), 14.0)
     height = max(len(layers) * (0.42 if len(layers) <= 12 else 0.27), 0.8)
     size = (columns * (width + 1.4) + 1.2, rows * (height + 0.95) + 0.4 * (title is not None))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(size)
     axes = figure.subplots(rows, 2 * columns, squeeze=False, sharey=True, width_ratios=[width, 0.9] * columns)
     panels = axes.reshape(-1, 2)  # a heat map and its bars
 
@@ -70,26 +61,14 @@ def draw_routing(statistics: RoutingStatistics, path: str | Path, title: str | N
     for axis in axes[:, 0]:
         axis.set_ylabel("layer", color=INK, fontsize=9)
     scale = figure.colorbar(image, ax=axes, aspect=size[1] / 0.16, fraction=0.16 / size[0], pad=0.02)
-    scale.set_label("share of slots", color=INK, fontsize=9)
-    scale.outline.set_visible(False)
-    scale.ax.tick_params(length=0, labelsize=8, colors=INK)
-    if title is not None:
-        figure.suptitle(title, color=INK, fontsize=12, fontweight="bold")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=150, facecolor="white")
-    return path
+    dress_scale(scale, "share of slots")
+    return write_figure(figure, path, title)
 
 
 def _draw_shares(axes: Any, rows: list[Any], layers: list[Site], experts: int, highest: float) -> Any:
     """Draw one modality's shares; the cells of experts that a narrower layer does not have stay grey."""
-    image = axes.imshow(
-        [row.tolist() + [float("nan")] * (experts - len(row)) for row in rows],
-        aspect="auto",
-        cmap="Blues",
-        vmin=0.0,
-        vmax=highest,
-    )
+    cells = [row.tolist() + [float("nan")] * (experts - len(row)) for row in rows]
+    image = axes.imshow(cells, aspect="auto", cmap="Blues", vmin=0.0, vmax=highest)
     axes.set_facecolor("#dddddd")
     if experts <= FEW_EXPERTS:
         for position, row in enumerate(rows):
@@ -122,5 +101,30 @@ def _draw_active(axes: Any, values: list[float], most: float) -> None:
 
 def _bare(axes: Any) -> None:
     axes.tick_params(which="both", length=0, labelsize=8, colors=INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """Return a figure of a size in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install 'hf-moe[train]'") from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def dress_scale(scale: Any, label: str) -> None:
+    """Label the scale of colours of a figure."""
+    scale.set_label(label, color=INK, fontsize=9)
+    scale.outline.set_visible(False)
+    scale.ax.tick_params(length=0, labelsize=8, colors=INK)
+
+
+def write_figure(figure: Any, path: str | Path, title: str | None = None) -> Path:
+    """Write a figure as PNG, and return its path."""
+    if title is not None:
+        figure.suptitle(title, color=INK, fontsize=12, fontweight="bold")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor="white")
+    return path

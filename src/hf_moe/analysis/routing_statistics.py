@@ -44,23 +44,18 @@ class RoutingStatistics:
         modality = context.tokens("modality_ids", device)
         mask = context.tokens("token_mask", device)
         table = decision.slot_table(modality, NUM_MODALITIES, mask).cpu()
-        tokens = torch.bincount(modality[mask], minlength=NUM_MODALITIES).cpu()
+        modality = modality[mask]
         self.tables[site] = self.tables.get(site, 0) + table
-        self.tokens[site] = self.tokens.get(site, 0) + tokens
-        self._update_signals(site, decision.signals, modality, mask)
-
-    def _update_signals(
-        self, site: Site, signals: dict[str, torch.Tensor], modality: torch.Tensor, mask: torch.Tensor
-    ) -> None:
+        self.tokens[site] = self.tokens.get(site, 0) + torch.bincount(modality, minlength=NUM_MODALITIES).cpu()
         sums = self.signals.setdefault(site, {})
-        for name, values in signals.items():
-            real = values.detach().double()[mask]
-            total = torch.zeros(NUM_MODALITIES, dtype=torch.float64, device=real.device)
-            sums[name] = sums.get(name, 0) + total.index_add(0, modality[mask], real).cpu()
-        if "slots" in signals:
-            slots = signals["slots"][mask].round().long()
+        for name, values in decision.signals.items():
+            total = torch.zeros(NUM_MODALITIES, dtype=torch.float64, device=device)
+            total.index_add_(0, modality, values.detach().double()[mask])
+            sums[name] = sums.get(name, 0) + total.cpu()
+        if "slots" in decision.signals:
+            slots = decision.signals["slots"][mask].round().long()
             width = int(slots.max()) + 1 if slots.numel() else 1
-            cell = modality[mask] * width + slots
+            cell = modality * width + slots
             counts = torch.bincount(cell, minlength=NUM_MODALITIES * width).view(NUM_MODALITIES, width).cpu()
             known = self.slot_histograms.get(site, counts[:, :0])
             widest = max(width, known.shape[1])
@@ -92,11 +87,8 @@ class RoutingStatistics:
         for group_index, group in enumerate(LAYER_GROUPS):
             chosen = [site for rank, site in enumerate(sites) if rank * len(LAYER_GROUPS) // len(sites) == group_index]
             for modality, name in enumerate(MODALITIES):
-                seen = [site for site in chosen if self.tokens[site][modality] > 0]
-                if not seen:
-                    continue
-                rows = [self._row(site, modality) for site in seen]
-                for key in rows[0]:
+                rows = [self._row(site, modality) for site in chosen if self.tokens[site][modality] > 0]
+                for key in rows[0] if rows else ():
                     values = [row[key] for row in rows if key in row]
                     figures[f"{name}/{group}/{key}"] = sum(values) / len(values)
         return figures
@@ -158,9 +150,8 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
 
 def _expert_sizes(layer: torch.nn.Module) -> torch.Tensor:
     """Return the parameters of every routed expert of a MoE layer, (E,) float64, from its stacked tensors."""
-    banks = [module for module in layer.experts.modules() if hasattr(module, "num_experts")]
     sizes = []
-    for bank in banks:
-        per_expert = sum(p.numel() for p in bank.parameters()) / bank.num_experts
-        sizes += [per_expert] * bank.num_experts
+    for bank in layer.experts.modules():
+        if hasattr(bank, "num_experts"):
+            sizes += [sum(p.numel() for p in bank.parameters()) / bank.num_experts] * bank.num_experts
     return torch.tensor(sizes, dtype=torch.float64)
