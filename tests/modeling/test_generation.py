@@ -54,6 +54,17 @@ def test_beams_over_rows_with_several_images_equal_single_rows(tiny_model, rows,
         assert torch.equal(alone[0, -6:], together[index])
 
 
+def test_the_beams_of_a_row_share_its_condition(tiny_model, text_batch):
+    model = tiny_model(tower=False, moe_config={"router": "condition", "num_experts": 4, "objectives": {}})
+    tasks = torch.arange(len(text_batch["input_ids"])) % 4
+
+    def of(rows):
+        given = {name: text_batch[name][rows] for name in ("input_ids", "attention_mask")}
+        return generate(model, {**given, "condition_ids": {"task": tasks[rows]}}, **BEAMS)
+
+    assert torch.equal(of(slice(None)), torch.cat([of(slice(row, row + 1)) for row in range(len(tasks))]))
+
+
 @pytest.mark.parametrize("strategy", [GREEDY, BEAMS], ids=["greedy", "beams"])
 def test_features_computed_before_generate_the_same(tiny_model, batch, strategy):
     model = tiny_model()

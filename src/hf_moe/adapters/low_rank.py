@@ -8,6 +8,7 @@ tokens. Without `act` the experts are LoRA.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -27,6 +28,10 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 class SharedAssignment(ExpertAssignment):
     """An assignment in the forms that products need, each made once, however many targets share it."""
+
+    # What the last targets got, and what for.
+    _row_gates: tuple[Any, torch.Tensor] | None = None
+    _rows: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, assignment: ExpertAssignment, device: torch.device | None = None) -> "SharedAssignment":
@@ -50,19 +55,15 @@ class SharedAssignment(ExpertAssignment):
     def row_gates(self, rank: int, scaling: float, dtype: torch.dtype) -> torch.Tensor:
         """Return `gates` times the scaling, each for all rows of its expert, (T, E * r)."""
         key = rank, scaling, dtype
-        made = vars(self).get("_row_gates")
-        if made is None or made[0] != key:
-            made = key, (self.gates.to(dtype) * scaling).repeat_interleave(rank, dim=1)
-            self._row_gates = made  # the last ones, for targets of one rank
-        return made[1]
+        if self._row_gates is None or self._row_gates[0] != key:
+            self._row_gates = key, (self.gates.to(dtype) * scaling).repeat_interleave(rank, dim=1)
+        return self._row_gates[1]
 
     def rows(self, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the inputs (..., in) by row, (M, in); gathered once for targets with the same inputs."""
-        made = vars(self).get("_rows")
-        if made is None or made[0] is not inputs:
-            made = inputs, self.dispatch.rows(inputs.reshape(-1, inputs.shape[-1]).to(dtype))
-            self._rows = made
-        return made[1]
+        if self._rows is None or self._rows[0] is not inputs:
+            self._rows = inputs, self.dispatch.rows(inputs.reshape(-1, inputs.shape[-1]).to(dtype))
+        return self._rows[1]
 
 
 def add_experts(
@@ -86,7 +87,7 @@ def add_experts(
         return _add_dense(result, inputs, weights, decision, activation)
     if weights.ranks is not None:
         a, b = weights.ranks.pad(weights.a, weights.b)
-        weights = weights._replace(a=a, b=b, ranks=None)
+        weights = Weights(a, b, scaling=weights.scaling)
 
     def compute(rows: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         inner = dispatch.linear(rows, weights.a)

@@ -215,6 +215,13 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         """
         return build_context(self, inputs, self.training_progress if self.training else 1.0)
 
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        """Repeat the conditions of the rows as well, which the beams and samples of a row share."""
+        if kwargs.get("condition_ids"):
+            conditions = kwargs["condition_ids"].items()
+            kwargs["condition_ids"] = {name: ids.repeat_interleave(expand_size, 0) for name, ids in conditions}
+        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+
     def routed_forward(self, host_forward: Any, arguments: Arguments, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the host's forward in a routing context, and add what the routing brings to its output.
 
