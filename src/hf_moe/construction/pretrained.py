@@ -143,7 +143,7 @@ def load_host(source: str | Path, dtype: torch.dtype | None = None, revision: st
     return host
 
 
-def load_processor(source: str | Path, revision: str | None = None) -> Any:
+def host_processor(source: str | Path, revision: str | None = None) -> Any:
     """Return what a checkpoint makes its inputs with: its processor, or the tokenizer of a model of text.
 
     `None`, with a warning, where it holds none that Transformers can open.

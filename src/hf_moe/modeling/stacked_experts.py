@@ -78,7 +78,14 @@ class StackedExperts(Experts):
     def take(self, states: Iterable[dict[str, torch.Tensor]], inputs: torch.Tensor | None = None) -> bool:
         for expert, state in enumerate(states):
             for name, tensor in state.items():
-                getattr(self, name)[expert].copy_(tensor)
+                own = getattr(self, name)[expert]
+                if own.shape != tensor.shape:
+                    raise ValueError(
+                        f"The {name} of an expert is {tuple(own.shape)}, and that of the feed-forward "
+                        f"{tuple(tensor.shape)}: such experts cannot be copies of it. Build a fresh model, from the "
+                        "fields of a config."
+                    )
+                own.copy_(tensor)
         return True
 
     def states(self) -> Iterator[dict[str, torch.Tensor]]:
