@@ -8,6 +8,7 @@ from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.construction.adoption import adopt
 from hf_moe.construction.conversion import convert_router, set_objectives
 from hf_moe.construction.upcycling import logit_difference, upcycle
+from hf_moe.modeling.context import routers_of
 
 
 SIZES = {
@@ -121,3 +122,22 @@ def test_an_unknown_objective_leaves_the_old_ones():
     set_objectives(model, {})
     ids = torch.zeros(1, 3, dtype=torch.long)
     assert model(input_ids=ids, labels=ids).aux_loss == 0
+
+
+@pytest.mark.parametrize("block", ["chain_of_experts", "mh_moe"])
+def test_every_router_of_a_block_is_converted(block):
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "block": block}
+    model = HfMoeForConditionalGeneration(HfMoeConfig(text_config=LlamaConfig(**SIZES), moe_config=moe)).eval()
+    ids = torch.arange(2, 12)[None]
+    before = model(input_ids=ids).logits
+    convert_router(model, "top_k", bias_update_rate=0.1)
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+    assert all(router.e_score_correction_bias is not None for router in routers_of(model).values())
+
+
+def test_a_router_that_all_layers_share_brings_its_part():
+    moe = {"num_experts": 4, "num_experts_per_tok": 2}
+    model = HfMoeForConditionalGeneration(HfMoeConfig(text_config=LlamaConfig(**SIZES), moe_config=moe)).eval()
+    convert_router(model, "omni_router")
+    assert list(model.base_model.shared_routing) == ["omni_router"]
+    assert model(input_ids=torch.arange(2, 12)[None]).logits.isfinite().all()

@@ -218,7 +218,7 @@ class MoeLoraConfig(PeftConfig):
             specs.append(self.spec(len(specs), 64, settings))
             self.build_router(specs[-1], settings)
             build_kind(settings.experts, Target(key, 0, 0, settings.num_experts, settings.ranks, head_dim=1))
-        if self.build_objectives(specs).reads_outputs:
+        if "outputs" in self.build_objectives(specs).reads:
             raise ValueError(
                 f"objectives={list(self.objectives)}: one reads the outputs of whole experts; leave it out."
             )

@@ -19,7 +19,7 @@ from ..configuration.layer_maps import at_layer
 from ..configuration.names import without_alias
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.configured_parts import ConfiguredParts
-from ..modeling.context import routers_of
+from ..modeling.context import routers_of, shared_parts
 from ..modeling.initialisation import initialize_mechanisms, initializer_std
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
@@ -49,20 +49,27 @@ def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int
     defaults = without_alias("router", {"name": name})
     name = defaults.pop("name")
     for index, layer in model.moe_layers().items():
-        own = {**defaults, **starting_options(name, layer.router, layer.spec), **options}
+        own = {**defaults, **starting_options(name, layer.router, layer.router.spec), **options}
         chosen[str(index)] = {"name": name, **own}
-        routers[index] = build("router", get_mechanism("router", name), dict(at_layer(own, index)), layer.spec)
+        cls = get_mechanism("router", name)
+        routers[index] = [build("router", cls, dict(at_layer(own, index)), old.spec) for old in layer.routers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for index, router in routers.items():
-            old = model.moe_layers()[index].router
-            initialize_mechanisms(router, initializer_std(model.config))
-            router.start_from(old)
-            weight = next(old.parameters())
-            model.moe_layers()[index].gate = router.to(weight.device).float().train(old.training)
+        std = initializer_std(model.config)
+        for layer, fresh in zip(model.moe_layers().values(), routers.values(), strict=True):
+            for router, old in zip(fresh, layer.routers, strict=True):
+                initialize_mechanisms(router, std)
+                router.start_from(old)
+                router.to(next(layer.parameters()).device).float().train(old.training)
+            layer.put_routers(fresh)
+        shared = shared_parts(model)
+        if shared.keys() != model.base_model.shared_routing.keys():
+            initialize_mechanisms(shared, std)
+            model.base_model.shared_routing = shared.to(model.device)
     first = next(iter(chosen.values()), {"name": name, **options})
-    model.config.moe_config.router = first if all(item == first for item in chosen.values()) else chosen
-    model.config.system = None
+    config: Any = model.config
+    config.moe_config.router = first if all(item == first for item in chosen.values()) else chosen
+    config.system = None
 
 
 @torch.no_grad()
@@ -85,7 +92,7 @@ def convert_experts(
     Raises:
         ValueError: if the kind cannot be built, cannot start as feed-forwards, or the old experts are none.
     """
-    config = model.config
+    config: Any = model.config
     inputs = {} if batch is None else layer_inputs(model, batch)
     previous, config.moe_config.experts = config.moe_config.experts, {"name": name, **options}
     try:
@@ -114,7 +121,7 @@ def set_objectives(model: HfMoeForConditionalGeneration, objectives: dict[str, A
     Raises:
         ValueError: if an objective is unknown or does not fit the model.
     """
-    config = model.config
+    config: Any = model.config
     previous, config.moe_config.objectives = config.moe_config.objectives, deepcopy(objectives)
     try:
         fresh = AuxiliaryLosses(config, [router.spec for router in routers_of(model).values()])

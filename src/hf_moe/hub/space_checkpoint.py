@@ -82,7 +82,7 @@ class Checkpoint:
     def budgets(self) -> tuple[float, float, float] | None:
         """Return the smallest, the largest and the trained number of experts per token; `None` if it is fixed."""
         layers = self.model.moe_layers().values()
-        routers = [layer.router for layer in layers if hasattr(layer.router, "target_slots")]
+        routers = [layer.router for layer in layers if layer.router.target_slots is not None]
         if not routers:
             return None
         low, high = max(router.min_slots for router in routers), min(router.max_slots for router in routers)

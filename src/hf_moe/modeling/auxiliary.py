@@ -125,14 +125,9 @@ class AuxiliaryLosses(nn.Module):
             self.by_name[label] = objective
 
     @property
-    def reads_outputs(self) -> bool:
-        """Whether an objective reads what the experts put out."""
-        return any(objective.reads_outputs for objective in self.by_name.values())
-
-    @property
-    def reads_gate_overlap(self) -> bool:
-        """Whether an objective reads how much the rows of the gates overlap."""
-        return any(objective.reads_gate_overlap for objective in self.by_name.values())
+    def reads(self) -> frozenset[str]:
+        """What the objectives read besides decisions, see [`Objective.reads`]."""
+        return frozenset().union(*(objective.reads for objective in self.by_name.values()))
 
     def forward(
         self,

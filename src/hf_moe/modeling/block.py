@@ -73,6 +73,10 @@ class Block(nn.Module):
         """The first of the routers."""
         return self.routers[0]
 
+    def put_routers(self, routers: list[Router]) -> None:
+        """Put others in the places of the routers."""
+        self.gate = nn.ModuleList(routers) if isinstance(self.gate, nn.ModuleList) else routers[0]
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
         context = ACTIVE_CONTEXT.get()
         if context is None:
@@ -96,7 +100,7 @@ class Block(nn.Module):
         site = unwrapped(gate).spec.site
         context.decisions[site] = decision
         output = run_experts(experts, tokens, decision)
-        if context.keep_outputs:
+        if "outputs" in context.wanted:
             # What follows is computed from the view that is kept, so that the view's gradient is the output's.
             context.outputs[site] = output.view(*context.token_mask.shape, -1)
             output = context.outputs[site].flatten(0, 1)

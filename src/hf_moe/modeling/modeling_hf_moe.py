@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..configuration.configuration_hf_moe import PLACE_FIELDS, HfMoeConfig
+from ..configuration.layer_maps import at_layer
 from ..configuration.saving import PACKAGE
 from .auxiliary import AuxiliaryLosses, count_labels, is_learning, warn_without_labels
 from .base import HfMoePreTrainedModel
@@ -34,17 +35,18 @@ from .context import (
     shared_parts,
     wants_router_logits,
 )
-from .elastic import ElasticBudget
 from .host import install_blocks, install_in_connector
 from .host_layers import decoder_layers, tower_layers
+from .inputs import check_labels
 from .language_loss import token_balanced_loss
 from .layer_spec import Site
 from .mechanisms import get_mechanism
-from .optimizer_steps import is_sharded
+from .optimizer_steps import Statistics, count_in_backward, end_cleared_step, end_step, follow_steps, is_sharded
 from .outputs import prepare_outputs, routed_output, router_logits
+from .overrides import RoutingOverrides
 from .parts import find_part, freeze_towers_in_eval, host_parts, text_decoder
 from .plans import float32_patterns, plan_moe_layers
-from .routed_forward import RoutedForward, install_hooks
+from .routing import Router
 from .routing_context import CALL_CONTEXT, RoutingContext
 from .towers import carry_place_context
 
@@ -94,7 +96,7 @@ def host_model_class(config: Any) -> Any:
     return found
 
 
-class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTrainedModel, GenerationMixin):
+class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
     """A host with MoE layers, their objectives in its loss, and routing statistics.
 
     The language loss is the host's; objectives are added as `auxiliary.py` says. Population statistics (loads, biases)
@@ -136,7 +138,9 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
         kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
         self._keep_in_fp32_modules_strict = {*kept, *float32_patterns(self)}
         carry_context(self.base_model, decoder)
-        install_hooks(self)
+        follow_steps(self)
+        self.register_forward_pre_hook(pass_context, with_kwargs=True)
+        self.register_forward_hook(add_objectives, with_kwargs=True)
         self.post_init()
         for model in (decoder, self.base_model, self):
             plan_moe_layers(model)
@@ -283,6 +287,110 @@ class HfMoeForConditionalGeneration(RoutedForward, ElasticBudget, HfMoePreTraine
             "aux_loss": auxiliary.total(),
             "objective_values": auxiliary.totals() or None,
         }
+
+    def open_context(self, **inputs: Any) -> RoutingContext:
+        """Return the context of a forward pass with these inputs.
+
+        Raises:
+            ValueError: if an input does not fit the others or the model.
+        """
+        context = self.routing_context(**inputs)
+        if inputs.get("labels") is not None:
+            check_labels(self.config, context.modality_ids, inputs["labels"])
+        if is_learning(self):
+            end_cleared_step(self)
+        labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
+        context.wanted = self.objectives.reads if labelled else frozenset()
+        return context
+
+    def count(self, context: RoutingContext, output: Any) -> None:
+        """Let a forward pass enter the statistics of routers and objectives once its backward runs, if it trains.
+
+        Under PEFT a router that is not trained keeps its bias: no adapter would save what it has become, and the model
+        with the adapter disabled has to stay the one that it was.
+        """
+        if not is_learning(self):
+            return
+        adapted = hasattr(self, "peft_config")
+        statistics: Statistics = [(self.objectives, (context,))]
+        decisions = [(site, item, part) for part in context.contexts() for site, item in part.decisions.items()]
+        routers = routers_of(self)
+        for site, decision, part in decisions:
+            if not adapted or any(parameter.requires_grad for parameter in routers[site].parameters()):
+                statistics.append((routers[site], (decision, part)))
+        count_in_backward(self, output, statistics)
+
+    def end_step(self) -> None:
+        """Close the statistics of an optimizer step; only for loops without a torch optimizer, which tells itself."""
+        end_step(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        follow_steps(self)
+
+    def set_expert_budget(self, budget: float | None) -> None:
+        """Move the number of experts per token that the routers aim at, without training; the config keeps it.
+
+        Args:
+            budget: within the routers' [min_slots, max_slots]; `None` for every layer's `num_experts_per_tok`.
+
+        Raises:
+            ValueError: if no router has a slot budget, or the budget is out of range.
+        """
+        routers = self._budgeted_routers(budget)
+        moe_config = self.config.moe_config
+        options = {str(layer): dict(at_layer(moe_config.router, layer)) for layer in self.moe_layers()}
+        for layer, router in routers.items():
+            target = float(router.spec.num_experts_per_tok if budget is None else budget)
+            # PEFT puts a copy of a gate that it trains beside the original, and a wrapper around both.
+            for module in self.moe_layers()[layer].gate.modules():
+                if isinstance(module, Router):
+                    module.target_slots = target
+            # The router derives its least number of slots from its target where the config does not tell.
+            options[str(layer)] |= {"target_slots": budget, "min_slots": router.min_slots}
+        first = next(iter(options.values()))
+        moe_config.router = first if all(item == first for item in options.values()) else options
+
+    @torch.no_grad()
+    def generate(self, *args: Any, expert_budget: float | None = None, **kwargs: Any) -> Any:
+        """Generate with `expert_budget` experts per token in place of the model's own target."""
+        if expert_budget is not None:
+            self._budgeted_routers(expert_budget)
+            given = kwargs.get("routing_overrides") or RoutingOverrides()
+            kwargs["routing_overrides"] = RoutingOverrides(given.logit_offset, given.disabled_experts, expert_budget)
+        return super().generate(*args, **kwargs)
+
+    def _budgeted_routers(self, budget: float | None) -> dict[int, Any]:
+        """Return the routers with a slot budget by layer, after `budget` was checked against their range."""
+        layers = self.moe_layers().items()
+        routers = {index: layer.router for index, layer in layers if layer.router.target_slots is not None}
+        if not routers:
+            raise ValueError("No router of this model has a slot budget: choose one such as 'anyexperts'.")
+        for router in routers.values():
+            router.check_budget(budget)
+        return routers
+
+
+def pass_context(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Hook before a training forward that a trainer has put in place of the model's own: keep its context in sight.
+
+    TRL does so, to get the log-probability of every label without the logits.
+    """
+    if not is_learning(model) or "forward" not in vars(model) or kwargs.get("routing_context") is not None:
+        return None
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+    return args, {**kwargs, "routing_context": model.open_context(**inputs)}
+
+
+def add_objectives(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Hook after a forward: add the objectives to log-probabilities, which the model's own forward never returns."""
+    context: RoutingContext | None = kwargs.get("routing_context")
+    if context is None or getattr(output, "log_probs", None) is None:
+        return
+    if model.objectives.by_name:
+        model.objectives(context, output.label_mask.sum(-1), kwargs.get("num_items_in_batch")).add_to(output)
+    model.count(context, output)
 
 
 _HOSTED: dict[tuple[type, type], type] = {}

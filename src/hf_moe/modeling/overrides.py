@@ -46,7 +46,7 @@ class RoutingOverrides:
             unknown = [site for site in getattr(self, name) if site not in routers]
             if unknown:
                 raise ValueError(f"{name} names the layers {unknown}; the MoE layers are {list(routers)}.")
-        if self.expert_budget is not None and not any(hasattr(item, "target_slots") for item in routers.values()):
+        if self.expert_budget is not None and all(item.target_slots is None for item in routers.values()):
             raise ValueError(
                 f"expert_budget={self.expert_budget}: no router of this model has a slot budget; choose one such as "
                 "'anyexperts', or leave expert_budget out."

@@ -48,6 +48,10 @@ class Router(KeepsBufferTypes):
     # Whether a decision depends on later tokens, which no token of a causal layer may know.
     looks_ahead = False
 
+    # The mean number of slots that a router with a budget of them aims at; it then has `min_slots`, `max_slots` and
+    # `check_budget`.
+    target_slots: float | None = None
+
     # The gate that serves each modality, for routers with several.
     gate_of_modality: Sequence[int] = (0,) * NUM_MODALITIES
 
@@ -224,10 +228,9 @@ class Objective(KeepsBufferTypes):
         coef: coefficient of the loss, >= 0.
     """
 
-    # Whether the loss reads `context.outputs`, which is kept for it.
-    reads_outputs = False
-    # Whether the loss reads the signal `gate_overlap`, which routers then give.
-    reads_gate_overlap = False
+    # What the loss reads besides decisions: "outputs", those of the experts in `context.outputs`, or "gate_overlap", a
+    # signal that routers give where it is wanted.
+    reads: frozenset[str] = frozenset()
     # How the layers' values are joined, `"mean"` or `"sum"`; an entry of every objective in the config.
     layer_reduction = "mean"
 

@@ -85,10 +85,9 @@ class RoutingContext:
         self.carry: dict[str, Any] = {}
         # Keyed by site, so that a layer which is recomputed in the backward pass overwrites its own entry.
         self.decisions: dict[Site, Decision] = {}
-        # The routed experts' output (B, S, d) of every site, kept for objectives that read it.
-        self.keep_outputs = False
-        # Whether an objective reads how much the rows of the gates overlap, which only a router can tell.
-        self.keep_gate_overlap = False
+        # What the objectives of the call read besides decisions, see [`Objective.reads`].
+        self.wanted: frozenset[str] = frozenset()
+        # The routed experts' output (B, S, d) of every site, where it is wanted.
         self.outputs: dict[Site, torch.Tensor] = {}
         # Of a model called without its head: the token of the context variable, and whether router logits are asked.
         self.call: tuple[Any, bool | None] | None = None
@@ -165,7 +164,7 @@ class RoutingContext:
     def take_after(self, other: "RoutingContext") -> None:
         """Share what is of the whole forward pass with the context of other tokens in it."""
         self.progress, self.overrides, self.shared = other.progress, other.overrides, other.shared
-        self.keep_outputs, self.keep_gate_overlap = other.keep_outputs, other.keep_gate_overlap
+        self.wanted = other.wanted
 
     def split(self, pieces: int) -> "RoutingContext":
         """Return the context of sub-tokens, (B, S * pieces): every token is cut into `pieces`, which lie together."""

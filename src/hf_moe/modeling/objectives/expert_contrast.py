@@ -36,7 +36,7 @@ class ExpertContrast(Objective):
         ValueError: if a layer has more than one slot per token.
     """
 
-    reads_outputs = True
+    reads = frozenset({"outputs"})
 
     def __init__(self, specs: list[MoELayerSpec], coef: float, *, temperature: Positive = 0.1):
         super().__init__(specs, coef)

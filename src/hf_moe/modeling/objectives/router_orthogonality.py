@@ -30,7 +30,7 @@ class RouterOrthogonality(Objective):
         ValueError: in `forward`, if no router gives the signal `gate_overlap`.
     """
 
-    reads_gate_overlap = True
+    reads = frozenset({"gate_overlap"})
 
     def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         overlaps = [d.signals["gate_overlap"] for d in decisions.values() if "gate_overlap" in d.signals]

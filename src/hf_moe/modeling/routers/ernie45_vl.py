@@ -86,7 +86,7 @@ class Ernie45VLRouter(BiasBalancedRouter):
             norm_min=self.norm_min,
             gate_index=gate_index,
         )
-        if context.keep_gate_overlap:
+        if "gate_overlap" in context.wanted:
             overlaps = [gate_overlap(rows) for rows in self.weight.split(self.bank_sizes)]
             assignment.signals["gate_overlap"] = torch.stack(overlaps).mean().expand(len(logits))  # (T,)
         return assignment
