@@ -31,6 +31,7 @@ from .layer_spec import Site
 from .memory import TokenMemory, cache_of, foreign_state
 from .outputs import routed_output, router_logits
 from .overrides import RoutingOverrides
+from .replacement import Replacement
 from .routing import Router, at_least_float32
 from .routing_context import CALL_CONTEXT, RoutingContext
 
@@ -52,7 +53,8 @@ def moe_blocks(model: nn.Module) -> dict[Site, Block]:
 
 def routers_of(model: nn.Module) -> dict[Site, Router]:
     """Return the routers of a model by the sites of their decisions; a block may have several."""
-    return {router.spec.site: router for block in moe_blocks(model).values() for router in block.routers}
+    holders = [module for module in model.modules() if isinstance(module, Block | Replacement)]
+    return {router.spec.site: router for holder in holders for router in holder.routers}
 
 
 def shared_parts(model: nn.Module) -> nn.ModuleDict:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .block import Block
+from .replacement import Replacement
 from .routing import Experts, Router, SharedPart
 
 
@@ -40,9 +41,12 @@ def plan_moe_layers(language_model: PreTrainedModel) -> None:
     layers = {name: part for name, part in language_model.named_modules() if isinstance(part, Block)}
     experts = tuple({f"{_starred(name)}.experts" for name in layers})
     kept = {_starred(name) for name in names if not name.startswith(tuple(f"{name}." for name in layers))}
+    replaced = {_starred(name) for name, part in language_model.named_modules() if isinstance(part, Replacement)}
     for kind in ("tp_plan", "ep_plan"):
         host_plan = getattr(language_model, kind)
-        plans = [{name: host_plan.get(name) for name in sorted(kept)}]
+        # Beside a projection that is another now all stays whole: an attention is split in all of its parts or none.
+        whole = tuple({f"{name.rpartition('.')[0]}." for name in replaced if name in host_plan})
+        plans = [{name: host_plan.get(name) for name in sorted(kept) if not name.startswith(whole)}]
         plans += [_layer_plan(_starred(name), layer, kind) for name, layer in layers.items()]
         plan = {name: style for own in plans for name, style in own.items() if style is not None}
         if any(plan.get(name) != style for own in plans for name, style in own.items() if name.startswith(experts)):

@@ -6,13 +6,27 @@ from torch import nn
 
 from .block import Parts
 from .layer_spec import MoELayerSpec
+from .routing import Router
 
 
 class Replacement(nn.Module):
     """Base of the modules that the kinds `attention` and `layer` put in the places of the host's."""
 
+    @property
+    def routers(self) -> list[Router]:
+        """The routers in it."""
+        return []
+
     def start_from(self, module: nn.Module) -> None:
-        """Take over the weights of the host's module, which are let go; what has no counterpart there stays fresh."""
+        """Take over the weights of the host's module.
+
+        Raises:
+            ValueError: if it has no use for them: a model with it is trained from scratch.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not start from a trained {type(module).__name__}: give the host's config in "
+            "place of the host, for fresh weights."
+        )
 
     def initialize(self, std: float) -> None:
         """Initialise the module's own parameters; those of its parts are initialised by themselves."""
