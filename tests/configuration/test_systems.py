@@ -131,7 +131,8 @@ def test_a_record_builds_a_model_that_trains(key):
     sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
     tower = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=8)
     seen = {"vision_config": tower, "image_token_id": 63} if load_system(key).place_fields() else {}
-    config = HfMoeConfig.from_system(key, text_config=tiny_host(num_hidden_layers=2), **seen)
+    text = tiny_host(num_hidden_layers=2, num_key_value_heads=1 if key == "moa_attention_heads" else 2)
+    config = HfMoeConfig.from_system(key, text_config=text, **seen)
     model = HfMoeForConditionalGeneration(config).train()
     input_ids = torch.arange(24).view(2, 12)
     modality = torch.zeros_like(input_ids)

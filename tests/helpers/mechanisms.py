@@ -42,6 +42,7 @@ class Case:
         options: of the mechanism itself.
         moe: other fields of `moe_config`.
         place: where it is used: `""` in the decoder, `"vision"` in a tower.
+        text: fields of the decoder's config.
         tower: fields of the vision tower's config.
         exempt: checks that it cannot pass, each with the reason. A check that it passes all the same is an error.
     """
@@ -49,6 +50,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     moe: Mapping[str, Any] = field(default_factory=dict)
     place: str = ""
+    text: Mapping[str, Any] = field(default_factory=dict)
     tower: Mapping[str, Any] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
 
@@ -117,7 +119,7 @@ CASES: dict[str, dict[str, Case]] = {
         "moe": Case(),
         "moe-residual": Case(moe={"num_shared_experts": 1, "residual_mix": True}),
     },
-    "attention": {},
+    "attention": {"moa_attention_heads": Case({"num_experts": 6}, text={"num_key_value_heads": 1})},
     "layer": {"mot_transformers": Case(), "mot_transformers-attention": Case({"untie": ["attention"]})},
     "connector": {"mlp": Case(), "pixel_shuffle": Case(tower={"patch_size": 4})},
     "host": {"composed": Case()},
@@ -142,7 +144,7 @@ def config_of(kind: str, key: str) -> HfMoeConfig:
     else:
         configs = {"moe_config": moe}
     return HfMoeConfig(
-        text_config=LlamaConfig(**TEXT),
+        text_config=LlamaConfig(**{**TEXT, **case.text}),
         vision_config=CLIPVisionConfig(**{**TOWER, **case.tower}) if tower else None,
         connector=named if kind == "connector" else "mlp",
         image_token_id=IMAGE if tower else None,

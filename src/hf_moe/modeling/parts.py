@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .block import Block
 from .inputs import placeholder_ids
+from .replacement import Replacement
 
 
 PARTS = ("tower", "connector", "routers", "experts", "embeddings", "backbone")
@@ -289,4 +290,5 @@ def _moe_layers(root: nn.Module) -> list[nn.Module]:
     if holder is None:
         return [module for module in root.modules() if isinstance(module, Block)]
     # Code of before towers had MoE layers knows those of the decoder.
-    return list(getattr(holder, "moe_blocks", holder.moe_layers)().values())
+    blocks = getattr(holder, "moe_blocks", holder.moe_layers)().values()
+    return [*blocks, *(part for part in root.modules() if isinstance(part, Replacement) and part.holds_experts)]

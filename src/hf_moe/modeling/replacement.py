@@ -12,6 +12,9 @@ from .routing import Router
 class Replacement(nn.Module):
     """Base of the modules that the kinds `attention` and `layer` put in the places of the host's."""
 
+    # Whether its weights are those of routed experts.
+    holds_experts = False
+
     @property
     def routers(self) -> list[Router]:
         """The routers in it."""

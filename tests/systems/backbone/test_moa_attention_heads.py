@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_moe import HfMoeForConditionalGeneration, from_system
+from hf_moe.training.parts import train_only
 
 
 HEADS, WIDTH = 4, 8
@@ -99,6 +100,11 @@ def test_objectives_read_the_heads():
     assert output.aux_loss > 0.005
     output.loss.backward()
     assert int(model.objectives.by_name["load_balance"].get_buffer("accumulated_0_attention").sum()) == 21 * HEADS
+
+
+def test_its_parts_are_routers_and_experts():
+    counts = train_only(make_model(), ["routers", "experts"])
+    assert counts == {"routers": 2 * 6 * 32, "experts": 2 * 2 * 6 * 8 * 32}
 
 
 def test_several_key_heads_are_refused():

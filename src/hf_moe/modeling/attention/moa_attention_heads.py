@@ -53,6 +53,8 @@ class AttentionHeads:
 class HeadQueries(Replacement):
     """Routes the tokens, and returns the queries of their heads, (B, S, K * d_h); zeros for an empty slot."""
 
+    holds_experts = True
+
     def __init__(self, gate: Router, spec: MoELayerSpec, head_dim: int):
         super().__init__()
         self.gate = gate
@@ -79,6 +81,8 @@ class HeadQueries(Replacement):
 
 class HeadOutputs(Replacement):
     """Maps what the heads of a token have seen, (B, S, K * d_h), to their weighted sum, (B, S, d)."""
+
+    holds_experts = True
 
     def __init__(self, spec: MoELayerSpec, head_dim: int):
         super().__init__()
