@@ -109,6 +109,7 @@ CASES: dict[str, dict[str, Case]] = {
         "null_load": Case(moe={"router": "adamoe"}),
         "router_orthogonality": Case(moe={"router": "ernie45_vl"}),
         "router_z": Case(),
+        "signal": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
         "slot_budget": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
     },
     "block": {

@@ -102,7 +102,8 @@ class AuxiliaryLosses(nn.Module):
         config: the outer `HfMoeConfig`; its `moe_config.objectives` says what an entry looks like. Every objective
             takes `layer_reduction`: `"mean"` over the MoE layers, the default, or `"sum"`, with which the strength
             grows with the depth; and `places`, of `"decoder"`, `"vision"`, `"audio"` and `"connector"`: all of them
-            when absent. What it is worth is the sum over its places, each reduced by itself.
+            when absent. What it is worth is the sum over its places, each reduced by itself; and `modalities`, such as
+            `["image"]`: those of the tokens that it counts, all when absent.
         specs: the MoE layers.
 
     Raises:
@@ -120,8 +121,11 @@ class AuxiliaryLosses(nn.Module):
             reduction = options.pop("layer_reduction", "mean")
             check(f"{place}: layer_reduction", reduction, Literal["mean", "sum"])
             own = _specs_at(options.pop("places", None), specs, place)
+            modalities = options.pop("modalities", None)
+            check(f"{place}: modalities", modalities, list[Literal["text", "image", "video", "audio"]] | None)
             objective = build("objective", get_mechanism("objective", name), options, own, coef)
             objective.layer_reduction = reduction
+            objective.modalities = modalities
             self.by_name[label] = objective
 
     @property
@@ -181,6 +185,8 @@ def _read_by(objective: Objective, context: RoutingContext) -> list[tuple[Routin
     """
     sites = {spec.site for spec in objective.specs}
     parts = [(part, {s: d for s, d in part.decisions.items() if s in sites}) for part in context.contexts()]
+    if objective.modalities is not None:
+        parts = [(part.of_modalities(objective.modalities), decisions) for part, decisions in parts]
     parts = [(part, decisions) for part, decisions in parts if decisions]
     readable = [(part, decisions) for part, decisions in parts if any(map(objective.applies_to, decisions.values()))]
     return readable or parts

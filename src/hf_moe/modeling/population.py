@@ -1,4 +1,6 @@
-"""The population that a balance loss compares its tokens with."""
+"""The statistics of the previous optimizer step that losses compare their tokens with."""
+
+from collections.abc import Callable
 
 import torch
 from transformers import initialization as init
@@ -7,16 +9,54 @@ from .decisions import Decision, ExpertAssignment
 from .layer_spec import MoELayerSpec, Site, buffer_name
 from .routing import Objective
 from .routing_context import NUM_MODALITIES, RoutingContext
-from .running_statistics import sum_over_ranks
+from .running_statistics import finite, sum_over_ranks
 
 
-class PopulationObjective(Objective):
+class StatisticObjective(Objective):
+    """Base of the losses that read a statistic of the previous optimizer step, one tensor for every site.
+
+    It is a sum over micro-batches and processes. Micro-batches are summed over processes as they come, so that the
+    sums are the same everywhere: DDP broadcasts the buffers of its first process at every forward, and only that
+    process saves them.
+    """
+
+    def keep(self, zeros: Callable[[MoELayerSpec], torch.Tensor]) -> None:
+        """Keep a statistic of the shape and type that `zeros` gives for a site."""
+        for spec in self.specs:
+            for name in ("population", "accumulated"):
+                self.register_buffer(buffer_name(name, spec.site), zeros(spec))
+
+    def initialize(self, std: float) -> None:
+        for buffer in self.buffers():
+            init.zeros_(buffer)
+
+    def population(self, site: Site, device: torch.device) -> torch.Tensor:
+        """Return the statistic of a site; zeros before a step has ended."""
+        return self.get_buffer(buffer_name("population", site)).to(device)
+
+    def add(self, site: Site, sums: torch.Tensor) -> None:
+        """Add the sums of a micro-batch to the statistic of the current step."""
+        accumulated = self.get_buffer(buffer_name("accumulated", site))
+        accumulated += finite(sum_over_ranks(sums)).to(accumulated)
+
+    def seen(self, accumulated: torch.Tensor) -> torch.Tensor:
+        """Return which of the sums have seen a token; the others keep those of an earlier step."""
+        return accumulated.sum() > 0
+
+    def end_step(self) -> None:
+        for spec in self.specs:
+            population, accumulated = (
+                self.get_buffer(buffer_name(name, spec.site)) for name in ("population", "accumulated")
+            )
+            population.copy_(torch.where(self.seen(accumulated), accumulated, population))
+            accumulated.zero_()
+
+
+class PopulationObjective(StatisticObjective):
     """Base of the losses that weigh each token by how loaded its candidates are in the whole population.
 
-    The population of a layer is its slot counts (NUM_MODALITIES, E + 1) of the previous optimizer step, summed over
-    micro-batches and processes: one row per sub-population (gate or modality), the last column for empty slots.
-    Micro-batches are summed over processes as they come, so that the counts are the same everywhere: DDP broadcasts
-    the buffers of its first process at every forward, and only that process saves them.
+    The population of a layer is its slot counts (NUM_MODALITIES, E + 1) of the previous optimizer step: one row per
+    sub-population (gate or modality), the last column for empty slots.
     """
 
     # How many slots of a token are counted, from the first; all when absent.
@@ -24,14 +64,10 @@ class PopulationObjective(Objective):
 
     def __init__(self, specs: list[MoELayerSpec], coef: float):
         super().__init__(specs, coef)
-        for spec in specs:
-            zeros = torch.zeros(NUM_MODALITIES, spec.num_experts + 1, dtype=torch.long)
-            self.register_buffer(buffer_name("population", spec.site), zeros)
-            self.register_buffer(buffer_name("accumulated", spec.site), zeros.clone())
+        self.keep(lambda spec: torch.zeros(NUM_MODALITIES, spec.num_experts + 1, dtype=torch.long))
 
-    def initialize(self, std: float) -> None:
-        for buffer in self.buffers():
-            init.zeros_(buffer)
+    def seen(self, accumulated: torch.Tensor) -> torch.Tensor:
+        return accumulated.sum(-1, keepdim=True) > 0
 
     def group(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
         """Return the sub-population (T,) of every token: the gate that decided, or 0 where there is one gate."""
@@ -53,7 +89,7 @@ class PopulationObjective(Objective):
         A sub-population that no finished step has seen yet is replaced by the row's own tokens.
         """
         own = self.row_counts(decision, context)
-        population = self.get_buffer(buffer_name("population", site)).to(own.device)
+        population = self.population(site, own.device)
         return torch.where(population.sum(-1, keepdim=True) > 0, population, own)
 
     def shares(self, counts: torch.Tensor, decision: ExpertAssignment, of: str) -> torch.Tensor:
@@ -72,12 +108,4 @@ class PopulationObjective(Objective):
 
     def accumulate(self, decisions: dict[Site, Decision], context: RoutingContext) -> None:
         for site, decision in self.assignments(decisions).items():
-            accumulated = self.get_buffer(buffer_name("accumulated", site))
-            accumulated += sum_over_ranks(self.row_counts(decision, context).sum(0)).to(accumulated.device)
-
-    def end_step(self) -> None:
-        for spec in self.specs:
-            population = self.get_buffer(buffer_name("population", spec.site))
-            accumulated = self.get_buffer(buffer_name("accumulated", spec.site))
-            population.copy_(torch.where(accumulated.sum(-1, keepdim=True) > 0, accumulated, population))
-            accumulated.zero_()
+            self.add(site, self.row_counts(decision, context).sum(0))

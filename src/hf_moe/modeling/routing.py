@@ -233,6 +233,8 @@ class Objective(KeepsBufferTypes):
     reads: frozenset[str] = frozenset()
     # How the layers' values are joined, `"mean"` or `"sum"`; an entry of every objective in the config.
     layer_reduction = "mean"
+    # The modalities of the tokens that it counts, all when absent; an entry of every objective in the config.
+    modalities: Sequence[str] | None = None
 
     def __init__(self, specs: list[MoELayerSpec], coef: float):
         super().__init__()

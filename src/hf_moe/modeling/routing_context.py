@@ -1,6 +1,7 @@
 """The routing context: what a router may know of a forward pass, and how the layer that runs finds it."""
 
-from collections.abc import Callable, Hashable, Mapping
+import copy
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from typing import Any, Generic, TypeVar
 
@@ -190,6 +191,13 @@ class RoutingContext:
     def out_of_rows(self, output: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return the output (B, S, d') of a layer in the shape of what has reached it."""
         return output.reshape(*like.shape[:-1], -1)
+
+    def of_modalities(self, names: Sequence[str]) -> "RoutingContext":
+        """Return the same context in which the tokens of these modalities alone are real."""
+        ids = torch.tensor([MODALITIES.index(name) for name in names], device=self.modality_ids.device)
+        part = copy.copy(self)
+        part.token_mask = self.token_mask & torch.isin(self.modality_ids, ids).to(self.token_mask.device)
+        return part
 
     def contexts(self) -> "list[RoutingContext]":
         """Return this context and those of its parts."""

@@ -11,20 +11,18 @@ Source: BECoTTA: Input-dependent Online Blending of Experts for Continual Test-t
 """
 
 import torch
-from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
 from ..decisions import Decision
 from ..gating import renormalise
-from ..layer_spec import MoELayerSpec, Site, buffer_name
+from ..layer_spec import MoELayerSpec, Site
+from ..population import StatisticObjective
 from ..registry import register_objective
-from ..routing import Objective
 from ..routing_context import RoutingContext
-from ..running_statistics import finite, sum_over_ranks
 
 
 @register_objective("condition_information")
-class ConditionInformation(Objective):
+class ConditionInformation(StatisticObjective):
     """Minus the mutual information of condition and expert; the paper's coefficient is 0.0005.
 
     Args:
@@ -43,14 +41,7 @@ class ConditionInformation(Objective):
         super().__init__(specs, coef)
         self.condition = condition
         self.num_conditions = num_conditions
-        for spec in specs:
-            zeros = torch.zeros(num_conditions, spec.num_experts, dtype=torch.float32)
-            self.register_buffer(buffer_name("population", spec.site), zeros)
-            self.register_buffer(buffer_name("accumulated", spec.site), zeros.clone())
-
-    def initialize(self, std: float) -> None:
-        for buffer in self.buffers():
-            init.zeros_(buffer)
+        self.keep(lambda spec: torch.zeros(num_conditions, spec.num_experts))
 
     def conditions(self, context: RoutingContext, device: torch.device) -> torch.Tensor:
         """Return the condition of every row, (B,)."""
@@ -66,7 +57,7 @@ class ConditionInformation(Objective):
         values = []
         for site, decision in self.assignments(decisions).items():
             probs = renormalise(decision.router_probs[:, : decision.num_experts])  # (T, E)
-            table = self.get_buffer(buffer_name("population", site)).to(probs.device)
+            table = self.population(site, probs.device)
             joint = table / table.sum().clamp(min=1e-20)
             independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
             ratio = torch.where(joint > 0, (joint / independent.clamp(min=1e-20)).clamp(min=1e-6).log(), 0.0)
@@ -80,14 +71,5 @@ class ConditionInformation(Objective):
             probs = renormalise(decision.router_probs.detach()[:, : decision.num_experts])
             mask = context.token_mask.to(probs.device)
             per_row = probs.view(*mask.shape, -1).masked_fill(~mask[..., None], 0.0).sum(1)  # (B, E)
-            accumulated = self.get_buffer(buffer_name("accumulated", site))
-            table = torch.zeros_like(accumulated, device=probs.device)
-            table = table.index_add(0, self.conditions(context, probs.device), per_row.float())
-            accumulated += finite(sum_over_ranks(table)).to(accumulated.device)
-
-    def end_step(self) -> None:
-        for spec in self.specs:
-            population = self.get_buffer(buffer_name("population", spec.site))
-            accumulated = self.get_buffer(buffer_name("accumulated", spec.site))
-            population.copy_(torch.where(accumulated.sum() > 0, accumulated, population))
-            accumulated.zero_()
+            table = per_row.new_zeros(self.num_conditions, decision.num_experts)
+            self.add(site, table.index_add(0, self.conditions(context, probs.device), per_row))
