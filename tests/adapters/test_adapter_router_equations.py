@@ -14,7 +14,7 @@ from hf_moe.modeling.routing_context import RoutingContext
 
 ROUTERS = (
     *("becotta", "condition", "constant", "host", "intuition_mor1e"),
-    *("modality", "sequence", "smora", "soft_moa"),
+    *("modality", "sequence", "smora", "soft_moe"),
 )
 ROWS, POSITIONS, WIDTH, EXPERTS = 3, 7, 12, 5
 
@@ -188,8 +188,8 @@ def test_intuition(num_clusters):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_soft_moa(normalize):
-    router, context = make_router("soft_moa", slots_per_expert=2, normalize=normalize), make_context()
+def test_soft_moe(normalize):
+    router, context = make_router("soft_moe", slots_per_expert=2, normalize=normalize), make_context()
     if normalize:
         assert router.scale == 1.0
         router.scale.data.fill_(3.0)
@@ -208,7 +208,7 @@ def test_soft_moa(normalize):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_fresh_parameters_are_drawn_around_zero_and_statistics_are_empty(name):
-    options = {"sequence": {"centred": True}, "soft_moa": {"normalize": True}}.get(name, {})
+    options = {"sequence": {"centred": True}, "soft_moe": {"normalize": True}}.get(name, {})
     experts = {"modality": 2, "intuition_mor1e": 4}.get(name, EXPERTS)
     spec = MoELayerSpec(0, 256, experts, 2, 4)
     router = router_class(name)(spec, **options)

@@ -15,7 +15,7 @@ from hf_moe.modeling.routing_context import RoutingContext
 
 CONSTANT = {"constant", "condition", "modality"}
 NAMES = mechanism_names("router")
-OPTIONS = {"soft_moa": {"slots_per_expert": 1}, "modality": {"modalities": ["text", "image", "video", "audio"]}}
+OPTIONS = {"soft_moe": {"slots_per_expert": 1}, "modality": {"modalities": ["text", "image", "video", "audio"]}}
 
 
 class FavouringRouter(Router):

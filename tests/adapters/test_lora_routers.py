@@ -300,9 +300,9 @@ def test_top_p_uses_as_many_experts_as_it_takes(llama, text, randomise):
 def test_slots_that_mix_all_tokens_are_refused_in_causal_layers(llama, vit):
     fields = {"experts": "bottleneck", "target_modules": ["mlp"], "router_input": "target"}
     with pytest.raises(ValueError, match="hides later tokens"):
-        adapt(llama(), router="soft_moa", **fields)
+        adapt(llama(), router="soft_moe", **fields)
     with pytest.raises(ValueError, match="SlotMixture"):
-        adapt(vit(), router="soft_moa", router_input="target", target_modules=["q_proj"])
+        adapt(vit(), router="soft_moe", router_input="target", target_modules=["q_proj"], experts="ia3")
 
 
 def test_the_objectives_of_routers_of_several_kinds_reach_the_loss(llama, text, randomise):

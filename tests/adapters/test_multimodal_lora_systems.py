@@ -183,10 +183,10 @@ def test_soft_slots_leave_padding_out_and_let_an_early_token_see_a_late_one(text
 
 def test_padding_reaches_no_soft_slot():
     from hf_moe.modeling.layer_spec import MoELayerSpec
-    from hf_moe.modeling.routers.soft_moa import SoftMoaRouter
+    from hf_moe.modeling.routers.soft_moe import SoftMoeRouter
     from hf_moe.modeling.routing_context import RoutingContext
 
-    router = SoftMoaRouter(MoELayerSpec(0, 8, 4, 4, 2), slots_per_expert=2, normalize=True)
+    router = SoftMoeRouter(MoELayerSpec(0, 8, 4, 4, 2), slots_per_expert=2, normalize=True)
     router.initialize(0.02)
     x = torch.randn(1, 6, 8)
     context = RoutingContext.all_text(x)

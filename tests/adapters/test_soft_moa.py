@@ -1,5 +1,6 @@
 """Soft slots: what a layer computes is the paper's equation."""
 
+import pytest
 import torch
 from helpers.near import assert_near
 from peft import get_peft_model
@@ -8,11 +9,14 @@ from hf_moe import MoeLoraConfig
 from hf_moe.adapters.layer import MoeLoraLayer
 
 
-def adapt(model, **fields):
+BOTTLENECK = {"name": "bottleneck", "activation": "relu"}
+
+
+def adapt(model, experts=BOTTLENECK, **fields):
     config = MoeLoraConfig(
         target_modules=r".*\.mlp",
-        experts={"name": "bottleneck", "activation": "relu"},
-        router={"name": "soft_moa", "slots_per_expert": 2},
+        experts=experts,
+        router={"name": "soft_moe", "slots_per_expert": 2},
         num_experts=3,
         num_experts_per_tok=None,
         lora_alpha=4,
@@ -21,8 +25,9 @@ def adapt(model, **fields):
     return get_peft_model(model, config)
 
 
-def test_the_output_is_the_equation_of_the_paper(vit, randomise):
-    model = adapt(vit(), r=4).eval()
+@pytest.mark.parametrize("experts", [BOTTLENECK, "lora"], ids=["bottleneck", "lora"])
+def test_the_output_is_the_equation_of_the_paper(vit, randomise, experts):
+    model = adapt(vit(), experts, r=4).eval()
     randomise(model)
     layer = next(module for module in model.modules() if isinstance(module, MoeLoraLayer))
     seen = {}
@@ -36,8 +41,9 @@ def test_the_output_is_the_equation_of_the_paper(vit, randomise):
         scores = read @ router.weight.T  # (B, S, N)
         dispatch, combine = scores.softmax(1), scores.softmax(-1)
         slots = (dispatch.transpose(1, 2) @ x).view(2, 3, 2, 32)  # (B, E, p, H)
+        act = torch.relu if experts is BOTTLENECK else torch.nn.Identity()
         a, b = layer.moe_lora_A["default"], layer.moe_lora_B["default"]  # (E, r, H), (E, H, r)
-        outputs = torch.einsum("ehr,bepr->beph", b, torch.einsum("erh,beph->bepr", a, slots).relu())
+        outputs = torch.einsum("ehr,bepr->beph", b, act(torch.einsum("erh,beph->bepr", a, slots)))
         expected = layer.get_base_layer()(x) + combine @ outputs.reshape(2, 6, 32)
     assert_near(seen["y"], expected, 1e-4)
 

@@ -34,7 +34,7 @@ def adapted(fields: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=32))
     config = MoeLoraConfig(**{"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **fields})
-    if config.router["name"] == "soft_moa":
+    if config.router["name"] == "soft_moe":
         return repr(config.build_router(config.spec(0, 16, config.settings("")), config.settings("")))
     torch.manual_seed(0)
     model = get_peft_model(base, config).eval()

@@ -56,7 +56,7 @@ def test_copies_in_a_part_compute_what_the_host_does(name, place):
 
 
 @pytest.mark.parametrize("name", fast_and_slow(TOWERS, FEW))
-@pytest.mark.parametrize("router", ["top_k", "soft_moa"])
+@pytest.mark.parametrize("router", ["top_k", "soft_moe"])
 def test_an_image_counts_in_its_row(name, router):
     """A row by itself has the logits and the objectives that it has in a batch."""
     objectives = {"load_balance": {"coef": 0.1, "scope": "sequence"}, "router_z": 0.1} if router == "top_k" else {}

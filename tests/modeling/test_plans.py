@@ -15,7 +15,7 @@ from hf_moe.modeling.decisions import ExpertAssignment, ParameterMixture, SlotMi
 from hf_moe.modeling.experts.ffn import FfnExperts
 
 
-ROUTERS = sorted({path.stem for path in Path(routers.__file__).parent.glob("[a-z]*.py")} - {"soft_moa"})
+ROUTERS = sorted({path.stem for path in Path(routers.__file__).parent.glob("[a-z]*.py")} - {"soft_moe"})
 STACKS = ("gate_up_proj", "up_proj", "down_proj", "up_proj_bias", "down_proj_bias")
 ROUTING = re.compile(r"\.gate\.|\.shared_routing\.")
 LOW = [torch.bfloat16, torch.float16]

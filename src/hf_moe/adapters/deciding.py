@@ -124,18 +124,13 @@ def check_gradient(decision: Decision, router: Router) -> None:
         )
 
 
-def check_decision(decision: Any, experts: ExpertKind, causal: bool) -> None:
+def check_decision(decision: Any, experts: ExpertKind) -> None:
     """Refuse what the experts of a target cannot run.
 
     Raises:
         ValueError: if the router mixes tokens or parameters in place of assigning experts, or uses identity experts.
     """
     if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
-        if causal:
-            raise ValueError(
-                "The router mixes all tokens of a sequence, which is not for layers whose attention hides later "
-                "tokens from earlier ones: adapt a vision tower or an encoder."
-            )
         return
     if not isinstance(decision, ExpertAssignment):
         raise ValueError(

@@ -266,6 +266,12 @@ class MoeLoraModel(BaseTuner):
         self._specs.append(spec)
         router = config.build_router(spec, settings)
         initialize_mechanisms(router, INIT_STD)
+        if router.looks_ahead and (spec.causal or config.ffn_experts):
+            raise TargetRefused(
+                f"The router {settings.router['name']!r} mixes all tokens of a sequence, which is not for whole "
+                "feed-forwards, nor for layers whose attention hides later tokens from earlier ones: adapt a vision "
+                "tower or an encoder, with ffn_experts=False."
+            )
         unknown = reads_text(self.model, layer) or (layer is not None and not bidirectional)
         if "sequence" in router.reads and tokens_known is None and unknown:
             raise TargetRefused(
@@ -390,4 +396,4 @@ def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | N
     if tokens_known == "text":
         context = RoutingContext.all_text(probe)
         context.input_ids = context.modality_ids
-    check_decision(router(probe[0], context), experts, router.spec.causal)
+    check_decision(router(probe[0], context), experts)

@@ -11,6 +11,7 @@ ALIASES: dict[str, dict[str, dict[str, Any]]] = {
     "router": {
         "deepseek_v3": {"name": "top_k", "score_function": "sigmoid", "bias_update_rate": 0.001},
         "deepseekmoe": {"name": "top_k", "norm_topk_prob": False},
+        "soft_moa": {"name": "soft_moe"},
         "switch_transformer": {
             "name": "top_k",
             "norm_topk_prob": False,

@@ -43,7 +43,7 @@ def make_rows(patches=PATCHES):
 
 def mixture_of(**options):
     spec = make_spec(causal=False)
-    router, context = make_router("soft_moa", options, spec), make_context()
+    router, context = make_router("soft_moe", options, spec), make_context()
     hidden = torch.randn(context.token_mask.numel(), spec.hidden_size)
     return router(hidden, context), hidden, context
 
@@ -59,7 +59,7 @@ def test_slots_are_averages_of_tokens_and_tokens_of_slots(options):
 
 def test_patches_may_come_in_any_order():
     spec = make_spec(causal=False)
-    router, experts = make_router("soft_moa", {"normalize": True}, spec), make_experts(spec)
+    router, experts = make_router("soft_moe", {"normalize": True}, spec), make_experts(spec)
     context = make_context(rows=1)
     context.token_mask[:] = True
     hidden, order = torch.randn(10, spec.hidden_size), torch.randperm(10)
@@ -79,7 +79,7 @@ def test_slots_of_one_token_each_are_the_dense_layer():
 
 def test_a_causal_layer_refuses_it():
     with pytest.raises(ValueError, match="all tokens of a sequence.*vision_moe_config"):
-        HfMoeForConditionalGeneration(HfMoeConfig(text_config=LlamaConfig(**TEXT), moe_config={"router": "soft_moa"}))
+        HfMoeForConditionalGeneration(HfMoeConfig(text_config=LlamaConfig(**TEXT), moe_config={"router": "soft_moe"}))
 
 
 def test_it_stands_in_the_second_half_of_the_tower():

@@ -1,12 +1,12 @@
-"""Soft mixture of adapters: experts run on slots, each a mixture of the tokens of a sequence.
+"""Soft MoE: experts run on slots, each a mixture of the tokens of a sequence.
 
     L = X Phi (S, N)        D = softmax of L over the tokens        C = softmax of L over the N = E * p slots
 
 Expert e sees its p rows of `D^T X`; a token gets its row of `C` times the slot outputs. Every slot mixes all tokens,
 later ones too, so this is for layers with bidirectional attention.
 
-Source: Efficient Fine-tuning of Audio Spectrogram Transformers via Soft Mixture of Adapters, arXiv:2402.00828; From
-Sparse to Soft Mixtures of Experts, arXiv:2308.00951.
+Sources: From Sparse to Soft Mixtures of Experts, arXiv:2308.00951; Efficient Fine-tuning of Audio Spectrogram
+Transformers via Soft Mixture of Adapters, arXiv:2402.00828.
 """
 
 import torch
@@ -23,14 +23,15 @@ from ..routing import Router
 from ..routing_context import RoutingContext
 
 
-@register_router("soft_moa")
-class SoftMoaRouter(Router):
+@register_router("soft_moe")
+class SoftMoeRouter(Router):
     """Soft slots.
 
     Args:
-        spec: facts of the layer; K does not matter.
-        slots_per_expert: p.
-        normalize: l2-normalise hidden states and slot parameters, and multiply by one learned scale.
+        spec (`MoELayerSpec`): facts of the layer; K does not matter.
+        slots_per_expert (`int`, *optional*, defaults to 1): p.
+        normalize (`bool`, *optional*, defaults to `False`): l2-normalise hidden states and slot parameters, and
+            multiply by one learned scale.
     """
 
     reads = frozenset({"hidden_states", "sequence"})
@@ -39,7 +40,7 @@ class SoftMoaRouter(Router):
     def __init__(self, spec: MoELayerSpec, *, slots_per_expert: PositiveInt = 1, normalize: bool = False):
         super().__init__(spec)
         self.weight = nn.Parameter(torch.empty(spec.num_experts * slots_per_expert, spec.hidden_size))
-        self.scale = nn.Parameter(torch.ones(())) if normalize else None
+        self.scale = nn.Parameter(torch.empty(())) if normalize else None
 
     def initialize(self, std: float) -> None:
         init.xavier_normal_(self.weight)
@@ -49,7 +50,7 @@ class SoftMoaRouter(Router):
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> SlotMixture:
         if context.documents is not None:
             raise ValueError(
-                "The router 'soft_moa' mixes all tokens of a row, and this one holds several documents: leave packing "
+                "The router 'soft_moe' mixes all tokens of a row, and this one holds several documents: leave packing "
                 "out, or choose another router."
             )
         weight = self.weight
