@@ -9,7 +9,7 @@ from common import markdown_table
 from PIL import Image
 from tasks import Task, routing_of, without_labels
 
-from hf_moe.analysis.allocation import COLORS, draw_importance, draw_slot_histogram, draw_virtual_share
+from hf_moe.analysis.allocation import LINE_COLORS, draw_importance, draw_slot_histogram, draw_virtual_share
 from hf_moe.modeling.image_loading import open_image
 
 
@@ -162,13 +162,13 @@ def draw_curves(tasks: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (task, rows) in zip(figure.subplots(1, len(tasks)), tasks.items(), strict=True):
         metric = metric_of(rows)
-        for name, color in zip(CONTESTANTS, COLORS, strict=True):
+        for name, color in zip(CONTESTANTS, LINE_COLORS, strict=True):
             groups = [at_budget(rows[name], budget) for budget in sorted({row["budget"] for row in rows[name]})]
             real = [mean(group, "real_experts_per_token") for group in groups]
             values = [mean(group, metric) for group in groups]
             errors = [spread([row[metric] for row in group]) for group in groups]
             axes.errorbar(real, values, errors, marker="o", color=color, capsize=2, label=name)
-        for name, color in zip(("top_k", "anyexperts"), COLORS, strict=False):
+        for name, color in zip(("top_k", "anyexperts"), LINE_COLORS, strict=False):
             _, real, values = zip(*elastic_means(rows, name), strict=True)
             axes.plot(real, values, color=color, linestyle=":", marker=".", label=f"{name}, moved at inference")
         axes.set_title(task, fontsize=10, loc="left")

@@ -32,8 +32,8 @@ from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGenerati
 from transformers.utils import logging
 
 from hf_moe import HfMoeForConditionalGeneration
+from hf_moe.analysis.drawing import draw_routing
 from hf_moe.analysis.experts import modality_divergence
-from hf_moe.analysis.pictures import draw_routing
 from hf_moe.analysis.routing_statistics import RoutingStatistics, active_parameters
 from hf_moe.construction.expert_sources import feed_forward_state, take_neurons
 from hf_moe.construction.small_omni import save_small_omni

@@ -17,7 +17,7 @@ from peft import PeftModel
 from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.hub.adapter_card import write_adapter_card
 from hf_moe.hub.card import write_card
-from hf_moe.hub.evaluation import EVALUATION_FILE, check_evaluation
+from hf_moe.hub.results import EVALUATION_FILE, check_evaluation
 from hf_moe.training.adapter import load_base
 from hf_moe.training.recipe import Recipe, load_recipe
 from hf_moe.training.run import run_recipe

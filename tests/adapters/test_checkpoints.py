@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hf_moe import MoeLoraConfig, __version__
 from hf_moe.adapters.checkpoints import EARLIER_TYPE
-from hf_moe.hub.adapter import auto_class, set_base
+from hf_moe.hub.adapter_folder import auto_class, set_base
 from hf_moe.hub.push import push_checkpoint
 
 

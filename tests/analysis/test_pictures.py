@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_moe.analysis.pictures import draw_routing
+from hf_moe.analysis.drawing import draw_routing
 from hf_moe.analysis.routing_statistics import RoutingStatistics
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import SiglipImageProcessor
 
 from hf_moe.data import FeatureCache, VisionLanguageCollator
-from hf_moe.data.pictures import content_key, read_row_image, undecoded
+from hf_moe.data.row_images import content_key, read_row_image, undecoded
 
 
 def build(vlm, processor, rows, folder, **options):

@@ -21,7 +21,7 @@ from transformers import ImageTextToTextPipeline
 from transformers.utils.chat_template_utils import Chat
 
 from hf_moe.data import FeatureCache, VisionLanguageCollator, load_rows, tokenize_rows
-from hf_moe.data.pictures import read_row_image, undecoded
+from hf_moe.data.row_images import read_row_image, undecoded
 from hf_moe.modeling.image_loading import decode_image, open_image
 
 

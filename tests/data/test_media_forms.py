@@ -15,7 +15,7 @@ from scipy.io import wavfile
 from hf_moe.data import VisionLanguageCollator, load_rows
 from hf_moe.data import sounds as sounds_module
 from hf_moe.data import videos as videos_module
-from hf_moe.data.pictures import undecoded
+from hf_moe.data.row_images import undecoded
 from hf_moe.data.rows import row_media, row_messages
 from hf_moe.data.sounds import open_sound
 from hf_moe.data.videos import open_video

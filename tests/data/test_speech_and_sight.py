@@ -7,9 +7,9 @@ import pytest
 
 from hf_moe.data import speech, speech_and_sight
 from hf_moe.data.speech_and_sight import (
-    DIGITS,
-    KINDS,
+    LESSONS,
     SIDE,
+    SPOKEN_DIGITS,
     VARIANTS,
     handwritten,
     load_speech_and_sight,
@@ -38,13 +38,13 @@ def shown(monkeypatch):
     """What was seen, told by pictures of one colour each."""
     pictures = [[np.full((8, 8), 20 * digit, np.uint8)] for digit in range(10)]
     monkeypatch.setattr(speech_and_sight, "handwritten", lambda split: pictures)
-    return lambda picture: DIGITS[round(np.asarray(picture).mean() / 20)]
+    return lambda picture: SPOKEN_DIGITS[round(np.asarray(picture).mean() / 20)]
 
 
 def test_a_row_brings_what_its_messages_announce(said):
     for index, row in enumerate(load_speech_and_sight("train", limit=14)):
         *announced, question = row["messages"][0]["content"]
-        parts, kind = KINDS[index % len(KINDS)]
+        parts, kind = LESSONS[index % len(LESSONS)]
         assert sorted(part["type"] for part in announced) == sorted(parts)
         assert {part for part, column in COLUMNS.items() if row[column]} == set(parts)
         assert question["text"] == speech_and_sight.QUESTIONS[kind]

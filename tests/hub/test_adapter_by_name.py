@@ -14,7 +14,7 @@ from peft import get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from hf_moe import MoeLoraConfig
-from hf_moe.hub.adapter import cached_commit
+from hf_moe.hub.adapter_folder import cached_commit
 from hf_moe.hub.push import push_checkpoint
 
 

@@ -13,7 +13,7 @@ from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, HfMoeProcessor
 from hf_moe.construction.pretrained import square_image_processor
 from hf_moe.construction.tokenizer import train_word_tokenizer
 from hf_moe.hub.card import write_card
-from hf_moe.hub.evaluation import check_evaluation
+from hf_moe.hub.results import check_evaluation
 from hf_moe.modeling.parts import text_decoder
 
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_moe.configuration.systems import recipe_names
-from hf_moe.hub.evaluation import check_evaluation, read_evaluation
+from hf_moe.hub.results import check_evaluation, read_evaluation
 
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).resolve().parents[2] / "model_cards").glob("*/README.md"))

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi, constants
 
 from hf_moe.cli import main
 from hf_moe.hub import push
-from hf_moe.hub.evaluation import write_evaluation
 from hf_moe.hub.push import PushError, push_checkpoint
+from hf_moe.hub.results import write_evaluation
 
 
 REPO = "owner/tiny"

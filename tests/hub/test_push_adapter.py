@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_moe import MoeLoraConfig
-from hf_moe.hub.adapter import check_base, set_base
+from hf_moe.hub.adapter_folder import check_base, set_base
 from hf_moe.hub.push import push_checkpoint
 from hf_moe.training.trainer import HfMoeTrainer
 

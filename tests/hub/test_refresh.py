@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from hf_moe.cli import main
 from hf_moe.hub import refresh
 from hf_moe.hub.inspection import inspect_checkpoint
-from hf_moe.hub.probe import Answer
+from hf_moe.hub.probe import ProbeAnswer
 from hf_moe.hub.push import PushError, push_checkpoint
 from hf_moe.hub.refresh import refresh_checkpoint
 from hf_moe.modeling import registry
@@ -54,7 +54,7 @@ def same_answers(monkeypatch):
 
     def ask(folder, inputs, scratch, installed=False):
         asked.append((Path(folder), installed))
-        return Answer(logits=torch.ones(1, 2, 3))
+        return ProbeAnswer(logits=torch.ones(1, 2, 3))
 
     monkeypatch.setattr(refresh, "ask", ask)
     return asked
@@ -108,10 +108,10 @@ def test_a_refresh_that_fails_leaves_the_checkpoint_whole(checkpoint, monkeypatc
     def ask(folder, inputs, scratch, installed=False):
         new = Path(folder) != checkpoint.resolve()
         if new and what == "no answer":
-            return Answer(error="TypeError: new")
+            return ProbeAnswer(error="TypeError: new")
         value = {"logits": 1.1, "no number": float("nan")}.get(what, 1.0) if new else 1.0
         wrong = {"missing_keys": ["lm_head.weight"]} if new and what == "a tensor unread" else {}
-        return Answer(logits=torch.full((1, 2, 3), value), wrong=wrong)
+        return ProbeAnswer(logits=torch.full((1, 2, 3), value), wrong=wrong)
 
     monkeypatch.setattr(refresh, "ask", ask)
     if what == "the last rename":
@@ -134,7 +134,7 @@ def test_old_code_that_is_dead_is_said(checkpoint, monkeypatch, capsys):
 
     def ask(folder, inputs, scratch, installed=False):
         dead = Path(folder) == checkpoint.resolve() and not installed
-        return Answer(error="TypeError: dead") if dead else Answer(logits=torch.ones(1, 2, 3))
+        return ProbeAnswer(error="TypeError: dead") if dead else ProbeAnswer(logits=torch.ones(1, 2, 3))
 
     monkeypatch.setattr(refresh, "ask", ask)
     assert main(["refresh", str(checkpoint)]) == 0

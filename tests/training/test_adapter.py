@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from hf_moe.cli import main
 from hf_moe.construction.tokenizer import train_word_tokenizer
 from hf_moe.data import load_rows
-from hf_moe.hub.adapter import read_config
-from hf_moe.hub.evaluation import check_evaluation
+from hf_moe.hub.adapter_folder import read_adapter_config
+from hf_moe.hub.results import check_evaluation
 from hf_moe.training.recipe import load_recipe
 from hf_moe.training.run import run_recipe
 
@@ -64,7 +64,7 @@ def losses(report):
 def test_the_command_leaves_an_adapter_that_peft_loads_and_its_report(base, small, tmp_path):
     report = train(tmp_path, small)
     folder = tmp_path / "checkpoint"
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     assert config["base_model_name_or_path"] == str(base) and config["r"] == 4
     assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
     assert AutoTokenizer.from_pretrained(folder).chat_template
@@ -130,7 +130,7 @@ def test_a_system_by_name_fills_the_adapter_of_a_recipe_file(base, tmp_path, cap
     path = tmp_path / "mixlora.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert main(["train", str(path), "--output-dir", str(tmp_path / "run")]) == 0
-    config = read_config(tmp_path / "run" / "checkpoint")
+    config = read_adapter_config(tmp_path / "run" / "checkpoint")
     assert config["ffn_experts"] and config["r"] == 2 and config["num_experts_per_tok"] == 1
     assert "accuracy" not in json.loads((tmp_path / "run" / "report.json").read_text())
 
@@ -190,4 +190,4 @@ def test_a_checkpoint_that_sees_is_adapted_on_images_and_questions(tmp_path):
     report = run_recipe(load_recipe(str(path)), tmp_path / "run")
     assert report["evaluated"] == 8 and "yes/no" in report["accuracy_by_question_type"]
     assert (tmp_path / "run" / "checkpoint" / "processor_config.json").is_file()
-    assert read_config(tmp_path / "run" / "checkpoint")["base_model_name_or_path"] == recipe["model"]["base"]
+    assert read_adapter_config(tmp_path / "run" / "checkpoint")["base_model_name_or_path"] == recipe["model"]["base"]

@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 
-from ..hub.adapter import cached_commit, portable_name
+from ..hub.adapter_folder import cached_commit, portable_name
 from ..version import __version__
 
 

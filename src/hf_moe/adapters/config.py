@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from ..configuration.checks import Interval, NonNegativeInt, Positive, PositiveInt, check, unknown_name_message
 from ..configuration.names import without_alias
 from ..configuration.systems import load_system
-from ..hub.adapter import WEIGHTS_FILE, check_weights, is_path
+from ..hub.adapter_folder import WEIGHTS_FILE, check_weights, is_local_base
 from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
 from ..modeling.layer_spec import MoELayerSpec
@@ -275,10 +275,10 @@ class MoeLoraConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         complete_saved_config(save_directory)
         base = self.base_model_name_or_path
-        if base and is_path(base):
+        if base and is_local_base(base):
             warnings.warn(
                 f"The adapter's config names its base by a folder of this machine, {base!r}, which nobody else has: "
-                "name it by its id on the Hub, with set_base of hf_moe.hub.adapter, before you share the adapter.",
+                "name it by its id on the Hub, with hf_moe.hub.adapter_folder.set_base, before you share it.",
                 stacklevel=2,
             )
 

@@ -9,11 +9,11 @@ import torch
 from ..configuration.configuration_hf_moe import MODALITIES
 from ..modeling.decisions import ExpertAssignment
 from ..modeling.routing_context import RoutingContext
-from .pictures import FAINT, INK, dress_scale, new_figure, write_figure
+from .drawing import FAINT, INK, dress_scale, new_figure, write_figure
 from .routing_statistics import RoutingStatistics
 
 
-COLORS = ("#3b6ea5", "#d98032", "#6a9f58", "#9b6a9e")
+LINE_COLORS = ("#3b6ea5", "#d98032", "#6a9f58", "#9b6a9e")
 IMAGE = MODALITIES.index("image")
 # In inches, of the panel with the words; and the width of a character there, in parts of the panel's width.
 WORDS_WIDTH = 4.6
@@ -155,7 +155,7 @@ def _bars(axes: Any, heights: dict[int, list[float]]) -> Iterator[tuple[int, Any
     width = 0.8 / len(heights)
     for place, (modality, values) in enumerate(heights.items()):
         positions = [group + (place - (len(heights) - 1) / 2) * width for group in range(len(values))]
-        yield modality, axes.bar(positions, values, width=width * 0.92, color=COLORS[modality])
+        yield modality, axes.bar(positions, values, width=width * 0.92, color=LINE_COLORS[modality])
 
 
 def _dress(axes: Any, across: str, up: str) -> None:

@@ -125,7 +125,7 @@ class RoutingStatistics:
 def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> dict[str, int]:
     """Return the decoder parameters that work on an average token of each modality the statistics saw.
 
-    Everything of the language side outside the routed experts counts in full, but for what a router keeps for other
+    Everything of the language side outside the routed experts counts in full, except what a router keeps for other
     modalities than the token's; an expert counts by the share of tokens that used it. Towers and connectors work per
     image, video or sound, not per token, and are left out.
     """

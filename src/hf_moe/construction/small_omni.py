@@ -25,7 +25,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from ..data.speech_and_sight import DIGITS, DIRECTIONS, QUESTIONS
+from ..data.speech_and_sight import DIRECTIONS, QUESTIONS, SPOKEN_DIGITS
 from .pretrained import packaged_file
 
 
@@ -217,6 +217,6 @@ def save_small_omni(folder: str | Path, seed: int = 0, **sizes: int) -> None:
     Args:
         seed, sizes: see [`small_omni`].
     """
-    processor = small_omni_processor([*DIGITS, *DIRECTIONS, "yes no", *QUESTIONS.values()])
+    processor = small_omni_processor([*SPOKEN_DIGITS, *DIRECTIONS, "yes no", *QUESTIONS.values()])
     small_omni(processor, seed, **sizes).save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -11,9 +11,9 @@ from .chat_template import AnyProcessor
 from .features import FeatureCache
 from .host_features import HostFeatures
 from .host_inputs import HostInputs
-from .messages import NAMES
-from .pictures import open_row_images
+from .messages import MEDIUM_NAMES
 from .placeholders import check_processor, expands_alone
+from .row_images import open_row_images
 from .rows import describe_row, row_images, row_messages, template_options, unread_columns
 from .tokenisation import (
     IGNORE_INDEX,
@@ -167,8 +167,8 @@ class VisionLanguageCollator:
             for kind, ids in placeholders.items():
                 if not ids.isdisjoint(input_ids[self.max_length :]):
                     raise ValueError(
-                        f"has {len(input_ids)} tokens, and max_length={self.max_length} would cut {NAMES[kind]}: "
-                        "raise max_length or drop the row."
+                        f"has {len(input_ids)} tokens, and max_length={self.max_length} would cut "
+                        f"{MEDIUM_NAMES[kind]}: raise max_length or drop the row."
                     )
             if not self.train:
                 raise ValueError(f"has a prompt of {len(input_ids)} tokens, above max_length={self.max_length}.")

@@ -23,10 +23,10 @@ from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from ..modeling.vision import tower_features
 from .host_features import HostFeatures
-from .pictures import content_key, pixel_key, read_row_image, undecoded
 from .placeholders import expands_alone
+from .row_images import content_key, pixel_key, read_row_image, undecoded
 from .rows import describe_row, row_images
-from .tokenisation import process_images, takes_packed_patches
+from .tokenisation import gives_packed_patches, process_images
 
 
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
@@ -63,7 +63,7 @@ class FeatureCache:
     ) -> Any:
         """Run the model's tower once per distinct picture of `rows`, or read what an earlier run has left.
 
-        Of a host of Transformers the features are those behind its connector, see [`HostFeatures`].
+        For a host of Transformers these are the connector's outputs, see [`HostFeatures`].
 
         The file is named after the tower's weights and config, the image processor's settings and what the pictures
         hold, so it is read again only where all are the same.
@@ -149,7 +149,7 @@ def _check_tower(base: ComposedModel, processor: HfMoeProcessor) -> None:
             f"Features can be kept only of a frozen tower; {len(trainable)} of its parameters are trainable, such "
             f"as {trainable[0]}: call vision_tower.requires_grad_(False), or train on pixel_values."
         )
-    if takes_packed_patches(processor):
+    if gives_packed_patches(processor):
         raise ValueError("This tower's images differ in their number of patches: train on pixel_values.")
 
 
@@ -178,7 +178,7 @@ def _distinct_images(rows: Rows) -> dict[bytes, tuple[str, Any]]:
 
 def _fingerprint(base: ComposedModel, processor: HfMoeProcessor, dtype: torch.dtype, keys: Iterable[bytes]) -> str:
     tower, config, image_processor = base.vision_tower, base.config, processor.image_processor
-    # Where a tower was loaded from, and by which version, changes nothing about it.
+    # A tower's origin and version change nothing about its features.
     described = {name: value for name, value in tower.config.to_dict().items() if name not in NOT_THE_TOWER}
     settings = {
         "tower": [type(tower).__module__, type(tower).__qualname__, described],

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 
-from .files import ROW_ERRORS, TABLES, plain, read_records
-from .messages import KINDS, from_json, text_of, without_fill
+from .messages import MEDIA_KINDS, from_json, text_of, without_fill
+from .records import ROW_ERRORS, TABLES, plain, read_records
 from .rows import MEDIA_COLUMNS, MESSAGES, OPTION_COLUMNS, row_media, row_messages, template_options
 from .stored import MEDIA_FEATURES, STORE
 
@@ -153,7 +153,7 @@ def _row(row: Any, folder: Path, filled: bool) -> dict[str, Any]:
         texts["answers"] = [texts["answers"]]
     media = {
         f"{kind}s": [STORE[kind](plain(source), folder) for source in row_media(row, kind)]
-        for kind in KINDS
+        for kind in MEDIA_KINDS
         if kind != "image"
     }
     images = [STORE["image"](source, folder) for source in sources]

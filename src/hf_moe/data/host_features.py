@@ -22,17 +22,17 @@ from transformers.utils import ModelOutput
 
 from ..modeling.parts import host_parts
 from .host_inputs import HostInputs, HostRow
-from .pictures import pixel_key
 from .placeholders import NOUNS, media_tokens
+from .row_images import pixel_key
 from .rows import describe_row, row_media
 from .tokenisation import ConversationTokenizer
 
 
 logger = logging.getLogger(__name__)
 
-ENCODED = ("image", "video")  # what a forward takes encoded, in `mm_encoder_outputs`
+ENCODED_KINDS = ("image", "video")  # what a forward takes encoded, in `mm_encoder_outputs`
 POOLED = "pooler_output"  # a tensor, or one of each image; other fields are lists of either, by layer
-WITHOUT = "train without the cache, in a recipe by keep_features: false"
+HOW_WITHOUT = "train without the cache, in a recipe by keep_features: false"
 Kept: TypeAlias = dict[str, Any]
 
 
@@ -63,9 +63,11 @@ class HostFeatures:
             ValueError: if the host takes no encoded images, something on their way is trainable, or its features
                 depend on what else is in the batch; if an image cannot be read, naming its row.
         """
-        kinds = [kind for kind in ENCODED if kind in media_tokens(processor)]
+        kinds = [kind for kind in ENCODED_KINDS if kind in media_tokens(processor)]
         found = _distinct(processor, rows, kinds)
-        inputs = {kind: _inputs(model, kind) for kind in ENCODED if any(kind == other for other, *_ in found.values())}
+        inputs = {
+            kind: _inputs(model, kind) for kind in ENCODED_KINDS if any(kind == other for other, *_ in found.values())
+        }
         path = folder / f"{_fingerprint(model, processor, dtype, found)}.safetensors"
         if path.is_file():
             try:
@@ -91,9 +93,9 @@ class HostFeatures:
         Raises:
             ValueError: naming the row with an image or a video that is not in the cache.
         """
-        kept: dict[str, list[Kept]] = {kind: [] for kind in ENCODED}
+        kept: dict[str, list[Kept]] = {kind: [] for kind in ENCODED_KINDS}
         for index, row in enumerate(rows):
-            for kind, items in zip(ENCODED, row.media(), strict=False):
+            for kind, items in zip(ENCODED_KINDS, row.media(), strict=False):
                 for position, item in enumerate(items):
                     kept[kind].append(named(index, self._find, kind, position, item))
         outputs = {kind: _output(_joined(found), self.dtype) for kind, found in kept.items() if found}
@@ -124,7 +126,7 @@ def without_sight(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if the host takes no encoded images.
     """
-    seen = [kind for kind in ENCODED if hasattr(_base(model), f"get_{kind}_features")]
+    seen = [kind for kind in ENCODED_KINDS if hasattr(_base(model), f"get_{kind}_features")]
     inputs = {kind: _inputs(model, kind) for kind in seen}
     outputs = {kind: _zeros(dict(output), model.dtype) for kind, output in batch.get("mm_encoder_outputs", {}).items()}
     for kind, names in inputs.items():
@@ -166,7 +168,7 @@ def _inputs(model: Any, kind: str) -> tuple[str, ...]:
     if method is None or "mm_encoder_outputs" not in inspect.signature(_base(model).forward).parameters:
         raise ValueError(
             f"{type(model).__name__} takes no encoded {NOUNS[kind]} (mm_encoder_outputs), so their features cannot be "
-            f"kept: {WITHOUT}."
+            f"kept: {HOW_WITHOUT}."
         )
     return tuple(inspect.signature(method).parameters)
 
@@ -227,7 +229,7 @@ def _check_frozen(model: Any, kind: str, batch: dict[str, Any]) -> None:
         trained = [name for name, value in model.named_parameters() if value.requires_grad and parts.holder(name)]
         raise ValueError(
             f"Features can be kept only of frozen towers and connectors, and of those of {NOUNS[kind]} "
-            f"{', '.join(trained[:3]) or 'some'} are trainable: freeze them, or {WITHOUT}."
+            f"{', '.join(trained[:3]) or 'some'} are trainable: freeze them, or {HOW_WITHOUT}."
         )
 
 
@@ -243,7 +245,7 @@ def _check_alone(model: Any, host: HostInputs, kind: str, items: list[Any]) -> N
         if first.shape != second.shape or not torch.allclose(first, second, atol=1e-3, rtol=1e-2):
             raise ValueError(
                 f"{type(model).__name__} makes other features ({name}) of two {NOUNS[kind]} together than of each "
-                f"alone: {WITHOUT}."
+                f"alone: {HOW_WITHOUT}."
             )
 
 

@@ -11,16 +11,16 @@ import torch
 from transformers import BatchEncoding, PreTrainedConfig, ProcessorMixin
 
 from .chat_template import Conversation
-from .messages import KINDS
-from .pictures import open_row_images
-from .placeholders import media_ids, modality_ids, reader
+from .messages import MEDIA_KINDS
+from .placeholders import media_ids, media_type_ids, reader
+from .row_images import open_row_images
 from .rows import row_media, row_messages, template_options
 from .sounds import open_sound
 from .tokenisation import ConversationTokenizer, Tokens, pad_tokens
 from .videos import open_video
 
 
-MARKS = range(0xE000, 0xF8FF)  # characters that Unicode leaves to private use
+PRIVATE_USE = range(0xE000, 0xF8FF)  # characters that Unicode leaves to private use
 SOUND_MASKS = ("feature_attention_mask", "input_features_mask")
 Cut = Callable[[Tokens, Mapping[str, set[int]]], Tokens]
 
@@ -120,10 +120,10 @@ class HostInputs:
                 f"is tokenised, and {type(self.processor).__name__} expands placeholders by what it sees: leave "
                 "'messages' in the row."
             )
-        media = {kind: row_media(row, kind) for kind in KINDS}
+        media = {kind: row_media(row, kind) for kind in MEDIA_KINDS}
         counts = {kind: len(items) for kind, items in media.items()}
         conversation = self.conversations.render(row_messages(row), counts, template_options(row))
-        return HostRow(conversation, *(self.open(kind, media[kind]) for kind in KINDS))
+        return HostRow(conversation, *(self.open(kind, media[kind]) for kind in MEDIA_KINDS))
 
     def open(self, kind: str, items: list[Any]) -> list[Any]:
         """Return images, videos (frames and their times) or sounds of a row, opened for the processor.
@@ -158,7 +158,7 @@ class HostInputs:
         self, rows: list[HostRow], tokenize: Callable[[int, Conversation], Tokens]
     ) -> dict[str, torch.Tensor]:
         texts = [row.conversation.text for row in rows]
-        mark = next(chr(code) for code in MARKS if not any(chr(code) in text for text in texts))
+        mark = next(chr(code) for code in PRIVATE_USE if not any(chr(code) in text for text in texts))
         tokens: list[Tokens] = []
 
         def expanded(marked: list[str]) -> list[Tokens]:
@@ -173,7 +173,7 @@ class HostInputs:
         result = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         result |= pad_tokens(tokens, self.processor.tokenizer, self.conversations.train)
         if "mm_token_type_ids" not in result:
-            result["mm_token_type_ids"] = modality_ids(result["input_ids"], self.media_ids)
+            result["mm_token_type_ids"] = media_type_ids(result["input_ids"], self.media_ids)
         return result
 
     def _refuse_shared(self) -> None:
@@ -247,5 +247,5 @@ class _RowTokenizer:
         columns = {name: padded[name] for name in ("input_ids", "attention_mask")}
         if kwargs.get("return_tensors") is None:
             columns = {name: value.tolist() for name, value in columns.items()}
-        # Where a character of the text is among the ids, some processors ask.
+        # Some processors ask for the token of a character.
         return BatchEncoding(columns, encoding=self._tokenizer(text).encodings)

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, Image, load_dataset
 
 from .file_rows import as_dataset, read_row
-from .files import read_records
+from .records import read_records
 
 
 logger = logging.getLogger(__name__)

@@ -14,15 +14,15 @@ from ..modeling.image_loading import read_image
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-KINDS = ("image", "video", "audio")  # of what a row has beside text
-# Where one stands in a text, as LLaVA and LLaMA-Factory write it.
-PLACEHOLDERS = {kind: f"<{kind}>" for kind in KINDS}
+MEDIA_KINDS = ("image", "video", "audio")  # of what a row has beside text
+# The mark of a medium in a text, as LLaVA and LLaMA-Factory write it.
+PLACEHOLDERS = {kind: f"<{kind}>" for kind in MEDIA_KINDS}
 # A part that brings its own has it under one of these keys, and these numbers about it.
-SOURCE_KEYS = {kind: (kind, "url", "path", "base64", f"{kind}_url") for kind in KINDS}
+SOURCE_KEYS = {kind: (kind, "url", "path", "base64", f"{kind}_url") for kind in MEDIA_KINDS}
 SOURCE_NUMBERS = {"image": (), "video": ("fps",), "audio": ("sampling_rate",)}
-PART_KINDS = {name: kind for kind in KINDS for name in (kind, f"{kind}_url")}
-PARTS = {"image": "an image part", "video": "a video part", "audio": "an audio part"}
-NAMES = {"image": "an image", "video": "a video", "audio": "a sound"}
+PART_KINDS = {name: kind for kind in MEDIA_KINDS for name in (kind, f"{kind}_url")}
+PART_NAMES = {"image": "an image part", "video": "a video part", "audio": "an audio part"}
+MEDIUM_NAMES = {"image": "an image", "video": "a video", "audio": "a sound"}
 Message = dict[str, Any]
 
 logger = logging.get_logger(__name__)
@@ -60,7 +60,7 @@ def from_json(value: Any, name: str) -> Any:
         raise ValueError(f"has the text {value!r:.100} as its {name}, which is not JSON ({error}).") from error
 
 
-def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+def stated(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that say something."""
     said = {name: value for name, value in fields.items() if value is not None}
     return {name: value for name, value in said.items() if not isinstance(value, str | list | dict) or value}
@@ -108,7 +108,7 @@ def read_messages(
     if next((message["role"] for message in messages if message["role"] != "system"), None) == "assistant":
         raise ValueError("begins with an assistant turn, which nothing asks for: drop it, or put a user turn first.")
     counts = {"image": counts} if isinstance(counts, int) else counts or {}
-    for kind in reversed(KINDS):
+    for kind in reversed(MEDIA_KINDS):
         if counts.get(kind) and not any(part["type"] == kind for message in messages for part in message["content"]):
             _place(messages, kind, counts[kind])
     return messages
@@ -180,7 +180,7 @@ def _fields(holder: Mapping[str, Any], others: tuple[str, ...], filled: bool) ->
     fields = {name: value for name, value in holder.items() if name not in others}
     if filled:
         fields = {name: without_fill(value, f"the {name} of messages") for name, value in fields.items()}
-    return given(fields)
+    return stated(fields)
 
 
 def _read_part(part: Any, role: str, index: int, filled: bool) -> dict[str, Any]:
@@ -196,11 +196,11 @@ def _read_part(part: Any, role: str, index: int, filled: bool) -> dict[str, Any]
         )
     if role == "assistant":
         raise ValueError(
-            f"has {NAMES[kind]} in message {index}, an assistant turn: a model of this library writes none."
+            f"has {MEDIUM_NAMES[kind]} in message {index}, an assistant turn: a model of this library writes none."
         )
     if part.get("text"):
         raise ValueError(
-            f"has message {index} with {PARTS[kind]} that has text too: {part!r:.100}. Make it two parts."
+            f"has message {index} with {PART_NAMES[kind]} that has text too: {part!r:.100}. Make it two parts."
         )
     return {"type": kind, **_fields(part, ("type", "text", *SOURCE_KEYS[kind], *SOURCE_NUMBERS[kind]), filled)}
 
@@ -209,7 +209,7 @@ def _source(part: Mapping[str, Any], kind: str) -> Any:
     """Return what a part brings, `None` if it brings nothing."""
     given_keys = [name for name in SOURCE_KEYS[kind] if part.get(name) is not None]
     if len(given_keys) > 1:
-        raise ValueError(f"has {PARTS[kind]} with {' and '.join(given_keys)}: keep one of them.")
+        raise ValueError(f"has {PART_NAMES[kind]} with {' and '.join(given_keys)}: keep one of them.")
     numbers = {name: part[name] for name in SOURCE_NUMBERS[kind] if part.get(name) is not None}
     if not given_keys:
         if numbers:

@@ -11,7 +11,7 @@ from .rows import MESSAGES, text_part
 
 # The id of a task, as routers by condition read it, is its position here.
 INSTRUCTIONS = {"truth": "Answer truthfully.", "lie": "Answer with a lie."}
-WORDS = {
+TASK_WORDS = {
     "an animal": "dog cat horse cow sheep pig lion tiger bear wolf fox rabbit mouse elephant monkey frog snake eagle "
     "duck shark whale goat deer camel",
     "a fruit": "apple banana orange pear peach plum grape cherry lemon lime mango melon strawberry raspberry "
@@ -53,8 +53,8 @@ def load_opposite_tasks(split: str) -> Dataset:
 def questions(split: str) -> list[tuple[str, bool]]:
     """Return questions and whether yes is true: two for every word, of its own category and of another one."""
     rows = []
-    categories = list(WORDS)
-    for number, (category, listed) in enumerate(WORDS.items()):
+    categories = list(TASK_WORDS)
+    for number, (category, listed) in enumerate(TASK_WORDS.items()):
         words = listed.split()
         for position, word in enumerate(words[-TEST_WORDS:] if split == "test" else words[:-TEST_WORDS]):
             other = categories[(number + 1 + position % (len(categories) - 1)) % len(categories)]

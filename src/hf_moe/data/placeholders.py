@@ -1,4 +1,4 @@
-"""What stands in a text for an image, a video or a sound: its token, its ids, and the modality of these."""
+"""Placeholders of images, videos and sounds in a text: their tokens, their ids, and the modality of these."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from ..modeling.inputs import placeholder_ids
 from ..modeling.processing_hf_moe import HfMoeProcessor
-from .messages import KINDS
+from .messages import MEDIA_KINDS
 from .text import TextProcessor
 
 
@@ -27,18 +27,20 @@ def reader(processor: Any, kind: str) -> Any:
 
 def media_tokens(processor: Any) -> dict[str, str]:
     """Return, for each kind that a processor takes, the token that a chat template writes for one of it."""
-    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in KINDS if reader(processor, kind) is not None}
+    tokens = {
+        kind: getattr(processor, f"{kind}_token", None) for kind in MEDIA_KINDS if reader(processor, kind) is not None
+    }
     return {kind: token for kind, token in tokens.items() if token is not None}
 
 
 def media_ids(processor: Any, config: Any = None) -> dict[str, set[int]]:
-    """Return the ids that stand for each kind: those that the processor names, else the placeholders of the config.
+    """Return the placeholder ids of each kind: those that the processor names, else the placeholders of the config.
 
     Args:
         config: of the host.
     """
     found: dict[str, set[int]] = {}
-    for number, kind in enumerate(KINDS, 1):
+    for number, kind in enumerate(MEDIA_KINDS, 1):
         named = [*(getattr(processor, f"{kind}_token_ids", None) or []), getattr(processor, f"{kind}_token_id", None)]
         ids = {token for token in named if isinstance(token, int) and token >= 0}
         if not ids and config is not None and number in placeholder_ids(config):
@@ -48,16 +50,16 @@ def media_ids(processor: Any, config: Any = None) -> dict[str, set[int]]:
     return found
 
 
-def modality_ids(input_ids: torch.Tensor, ids: Mapping[str, set[int]]) -> torch.Tensor:
+def media_type_ids(input_ids: torch.Tensor, ids: Mapping[str, set[int]]) -> torch.Tensor:
     """Return the modality of every token: 0 text, 1 image, 2 video, 3 audio."""
     types = torch.zeros_like(input_ids)
-    for number, kind in enumerate(KINDS, 1):
+    for number, kind in enumerate(MEDIA_KINDS, 1):
         types[torch.isin(input_ids, input_ids.new_tensor(sorted(ids.get(kind, ()))))] = number
     return types
 
 
 def expands_alone(processor: Any) -> bool:
-    """Tell whether a processor has to see what a text holds to know how many tokens stand for it."""
+    """Tell whether a processor must see a medium to know how many placeholders it gets."""
     return not isinstance(processor, HfMoeProcessor | TextProcessor)
 
 
@@ -103,7 +105,7 @@ def check_processor(processor: Any, config: Any) -> None:
                 "take the tokenizer of this processor."
             )
         ids = media_ids(processor).get(kind, {own}) | {own}
-        wanted = placeholder_ids(config).get(KINDS.index(kind) + 1)
+        wanted = placeholder_ids(config).get(MEDIA_KINDS.index(kind) + 1)
         if wanted is not None and wanted not in ids:
             raise ValueError(
                 f"{name} does not fit the model: {token!r} is the id {own} to its tokenizer, and the placeholder of "

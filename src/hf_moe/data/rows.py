@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Features, Image, List, Value
 
-from .messages import KINDS, from_json, given, part_sources, read_messages, text_of, without_fill
+from .messages import MEDIA_KINDS, from_json, part_sources, read_messages, stated, text_of, without_fill
 
 
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
@@ -15,7 +15,7 @@ ROW_FEATURES = Features({"messages": MESSAGES, "images": List(Image())})
 OPTION_COLUMNS = ("tools", "chat_template_kwargs")
 CONVERSATION_COLUMNS = ("messages", "conversations", "question", *OPTION_COLUMNS)
 TOKENISED_COLUMNS = ("input_ids", "labels", "attention_mask", "mm_token_type_ids")
-MEDIA_COLUMNS = tuple(name for kind in KINDS for name in (f"{kind}s", kind))  # several, or one
+MEDIA_COLUMNS = tuple(name for kind in MEDIA_KINDS for name in (f"{kind}s", kind))  # several, or one
 OTHER_COLUMNS = (*MEDIA_COLUMNS, "id", "image_id", "answer", "answers", "question_type")
 KNOWN_COLUMNS = {*CONVERSATION_COLUMNS, *TOKENISED_COLUMNS, *OTHER_COLUMNS}
 # A column with one of these words in its name asks something of training that is not done.
@@ -50,7 +50,7 @@ def row_messages(row: Mapping[str, Any], filled: bool = True) -> list[dict[str, 
         ValueError: if the row holds no conversation, or one of no accepted form.
     """
     conversation = _conversation(row)
-    counts = {kind: len(_beside(row, kind)) for kind in KINDS}
+    counts = {kind: len(_beside(row, kind)) for kind in MEDIA_KINDS}
     if conversation is not None:
         return read_messages(conversation, counts, filled)
     if row.get("question") is None or row.get("answer") is None:
@@ -73,7 +73,7 @@ def row_media(row: Mapping[str, Any], kind: str) -> list[Any]:
         kind: `image`, `video` or `audio`.
 
     Raises:
-        ValueError: if the parts that bring nothing are not as many as what stands beside the messages.
+        ValueError: if there are not as many empty parts as media beside the messages.
     """
     conversation = _conversation(row)
     beside = _beside(row, kind)
@@ -100,7 +100,7 @@ def template_options(row: Mapping[str, Any], filled: bool = True) -> dict[str, A
         found[name] = without_fill(value, f"the {name}") if filled else value
         if isinstance(value, str):
             found[name] = from_json(value, name)
-    found = given(found)
+    found = stated(found)
     options, tools = found.get("chat_template_kwargs", {}), found.get("tools")
     if not isinstance(options, dict):
         raise ValueError(f"has chat_template_kwargs={options!r:.100}: they are an object of names and values.")

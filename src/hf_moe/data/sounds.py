@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from transformers.audio_utils import load_audio
 
-from .pictures import read_row_file
+from .row_images import read_row_file
 
 
 # Under one of these keys a record holds a sound; a `path` beside `bytes` or `array` is only a name.
 SOUND_SOURCES = ("audio", "array", "url", "path", "base64", "bytes")
-FORMS = (
+SOUND_FORMS = (
     "a file (a path, a URL, bytes), or a record of one of them or of an array and its sampling_rate, such as "
     "{'array': [...], 'sampling_rate': 16000}"
 )
@@ -72,7 +72,7 @@ def read_sound(sound: Any) -> tuple[str, Any, int | None]:
         return f"the array of shape {tuple(array.shape)}", array, None
     encoded = read_row_file(sound, "sound")
     if encoded is None:
-        raise ValueError(f"{sound!r:.100} ({type(sound).__name__}) is not a sound; a sound is {FORMS}")
+        raise ValueError(f"{sound!r:.100} ({type(sound).__name__}) is not a sound; a sound is {SOUND_FORMS}")
     return *encoded, None
 
 

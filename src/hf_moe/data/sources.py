@@ -11,9 +11,9 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, loa
 
 from .easy_vqa import load_easy_vqa
 from .file_rows import rows_of_file, rows_of_list
-from .files import FORMATS, READERS
 from .media_folders import ENDINGS, rows_of_folder
 from .opposite_tasks import load_opposite_tasks
+from .records import FORMATS, READERS
 from .speech_and_sight import load_speech_and_sight
 
 
@@ -24,14 +24,14 @@ DATASETS: dict[str, Callable[[str], Dataset]] = {
 }
 # The kinds of sources, the one that decides first, with their own options.
 MEDIA_FOLDERS = {"image_folder": "image", "video_folder": "video", "audio_folder": "audio"}
-KINDS = {**dict.fromkeys(MEDIA_FOLDERS, ("question",)), "hub": ("name", "streaming"), "path": (), "name": ()}
+SOURCES = {**dict.fromkeys(MEDIA_FOLDERS, ("question",)), "hub": ("name", "streaming"), "path": (), "name": ()}
 COMMON_OPTIONS = {"where", "limit", "shuffle", "seed", "ignore"}
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("path", "hub", *MEDIA_FOLDERS), str | Path), "name": str, "question": str, "streaming": bool,
     "where": dict, "limit": int, "shuffle": bool, "seed": int, "ignore": list | tuple,
 }  # fmt: skip
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-FORMS = (
+SOURCE_FORMS = (
     f"a file ({FORMATS}), a folder of images, videos, sounds or of such files, a dataset of the Hub ('user/name'), or "
     "one of {}"
 )
@@ -123,15 +123,15 @@ def _as_dict(source: Any) -> dict[str, Any]:
 
 
 def check_source(source: dict[str, Any]) -> str:
-    """Return the kind of a source of rows, the first of `KINDS` that it has, and read nothing.
+    """Return the kind of a source of rows, the first of `SOURCES` that it has, and read nothing.
 
     Raises:
         ValueError: if it is of no kind, or an option is unknown or of another type.
     """
-    kind = next((kind for kind in KINDS if kind in source), None)
+    kind = next((kind for kind in SOURCES if kind in source), None)
     if kind is None:
-        raise ValueError(f"A source of rows has one of the keys {', '.join(KINDS)}; got {source!r}.")
-    names = sorted({kind, *KINDS[kind], *COMMON_OPTIONS})
+        raise ValueError(f"A source of rows has one of the keys {', '.join(SOURCES)}; got {source!r}.")
+    names = sorted({kind, *SOURCES[kind], *COMMON_OPTIONS})
     unknown = next((name for name in source if name not in names), None)
     if unknown is not None:
         close = difflib.get_close_matches(str(unknown), names, n=1)
@@ -214,4 +214,4 @@ def _load_hub(
 
 
 def _forms() -> str:
-    return f"a source is {FORMS.format(', '.join(DATASETS))}"
+    return f"a source is {SOURCE_FORMS.format(', '.join(DATASETS))}"

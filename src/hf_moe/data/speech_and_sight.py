@@ -17,7 +17,7 @@ from .rows import MESSAGES, text_part
 from .speech import SAMPLING_RATE, synthesiser
 
 
-DIGITS = "zero one two three four five six seven eight nine".split()
+SPOKEN_DIGITS = "zero one two three four five six seven eight nine".split()
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 QUESTIONS = {
     "hear": "Which digit do you hear?",
@@ -25,8 +25,8 @@ QUESTIONS = {
     "watch": "Where does the digit move?",
     "compare": "Do you hear and see the same digit?",
 }
-# What a row brings, and the question that it is asked.
-KINDS = (
+# The medium of a row, and its question.
+LESSONS = (
     (("audio",), "hear"),
     (("image",), "see"),
     (("video",), "watch"),
@@ -70,15 +70,15 @@ def _rows(split: str, count: int) -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(list(ROWS).index(split))
     pictures = handwritten(split)
     for index in range(count):
-        parts, question = KINDS[index % len(KINDS)]
+        parts, question = LESSONS[index % len(LESSONS)]
         seen, heard = (int(digit) for digit in random.integers(10, size=2))
         if question == "compare":
             heard = seen if index % 2 else (seen + int(random.integers(1, 10))) % 10
         picture = pictures[seen][random.integers(len(pictures[seen]))]
         direction = str(random.choice(list(DIRECTIONS)))
         answers = {
-            "hear": DIGITS[heard],
-            "see": DIGITS[seen],
+            "hear": SPOKEN_DIGITS[heard],
+            "see": SPOKEN_DIGITS[seen],
             "watch": direction,
             "compare": "yes" if heard == seen else "no",
         }
@@ -90,7 +90,7 @@ def _rows(split: str, count: int) -> Iterator[dict[str, Any]]:
             ],
             "images": [scaled(picture, SIDE)] if "image" in parts else [],
             "videos": [moving(picture, direction)] if "video" in parts else [],
-            "audios": [spoken(DIGITS[heard], split, random)] if "audio" in parts else [],
+            "audios": [spoken(SPOKEN_DIGITS[heard], split, random)] if "audio" in parts else [],
             "question_type": question,
             "answer": answers[question],
         }

@@ -17,11 +17,11 @@ from .videos import read_video
 
 
 URL = re.compile("data:|https?://|file://", re.IGNORECASE)
-ENCODED = {"path": Value("string"), "bytes": Value("binary")}
+FILE_FEATURES = {"path": Value("string"), "bytes": Value("binary")}
 MEDIA_FEATURES = {
     "images": List(Image()),
-    "videos": List({**ENCODED, "frames": List(ENCODED), "fps": Value("float64")}),
-    "audios": List({**ENCODED, "sampling_rate": Value("int64")}),
+    "videos": List({**FILE_FEATURES, "frames": List(FILE_FEATURES), "fps": Value("float64")}),
+    "audios": List({**FILE_FEATURES, "sampling_rate": Value("int64")}),
 }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .messages import NAMES
+from .messages import MEDIUM_NAMES
 
 
 class TextProcessor:
@@ -45,7 +45,7 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     other = next((part["type"] for message in messages for part in message["content"] if part["type"] != "text"), None)
     if other is not None:
         raise ValueError(
-            f"has {NAMES[other]}, and this model reads text alone: take rows without {other}s, or another base."
+            f"has {MEDIUM_NAMES[other]}, and this model reads text alone: take rows without {other}s, or another base."
         )
     extra = next(
         (name for message in messages for part in message["content"] for name in part.keys() - {"type", "text"}), None

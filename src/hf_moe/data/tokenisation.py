@@ -13,9 +13,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from .chat_template import Answer, AnyProcessor, ChatTemplate, Conversation
-from .messages import KINDS, read_messages
-from .pictures import open_row_images, undecoded
+from .messages import MEDIA_KINDS, read_messages
 from .placeholders import expands_alone, media_ids, media_tokens, refuse_kinds
+from .row_images import open_row_images, undecoded
 from .rows import CONVERSATION_COLUMNS, describe_row, row_images, row_media, row_messages, template_options
 from .text import plain_messages
 
@@ -109,7 +109,7 @@ class ConversationTokenizer:
             messages = plain_messages(messages)
         else:
             parts = Counter(part["type"] for message in messages for part in message["content"])
-            refuse_kinds(self.processor, {kind: max(counts.get(kind, 0), parts[kind]) for kind in KINDS})
+            refuse_kinds(self.processor, {kind: max(counts.get(kind, 0), parts[kind]) for kind in MEDIA_KINDS})
         try:
             key = json.dumps([messages, options])
         except (TypeError, ValueError) as error:
@@ -182,7 +182,7 @@ class ConversationTokenizer:
         written = next((label for label in labels if label in self._media_ids), None)
         if written is not None:
             token = tokenizer.convert_ids_to_tokens(written)
-            raise ValueError(f"{place} that writes {token}, which stands for an image, a video or a sound.")
+            raise ValueError(f"{place} that writes {token}, the placeholder of an image, a video or a sound.")
         if not input_ids or labels[-1] not in self.template.special_ids:
             if tokenizer.eos_token_id is None:
                 raise ValueError(
@@ -262,7 +262,7 @@ def token_columns(row: Mapping[str, Any], train: bool) -> Tokens:
     return columns[0], columns[-1]
 
 
-def takes_packed_patches(processor: AnyProcessor) -> bool:
+def gives_packed_patches(processor: AnyProcessor) -> bool:
     """Tell whether images differ in their number of placeholders."""
     image_processor = getattr(processor, "image_processor", None)
     return image_processor is not None and "pixel_attention_mask" in image_processor.model_input_names
@@ -306,7 +306,7 @@ def tokenize_rows(
             check_conversations(rows, processor, train)
         return rows
     tokenizer = ConversationTokenizer(processor, train)
-    packed = takes_packed_patches(processor)
+    packed = gives_packed_patches(processor)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, list[Any]]:
         with _row_named(row, index):
@@ -329,7 +329,7 @@ def tokenize_rows(
 
 def media_counts(row: Mapping[str, Any]) -> dict[str, int]:
     """Return how many of each kind a row has."""
-    return {kind: len(row_media(row, kind)) for kind in KINDS}
+    return {kind: len(row_media(row, kind)) for kind in MEDIA_KINDS}
 
 
 def check_conversations(rows: Dataset | IterableDataset, processor: AnyProcessor, train: bool = True) -> None:

@@ -15,16 +15,16 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from transformers.video_utils import VideoMetadata, load_video
 
 from ..modeling.image_loading import decode_image
-from .pictures import read_row_file, read_row_image
+from .row_images import read_row_file, read_row_image
 
 
 # Under one of these keys a record holds a video; `fps` is a number beside it; a `path` beside `bytes` is only a name.
 VIDEO_SOURCES = ("video", "frames", "array", "url", "path", "base64", "bytes")
 # The backends of Transformers' `load_video`, and the modules that they need.
 DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "decord": "decord", "opencv": "cv2"}
-# What a video processor settles before it asks its `sample_frames`.
+# Options that a video processor uses up before it calls its `sample_frames`.
 NOT_SAMPLING = {"input_data_format", "do_convert_rgb", "do_sample_frames", "device", "video_metadata"}
-FORMS = (
+VIDEO_FORMS = (
     "a folder of frames, a list of images, an array of four dimensions, a file (a path, a URL, bytes), an animation, "
     "or a record of one of them"
 )
@@ -91,7 +91,7 @@ def read_video(video: Any) -> tuple[str, Any, float | None]:
         return f"the file {os.fspath(video)}", *_encoded(Path(video))
     encoded = read_row_file(video, "video")
     if encoded is None:
-        raise ValueError(f"{video!r:.100} ({type(video).__name__}) is not a video; a video is {FORMS}")
+        raise ValueError(f"{video!r:.100} ({type(video).__name__}) is not a video; a video is {VIDEO_FORMS}")
     return encoded[0], *_encoded(encoded[1])
 
 

@@ -53,7 +53,7 @@ def vqa_score(prediction: str, references: str | Sequence[str]) -> float:
 
 
 def exact_match_score(prediction: str, references: str | Sequence[str]) -> float:
-    """Return 1 if the answer is one of the references but for white space around it, else 0.
+    """Return 1 if the answer is one of the references, except for white space around it, else 0.
 
     Raises:
         ValueError: if there is no reference, or an answer is no text.

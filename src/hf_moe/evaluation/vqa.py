@@ -19,8 +19,8 @@ from ..data.collator import VisionLanguageCollator
 from ..data.features import FeatureCache
 from ..data.host_features import HostFeatures, without_sight
 from ..data.messages import text_of
-from ..data.pictures import undecoded
 from ..data.placeholders import expands_alone
+from ..data.row_images import undecoded
 from ..data.rows import describe_row, row_messages, template_options, text_part
 from ..data.tokenisation import IGNORE_INDEX, ConversationTokenizer, media_counts
 from ..modeling.evaluation_mode import evaluation_mode

@@ -8,10 +8,10 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from ..configuration.systems import load_system
-from .adapter import auto_class, has_own_code, is_adapter
+from .adapter_folder import auto_class, has_own_code, is_adapter
 from .card import card_template, eval_results, write_readme
-from .evaluation import write_evaluation
 from .host_facts import auto_processor, pipeline_tag
+from .results import write_evaluation
 
 
 def write_adapter_card(

@@ -28,16 +28,16 @@ from ..configuration.reading import read_object
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import KINDS
 from ..version import __version__
-from .flatten import PACKAGE, TRAVELLING_FOLDERS, flat_name, flatten, top_level_effects
+from .flatten import PACKAGE_FOLDER, TRAVELLING_FOLDERS, flat_name, flatten, top_level_effects
 
 
 MARK = "# Written by hf_moe when this checkpoint was saved; the next save replaces or removes this file."
 DIGEST = "# SHA-256 of the model's code: "
 
-CONFIGURATION = PACKAGE / "configuration" / "configuration_hf_moe.py"
-MODELING = PACKAGE / "modeling" / "modeling_hf_moe.py"
-PROCESSING = PACKAGE / "modeling" / "processing_hf_moe.py"
-MECHANISMS = PACKAGE / "modeling" / "mechanisms.py"
+CONFIGURATION = PACKAGE_FOLDER / "configuration" / "configuration_hf_moe.py"
+MODELING = PACKAGE_FOLDER / "modeling" / "modeling_hf_moe.py"
+PROCESSING = PACKAGE_FOLDER / "modeling" / "processing_hf_moe.py"
+MECHANISM_LIST = PACKAGE_FOLDER / "modeling" / "mechanisms.py"
 
 # Only the bundled copies are registered: with it, Transformers' own copying does every later save, which it could not
 # do for a package in folders.
@@ -235,13 +235,13 @@ def bundle_files(
         path = pending.pop()
         if path in found:
             continue
-        if path == MECHANISMS:
+        if path == MECHANISM_LIST:
             found[path] = _generated_mechanisms(classes)
             continue
         text, imported = flatten(path)
         if path in REGISTRATION:
             text += f"\n\n{REGISTRATION[path]}\n"
-        if PACKAGE not in path.parents and (lines := top_level_effects(path)):
+        if PACKAGE_FOLDER not in path.parents and (lines := top_level_effects(path)):
             warnings.warn(
                 f"{path} travels whole with the checkpoint, and its lines {lines} run wherever the model is loaded: "
                 "move them under `if __name__ == '__main__':` or to another file.",

@@ -17,9 +17,9 @@ from ..configuration.reading import is_path
 from ..configuration.systems import load_system
 from ..modeling.parts import HostParts, host_parts
 from .bundle import used_mechanisms
-from .contents import DECODER, active_parameters, encoder_parameters, group_of, size
-from .evaluation import metric_name, scores, write_evaluation
+from .contents import DECODER, encoder_parameters, group_of, most_active_parameters, size
 from .host_facts import host_name, modalities, model_tags, packages, pipeline_tag
+from .results import metric_name, scores, write_evaluation
 from .usage import usage
 
 
@@ -92,7 +92,7 @@ def write_card(
         license=license,
         language=[language] if isinstance(language, str) else list(language) or None,
         base_model=base_models or None,
-        # Of several base models the Hub would conclude that they were merged.
+        # The Hub takes several base models for a merge of them.
         base_model_relation="finetune" if base_models else None,
         datasets=list(datasets) or None,
         co2_eq_emissions=report.get("co2_eq_emissions"),
@@ -274,7 +274,7 @@ def _at_work(model: Any, parts: HostParts, report: dict[str, Any]) -> dict[str, 
     encoding = encoder_parameters(shapes, parts, model.config)
     rows = {
         "decoder, on average in the evaluation": report.get("parameters_active") or {},
-        "decoder, at most": active_parameters(model.config, shapes, parts, routers, always),
+        "decoder, at most": most_active_parameters(model.config, shapes, parts, routers, always),
         "tower and connector": {name: count for name, count in encoding.items() if count},
     }
     return {label: row for label, row in rows.items() if row}

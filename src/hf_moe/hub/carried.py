@@ -22,7 +22,7 @@ from .bundle import (
     unsealed,
     used_names,
 )
-from .flatten import PACKAGE
+from .flatten import PACKAGE_FOLDER
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def renew(config: Any, old: dict[str, str], with_processor: bool) -> Renewed:
 def _is_users_own(kind: str, name: str) -> bool:
     """Return whether a mechanism of that name has been registered here, from outside the package."""
     cls = registered(kind).get(name)
-    return cls is not None and not cls.__module__.startswith(f"{PACKAGE.name}.")
+    return cls is not None and not cls.__module__.startswith(f"{PACKAGE_FOLDER.name}.")
 
 
 def _collect(module: str, old: dict[str, str], files: dict[str, str]) -> None:

@@ -30,13 +30,13 @@ GROUPS = (
 )
 DECODER = ("routers", "shared experts", "embeddings", "rest of the decoder")
 # In the decoder the first that matches gives the group of a tensor; the others are known by structure.
-MECHANISMS = {
+DECODER_PATTERNS = {
     "routers": r"\.gate\.|\bshared_routing\.",
     "routed experts": r"\.experts\.",
     "shared experts": r"\.shared_experts?\.",
 }
 
-# Of the parameters of a model, by name.
+# The shapes of a model's parameters, by name.
 Shapes = Mapping[str, Iterable[int]]
 
 
@@ -64,7 +64,9 @@ def group_of(name: str, parts: HostParts) -> str:
         return "audio tower" if set(served) == {"audio"} else "vision tower"
     if part in GROUPS:
         return part
-    return next((group for group, pattern in MECHANISMS.items() if re.search(pattern, name)), "rest of the decoder")
+    return next(
+        (group for group, pattern in DECODER_PATTERNS.items() if re.search(pattern, name)), "rest of the decoder"
+    )
 
 
 def size(shape: Iterable[int]) -> int:
@@ -79,10 +81,10 @@ def encoder_parameters(shapes: Shapes, parts: HostParts, config: Any) -> dict[st
         if part_of(name, parts) not in ("tower", "connector"):
             continue
         holder = parts.holder(name)
-        # What stands by itself beside the decoder, such as the embedding of a line's end, serves whatever is seen.
+        # A parameter beside the decoder, such as the embedding of a line's end, serves pictures and videos.
         served = ("image", "video") if holder is None else parts.modalities[holder]
         for modality in found:
-            # Where a tower of pictures is all that there is, it sees the frames of a video too.
+            # Without a tower of its own, a video goes through the tower of pictures.
             alone = modality == "video" and not any("video" in names for names in parts.modalities.values())
             if modality in served or (alone and "image" in served):
                 found[modality] += size(shape)
@@ -95,7 +97,7 @@ def expert_tensors(shapes: Shapes, parts: HostParts, layer: int, bank: str | Non
     return [name for name in shapes if inside.search(name) and group_of(name, parts) == "routed experts"]
 
 
-def active_parameters(
+def most_active_parameters(
     config: Any, shapes: Shapes, parts: HostParts, routers: Mapping[int, Any], always: int
 ) -> dict[str, int]:
     """Return the decoder's parameters at most at work on a token of each modality.

@@ -14,8 +14,8 @@ from pathlib import Path
 from ..modeling.mechanisms import FOLDERS
 
 
-PACKAGE = Path(__file__).resolve().parents[1]
-TRAVELLING_FOLDERS = (PACKAGE / "configuration", PACKAGE / "modeling")
+PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
+TRAVELLING_FOLDERS = (PACKAGE_FOLDER / "configuration", PACKAGE_FOLDER / "modeling")
 # Packaging, huggingface_hub and safetensors are requirements of Transformers.
 ALLOWED_PACKAGES = (
     frozenset({"huggingface_hub", "packaging", "safetensors", "torch", "transformers"}) | sys.stdlib_module_names
@@ -23,7 +23,7 @@ ALLOWED_PACKAGES = (
 # The processor opens pictures; Transformers' own image processors need these as well.
 PICTURE_PACKAGES = frozenset({"PIL", "numpy"})
 
-_KIND_OF_FOLDER = {PACKAGE / "modeling" / folder: kind for kind, folder in FOLDERS.items()}
+_KIND_OF_FOLDER = {PACKAGE_FOLDER / "modeling" / folder: kind for kind, folder in FOLDERS.items()}
 
 
 def flat_name(path: Path) -> str:
@@ -33,7 +33,7 @@ def flat_name(path: Path) -> str:
 
 
 def flatten(path: Path) -> tuple[str, list[Path]]:
-    """Return the text of a source file as it stands in a checkpoint, and the source files it imports.
+    """Return the text of a source file as a checkpoint has it, and the source files it imports.
 
     Raises:
         ValueError: if the file imports what cannot travel, naming the import and the remedy.
@@ -82,7 +82,7 @@ def top_level_effects(path: Path) -> list[int]:
 
 
 def _targets(node: ast.ImportFrom, path: Path) -> dict[Path, list[ast.alias]]:
-    """Return the source files behind an import and the names each gives; nothing for a package that is installed."""
+    """Return the source files of an import and the names each gives; nothing for a package that is installed."""
     module = node.module or ""
     if node.level:
         if not module:
@@ -92,7 +92,7 @@ def _targets(node: ast.ImportFrom, path: Path) -> dict[Path, list[ast.alias]]:
             raise _refusal(path, node, f"there is no file {target.name}; import from the file that defines the name")
         return {target: node.names}
     top = module.partition(".")[0]
-    if top == PACKAGE.name:
+    if top == PACKAGE_FOLDER.name:
         return _package_targets(node, path)
     if _travels(top, path):
         return {}
@@ -104,7 +104,7 @@ def _targets(node: ast.ImportFrom, path: Path) -> dict[Path, list[ast.alias]]:
 
 def _travels(package: str, path: Path) -> bool:
     """Tell whether a checkpoint may count on a package where this file of it is run."""
-    return package in ALLOWED_PACKAGES or (package in PICTURE_PACKAGES and PACKAGE in path.parents)
+    return package in ALLOWED_PACKAGES or (package in PICTURE_PACKAGES and PACKAGE_FOLDER in path.parents)
 
 
 def _package_targets(node: ast.ImportFrom, path: Path) -> dict[Path, list[ast.alias]]:
@@ -151,7 +151,7 @@ _REMEDY = (
 def _check_plain_import(module: str, path: Path, node: ast.Import) -> None:
     if _travels(module.partition(".")[0], path):
         return
-    if module.partition(".")[0] == PACKAGE.name or _sibling(module, path) is not None:
+    if module.partition(".")[0] == PACKAGE_FOLDER.name or _sibling(module, path) is not None:
         raise _refusal(path, node, f"write `from {module} import ...` instead, the only form that travels")
     raise _refusal(path, node, f"{module} is not part of a checkpoint. {_REMEDY}")
 

@@ -11,12 +11,12 @@ import transformers
 MODALITIES = ("text", "image", "video", "audio")
 # The part of a config without which a host takes none of these.
 TOWERS = {"vision_config": ("image", "video"), "audio_config": ("audio",)}
-# What one token of each stands for.
+# The meaning of one token of each.
 TOKENS = {"image": "patch of the picture", "video": "part of the video", "audio": "part of the sound"}
 # The folder of a checkpoint and of a Space with what a page offers to click.
 EXAMPLES = "examples"
 # How the names of files of each end.
-ENDINGS = {
+FILE_ENDINGS = {
     "image": (".jpeg", ".jpg", ".png", ".webp"),
     "video": (".mp4", ".webm"),
     "audio": (".flac", ".mp3", ".wav"),
@@ -84,7 +84,7 @@ def auto_processor(config: Any) -> str:
 
 
 def placeholders(config: Any) -> dict[str, int]:
-    """Return the ids of the tokens that stand for a picture, a video or a sound, by modality."""
+    """Return the placeholder ids of pictures, videos and sounds, by modality."""
     fields = {f"{name}_token_{ending}": name for name in MODALITIES[1:] for ending in ("id", "index")}
     return {name: value for field, name in fields.items() if (value := getattr(config, field, None)) is not None}
 
@@ -98,16 +98,16 @@ def packages(config: Any) -> list[str]:
         needed += ["timm"] if getattr(tower, "model_type", None) == "timm_wrapper" else []
         # The processors of Transformers resize with it.
         needed += ["torchvision"] if host_name(config) is not None else []
-    # What decodes sound and video.
+    # torchcodec decodes sound and video.
     return [*needed, *(["torchcodec"] if "video" in taken or "audio" in taken else [])]
 
 
 def files_of(folder: Path, modality: str) -> list[Path]:
     """Return the pictures, the videos or the sounds in a folder."""
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in ENDINGS[modality])
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in FILE_ENDINGS[modality])
 
 
 def described_tokens(taken: Sequence[str]) -> str:
-    """Return in words what the tokens of these modalities stand for."""
+    """Return in words what the tokens of these modalities are."""
     shown = ", ".join(f"every {TOKENS[name]}" for name in taken if name in TOKENS)
     return f"{shown} and every word" if shown else "every word"

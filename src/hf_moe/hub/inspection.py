@@ -29,18 +29,18 @@ from ..modeling.registry import build
 from ..modeling.routing import Router
 from .bundle import PROCESSING, has_own_processor, unsealed, used_names
 from .carried import Renewed, listed_mechanisms, parsed, reasons_to_refresh, renew
+from .checkpoint_files import parse_config, tensor_problems
 from .contents import (
     DECODER,
     GROUPS,
     Shapes,
-    active_parameters,
     bare_model,
     encoder_parameters,
     expert_tensors,
     group_of,
+    most_active_parameters,
     size,
 )
-from .files import parse_config, tensor_problems
 from .host_facts import host_name
 
 
@@ -128,7 +128,7 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         "num_hidden_layers": config.get_text_config(decoder=True).num_hidden_layers,
         "layers": _layers(config, shapes, parts),
         "parameters_total": sum(group["parameters"] for group in groups.values()),
-        "parameters_active": active_parameters(config, shapes, parts, routers, always),
+        "parameters_active": most_active_parameters(config, shapes, parts, routers, always),
         "parameters_encoding": encoder_parameters(shapes, parts, config),
         "groups": groups,
         "mechanisms": _mechanisms(code),

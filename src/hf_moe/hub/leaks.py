@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 
-# What a trainer keeps to continue; `training_args.bin` is a pickle that holds the token it was given.
+# A trainer keeps these to continue; `training_args.bin` is a pickle that holds the user's token.
 TRAINER_FILES = (
     "optimizer.*",
     "scheduler.pt",
@@ -40,7 +40,7 @@ LOCAL_PATH = re.compile(
 )
 
 # A vocabulary may hold any string.
-VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}
+ANY_TEXT = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}
 
 
 def find_leaks(folder: Path, files: Iterable[str]) -> list[str]:
@@ -58,7 +58,7 @@ def find_leaks(folder: Path, files: Iterable[str]) -> list[str]:
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             found += [f"{name}, line {number}: {what}" for what, form in SECRETS.items() if re.search(form, line)]
             match = LOCAL_PATH.search(line)
-            if path.name not in VOCABULARIES and (match or (len(home) > 1 and f"{home}/" in line)):
+            if path.name not in ANY_TEXT and (match or (len(home) > 1 and f"{home}/" in line)):
                 found.append(f"{name}, line {number}: a path of this machine ({match[0] if match else home}...)")
     return found
 

@@ -20,12 +20,12 @@ from .host_facts import host_name, modalities, placeholders
 logger = logging.get_logger(__name__)
 
 SCRIPT = Path(__file__).with_name("answer_alone.py")
-# Of a video of noise.
+# Size of a video of noise.
 FRAMES, SIDE = 4, 64
 
 
 @dataclass(frozen=True)
-class Answer:
+class ProbeAnswer:
     """What a checkpoint answers.
 
     Attributes:
@@ -47,7 +47,7 @@ def probe_inputs(config: Any, seed: int = 0, processor: Any = None) -> dict[str,
     Args:
         config: of the model.
         seed: of text and noise.
-        processor: of a host of Transformers; without it, or where it fails, the text stands alone.
+        processor: of a host of Transformers; without it, or where it fails, there is only text.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.get_text_config(decoder=True).vocab_size, (1, 64), generator=generator)
@@ -64,12 +64,12 @@ def probe_inputs(config: Any, seed: int = 0, processor: Any = None) -> dict[str,
         return _by_processor(processor, taken, generator)
     # A processor of any host may fail in any way.
     except Exception as error:
-        logger.warning(f"{type(processor).__name__} makes no inputs of noise, so text stands alone: {error}")
+        logger.warning(f"{type(processor).__name__} makes no inputs of noise, so there is only text: {error}")
         return text
 
 
 def probed(config: Any, inputs: dict[str, torch.Tensor]) -> tuple[str, ...]:
-    """Return the modalities that stand in such inputs."""
+    """Return the modalities of such inputs."""
     return ("text", *(name for name, mark in placeholders(config).items() if (inputs["input_ids"] == mark).any()))
 
 
@@ -104,7 +104,7 @@ def _by_processor(processor: Any, taken: tuple[str, ...], generator: torch.Gener
     return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
 
-def ask(folder: Path, inputs: dict[str, torch.Tensor], scratch: Path, installed: bool = False) -> Answer:
+def ask(folder: Path, inputs: dict[str, torch.Tensor], scratch: Path, installed: bool = False) -> ProbeAnswer:
     """Return what a checkpoint answers in a fresh process.
 
     Args:
@@ -125,6 +125,6 @@ def ask(folder: Path, inputs: dict[str, torch.Tensor], scratch: Path, installed:
     lines = result.stdout.splitlines()
     if result.returncode or not lines:
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        return Answer(error=f"the process ended with {result.returncode}: {reason}")
+        return ProbeAnswer(error=f"the process ended with {result.returncode}: {reason}")
     found = json.loads(lines[-1])
-    return Answer(**found) if "error" in found else Answer(**load_file(answer), **found)
+    return ProbeAnswer(**found) if "error" in found else ProbeAnswer(**load_file(answer), **found)

@@ -12,15 +12,15 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from .adapter import adapter_snippet, is_adapter, needed_files
-from .evaluation import check_evaluation
-from .files import check_whole, read_config, weights_files
+from .adapter_folder import adapter_snippet, is_adapter, needed_files
+from .checkpoint_files import check_whole, read_config, weights_files
 from .host_facts import auto_model, auto_processor, modalities
 from .leaks import find_leaks
+from .results import check_evaluation
 
 
 IGNORED = {".cache", ".DS_Store", ".git", ".ipynb_checkpoints", "__pycache__"}
-# What a push replaces as a whole: a shard, a file of code or a result of an older push must not outlive it.
+# A push replaces these as a whole: no shard, code or result of an older push may outlive it.
 REPLACED = ("*.py", "*.safetensors", "*.safetensors.index.json", f"{constants.EVAL_RESULTS_FOLDER}/*")
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 RETRY_WAITS = (1, 2, 4, 8)  # seconds

@@ -22,16 +22,16 @@ from transformers import AutoProcessor
 from ..configuration.configuration_hf_moe import AUTO_MAP
 from ..configuration.reading import PROCESSOR_FILES, check_files, is_path, read_text
 from ..version import __version__
-from .adapter import is_adapter
+from .adapter_folder import is_adapter
 from .bundle import add_processor_auto_map, has_own_processor, is_marked, replace_text
 from .card import refresh_digests
 from .carried import renew
-from .files import read_config
-from .probe import Answer, ask, probe_inputs, probed
+from .checkpoint_files import read_config
+from .probe import ProbeAnswer, ask, probe_inputs, probed
 from .push import FAILURES, Operation, PushError, commit_operations, failure_reason, next_version, set_tag
 
 
-# Of the largest logit. Two processes may sum in another order, and two versions too.
+# Share of the largest logit: two processes, and two versions, may sum in another order.
 TOLERANCE = 1e-5
 
 
@@ -179,7 +179,7 @@ def _checked(folder: Path, fresh: Path, config: Any, result: RefreshResult) -> R
     inputs = probe_inputs(config, processor=None if has_own_processor(config) else _processor(folder))
     with tempfile.TemporaryDirectory() as scratch:
 
-        def answer(where: Path, installed: bool = False) -> Answer:
+        def answer(where: Path, installed: bool = False) -> ProbeAnswer:
             return ask(where, inputs, Path(scratch), installed)
 
         after = answer(fresh)

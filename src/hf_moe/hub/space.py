@@ -12,16 +12,16 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..configuration.saving import MINIMUM_TRANSFORMERS
 from .card import requirements
-from .files import read_config
+from .checkpoint_files import read_config
 from .host_facts import EXAMPLES, described_tokens, files_of, modalities
 from .push import FAILURES, PushError, failure_reason
 
 
-# What the application is tested with.
+# The application is tested with these versions.
 GRADIO_VERSION = "6.31.0"
 PYTHON_VERSION = "3.11"
 APPLICATION = "space_app.py"
-# What it imports from beside it, there as here.
+# The application imports these files.
 BESIDE = ("host_facts.py", "space_checkpoint.py", "space_drawings.py")
 
 README = """\
@@ -85,7 +85,7 @@ def write_space(
 
 
 def _source(name: str) -> str:
-    """Return a file of the application as it stands on a Space, where no package is around it."""
+    """Return a file of the application as a Space has it, without the package."""
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     return re.sub(r"^from \.(\w+) import", r"from \1 import", text, flags=re.MULTILINE)
 

@@ -21,7 +21,7 @@ CHECKPOINT = "user/name"
 REVISION = None
 
 RUNS_SHOWN = 8
-# What a page calls each, the files it takes, and the component.
+# The label of each on the page, the files it takes, and the component.
 MEDIA = {
     "image": ("Picture", "a picture. Take a PNG, JPEG or WebP file", gr.Image),
     "video": ("Video", "a video. Take an MP4 or WebM file", gr.Video),

@@ -1,4 +1,4 @@
-"""The model behind the page of a Space: what it answers, and how question and answer were routed."""
+"""The model of a Space: what it answers, and how question and answer were routed."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from .host_facts import MODALITIES, auto_model, auto_processor, modalities, plac
 
 
 TEXT, IMAGE, VIDEO, AUDIO = range(len(MODALITIES))
-# What a processor returns for every token of the question, and the value for a token of the answer.
+# Outputs of a processor with a value per token of the question, and the value for a token of the answer.
 PER_TOKEN = {"attention_mask": 1, "mm_token_type_ids": 0, "moe_mm_token_type_ids": 0, "token_type_ids": 0}
 MAX_NEW_TOKENS = 64
 
@@ -73,7 +73,7 @@ class Checkpoint:
         models = getattr(transformers, auto_model(config))
         self.model = models.from_pretrained(name, dtype="auto", **options).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        # In an answer a placeholder would stand for an image that is not there.
+        # A placeholder in an answer would refer to an image that is not there.
         generation = self.model.generation_config
         generation.suppress_tokens = [*(generation.suppress_tokens or []), *placeholders(config).values()] or None
         self.worker = ThreadPoolExecutor(1)
@@ -123,7 +123,7 @@ class Checkpoint:
         return inputs.to(self.model.device)
 
     def _encode_plain(self, question: str, media: dict[str, Any]) -> Any:
-        """Return the inputs where no template says how a question is put: the placeholders stand before the text."""
+        """Return the inputs for a processor without a template: the placeholders come before the text."""
         arguments: dict[str, Any] = {}
         for name, value in media.items():
             if name == "audio":

@@ -8,7 +8,7 @@ from .host_facts import auto_model, auto_processor, modalities, pipeline_tag
 
 
 FILES = {"image": "picture.png", "video": "video.mp4", "audio": "sound.wav"}
-# What the pipelines of Transformers are for.
+# Tasks that Transformers has a pipeline for.
 PIPELINES = ("image-text-to-text", "any-to-any")
 
 TEXT = """\
@@ -84,7 +84,7 @@ def _content(taken: tuple[str, ...]) -> str:
 
 
 def _without_template(names: dict[str, str], taken: tuple[str, ...]) -> str:
-    """Return the program for a processor that has no template: the placeholders stand before the question."""
+    """Return the program for a processor that has no template: the placeholders come before the question."""
     places = " ".join(f"{{processor.{name}_token}}" for name in taken if name in FILES)
     arguments = [f'{name}s=["{FILES[name]}"]' for name in ("image", "video") if name in taken]
     before = ""

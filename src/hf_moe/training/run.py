@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..analysis.pictures import draw_routing
+from ..analysis.drawing import draw_routing
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..configuration.systems import recipe_names
 from ..construction.build import build_model
@@ -20,7 +20,7 @@ from ..construction.pretrained import host_folder
 from ..construction.tokenizer import train_word_tokenizer
 from ..data import FeatureCache, VisionLanguageCollator, load_rows
 from ..data.chat_template import AnyProcessor
-from ..data.pictures import undecoded
+from ..data.row_images import undecoded
 from ..data.rows import row_messages
 from ..data.text import tokenizer_or_processor
 from ..evaluation.vqa import batches, evaluate_vqa, predict_answers

@@ -15,7 +15,7 @@ from transformers import Trainer
 from ..analysis.routing_statistics import RoutingStatistics
 from ..data import VisionLanguageCollator
 from ..evaluation.report import machine, versions
-from ..hub.adapter import check_base
+from ..hub.adapter_folder import check_base
 from ..hub.card import write_card
 from ..hub.push import PushResult, push_checkpoint
 from ..modeling.base import HfMoePreTrainedModel

@@ -6,7 +6,7 @@ import evaluate
 from hf_moe.evaluation.scoring import exact_match_score, score_answers
 
 
-_DESCRIPTION = """The share of answers that equal a reference, but for white space around them."""
+_DESCRIPTION = """The share of answers that equal a reference, except for white space around them."""
 
 _INPUTS_DESCRIPTION = """
 Args:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 
-# What goes wrong within a row: each reader's own errors, and those of the types that a row should not have.
+# Errors within a row: each reader's own, and those of types that a row should not have.
 ROW_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, csv.Error, pa.ArrowException)
 Record: TypeAlias = tuple[int, dict[str, Any]]
 

@@ -10,7 +10,7 @@ from .routing_statistics import RoutingStatistics
 
 # Up to this many experts the share is written in every cell.
 FEW_EXPERTS = 16
-# Up to this many columns the panels stand side by side, then one above the other.
+# Up to this many columns the panels are side by side, then one above the other.
 COLUMNS = 24
 
 INK = "#22303c"

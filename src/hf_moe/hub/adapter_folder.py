@@ -18,7 +18,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # In configs saved before 0.1.0 a sentence follows.
 LORA_EXPERTS = "MOE_LORA"
 
-SNIPPET = """\
+ADAPTER_SNIPPET = """\
 {imports}from peft import PeftModel
 from transformers import {auto_class}
 
@@ -31,7 +31,7 @@ GENERATING = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
 )
-# Where the class of the base is unknown.
+# For bases of an unknown class.
 BY_TASK = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -53,13 +53,13 @@ def needed_files(folder: Path) -> Iterator[str]:
         ValueError: if its base is no repository on the Hub.
         OSError: if its weights are damaged.
     """
-    check_base(read_config(folder).get("base_model_name_or_path"), folder)
+    check_base(read_adapter_config(folder).get("base_model_name_or_path"), folder)
     check_weights(folder)
     yield WEIGHTS_FILE
     yield "README.md"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return the adapter's config."""
     return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
@@ -80,7 +80,7 @@ def check_weights(folder: Path) -> None:
         raise OSError(f"{path} is damaged or cut short ({error}): copy, download or save it again.") from error
 
 
-def is_path(base: str, folder: Path | None = None) -> bool:
+def is_local_base(base: str, folder: Path | None = None) -> bool:
     """Whether the name of a base is a path, of this machine or of another one, and no id on the Hub.
 
     Args:
@@ -106,7 +106,7 @@ def cached_commit(base: str | None) -> str | None:
 
     A loaded model does not tell which commit it came from.
     """
-    if not base or is_path(base):
+    if not base or is_local_base(base):
         return None
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=base, repo_type="model")
     commits = {path.parent.name for path in folder.glob("snapshots/*/*.safetensors")}
@@ -118,16 +118,16 @@ def check_base(base: str | None, folder: Path | None = None) -> None:
 
     Args:
         base: its name.
-        folder: of the adapter, as in [`is_path`].
+        folder: of the adapter, as in [`is_local_base`].
 
     Raises:
         ValueError: if the base is missing, or a folder.
     """
-    if not base or is_path(base, folder):
+    if not base or is_local_base(base, folder):
         raise ValueError(
             f"The adapter's base model is {base!r}, which nobody else can load. Push the base first, then name it by "
-            'its id on the Hub: `set_base(adapter, "user/name")` of hf_moe.hub.adapter, where adapter is the model or '
-            "its saved folder, sets base_model_name_or_path in the config, and base_model in the card."
+            'its id on the Hub: `set_base(adapter, "user/name")` of hf_moe.hub.adapter_folder, where adapter is the '
+            "model or its saved folder, sets base_model_name_or_path in the config, and base_model in the card."
         )
 
 
@@ -151,17 +151,17 @@ def set_base(adapter: Any, repo_id: str, revision: str | None = None) -> None:
             peft_config.base_model_name_or_path, peft_config.revision = repo_id, revision
         base = adapter if isinstance(adapter, PreTrainedModel) else adapter.get_base_model()
         if isinstance(base, PreTrainedModel):
-            # Where PEFT reads the base_model and the tags of the card.
+            # PEFT reads the base_model and the tags of the card from here.
             base.name_or_path = base.config.name_or_path = repo_id
         return
     folder = Path(adapter)
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     previous = config["base_model_name_or_path"]
     config |= {"base_model_name_or_path": repo_id, "revision": revision}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     card = folder / "README.md"
     if card.is_file() and previous:
-        # In the metadata and in code, where a folder stands with or without its dot.
+        # In the metadata and in code, with or without the dot of a relative folder.
         name = rf"(?<=[:\s\"'(/])(?:\./)?{re.escape(previous.removeprefix('./'))}(?=[\s\"')]|$)"
         text = re.sub(name, repo_id, card.read_text(encoding="utf-8"))
         card.write_text(text, encoding="utf-8")
@@ -169,9 +169,9 @@ def set_base(adapter: Any, repo_id: str, revision: str | None = None) -> None:
 
 def adapter_snippet(folder: Path, repo_id: str, commit: str) -> str:
     """Return the code that loads exactly this commit of an adapter."""
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     class_name, own_code = _base_class(config)
-    return SNIPPET.format(
+    return ADAPTER_SNIPPET.format(
         imports="import hf_moe.adapters\n" if config["peft_type"].startswith(LORA_EXPERTS) else "",
         auto_class=auto_class(class_name) or BY_TASK.get(config.get("task_type") or "", "AutoModelForCausalLM"),
         base=config["base_model_name_or_path"],

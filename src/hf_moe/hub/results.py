@@ -22,7 +22,7 @@ from huggingface_hub import (
 
 
 EVALUATION_FILE = "evaluation.json"
-# What a card may show of a report; the rest (losses, routing tables) stays with the run.
+# A card shows these parts of a report; losses and routing tables stay with the run.
 SHOWN = (
     "accuracy",
     "accuracy_by_question_type",
@@ -89,7 +89,7 @@ def scores(numbers: dict[str, Any]) -> dict[str | None, float]:
 
 
 def check_evaluation(folder: Path) -> None:
-    """Check that every result of the card and of the Hub's files stands in `evaluation.json`.
+    """Check that every result of the card and of the Hub's files is in `evaluation.json`.
 
     Raises:
         ValueError: naming the file, the number, and what to do.
