@@ -11,7 +11,7 @@ from helpers.near import assert_near
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.tokens import text_context
+from hf_moe.adapters.tokens import call_context
 from hf_moe.modeling.memory import cache_of
 
 
@@ -116,9 +116,9 @@ def test_states_that_are_no_cache_take_tokens_one_by_one_only(randomise):
 
     call = {"input_ids": text["input_ids"][:, 8:], "attention_mask": mask}
     base = model.get_base_model()
-    context = text_context(base, {**call, "cache_params": xLSTMCache()}, lambda rows: {})
-    assert context.tokens.token_mask.tolist() == [[True], [True]]
-    context = text_context(pooled.get_base_model(), {**call, "state": [torch.zeros(1)]}, lambda rows: {})
+    context = call_context(base, {**call, "cache_params": xLSTMCache()})
+    assert context.token_mask.tolist() == [[True], [True]]
+    context = call_context(pooled.get_base_model(), {**call, "state": [torch.zeros(1)]})
     pooling = next(module for key, module in pooled.named_modules() if key.endswith("moe_lora_router.default"))
     with pytest.raises(ValueError, match="keeps earlier ones in a list that tells nothing of them"):
         pooling(torch.zeros(2, 32), context.of("default"))

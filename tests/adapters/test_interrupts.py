@@ -10,8 +10,7 @@ from helpers.hosts.families import HOSTS, words
 from peft import get_peft_model
 
 from hf_moe import MoeLoraConfig
-from hf_moe.adapters.contexts import ACTIVE_LAYER
-from hf_moe.adapters.routing import is_inside
+from hf_moe.modeling.routing_context import ACTIVE_CONTEXT, CALL_CONTEXT
 
 
 class Stop(BaseException):
@@ -64,7 +63,7 @@ def test_no_interrupted_call_leaves_its_context_behind(place, error, hook, rando
     for interrupted in CALLS.values():
         for name, call in CALLS.items():
             interrupt(model, PLACES[place], error, interrupted, {**inputs, "task_ids": tasks[0]}, hook)
-            assert not is_inside() and ACTIVE_LAYER.get() is None
+            assert CALL_CONTEXT.get() is None and ACTIVE_CONTEXT.get() is None
             assert torch.equal(call(model)(**inputs, task_ids=tasks[1])[0], wanted[name])
 
 

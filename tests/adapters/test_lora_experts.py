@@ -20,10 +20,10 @@ from transformers import (
 
 from hf_moe import MoeLoraConfig
 from hf_moe.adapters import low_rank
-from hf_moe.adapters.contexts import ACTIVE_LAYER
+from hf_moe.adapters.contexts import active_call
 from hf_moe.adapters.layer import tuner_layers
-from hf_moe.adapters.routing import _ROOT_CONTEXT
 from hf_moe.modeling.dispatch import Dispatch
+from hf_moe.modeling.routing_context import CALL_CONTEXT
 
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
@@ -69,7 +69,7 @@ def test_the_output_is_that_of_a_loop_over_tokens_and_experts(llama, text, rando
     seen = {}
 
     def record(module, args, output):
-        seen.update(x=args[0].detach(), output=output.detach(), hidden=ACTIVE_LAYER.get().hidden_states.detach())
+        seen.update(x=args[0].detach(), output=output.detach(), hidden=active_call().hidden_states.detach())
 
     layer.register_forward_hook(record)
     logits(model, text)
@@ -197,8 +197,8 @@ def test_a_failed_call_leaves_no_context_behind(text):
     model = adapt(host, target_modules="all-linear", router="condition")
     with pytest.raises(ValueError, match="reads the condition .task."):
         model(**text)
-    assert _ROOT_CONTEXT.get() is None
-    assert model(**text, task_ids=torch.tensor([0, 1])).loss.isfinite() and _ROOT_CONTEXT.get() is None
+    assert CALL_CONTEXT.get() is None
+    assert model(**text, task_ids=torch.tensor([0, 1])).loss.isfinite() and CALL_CONTEXT.get() is None
 
 
 def test_a_vision_language_model_of_transformers_tells_its_routers_the_modality(image_rows, randomise):

@@ -62,6 +62,8 @@ def take_conditions(model: PreTrainedModel, kwargs: dict[str, Any], names: Colle
     Raises:
         ValueError: if `condition_ids` does not say which one it is.
     """
+    if not names and "condition_ids" not in kwargs:
+        return {}
     given = kwargs.get("condition_ids")
     if given is not None and not isinstance(given, Mapping):
         if len(names) != 1:

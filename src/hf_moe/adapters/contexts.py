@@ -1,15 +1,12 @@
-"""What is known in one forward of a model, and in one call of a layer, about the tokens."""
+"""What the targets in a layer know while it runs."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..configuration.configuration_hf_moe import MODALITIES
-from ..modeling.decisions import Decision, SlotMixture
-from ..modeling.layer_spec import Site
-from ..modeling.routing_context import RoutingContext, TraceableVariable
+from ..modeling.decisions import SlotMixture
+from ..modeling.routing_context import ACTIVE_CONTEXT, MODALITIES, RoutingContext
 from .low_rank import SharedAssignment
 
 
@@ -27,150 +24,55 @@ def _wider(shape: torch.Size) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-class AdapterContext:
-    """What one forward of the root passes to its layers.
-
-    A plain class on purpose, see [`RoutingContext`].
-
-    Args:
-        tokens: what the routers may know of the tokens.
-    """
-
-    # What was called.
-    root: nn.Module | None = None
-
-    def __init__(self, tokens: RoutingContext):
-        self.tokens = tokens
-        self._of: dict[str, RoutingContext] = {}
-
-    def enter(self, hidden_states: torch.Tensor) -> None:
-        """Take note of what enters a layer."""
-
-    def tells_of(self, hidden_states: torch.Tensor) -> bool:
-        """Whether the tokens are those of some hidden states (..., d), in their order."""
-        return are_tokens(hidden_states, self.tokens.token_mask.shape)
-
-    def of(self, adapter_name: str) -> RoutingContext:
-        """Return the context of one adapter: what is known of the tokens, with decisions and memory of its own."""
-        if adapter_name not in self._of:
-            context = self._of[adapter_name] = copy.copy(self.tokens)
-            # A recomputed layer overwrites its own entries.
-            context.decisions = {}
-            context.carry = {}
-            context.memory = self.tokens.memory.of(adapter_name)
-        return self._of[adapter_name]
-
-    @property
-    def decisions(self) -> dict[str, dict[Site, Decision]]:
-        """Adapter -> number of the router -> decision."""
-        return {name: context.decisions for name, context in self._of.items() if context.decisions}
-
-
-class ImageContext(AdapterContext):
-    """What one forward of a vision encoder passes to its layers: one image per row, whose patches are all real.
-
-    Args:
-        rows: B.
-        conditions: of the rows.
-    """
-
-    def __init__(self, rows: int, conditions: dict[str, torch.Tensor]):
-        # How many patches there are shows in the first layer.
-        nothing = torch.zeros(rows, 0, dtype=torch.long)
-        super().__init__(RoutingContext(nothing, nothing.bool(), condition_ids=conditions))
-
-    def enter(self, hidden_states: torch.Tensor) -> None:
-        known = self.tokens
-        if not known.token_mask.numel() and hidden_states.dim() == 3 and len(hidden_states) == len(known.token_mask):
-            context = RoutingContext.all_text(hidden_states)
-            known.token_mask = context.token_mask
-            known.modality_ids = context.modality_ids + MODALITIES.index("image")
-
-
-class UnknownModality(RoutingContext):
-    """The context of tokens whose modality nothing tells: routers that read it refuse the call.
-
-    Args:
-        known: what else is known.
-        reason: why it is unknown, and what to do.
-    """
-
-    def __init__(self, known: RoutingContext, reason: str):
-        self.reason = reason
-        ids = known.token_mask.long()
-        super().__init__(ids, known.token_mask)
-        fields = ("input_ids", "condition_ids", "progress", "overrides", "memory", "inputs")
-        vars(self).update({name: getattr(known, name) for name in fields})
-
-    @property
-    def modality_ids(self) -> torch.Tensor:
-        raise ValueError(f"This router reads the modality of the tokens, which is unknown. {self.reason}")
-
-    @modality_ids.setter
-    def modality_ids(self, value: torch.Tensor) -> None:
-        pass
-
-
-class TokenlessContext(RoutingContext):
-    """The context of a layer whose model tells nothing of its tokens: all are real, of no modality or condition.
+def unknown_tokens(hidden_states: torch.Tensor) -> RoutingContext:
+    """Return the context of tokens of which the model tells nothing: all are real, of unknown modality and rows.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, S, d)` or `(S, d)`).
     """
-
-    def __init__(self, hidden_states: torch.Tensor):
-        text = RoutingContext.all_text(hidden_states.reshape(-1, *hidden_states.shape[-2:]))
-        super().__init__(text.modality_ids, text.token_mask)
-
-    @property
-    def modality_ids(self) -> torch.Tensor:
-        raise ValueError(
-            "This router reads the modality of the tokens, which is known only in layers that read a model's "
-            "input_ids; those of a vision tower or encoder have but one. Choose a router that reads hidden states "
-            "alone, such as 'top_k', or other target_modules."
-        )
-
-    @modality_ids.setter
-    def modality_ids(self, value: torch.Tensor) -> None:
-        pass
-
-    @property
-    def condition_ids(self) -> dict[str, torch.Tensor]:
-        raise ValueError(
-            "This router reads a condition of the rows, and a target's tokens are not the rows of the call, one "
-            "sequence or image each: it lies in the tower of a larger model, in an encoder-decoder, or in a layer "
-            "that cuts its input into windows. Choose a router that reads hidden states alone, such as 'top_k', or "
-            "other target_modules."
-        )
-
-    @condition_ids.setter
-    def condition_ids(self, value: dict[str, torch.Tensor]) -> None:
-        pass
+    context = RoutingContext.all_text(hidden_states.reshape(-1, *hidden_states.shape[-2:]))
+    context.modality_ids, context.condition_ids = _refuse_modality, None
+    return context
 
 
-class LayerRun:
+def _refuse_modality() -> torch.Tensor:
+    raise ValueError(
+        "This router reads the modality of the tokens, which is known only in layers that read a model's input_ids; "
+        "those of a vision tower or encoder have but one. Choose a router that reads hidden states alone, such as "
+        "'top_k', or other target_modules."
+    )
+
+
+class LayerCall:
     """One call of a layer with targets in it.
 
     Args:
+        context (`RoutingContext`, *optional*): what the model has passed down.
         hidden_states (`torch.Tensor` of shape `(B, S, d)`): what enters the layer.
-        context: what the root passed down, if it did.
         encoder_hidden_states: what its cross-attention reads, if it has one.
-        knows_tokens: whether the root's context would be about the tokens of this layer.
+        knows_tokens (`bool`): whether the context would be about the tokens of this layer.
     """
 
     def __init__(
         self,
+        context: RoutingContext | None,
         hidden_states: torch.Tensor,
-        context: AdapterContext | None,
-        encoder_hidden_states: Any = None,
-        knows_tokens: bool = False,
+        encoder_hidden_states: Any,
+        knows_tokens: bool,
     ):
+        self.context = context if knows_tokens else None
         self.hidden_states = hidden_states
-        self.context = context
         self.encoder_hidden_states = encoder_hidden_states
         self.knows_tokens = knows_tokens
         # (adapter, target that has the router) -> the decision that targets in this layer share.
         self.shared: dict[tuple[str, nn.Module], SharedAssignment | SlotMixture] = {}
+        if self.context is not None and self.context.token_mask.shape[1] == 0:
+            _lay_out_images(self.context, hidden_states)
+
+    def of(self, adapter: str) -> RoutingContext:
+        """Return the context of an adapter."""
+        assert self.context is not None
+        return self.context.of(adapter)
 
     def check_told(self, router: str) -> None:
         """Refuse a router that needs what only the call of the model tells, where something inside was called."""
@@ -182,8 +84,22 @@ class LayerRun:
             )
 
     def tells_of(self, x: torch.Tensor) -> bool:
+        """Whether the context is about the tokens of `x` (..., in), in their order."""
+        return self.context is not None and are_tokens(x, self.context.token_mask.shape)
+
+    def is_entered_by(self, x: torch.Tensor) -> bool:
         """Whether `x` (..., in) are the tokens that enter the layer."""
         return x is not self.encoder_hidden_states and are_tokens(x, self.hidden_states.shape[:-1])
 
 
-ACTIVE_LAYER: TraceableVariable[LayerRun] = TraceableVariable("hf_moe_active_layer")
+def active_call() -> LayerCall | None:
+    """Return the call of the layer with targets that is running, if one is."""
+    context = ACTIVE_CONTEXT.get()
+    return None if context is None else context.layer_call
+
+
+def _lay_out_images(context: RoutingContext, hidden_states: torch.Tensor) -> None:
+    """Take the number of patches of images, one a row, from what enters the first layer of an encoder."""
+    if hidden_states.dim() == 3 and len(hidden_states) == len(context.token_mask):
+        seen = RoutingContext.all_text(hidden_states)
+        context.token_mask, context.modality_ids = seen.token_mask, seen.modality_ids + MODALITIES.index("image")

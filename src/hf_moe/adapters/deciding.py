@@ -9,32 +9,26 @@ from ..modeling.decisions import Decision, ExpertAssignment, SlotMixture
 from ..modeling.layer_spec import Site
 from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
-from .contexts import AdapterContext, LayerRun, TokenlessContext, are_tokens
+from .contexts import LayerCall, are_tokens, unknown_tokens
 from .experts import ExpertKind
 from .low_rank import SharedAssignment
 
 
 def decide(
-    router: Router, hidden_states: torch.Tensor, run: LayerRun | None, adapter_name: str
+    router: Router, hidden_states: torch.Tensor, call: LayerCall | None, adapter_name: str
 ) -> SharedAssignment | SlotMixture:
     """Return a router's decision for hidden states (..., d), and record it for the objectives."""
-    context: RoutingContext
-    root: AdapterContext | None = None if run is None else run.context
-    if root is not None and not root.tells_of(hidden_states):
-        root = None
-    if root is not None:
-        context = root.of(adapter_name)
-    else:
-        context = TokenlessContext(hidden_states)
-        pools = "sequence" in router.reads
-        if run is not None and pools:
-            run.check_told(f"{type(router).__name__}, which pools the tokens of a sequence,")
-            if run.context is not None and run.context.tokens.memory.cached_tokens:
+    told = call is not None and call.tells_of(hidden_states)
+    context = call.of(adapter_name) if told else unknown_tokens(hidden_states)  # type: ignore[union-attr]
+    if not told and "sequence" in router.reads:
+        if call is not None:
+            call.check_told(f"{type(router).__name__}, which pools the tokens of a sequence,")
+            if call.context is not None and call.context.memory.cached_tokens:
                 raise ValueError(
                     f"{type(router).__name__} pools the tokens of a call, and a target got others, of a cache or an "
                     "encoder: choose router_input='decoder_layer', or a router that decides token by token."
                 )
-        if pools and hidden_states.dim() < 3:
+        if hidden_states.dim() < 3:
             raise ValueError(
                 f"{type(router).__name__} pools the tokens of a sequence, and a target got those of all sequences "
                 "in one row: choose a router that decides token by token, or leave this target out."
@@ -43,13 +37,13 @@ def decide(
     decision = router(tokens, context)
     if isinstance(decision, ExpertAssignment):
         decision = decision.drop(~context.tokens("token_mask", tokens.device))
-    if root is not None:
+    if told:
         context.decisions[router.spec.layer_idx] = decision
     return shared(decision)
 
 
 def decision_of_target(
-    run: LayerRun, made: SharedAssignment | SlotMixture, key: tuple[str, Site], x: torch.Tensor, target: str
+    call: LayerCall, made: SharedAssignment | SlotMixture, key: tuple[str, Site], x: torch.Tensor, target: str
 ) -> SharedAssignment | SlotMixture:
     """Return the decision that a layer's targets share, for what one of them reads.
 
@@ -57,7 +51,7 @@ def decision_of_target(
     ones and these.
 
     Args:
-        run: the call of the layer.
+        call: of the layer.
         made: the decision for the tokens that enter it.
         key: adapter and site of the router.
         x (`torch.Tensor` of shape `(..., in)`): what the target reads.
@@ -67,9 +61,9 @@ def decision_of_target(
         ValueError: if the target reads other tokens.
     """
     index = weight = None
-    if run.context is not None and isinstance(made, SharedAssignment) and x.dim() > run.hidden_states.dim():
-        index, weight = _remembered(run.context.of(key[0]), key[1], made, len(run.hidden_states))
-    if run.tells_of(x):
+    if call.context is not None and isinstance(made, SharedAssignment) and x.dim() > call.hidden_states.dim():
+        index, weight = _remembered(call.of(key[0]), key[1], made, len(call.hidden_states))
+    if call.is_entered_by(x):
         return made
     places = 0 if index is None else x[..., 0].numel() // len(index)
     if (
@@ -79,7 +73,7 @@ def decision_of_target(
         or not are_tokens(x, torch.Size((len(index), places)))
     ):
         raise ValueError(
-            f"The router of this layer decided for the {run.hidden_states[..., 0].numel()} tokens that enter the "
+            f"The router of this layer decided for the {call.hidden_states[..., 0].numel()} tokens that enter the "
             f"layer, and a target, {target}, got others, {tuple(x.shape[:-1])}, as in cross-attention, in windows, or "
             "from a cache that was filled without this adapter: set router_input='target', or leave this target out."
         )

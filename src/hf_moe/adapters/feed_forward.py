@@ -8,7 +8,6 @@ expert. Tokens without experts, such as padding and those a full expert dropped,
 Source: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts, arXiv:2404.15159.
 """
 
-import functools
 import warnings
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from ..modeling.dispatch import compute_dtype
+from ..modeling.subclasses import is_made_by, same_name
 from .dispatched import swap_class
 from .experts.lora import LoraExperts
 from .layer import MoeLoraLayer, tuner_layers
@@ -54,9 +54,9 @@ def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
                 "'target', and it must have an act_fn."
             )
         found |= {item.layer_name[adapter_name] for item in projections}
-        if not hasattr(module, "moe_lora_ffn_class"):
+        if not is_made_by(module, whole_ffn_class):
             _check_formula(module, name)
-            swap_class(module, whole_ffn_class(type(module)))  # type: ignore[arg-type]
+            swap_class(module, whole_ffn_class(type(module)))
     if not found:
         raise ValueError(
             "ffn_experts=True mixes whole gated feed-forwards, and no target lies in one with the linear layers "
@@ -94,9 +94,9 @@ def _check_formula(module: nn.Module, name: str) -> None:
         )
 
 
-@functools.cache
-def whole_ffn_class(host_class: Any) -> Any:
-    """Return the subclass of a feed-forward's class that mixes whole experts; it keeps the name."""
+@same_name
+def whole_ffn_class(host_class: Any) -> dict[str, Any]:
+    """Return the subclass of a feed-forward's class that mixes whole experts."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         gate = self.gate_proj
@@ -111,16 +111,7 @@ def whole_ffn_class(host_class: Any) -> Any:
             )
         return mix_experts(self, whole[0], hidden_states)
 
-    def __reduce_ex__(self: Any, protocol: int) -> tuple:
-        return _new_whole_ffn, (host_class,), self.__dict__
-
-    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "moe_lora_ffn_class": host_class}
-    return type(host_class.__name__, (host_class,), {**body, "__module__": host_class.__module__})
-
-
-def _new_whole_ffn(host_class: Any) -> nn.Module:
-    cls = whole_ffn_class(host_class)
-    return cls.__new__(cls)
+    return {"forward": forward}
 
 
 def mix_experts(module: nn.Module, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from ..modeling.inputs import conditions_read
 from ..modeling.routing import Router
 from .layer import MoeLoraLayer
+
+
+Step = tuple[dict[str, nn.Module | None], str, nn.Module]
 
 
 class TargetIndex:
@@ -26,13 +30,14 @@ class TargetIndex:
         self.knows_tokens = False
         # Whether a training step has shown which targets act.
         self.asked_for_idle = False
-        # Parent, name and child on the way from the root to the targets.
-        self._steps: list[tuple[nn.Module, str, nn.Module]] = []
+        # The children of a parent, a name and that child, on the way from the root to the targets.
+        self._steps: list[Step] = []
         # Of routers that are the model's own.
         self._others: list[Router] = []
         self._walk(root, set(), [])
+        self.conditions = conditions_read(self.routers())
 
-    def _walk(self, module: nn.Module, seen: set[nn.Module], way: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    def _walk(self, module: nn.Module, seen: set[nn.Module], way: list[Step]) -> None:
         seen.add(module)
         self.knows_tokens = self.knows_tokens or getattr(module, "moe_lora_knows_tokens", False)
         if isinstance(module, Router):
@@ -44,7 +49,7 @@ class TargetIndex:
         children: Any = {"base_layer": module.base_layer} if isinstance(module, MoeLoraLayer) else module._modules
         for name, child in children.items():
             if child is not None and child not in seen:
-                below = [*way, (module, name, child)]
+                below = [*way, (module._modules, name, child)]
                 found = len(self.targets)
                 self._walk(child, seen, below)
                 if len(self.targets) > found:
@@ -52,7 +57,12 @@ class TargetIndex:
 
     def is_current(self, root: nn.Module) -> bool:
         """Whether this is the index of `root`, and every target is where it was."""
-        return self.root is root and all(parent._modules.get(name) is child for parent, name, child in self._steps)
+        if self.root is not root:
+            return False
+        for children, name, child in self._steps:  # noqa: SIM110  (every call of the model pays for it)
+            if children.get(name) is not child:
+                return False
+        return True
 
     def active(self) -> Iterator[MoeLoraLayer]:
         """Yield the targets that compute with their adapters."""

@@ -15,7 +15,7 @@ from ..modeling.decisions import SlotMixture
 from ..modeling.routing import Router
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import constant_gates
-from .contexts import ACTIVE_LAYER, LayerRun
+from .contexts import LayerCall, active_call
 from .deciding import check_gradient, decide, decision_of_target, shared
 from .experts import ExpertKind, TargetCall, build_kind
 from .experts.lora import LoraExperts
@@ -242,36 +242,36 @@ class MoeLoraLayer(BaseTunerLayer):
 
     def decision(self, adapter_name: str, x: torch.Tensor, args: tuple) -> SharedAssignment | SlotMixture:
         """Return the decision for the tokens of `x`, the shared one if a sibling has not made it yet."""
-        run = ACTIVE_LAYER.get()
+        call = active_call()
         owner = self.router_owner[adapter_name]
         if owner is None:
             router = self.moe_lora_router[adapter_name]
             if isinstance(router, HostRouter):
                 return SharedAssignment.of(router.from_call(*args))
-            return decide(router, x, run, adapter_name)
-        if run is None:
+            return decide(router, x, call, adapter_name)
+        if call is None:
             raise RuntimeError(
                 "A layer of LoRA experts whose router reads the input of the decoder layer was called outside of one: "
                 "call the model, or set router_input='target'."
             )
         key = adapter_name, owner
-        made = run.shared.get(key)
+        made = call.shared.get(key)
         if made is None:
-            made = run.shared[key] = self._shared_decision(owner, adapter_name, run, x.device)
-        if x.shape[:-1] == run.hidden_states.shape[:-1] and x is not run.encoder_hidden_states:
+            made = call.shared[key] = self._shared_decision(owner, adapter_name, call, x.device)
+        if x.shape[:-1] == call.hidden_states.shape[:-1] and x is not call.encoder_hidden_states:
             return made
         target = f"{type(self.get_base_layer()).__name__}({self.in_features}, {self.out_features})"
-        return decision_of_target(run, made, (adapter_name, owner.moe_lora_router[adapter_name].spec.site), x, target)
+        return decision_of_target(call, made, (adapter_name, owner.moe_lora_router[adapter_name].spec.site), x, target)
 
     def _shared_decision(
-        self, owner: "MoeLoraLayer", adapter_name: str, run: LayerRun, device: torch.device
+        self, owner: "MoeLoraLayer", adapter_name: str, call: LayerCall, device: torch.device
     ) -> SharedAssignment | SlotMixture:
         """Return the decision of a shared router: its own layer makes it, other layers take it from the context."""
         router = owner.moe_lora_router[adapter_name]
         if self.layer_name[adapter_name] == owner.layer_name[adapter_name]:
-            return decide(router, run.hidden_states, run, adapter_name)
-        run.check_told(f"A {type(router).__name__} that all layers share")
-        decision = run.context.of(adapter_name).decisions[router.spec.site]  # type: ignore[union-attr]
+            return decide(router, call.hidden_states, call, adapter_name)
+        call.check_told(f"A {type(router).__name__} that all layers share")
+        decision = call.of(adapter_name).decisions[router.spec.site]
         check_gradient(decision, router)
         # Of its own: what a layer derives from the decision must come back in its recomputation.
         return shared(decision, device)

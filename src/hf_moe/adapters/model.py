@@ -14,20 +14,22 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..modeling.context import closing_class
 from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
+from ..modeling.subclasses import is_made_by
 from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
 from .checkpoints import check_complete
 from .checks import refusal
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
-from .contexts import TokenlessContext
+from .contexts import unknown_tokens
 from .deciding import check_decision
 from .dispatched import swap_class
 from .experts import ExpertKind
-from .feed_forward import adapt_feed_forwards
+from .feed_forward import adapt_feed_forwards, whole_ffn_class
 from .frozen import FrozenExperts, numbered_layers
 from .host_router import HostRouter
 from .hosts import enclosing_layer, is_bidirectional, is_layer, is_linear, known_tokens, layer_width, reads_text
@@ -215,8 +217,8 @@ class MoeLoraModel(BaseTuner):
                 raise TargetRefused(str(error)) from error
             if settings.router_input != "target" and "call" not in router.reads:
                 target.router_owner[adapter_name] = target
-        if layer is not None and not hasattr(layer, "moe_lora_host_class"):
-            swap_class(layer, adapted_layer_class(type(layer), tokens_known is not None))  # type: ignore[arg-type]
+        if layer is not None and not is_made_by(layer, adapted_layer_class):
+            swap_class(layer, adapted_layer_class(type(layer), tokens_known is not None))
 
     def _check_module(
         self, config: MoeLoraConfig, base: nn.Module, layer: nn.Module | None, key: str, parameter_name: str | None
@@ -306,16 +308,18 @@ class MoeLoraModel(BaseTuner):
     def _release(self) -> None:
         """Give every decoder layer without an adapter its own class back, and the root its own forward."""
         for module in self.model.modules():
-            if hasattr(module, "moe_lora_host_class") and not any(item.experts for item in tuner_layers(module)):
-                swap_class(module, module.moe_lora_host_class)
+            swapped = is_made_by(module, adapted_layer_class) or is_made_by(module, whole_ffn_class)
+            if swapped and not any(item.experts for item in tuner_layers(module)):
+                swap_class(module, module.host_class)
                 module._modules.pop(OUTPUT_EXPERTS, None)
-            if hasattr(module, "moe_lora_ffn_class") and not any(item.experts for item in tuner_layers(module)):
-                swap_class(module, module.moe_lora_ffn_class)
         if not any(item.experts for item in tuner_layers(self.model)):
             for handle in self._handles:
                 handle.remove()
-            for module in self.model.modules():
-                module.__class__ = getattr(module, "moe_lora_root_class", module.__class__)
+            if self._handles:
+                for module in {self.model, getattr(self.model, "base_model", self.model)}:
+                    if is_made_by(module, closing_class):
+                        module.__class__ = module.host_class
+            self._handles = []
         drop_indices(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -390,7 +394,7 @@ def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | N
     if "call" in router.reads or any(parameter.is_meta for parameter in router.parameters()):
         return
     probe = torch.zeros(1, 1, router.spec.hidden_size)
-    context: RoutingContext = TokenlessContext(probe)
+    context = unknown_tokens(probe)
     if tokens_known is not None and router.condition is not None:
         return  # what it reads comes with the call
     if tokens_known == "text":

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..modeling.auxiliary import count_labels, is_learning, warn_without_labels
+from ..modeling.context import closing_class
 from ..modeling.decisions import ExpertAssignment
-from ..modeling.optimizer_steps import Statistics, count_in_backward, end_cleared_step, follow_steps
+from ..modeling.optimizer_steps import Statistics, count_in_backward, follow_steps
 from ..modeling.routing import Router
-from .contexts import AdapterContext
-from .frozen import hold_frozen, install_frozen_hooks
+from ..modeling.routing_context import RoutingContext
+from .frozen import install_frozen_hooks
 from .index import index_of
-from .routing import context_of_call, is_inside, pass_context, remember, root_class
-from .tokens import root_inputs
+from .routing import before_call, root_inputs
 
 
 def install_hooks(model: nn.Module) -> list[Any]:
@@ -33,21 +33,17 @@ def install_hooks(model: nn.Module) -> list[Any]:
 
     The backbone below a head has the same hooks, which act where it is called by itself.
     """
-    if any(hook is pass_context for hook in model._forward_pre_hooks.values()):
+    if any(hook is before_call for hook in model._forward_pre_hooks.values()):
         return []
     backbone = getattr(model, "base_model", model)
     handles = [*install_frozen_hooks(model), model.register_forward_hook(warn_of_idle_targets)]
     for module in [model] if backbone is model else [model, backbone]:
         follow_steps(module)
-        handles += [
-            module.register_forward_pre_hook(hold_frozen),
-            module.register_forward_pre_hook(end_finished_step),
-            module.register_forward_pre_hook(pass_context, with_kwargs=True),
-            module.register_forward_hook(add_objectives, with_kwargs=True),
-            module.register_forward_hook(remember, with_kwargs=True),
-        ]
+        # Before those of our own backbones, which would open a context without the conditions of adapters.
+        handles.append(module.register_forward_pre_hook(before_call, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(after_call, with_kwargs=True))
         if isinstance(module, PreTrainedModel):
-            module.__class__ = root_class(type(module))  # type: ignore[arg-type]
+            module.__class__ = closing_class(type(module))
     return handles
 
 
@@ -67,18 +63,23 @@ def warn_of_idle_targets(model: nn.Module, *_: Any) -> None:
         )
 
 
-def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Hook after the root's forward: add the objectives of the active adapters to the loss.
+def after_call(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Hook after the forward of the root, or of its backbone: add the objectives of the active adapters to the loss,
+    and leave what the routers have remembered with the key-value cache.
 
     Raises:
         ValueError: if there is no loss to add them to, the model drops the context on the way to its layers, or
             reentrant checkpointing has cut the gradient.
     """
-    context = context_of_call(model, kwargs)
-    if context is None:
+    context: RoutingContext | None = kwargs.get("moe_lora_context")
+    if context is None or context.opened_by is not model:  # it is of a model around this one
         return
+    context.memory.keep(output, kwargs, args)
     inputs = root_inputs(model, args, kwargs)
     row_labels = _row_labels(inputs.get("labels"), output, context)
+    learns = is_learning(model)
+    if row_labels is None and not learns:
+        return
     routers = list(_deciding_routers(model, context))
     objectives = {
         name: losses
@@ -92,14 +93,14 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
             routing = context.of(adapter_name)
             routing.carry["auxiliary_loss"] = loss = losses(routing, row_labels, inputs.get("num_items_in_batch"))
             loss.add_to(output)
-    if not is_learning(model):
-        return
-    if row_labels is None and objectives:
+    elif objectives:
         warn_without_labels([name for losses in objectives.values() for name in losses.by_name])
+    if not learns:
+        return
     statistics: Statistics = [
         (losses, (context.of(adapter_name),))
         for adapter_name, losses in objectives.items()
-        if adapter_name in context.decisions
+        if context.of(adapter_name).decisions
     ]
     for adapter_name, router in routers:
         routing = context.of(adapter_name)
@@ -107,30 +108,30 @@ def add_objectives(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
     count_in_backward(model, output, statistics)
 
 
-def _deciding_routers(model: nn.Module, context: AdapterContext) -> Iterator[tuple[str, Router]]:
+def _deciding_routers(model: nn.Module, context: RoutingContext) -> Iterator[tuple[str, Router]]:
     """Yield adapter and router of every decision of a forward pass."""
     for layer in index_of(model).targets:
         for adapter_name, router in layer.moe_lora_router.items():
-            if router.spec.layer_idx in context.decisions.get(adapter_name, {}):
+            if router.spec.layer_idx in context.of(adapter_name).decisions:
                 yield adapter_name, router
 
 
-def _row_labels(labels: torch.Tensor | None, output: Any, context: AdapterContext) -> torch.Tensor | None:
+def _row_labels(labels: torch.Tensor | None, output: Any, context: RoutingContext) -> torch.Tensor | None:
     """Return how many labels every row has, (B,); `None` where there are none."""
     label_mask = getattr(output, "label_mask", None)
     if label_mask is not None:
         return label_mask.sum(-1)
     if labels is None:
         return None
-    token_mask = context.tokens.token_mask
+    token_mask = context.token_mask
     return count_labels(labels) if labels.shape == token_mask.shape else labels.new_ones(len(token_mask))
 
 
 def _check(
-    model: nn.Module, adapter_name: str, context: AdapterContext, routers: list[tuple[str, Router]], output: Any
+    model: nn.Module, adapter_name: str, context: RoutingContext, routers: list[tuple[str, Router]], output: Any
 ) -> None:
     """Refuse objectives that could not be computed, or whose gradient would not arrive."""
-    if adapter_name not in context.decisions:
+    if not context.of(adapter_name).decisions:
         raise ValueError(
             f"The objectives of adapter {adapter_name!r} found no routing decision: {type(model).__name__} "
             "does not pass keyword arguments, such as the routing context, on to its layers. Leave them out."
@@ -143,22 +144,16 @@ def _check(
     _check_gradient(adapter_name, context, routers)
 
 
-def _check_gradient(adapter_name: str, context: AdapterContext, routers: list[tuple[str, Router]]) -> None:
+def _check_gradient(adapter_name: str, context: RoutingContext, routers: list[tuple[str, Router]]) -> None:
     if not torch.is_grad_enabled():
         return
     for name, router in routers:
         trained = any(parameter.requires_grad for parameter in router.parameters())
         if name == adapter_name and trained:
-            decision = context.decisions[name][router.spec.layer_idx]
+            decision = context.of(name).decisions[router.spec.layer_idx]
             probs = decision.router_probs if isinstance(decision, ExpertAssignment) else None
             if probs is not None and not probs.requires_grad:
                 raise ValueError(
                     "Reentrant gradient checkpointing cuts the gradient of the objectives: pass "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}, or leave the objectives out."
                 )
-
-
-def end_finished_step(model: nn.Module, args: tuple) -> None:
-    """Hook before the root's forward: close the last step where no optimizer tells of its end, as in our models."""
-    if not is_inside() and is_learning(model):
-        end_cleared_step(model)

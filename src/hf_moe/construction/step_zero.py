@@ -35,7 +35,7 @@ def random_text(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor
     config = model.config
     vocabulary = min(config.get_text_config(decoder=True).vocab_size, model.get_input_embeddings().weight.shape[0])
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(seed))
-    special = {*placeholder_ids(config).values(), *_special_tokens(config)} & set(range(vocabulary))
+    special = set().union(*placeholder_ids(config).values(), _special_tokens(config)) & set(range(vocabulary))
     plain = next((token for token in range(vocabulary) if token not in special), 0)
     ids = torch.where(torch.isin(ids, torch.tensor(sorted(special), dtype=torch.long)), plain, ids)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -44,7 +44,7 @@ def media_ids(processor: Any, config: Any = None) -> dict[str, set[int]]:
         named = [*(getattr(processor, f"{kind}_token_ids", None) or []), getattr(processor, f"{kind}_token_id", None)]
         ids = {token for token in named if isinstance(token, int) and token >= 0}
         if not ids and config is not None and number in placeholder_ids(config):
-            ids = {placeholder_ids(config)[number]}
+            ids = placeholder_ids(config)[number]
         if ids:
             found[kind] = ids
     return found
@@ -106,8 +106,9 @@ def check_processor(processor: Any, config: Any) -> None:
             )
         ids = media_ids(processor).get(kind, {own}) | {own}
         wanted = placeholder_ids(config).get(MEDIA_KINDS.index(kind) + 1)
-        if wanted is not None and wanted not in ids:
+        if wanted is not None and not wanted & ids:
             raise ValueError(
                 f"{name} does not fit the model: {token!r} is the id {own} to its tokenizer, and the placeholder of "
-                f"{NOUNS[kind]} is {wanted} to the model. Take the processor of this model."
+                f"{NOUNS[kind]} is {', '.join(map(str, sorted(wanted)))} to the model. Take the processor of this "
+                "model."
             )

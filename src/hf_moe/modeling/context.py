@@ -17,14 +17,15 @@ from transformers.utils import ModelOutput
 
 from .block import Block
 from .inputs import (
+    ModalityUnknown,
     check_ids,
     check_mask,
     check_mask_and_positions,
     check_tokens,
     conditions_read,
-    find_placeholder,
+    hides_rows,
     learned_positions,
-    modality_ids,
+    modalities_of,
     real_tokens,
 )
 from .layer_spec import Site
@@ -34,6 +35,7 @@ from .overrides import RoutingOverrides
 from .replacement import Replacement
 from .routing import Router, at_least_float32
 from .routing_context import CALL_CONTEXT, RoutingContext
+from .subclasses import same_name
 
 
 # What a call may bring besides the host's own inputs.
@@ -87,26 +89,32 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
     conditions = inputs.get("condition_ids")
     routers = routers_of(model).values() if conditions is not None else ()
     check_ids(tokens, modalities, conditions, conditions_read(routers))
-    if modalities is None:
-        find = functools.partial(find_placeholder, model, input_ids, inputs_embeds)
-        modalities = modality_ids(config, find, tokens)
     if overrides is not None:
         if not isinstance(overrides, RoutingOverrides):
             raise ValueError(f"routing_overrides must be RoutingOverrides(...), got {type(overrides).__name__}.")
         overrides.check_sites(routers_of(model))
     token_mask = real_tokens(config, inputs, tokens)
+    all_real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     context = RoutingContext(
-        modality_ids=modalities.long(),
-        token_mask=torch.ones_like(modalities, dtype=torch.bool) if token_mask is None else token_mask,
+        modality_ids=_known_modalities(model, inputs, tokens),
+        token_mask=all_real if token_mask is None else token_mask,
         input_ids=input_ids,
         condition_ids=conditions,
         progress=progress,
         overrides=overrides,
-        memory=TokenMemory(cache_of(inputs), foreign_state(inputs), hides_padding=token_mask is None),
+        memory=TokenMemory(cache_of(inputs), foreign_state(inputs), hides_rows(inputs)),
         inputs=inputs,
     )
     context.shared = dict(model.base_model.shared_routing.items())
     return context
+
+
+def _known_modalities(model: PreTrainedModel, inputs: dict[str, Any], tokens: torch.Tensor) -> Any:
+    """Return the modalities of the tokens, or what raises where a router asks for unknown ones."""
+    try:
+        return modalities_of(model, inputs, tokens)
+    except ModalityUnknown:
+        return functools.partial(modalities_of, model, inputs, tokens)
 
 
 def carry_context(backbone: Any, decoder: Any) -> None:
@@ -114,7 +122,8 @@ def carry_context(backbone: Any, decoder: Any) -> None:
     backbone.arguments = Arguments.of(type(backbone).forward)
     decoder.max_positions = learned_positions(decoder)
     backbone.register_forward_pre_hook(_enter, with_kwargs=True)
-    backbone.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+    backbone.register_forward_hook(_leave, with_kwargs=True)
+    backbone.__class__ = closing_class(type(backbone))
     # Last, for the two may be one.
     decoder.register_forward_pre_hook(_hand_down, with_kwargs=True)
 
@@ -134,28 +143,49 @@ class Arguments(NamedTuple):
         return cls(frozenset(item.name for item in given), positional)
 
 
+@same_name
+def closing_class(host_class: Any) -> dict[str, Any]:
+    """Return the subclass of a model's class whose calls leave no context behind, however they end."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = CALL_CONTEXT.get()
+        try:
+            return host_class.__call__(self, *args, **kwargs)
+        finally:  # hooks do not hear of a KeyboardInterrupt
+            CALL_CONTEXT.restore(before)
+
+    return {"__call__": __call__}
+
+
+def open_call(model: Any, context: RoutingContext) -> None:
+    """Open a context until the call of a model ends, whose class is a [`closing_class`]."""
+    context.opened_by = model
+    CALL_CONTEXT.set(context)
+
+
 def _enter(backbone: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Hook before the model without its head: open a context where it is called by itself."""
     names, positional = backbone.arguments
     inner = {name: value for name, value in kwargs.items() if name not in ROUTING_INPUTS or name in names}
-    if CALL_CONTEXT.get() is None:
+    context = CALL_CONTEXT.get()
+    if context is None:
         context = kwargs.get("routing_context")
         if context is None:
             inputs = {**dict(zip(positional, args, strict=False)), **kwargs}
             context = build_context(backbone, inputs, progress=1.0)
-        context.call = (CALL_CONTEXT.set(context), kwargs.get("output_router_logits"))
+        open_call(backbone, context)
+    if context.opened_by is backbone:
+        context.wants_router_logits = kwargs.get("output_router_logits")
     return args, inner
 
 
 def _leave(backbone: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Hook after it: close the context that the other has opened, and return the router logits if they are asked."""
+    """Hook after it: keep what was remembered, and return the router logits if they are asked."""
     context = CALL_CONTEXT.get()
-    if context is None or context.call is None:
+    if context is None or context.opened_by is not backbone:
         return None
-    (token, wants_logits), context.call = context.call, None
-    CALL_CONTEXT.reset(token)
     context.memory.keep(output, kwargs, args)
-    if isinstance(output, ModelOutput) and wants_router_logits(backbone.config, wants_logits):
+    if isinstance(output, ModelOutput) and wants_router_logits(backbone.config, context.wants_router_logits):
         return routed_output(output, router_logits=router_logits(context))
     return None
 

@@ -6,7 +6,6 @@ context variable while the host's own forward runs. The context stays an argumen
 survives every kind of recomputation, and the variable reaches a block that PEFT or a compiler has wrapped.
 """
 
-import functools
 from typing import Any
 
 from torch import nn
@@ -18,6 +17,7 @@ from .host_layers import ACTIVATION_FIELDS, HostFfn, ffn_name, read_ffn
 from .layer_spec import MoELayerSpec
 from .registry import build
 from .routing_context import ACTIVE_CONTEXT, CALL_CONTEXT
+from .subclasses import same_name
 
 
 def layer_spec(moe, host_config, layer_idx: int, host_ffn: HostFfn, **facts: Any) -> MoELayerSpec:
@@ -86,7 +86,7 @@ def install_blocks(layers: Any, config, moe, host_config, **facts: Any) -> None:
                 spec = _place_spec(moe, host_config, layer_idx, part=kind, **facts)
                 build(kind, *parts.named(kind, spec), spec, parts, layer)
     for layer in layers:
-        layer.__class__ = routed_layer_class(type(layer))  # type: ignore[arg-type]
+        layer.__class__ = routed_layer_class(type(layer))
 
 
 def _place_spec(moe, host_config, layer_idx: int, **facts: Any) -> MoELayerSpec:
@@ -120,12 +120,9 @@ def install_in_connector(model: nn.Module, path: str, config, moe) -> Block:
     )
 
 
-@functools.cache
-def routed_layer_class(host_class: Any) -> Any:
-    """Return the subclass of a layer's class that takes `routing_context`.
-
-    It keeps the host's name, by which device maps and FSDP wrapping policies find it, and pickles.
-    """
+@same_name
+def routed_layer_class(host_class: Any) -> dict[str, Any]:
+    """Return the subclass of a layer's class that takes `routing_context`."""
 
     def forward(self, *args: Any, routing_context: Any = None, **kwargs: Any) -> Any:
         token = ACTIVE_CONTEXT.set(routing_context)
@@ -141,18 +138,4 @@ def routed_layer_class(host_class: Any) -> Any:
             kwargs["routing_context"] = CALL_CONTEXT.get() if context is None else context
         return host_class.__call__(self, *args, **kwargs)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return _new_routed_layer, (host_class,), self.__dict__
-
-    body = {
-        "forward": forward,
-        "__call__": __call__,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": host_class.__module__,
-    }
-    return type(host_class.__name__, (host_class,), body)
-
-
-def _new_routed_layer(host_class: Any) -> nn.Module:
-    cls = routed_layer_class(host_class)
-    return cls.__new__(cls)
+    return {"forward": forward, "__call__": __call__}

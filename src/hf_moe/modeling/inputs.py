@@ -3,11 +3,14 @@
 Values are read where that costs nothing, on the CPU and outside of a compiled graph; types and shapes are always.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
@@ -76,6 +79,17 @@ def real_tokens(config, inputs: Mapping[str, Any], tokens: torch.Tensor) -> torc
     return attended.any(1).to(tokens.device).expand(batch, positions)
 
 
+def hides_rows(inputs: Mapping[str, Any]) -> bool:
+    """Whether a mask keeps from whoever reads whole rows what is padding, or a document of its own.
+
+    Of four dimensions are those that a user has made, of packed rows say, and those that `generate` makes for a cache
+    of fixed size, which tell.
+    """
+    mask, cache = inputs.get("attention_mask"), cache_of(inputs)
+    two = isinstance(mask, torch.Tensor) and mask.dim() == 2
+    return mask is not None and not two and (cache is None or not cache.is_compileable)
+
+
 def first_column(inputs: Mapping[str, Any], mask: torch.Tensor, length: int) -> int:
     """Return where in a mask of all tokens so far those of the call begin.
 
@@ -98,13 +112,27 @@ def first_column(inputs: Mapping[str, Any], mask: torch.Tensor, length: int) -> 
     return min(int(cached_tokens(cache)), others) if cache is not None and cache.is_compileable else others
 
 
-def placeholder_ids(config) -> dict[int, int]:
-    """Return the placeholder of each modality that a config names: the modality's number -> the token's id."""
-    names = [(number, name) for number, name in enumerate(MODALITIES[1:], start=1)]
-    given = [
-        (number, getattr(config, f"{name}_token_{kind}", None)) for number, name in names for kind in ("index", "id")
-    ]
-    return {number: token_id for number, token_id in given if isinstance(token_id, int)}
+class ModalityUnknown(ValueError):
+    """What tells the modality of the tokens is missing; the message says what would."""
+
+
+def placeholder_ids(config) -> dict[int, set[int]]:
+    """Return the placeholders that a config names, or a config of a part: the modality's number -> ids of tokens."""
+    found: dict[int, set[int]] = {}
+    for part in _with_parts(config):
+        for number, name in enumerate(MODALITIES[1:], start=1):
+            ids = {getattr(part, f"{name}_token_{kind}", None) for kind in ("index", "id")}
+            ids = {token_id for token_id in ids if isinstance(token_id, int)}
+            if ids:
+                found.setdefault(number, set()).update(ids)
+    return found
+
+
+def _with_parts(config) -> Iterator[PreTrainedConfig]:
+    yield config
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            yield from _with_parts(part)
 
 
 def find_placeholder(
@@ -120,23 +148,71 @@ def find_placeholder(
     return (inputs_embeds == table(placeholder)).all(-1)
 
 
+TELL = (
+    "pass mm_token_type_ids (0 text, 1 image, 2 video, 3 audio), or choose a router that does not read the modality."
+)
+
+
 def modality_ids(config, find: Callable[[int], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     """Return the modalities of `tokens` (B, S, ...) by their placeholders, (B, S).
 
     Args:
         find: returns where the placeholder of an id is, (B, S) bool.
+
+    Raises:
+        ModalityUnknown: if the config names one placeholder for several modalities, and a token is such.
     """
-    ids = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    for modality, token_id in placeholder_ids(config).items():
-        ids = ids.masked_fill(find(token_id), modality)
-    return ids
+    placeholders = placeholder_ids(config)
+    counts = Counter(token_id for ids in placeholders.values() for token_id in ids)
+    found = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    for modality, ids in placeholders.items():
+        for token_id in ids:
+            here = find(token_id)
+            if counts[token_id] > 1 and bool(here.any()):
+                raise ModalityUnknown(
+                    "The modality of the tokens is unknown: the config has one placeholder for several modalities, "
+                    f"{ {MODALITIES[number]: sorted(ids) for number, ids in placeholders.items()} }, and the call has "
+                    f"such tokens: {TELL}"
+                )
+            found = found.masked_fill(here, modality)
+    return found
+
+
+def modalities_of(model: Any, inputs: Mapping[str, Any], tokens: torch.Tensor, others: bool = False) -> torch.Tensor:
+    """Return the modalities of the `tokens` (B, S, ...) of a call, (B, S): those that are given, or by placeholders.
+
+    Args:
+        model: what is called.
+        inputs: of the call, by name.
+        others (`bool`, *optional*, defaults to `False`): whether others may have put images among the tokens, in a
+            model that we did not build. Then neither embeddings tell nor a config without placeholders.
+
+    Raises:
+        ModalityUnknown: if neither tells.
+    """
+    # Ernie's own count the tokens around an image to it.
+    for name in ("moe_mm_token_type_ids", "mm_token_type_ids"):
+        if inputs.get(name) is not None:
+            return inputs[name][:, -tokens.shape[1] :].long()
+    config, input_ids, inputs_embeds = model.config, inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if others and input_ids is None:
+        raise ModalityUnknown(
+            f"The modality of the tokens is unknown: inputs_embeds do not tell which of them are images: {TELL}"
+        )
+    text = config.get_text_config(decoder=True)
+    if others and not placeholder_ids(config) and any(part not in (config, text) for part in _with_parts(config)):
+        raise ModalityUnknown(
+            "The modality of the tokens is unknown: the config names no image_token_id, video_token_id or "
+            f"audio_token_id, and the model is more than a decoder of text: {TELL}"
+        )
+    return modality_ids(config, partial(find_placeholder, model, input_ids, inputs_embeds), tokens)
 
 
 def vocabulary(config) -> int:
     """Return how many tokens there are; some hosts have placeholders beyond those of their decoder."""
     text = config.get_text_config(decoder=True)
     words = text.vocab_size + (getattr(text, "additional_vocab_size", None) or 0)
-    return max([words, *(token_id + 1 for token_id in placeholder_ids(config).values())])
+    return max([words, *(token_id + 1 for ids in placeholder_ids(config).values() for token_id in ids)])
 
 
 def check_tokens(config, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -207,9 +283,7 @@ def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any, 
     """
     shape = tuple(tokens.shape[:2])
     if mm_token_type_ids is not None:
-        check_integers("mm_token_type_ids", mm_token_type_ids, shape, "tokens")
-        limit = f"the modalities {', '.join(MODALITIES)}"
-        _check_range("mm_token_type_ids", mm_token_type_ids, 0, len(MODALITIES), limit)
+        check_modality_ids(mm_token_type_ids, shape)
     if condition_ids is None:
         return
     if not isinstance(condition_ids, Mapping):
@@ -224,6 +298,16 @@ def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any, 
             continue
         check_integers(label, ids, shape[:1], "rows")
         _check_range(label, ids, 0, known, "the ids that a router knows")
+
+
+def check_modality_ids(ids: Any, shape: tuple[int, int]) -> None:
+    """Refuse what are no modality ids of tokens of this shape.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_integers("mm_token_type_ids", ids, shape, "tokens")
+    _check_range("mm_token_type_ids", ids, 0, len(MODALITIES), f"the modalities {', '.join(MODALITIES)}")
 
 
 def check_mask_and_positions(

@@ -7,12 +7,13 @@ the cache does the same to them.
 """
 
 import copy
-import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+
+from .subclasses import same_name
 
 
 # (owner, site) -> the values (B, n, ...) of n tokens. The owner is an adapter, or "" for the model itself.
@@ -25,10 +26,10 @@ class TokenMemory:
     Args:
         cache (`Cache`, *optional*): the cache of the call.
         foreign_state: what the model keeps of earlier tokens in place of a cache, if it does.
-        hides_padding (`bool`, *optional*, defaults to `False`): whether the mask does not tell what is padding.
+        hides_rows (`bool`, *optional*, defaults to `False`): whether the mask does not tell what is padding.
     """
 
-    def __init__(self, cache: Cache | None = None, foreign_state: Any = None, hides_padding: bool = False):
+    def __init__(self, cache: Cache | None = None, foreign_state: Any = None, hides_rows: bool = False):
         # Counted before the layers run, since these put their tokens into the cache; read where a router asks.
         length = cached_tokens(cache)
         self._length = length.clone() if isinstance(length, torch.Tensor) else length
@@ -36,7 +37,7 @@ class TokenMemory:
         self.kept: Remembered = {}
         self.owner = ""
         self._foreign_state = foreign_state
-        self._hides_padding = hides_padding
+        self._hides_rows = hides_rows
 
     @property
     def cached_tokens(self) -> int:
@@ -68,7 +69,7 @@ class TokenMemory:
                 "A router reads all tokens so far, and the model keeps earlier ones in a "
                 f"{type(self._foreign_state).__name__} that tells nothing of them: pass use_cache=False."
             )
-        if self._hides_padding:
+        if self._hides_rows:
             raise ValueError(
                 "A router reads all tokens so far and must know what is padding, and this attention mask does not "
                 "tell: give a 2-D one, or leave it to generate."
@@ -100,7 +101,7 @@ class TokenMemory:
         if not self.kept or cache is None:
             return
         if "moe_memory" not in vars(cache):
-            cache.__class__ = remembering_class(type(cache))  # type: ignore[arg-type]
+            cache.__class__ = remembering_class(type(cache))
         length = next(iter(self.kept.values())).shape[1]
         # A router that was left out of this call can know the tokens of the cache no more.
         others = {key: values for key, values in remembered(cache).items() if values.shape[1] == length}
@@ -148,8 +149,8 @@ def remembered(cache: Cache | None) -> Remembered:
     return {} if cache is None else vars(cache).get("moe_memory", {})
 
 
-@functools.cache
-def remembering_class(cache_class: Any) -> Any:
+@same_name
+def remembering_class(cache_class: Any) -> dict[str, Any]:
     """Return the subclass of a cache's class that changes the memory with it."""
 
     def change(self: Any, of: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -172,5 +173,4 @@ def remembering_class(cache_class: Any) -> Any:
         change(self, lambda values: values[:, : values.shape[1] - abs(tokens_to_remove)])
 
     methods = (reorder_cache, batch_select_indices, batch_repeat_interleave, crop)
-    body = {method.__name__: method for method in methods}
-    return type(cache_class.__name__, (cache_class,), {**body, "__module__": cache_class.__module__})
+    return {method.__name__: method for method in methods}

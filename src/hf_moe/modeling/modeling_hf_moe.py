@@ -296,7 +296,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         """
         context = self.routing_context(**inputs)
         if inputs.get("labels") is not None:
-            check_labels(self.config, context.modality_ids, inputs["labels"])
+            check_labels(self.config, context.token_mask, inputs["labels"])
         if is_learning(self):
             end_cleared_step(self)
         labelled = inputs.get("labels") is not None or inputs.get("shift_labels") is not None

@@ -47,10 +47,12 @@ class RoutingContext:
     writes into such a copy would be lost.
 
     Args:
-        modality_ids (`torch.Tensor` of shape `(B, S)`): 0 text, 1 image, 2 video, 3 audio.
+        modality_ids (`torch.Tensor` of shape `(B, S)`): 0 text, 1 image, 2 video, 3 audio; or what returns
+            them, called when a router first asks, which raises where they are unknown.
         token_mask (`torch.Tensor` of shape `(B, S)`, bool): True where a token is real.
         input_ids (`torch.Tensor` of shape `(B, S)`, *optional*): the tokens, for routers that look at the word.
-        condition_ids: name -> `(B,)` or `(B, S)` task, domain or language ids, where the data names them.
+        condition_ids: name -> `(B,)` or `(B, S)` task, domain or language ids, where the data names them; `None` where
+            the rows of the call are not those of these tokens.
         progress: how far training is, 0 to 1; 1 at inference.
         overrides: test-time control, see [`RoutingOverrides`].
         memory: what the routers know of the tokens before these, see [`TokenMemory`].
@@ -59,7 +61,7 @@ class RoutingContext:
 
     def __init__(
         self,
-        modality_ids: torch.Tensor,
+        modality_ids: torch.Tensor | Callable[[], torch.Tensor],
         token_mask: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         condition_ids: dict[str, torch.Tensor] | None = None,
@@ -68,14 +70,16 @@ class RoutingContext:
         memory: TokenMemory | None = None,
         inputs: Mapping[str, Any] | None = None,
     ):
-        self.modality_ids = modality_ids
+        self._modality_ids = modality_ids
         self.token_mask = token_mask
         self.input_ids = input_ids
-        self.condition_ids = condition_ids or {}
+        self.condition_ids: Any = condition_ids or {}
         self.progress = progress
         self.overrides = overrides
         self.memory = memory or TokenMemory()
         self.inputs = {name: inputs[name] for name in KEPT_INPUTS if name in inputs} if inputs else {}
+        # Contexts of the same tokens for adapters, by name, with decisions and memory of their own.
+        self.adapters: dict[str, RoutingContext] = {}
         # Contexts of other tokens, by name: the pieces of a token, an image's patches.
         self.parts: dict[str, RoutingContext] = {}
         # The row of the batch that each row of a part belongs to; `None` where they are the same.
@@ -90,8 +94,30 @@ class RoutingContext:
         self.wanted: frozenset[str] = frozenset()
         # The routed experts' output (B, S, d) of every site, where it is wanted.
         self.outputs: dict[Site, torch.Tensor] = {}
-        # Of a model called without its head: the token of the context variable, and whether router logits are asked.
-        self.call: tuple[Any, bool | None] | None = None
+        # The model whose call has opened the context, and whether router logits are asked of it.
+        self.opened_by: nn.Module | None = None
+        self.wants_router_logits: bool | None = None
+        # What an adapter knows of the layer that runs.
+        self.layer_call: Any = None
+
+    @property
+    def modality_ids(self) -> torch.Tensor:
+        """The modality of every token, (B, S)."""
+        if not isinstance(self._modality_ids, torch.Tensor):
+            self._modality_ids = self._modality_ids()
+        return self._modality_ids
+
+    @modality_ids.setter
+    def modality_ids(self, value: torch.Tensor | Callable[[], torch.Tensor]) -> None:
+        self._modality_ids = value
+
+    def of(self, adapter: str) -> "RoutingContext":
+        """Return the context of an adapter: the same tokens, with decisions and memory of its own."""
+        if adapter not in self.adapters:
+            context = self.adapters[adapter] = object.__new__(RoutingContext)
+            own: dict[str, Any] = {"decisions": {}, "carry": {}, "parts": {}, "memory": self.memory.of(adapter)}
+            vars(context).update(vars(self), **own)
+        return self.adapters[adapter]
 
     @classmethod
     def all_text(cls, hidden_states: torch.Tensor) -> "RoutingContext":
@@ -126,6 +152,13 @@ class RoutingContext:
         return features.to(device).repeat_interleave(self.token_mask.shape[1], dim=0)
 
     def _given_condition(self, name: str, form: str) -> torch.Tensor:
+        if self.condition_ids is None:
+            raise ValueError(
+                f"This router reads {name!r}, a condition of the rows, and these tokens are not the rows of the call, "
+                "one sequence or image each: they are in the tower of a larger model, in an encoder-decoder, or in a "
+                "layer that cuts its input into windows. Choose a router that reads hidden states alone, such as "
+                "'top_k', or put it elsewhere."
+            )
         if name not in self.condition_ids:
             raise ValueError(
                 f"The router reads the condition {name!r}, and the call gave {sorted(self.condition_ids) or 'none'}: "
@@ -245,6 +278,14 @@ class TraceableVariable(Generic[Running]):
             previous, self.traced = self.traced, context
             return previous
         return self.variable.set(context)
+
+    def restore(self, context: Running | None) -> None:
+        """Go back to what was found before a call, whoever has set what since."""
+        if torch.compiler.is_compiling():
+            self.traced = context
+        else:
+            self.traced = None
+            self.variable.set(context)
 
     def reset(self, token: Any) -> None:
         if isinstance(token, Token):  # where a graph broke, the other of the two calls may have been traced

@@ -1,13 +1,15 @@
 """What the routers of adapters do and what their objectives are worth, among the logs of any `Trainer`."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters.contexts import AdapterContext, UnknownModality
 from ..analysis.routing_statistics import RoutingStatistics
 from ..modeling.auxiliary import AuxiliaryLoss, is_learning
+from ..modeling.inputs import ModalityUnknown
+from ..modeling.routing_context import RoutingContext
 
 
 class LogRouting(TrainerCallback):
@@ -55,14 +57,15 @@ class LogRouting(TrainerCallback):
         self._clear()
 
     def _watch(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        context: AdapterContext | None = kwargs.get("moe_lora_context")
+        context: RoutingContext | None = kwargs.get("moe_lora_context")
         if context is not None and not model.training:
             self._evaluate_objectives(context)
         if context is None or not self._watching or not is_learning(model):
             return
-        for adapter_name in context.decisions:
-            routing = context.of(adapter_name)
-            if not isinstance(routing, UnknownModality):  # the figures are by modality
+        for adapter_name, routing in context.adapters.items():
+            if not routing.decisions:
+                continue
+            with suppress(ModalityUnknown):  # the figures are by modality
                 self._routing.setdefault(adapter_name, RoutingStatistics()).update(routing)
             loss: AuxiliaryLoss | None = routing.carry.get("auxiliary_loss")
             if loss is None:
@@ -72,13 +75,13 @@ class LogRouting(TrainerCallback):
             for name, value in loss.values.items():
                 sums[name] = sums.get(name, 0.0) + (loss.row_labels * value).sum()
 
-    def _evaluate_objectives(self, context: AdapterContext) -> None:
-        for adapter_name in context.decisions:
-            loss: AuxiliaryLoss | None = context.of(adapter_name).carry.get("auxiliary_loss")
+    def _evaluate_objectives(self, context: RoutingContext) -> None:
+        for adapter_name, routing in context.adapters.items():
+            loss: AuxiliaryLoss | None = routing.carry.get("auxiliary_loss")
             for name, value in ({} if loss is None else loss.totals()).items():
-                rows = len(context.tokens.token_mask)
+                rows = len(context.token_mask)
                 sums = torch.stack([rows * value, torch.full_like(value, rows)])
-                prefix = f"{adapter_name}/" if len(context.decisions) > 1 else ""
+                prefix = f"{adapter_name}/" if len(context.adapters) > 1 else ""
                 name = f"{prefix}objective/{name}"
                 self._evaluated[name] = self._evaluated.get(name, 0.0) + sums
 
