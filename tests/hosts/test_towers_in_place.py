@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from helpers.hosts.audio import heard
 from helpers.hosts.catalogue import ADOPTED, HOSTS, fast_and_slow, gradients, labels_of
+from helpers.hosts.native import AUDIO, NativeHost, decoder
 from helpers.near import assert_near
 from transformers import AutoModelForImageTextToText
 
@@ -116,6 +118,42 @@ def test_experts_of_parts_are_saved_with_their_code(name, tmp_path):
     assert torch.equal(real_logits(loaded, inputs), real_logits(model, inputs))
 
 
+HEARING = NativeHost(
+    "GlmAsrForConditionalGeneration",
+    {
+        "model_type": "glmasr",
+        "text_config": decoder("llama"),
+        "audio_config": {
+            "model_type": "glmasr_encoder",
+            "hidden_size": 16,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_mel_bins": 8,
+        },
+        "audio_token_id": AUDIO,
+    },
+    rows=([5, *[AUDIO] * 8, 6, 7], [9, AUDIO, 6, 8]),
+    media=(
+        lambda: heard(64, 64, seed=0, mask="input_features_mask"),
+        lambda: heard(64, 10, seed=1, mask="input_features_mask"),
+    ),
+)
+
+
+def test_a_tower_of_sounds_takes_experts():
+    host, inputs = HEARING.build(), HEARING.inputs()
+    objectives = {"router_z": {"coef": 0.1, "places": ["audio"]}}
+    moe_config = {"layers": [], "objectives": objectives}
+    model = HfMoeForConditionalGeneration.from_host(host, moe_config=moe_config, audio_moe_config=EXPERTS)
+    assert list(model.moe_blocks()) == ["audio.0", "audio.1"]
+    assert_near(real_logits(model, inputs), real_logits(host, inputs), 2e-6)
+    assert model(**inputs, labels=labels_of(inputs)).aux_loss > 0
+    context = model(**inputs, output_routing=True).routing.parts["audio.0"]
+    # The second sound, of one placeholder to the other's eight, is the one of its row.
+    assert context.row_index.tolist() == [0, 1] and (context.modality_ids == 3).all()
+
+
 def test_text_alone_counts_no_image():
     model = with_experts("llava", "vision", losses={"load_balance": 0.1}).train()
     ids = torch.arange(3, 19)[None]
@@ -130,6 +168,7 @@ def test_text_alone_counts_no_image():
         ("video_llava", "vision", "model.video_tower and model.image_tower"),
         ("idefics", "vision", r"the placeholders \[\]"),
         ("qwen2_audio", "vision", "has none"),
+        ("qwen2_audio", "audio", "layers with a feed-forward under"),
         ("qwen3_vl", "connector", "deepstack_merger_list and"),
         ("smolvlm", "connector", "none of its parts is two linear layers"),
     ],

@@ -5,15 +5,17 @@ connector, opens a context of its own for them, in which a row is an image, and 
 the image is in: objectives weigh it as they weigh that row. The context is found by the layers as in a decoder: it is
 in the context variable while the tower runs, and an argument of every layer, which survives recomputation.
 
-Media are encoded in the order of their placeholders. So an image belongs to the row in which its middle lies when all
-real patches are laid over the placeholders in order, which is exact where a placeholder stands for as many patches
-everywhere. Towers that take all images as one row of tokens (Qwen2-VL's, Pixtral) get a row for each of the batch.
+Media are encoded in the order of their placeholders. Where these are in as many runs as there are images, each run is
+one image. Elsewhere an image belongs to the row in which its middle lies when all real patches are laid over the
+placeholders in order, which is exact where a placeholder stands for as many patches everywhere. Towers that take all
+images as one row of tokens (Qwen2-VL's, Pixtral) get a row for each of the batch.
 """
 
 import inspect
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
 from .inputs import real_tokens
@@ -27,8 +29,8 @@ class TowerContext(RoutingContext):
         place (`str`): see [`MoELayerSpec`].
         modality (`int`): of all tokens.
         parent (`RoutingContext`, *optional*): that of the sequence; absent where the tower is called by itself.
-        placeholders (`torch.Tensor` of shape `(L,)`, *optional*): the row of the batch that each placeholder of what
-            is encoded lies in, in order; absent where it is not known, and every image then counts in every row.
+        seen (`torch.Tensor` of shape `(B, S)`, *optional*): where the placeholders of what is encoded are; absent
+            where that is not known, and every image then counts in every row.
     """
 
     def __init__(
@@ -36,14 +38,16 @@ class TowerContext(RoutingContext):
         place: str,
         modality: int,
         parent: RoutingContext | None = None,
-        placeholders: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
     ):
         nothing = torch.zeros(0, 0, dtype=torch.long)
         super().__init__(nothing, nothing.bool())
         self.place = place
         self.modality = modality
         self.parent = parent
-        self.placeholders = placeholders
+        # The row of the batch that each placeholder lies in, (L,), and each run of them, (R,).
+        self.placeholders = None if seen is None else seen.nonzero()[:, 0]
+        self.runs = None if seen is None else (seen & ~F.pad(seen, (1, -1))).nonzero()[:, 0]
         # Where the tokens are in rows of one length, if they come as one row: (T,).
         self.position: torch.Tensor | None = None
         # Of the context variable, while the tower runs.
@@ -70,8 +74,9 @@ class TowerContext(RoutingContext):
         real = real_tokens(None, {"attention_mask": mask}, hidden_states)
         self.token_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if real is None else real
         self.modality_ids = torch.full_like(self.token_mask, self.modality, dtype=torch.long)
-        if self.placeholders is not None:
-            self.row_index = self._rows_of(self.token_mask.sum(-1))  # (N,)
+        if self.placeholders is not None and self.runs is not None:
+            one_each = len(self.runs) == rows
+            self.row_index = self.runs if one_each else self._rows_of(self.token_mask.sum(-1))  # (N,)
             self._take_conditions(self.row_index)
 
     def _lay_out_packed(self, tokens: torch.Tensor) -> None:
@@ -139,8 +144,7 @@ def _context_of_run(place: str, modalities: list[int]) -> TowerContext:
         return TowerContext(place, modalities[0])
     run = sum(isinstance(part, TowerContext) and part.place == place for part in parent.parts.values())
     if run < len(present):
-        placeholders = (parent.modality_ids == present[run]).nonzero()[:, 0]  # (L,)
-        context = TowerContext(place, present[run], parent, placeholders)
+        context = TowerContext(place, present[run], parent, parent.modality_ids == present[run])
     else:  # a run for each image
         context = TowerContext(place, present[-1], parent)
     parent.parts[f"{place}.{run}"] = context
