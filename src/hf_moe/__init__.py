@@ -13,6 +13,7 @@ from .version import __version__
 
 
 _LAZY = {
+    "Block": "modeling.block",
     "Connector": "modeling.routing",
     "ExpertAssignment": "modeling.decisions",
     "Experts": "modeling.routing",
@@ -25,6 +26,7 @@ _LAZY = {
     "Router": "modeling.routing",
     "RoutingContext": "modeling.routing_context",
     "RoutingOverrides": "modeling.overrides",
+    "SharedPart": "modeling.routing",
     "SlotMixture": "modeling.decisions",
     "list_systems": "configuration.systems",
     "register_attention": "modeling.registry",

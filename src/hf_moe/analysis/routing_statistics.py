@@ -135,15 +135,19 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
     decoder = {n: p for n, p in model.named_parameters() if not parts.holder(n) and part_of(n, parts) != "connector"}
     always = sum(parameter.numel() for parameter in decoder.values())
     always -= sum(int(sizes.sum()) for sizes in experts.values())
-    always -= sum(layer.router.idle_parameters() for layer in layers.values())
+    routers = [(layer, router) for layer, block in layers.items() for router in block.routers]
+    always -= sum(router.idle_parameters() for _, router in routers)
     active = {}
     for row, name in enumerate(MODALITIES):
         if not any(tokens[row] > 0 for tokens in statistics.tokens.values()):
             continue
-        routed = sum(
-            (statistics.tables[layer][row, :-1].double() * sizes).sum() / statistics.tokens[layer][row].clamp(min=1)
-            for layer, sizes in experts.items()
-        )
+        routed = 0.0
+        for layer, router in routers:
+            site = router.spec.site
+            used = (statistics.tables[site][row, :-1].double() * experts[layer]).sum()
+            # A router of sub-tokens decides several times for a token, each time for a piece of its width.
+            pieces = layers[layer].spec.hidden_size // router.spec.hidden_size
+            routed += float(pieces * used / statistics.tokens[site][row].clamp(min=1))
         active[name] = always + int(routed)
     return active
 
