@@ -76,6 +76,20 @@ class Router(KeepsBufferTypes):
         name: str = self.mechanism_name
         return f"{self.spec.place}_{name}" if self.spec.place else name
 
+    def shared(self, context: RoutingContext) -> Any:
+        """Return that module.
+
+        Raises:
+            ValueError: if the call is not one of a model that holds it.
+        """
+        if self.shared_name not in context.shared:
+            raise ValueError(
+                f"The router {self.shared_name!r} of layer {self.spec.layer_idx} is in part a module of the model, and "
+                "this call is not one of a model that holds it: call the model with MoE layers, not a layer alone; LoRA "
+                "experts need another router."
+            )
+        return context.shared[self.shared_name]
+
     def gate_rows(self) -> torch.Tensor | None:
         """Return the rows of the linear gate that scores the experts for each modality, (NUM_MODALITIES, E, d).
 

@@ -64,5 +64,5 @@ class OmniRouter(Router):
         return SharedGate(*sizes.pop())
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
-        logits = context.shared[self.shared_name](hidden_states)  # (T, E)
+        logits = self.shared(context)(hidden_states)  # (T, E)
         return assign(logits, self.spec, context, norm=self.norm_topk_prob)
