@@ -75,7 +75,8 @@ class MoeConfig(PreTrainedConfig):
         objectives (`dict[str, float | dict]`, defaults to `{}`):
             Auxiliary losses by label: a coefficient, or `{"name": "load_balance", "coef": 0.01, ...options}`. The
             label is the name where that is absent; two losses of one kind need labels of their own, under which they
-            are logged.
+            are logged. Each may say which `places` and `modalities` it counts, and its `layer_reduction`, see
+            `modeling/auxiliary.py`.
         residual_mix (`bool`, defaults to `False`):
             Weigh the routed experts and the shared branch by a learned softmax of two, as residual MoE does
             (arXiv:2201.05596); needs `num_shared_experts`.

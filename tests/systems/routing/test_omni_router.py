@@ -51,3 +51,8 @@ def test_its_gradient_is_the_sum_over_untied_gates():
 def test_layers_of_unequal_experts_are_refused():
     with pytest.raises(ValueError, match="one number of experts .* got .*4.*8"):
         build("omni_router", num_experts={"default": 4, "2": 8})
+
+
+def test_a_layer_alone_says_what_it_misses():
+    with pytest.raises(ValueError, match="'omni_router' of layer 1 is in part a module of the model"):
+        build("omni_router").moe_layers()[1](torch.randn(1, 3, 16))
