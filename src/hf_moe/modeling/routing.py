@@ -84,8 +84,8 @@ class Router(KeepsBufferTypes):
         """
         if self.shared_name not in context.shared:
             raise ValueError(
-                f"The router {self.shared_name!r} of layer {self.spec.layer_idx} is in part a module of the model, which "
-                "this call has not: call the whole model, not a layer alone; LoRA experts need another router."
+                f"The router {self.shared_name!r} of layer {self.spec.layer_idx} is in part a module of the model, "
+                "and this call has none: call the whole model, not a layer alone; LoRA experts need another router."
             )
         return context.shared[self.shared_name]
 
