@@ -41,7 +41,7 @@ class ConditionInformation(StatisticObjective):
         super().__init__(specs, coef)
         self.condition = condition
         self.num_conditions = num_conditions
-        self.keep(lambda spec: torch.zeros(num_conditions, spec.num_experts))
+        self.keep(lambda spec: torch.zeros(num_conditions, spec.num_experts, dtype=torch.float32))
 
     def conditions(self, context: RoutingContext, device: torch.device) -> torch.Tensor:
         """Return the condition of every row, (B,)."""
