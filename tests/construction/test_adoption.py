@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from helpers.hosts.composed import composed_moe, logit_gap
 from helpers.trainer_loads import assert_trainer_reads_back
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
-from hf_moe.construction.adoption import adopt
-from hf_moe.construction.upcycling import check_host_logits, logit_difference, upcycle
+from hf_moe import HfMoeForConditionalGeneration
 
 
 SIZES = {
@@ -67,40 +66,28 @@ def moe_decoder(model_type, **fields):
     return model
 
 
-def model_of(dense, moe_config):
-    return HfMoeForConditionalGeneration(HfMoeConfig(text_config=dense.config.to_dict(), moe_config=moe_config))
-
-
 def adopted(host):
-    """Return a model with the weights of a MoE decoder, and the decoder."""
-    dense = moe_decoder(HOSTS[host][0], **HOSTS[host][1])
-    moe_config, copy = adopt(dense)
-    model = model_of(dense, moe_config)
-    copy(model)
-    return model, dense
+    """Return a model with the weights of a MoE decoder."""
+    return composed_moe(moe_decoder(HOSTS[host][0], **HOSTS[host][1]))
 
 
 @pytest.mark.parametrize("host", [*HOSTS, *FURTHER])
 def test_adopted_decoder_keeps_its_logits(host):
     model_type, fields, layers = {**HOSTS, **FURTHER}[host]
     dense = moe_decoder(model_type, **fields)
-    moe_config, copy = adopt(dense)
-    assert moe_config["layers"] == layers
-    model = model_of(dense, moe_config)
-    assert logit_difference(model, dense) > 1e-2
-    copy(model)
-    assert logit_difference(model, dense) < 1e-5
-    check_host_logits(model, dense)
+    model = composed_moe(dense)
+    assert list(model.moe_layers()) == layers
+    assert logit_gap(model, dense) < 1e-5
 
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_trainer_reads_back_every_tensor_of_a_host(tmp_path, host):
-    model, _ = adopted(host)
+    model = adopted(host)
     assert_trainer_reads_back(model, tmp_path)
 
 
 def test_trainer_reads_back_every_shard(tmp_path):
-    model, _ = adopted("mixtral")
+    model = adopted("mixtral")
     assert_trainer_reads_back(model, tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
 
@@ -108,7 +95,7 @@ def test_trainer_reads_back_every_shard(tmp_path):
 @pytest.mark.parametrize("host", HOSTS)
 def test_checkpoints_under_the_hosts_own_names_still_load(tmp_path, host):
     """Versions before this one saved so."""
-    model, _ = adopted(host)
+    model = adopted(host)
     model.save_pretrained(tmp_path / "old", save_original_format=True)
     assert load_file(tmp_path / "old" / "model.safetensors").keys() != model.state_dict().keys()
     opened, report = HfMoeForConditionalGeneration.from_pretrained(tmp_path / "old", output_loading_info=True)
@@ -121,9 +108,9 @@ def test_checkpoints_under_the_hosts_own_names_still_load(tmp_path, host):
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_state_under_the_hosts_own_names_loads(tmp_path, host):
     """So `Trainer` reads the checkpoints of older versions."""
-    model, _ = adopted(host)
+    model = adopted(host)
     model.save_pretrained(tmp_path, save_original_format=True)
-    opened, _ = adopted(host)
+    opened = adopted(host)
     with torch.no_grad():
         for parameter in opened.parameters():
             parameter.zero_()
@@ -140,7 +127,7 @@ class Scores(TrainerCallback):
 
 
 def train(folder, **options):
-    model, _ = adopted("mixtral")
+    model = adopted("mixtral")
     ids = torch.arange(8 * 6).reshape(8, 6)
     arguments = TrainingArguments(
         str(folder), max_steps=4, save_steps=2, learning_rate=1e-2, per_device_train_batch_size=2, use_cpu=True,
@@ -168,7 +155,7 @@ def test_a_run_resumes_from_a_checkpoint_of_an_older_version(tmp_path, max_shard
     whole, resumed = train(tmp_path), train(tmp_path)
     whole.train()
     checkpoint = tmp_path / "checkpoint-2"
-    model, _ = adopted("mixtral")
+    model = adopted("mixtral")
     model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
     (checkpoint / "model.safetensors").unlink()
     model.save_pretrained(checkpoint, save_original_format=True, max_shard_size=max_shard_size)
@@ -194,48 +181,28 @@ def test_the_best_model_of_an_adopted_run_is_that_of_its_step(tmp_path):
     assert not all(torch.equal(tensor, last[name]) for name, tensor in run.model.state_dict().items())
 
 
-def test_normalisation_is_told_apart():
-    configs = [adopt(moe_decoder("olmoe", num_experts=4, norm_topk_prob=norm))[0] for norm in (True, False)]
-    assert [config["router"]["norm_topk_prob"] for config in configs] == [True, False]
-    dense = moe_decoder("olmoe", num_experts=4, norm_topk_prob=True)
-    with pytest.raises(ValueError, match="OlmoeSparseMoeBlock cannot be adopted: .* differs from it by"):
-        adopt(dense)[1](model_of(dense, configs[1]))
+@pytest.mark.parametrize("norm", [True, False])
+def test_normalisation_is_told_apart(norm):
+    model = composed_moe(moe_decoder("olmoe", num_experts=4, norm_topk_prob=norm))
+    assert model.config.moe_config.router["norm_topk_prob"] is norm
 
 
 def test_a_block_with_more_than_a_place_here_is_refused_with_its_layer():
     dense = moe_decoder("mixtral", num_local_experts=4)
     dense.model.layers[2].mlp.temperature = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match=r"Layer 2 of MixtralModel: .* cannot be adopted: it holds \['temperature'\]"):
-        adopt(dense)
+        composed_moe(dense)
 
 
 def test_layers_that_differ_become_maps():
     dense = moe_decoder("olmoe", num_experts=4)
     dense.model.layers[1].mlp.gate.norm_topk_prob = True
-    moe_config, copy = adopt(dense)
-    router = {layer: options["norm_topk_prob"] for layer, options in moe_config["router"].items()}
+    model = composed_moe(dense)
+    router = {layer: options["norm_topk_prob"] for layer, options in model.config.moe_config.router.items()}
     assert router == {"0": False, "1": True, "2": False, "3": False}
-    model = model_of(dense, moe_config)
-    copy(model)
-    assert logit_difference(model, dense) < 1e-5
-
-
-def test_a_layer_of_another_shape_is_not_filled_in_part():
-    dense = moe_decoder("qwen2_moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16)
-    moe_config, copy = adopt(dense)
-    model = model_of(dense, {**moe_config, "shared_expert_gate": False})
-    with pytest.raises(ValueError, match="does not fit Qwen2MoeSparseMoeBlock: .*shared_expert_gate.* have no place"):
-        copy(model)
+    assert logit_gap(model, dense) < 1e-5
 
 
 def test_one_renormalised_slot_is_refused():
     with pytest.raises(ValueError, match="one slot per token"):
-        adopt(moe_decoder("mixtral", num_local_experts=4, num_experts_per_tok=1))
-
-
-def test_a_dense_decoder_is_sent_to_upcycling_and_a_moe_to_adoption():
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no MoE layer to adopt: upcycle it"):
-        adopt(moe_decoder("llama"))
-    dense = moe_decoder("mixtral", num_local_experts=4)
-    with pytest.raises(ValueError, match=r"is a MoE already: use adopt\(\)"):
-        upcycle(model_of(dense, {}), dense)
+        composed_moe(moe_decoder("mixtral", num_local_experts=4, num_experts_per_tok=1))

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from helpers.hosts.composed import composed_moe, logit_gap
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
-from hf_moe.construction.adoption import adopt
 from hf_moe.construction.conversion import convert_router, set_objectives
-from hf_moe.construction.upcycling import logit_difference, upcycle
 from hf_moe.modeling.context import routers_of
 
 
@@ -50,25 +49,23 @@ def model_of(dense, moe_config) -> HfMoeForConditionalGeneration:
 def test_an_adopted_moe_keeps_its_logits_as_anyexperts(host, slots):
     model_type, fields = HOSTS[host]
     original = decoder(model_type, num_experts_per_tok=slots, **fields)
-    moe_config, copy = adopt(original)
-    model = model_of(original, moe_config)
-    copy(model)
+    model = composed_moe(original)
+    normalised = model.moe_layers()[0].router.norm_topk_prob
     convert_router(model, "anyexperts", max_slots=6)
-    assert logit_difference(model, original) < 1e-5
+    assert logit_gap(model, original) < 1e-5
     options = model.config.moe_config.router
     assert options["name"] == "anyexperts"
-    assert options["normalise"] == ("filled" if moe_config["router"]["norm_topk_prob"] else "none")
+    assert options["normalise"] == ("filled" if normalised else "none")
 
 
 def test_an_upcycled_dense_decoder_keeps_its_logits_as_anyexperts(tmp_path):
     dense = decoder("llama")
-    model = model_of(dense, {"num_experts": 8, "num_experts_per_tok": 4})
-    upcycle(model, dense)
+    model = composed_moe(dense, {"num_experts": 8, "num_experts_per_tok": 4})
     convert_router(model, "anyexperts")
     set_objectives(model, {"load_balance": 0.001, "slot_budget": 1.0})
-    assert logit_difference(model, dense) < 1e-5
+    assert logit_gap(model, dense) < 1e-5
     model.save_pretrained(tmp_path)
-    assert logit_difference(HfMoeForConditionalGeneration.from_pretrained(tmp_path), dense) < 1e-5
+    assert logit_gap(HfMoeForConditionalGeneration.from_pretrained(tmp_path), dense) < 1e-5
 
 
 def test_a_converted_model_learns_its_allocation():

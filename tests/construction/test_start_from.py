@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers.hosts.composed import logit_gap
 
 from hf_moe.construction.build import build_model
 from hf_moe.construction.conversion import convert_router
-from hf_moe.construction.upcycling import logit_difference
 from hf_moe.modeling import registry
 from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
@@ -122,4 +122,4 @@ def test_a_system_on_a_moe_decoder_starts_from_its_gates(mixtral, system):
 def test_gates_per_modality_leave_a_moe_decoder_as_it_was(mixtral):
     model, _ = build_model(mixtral, None)
     built, _ = build_model(mixtral, None, "ming_multi_router", moe_config={"num_experts_per_tok": 2})
-    assert logit_difference(built, model) < 1e-5
+    assert logit_gap(built, model) < 1e-5

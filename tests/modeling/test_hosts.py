@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers.hosts.composed import composed_moe, logit_gap
 from helpers.trainer_loads import assert_trainer_reads_back
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, MambaConfig, T5Config
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
-from hf_moe.construction.upcycling import check_host_logits, logit_difference, upcycle
 
 
 SIZES = {
@@ -71,12 +71,9 @@ def moe_of(dense, **moe_config):
 def test_upcycled_host_reproduces_the_dense_logits(host):
     model_type, fields = HOSTS[host]
     dense = dense_model(model_type, **fields)
-    model = moe_of(dense)
-    assert logit_difference(model, dense) > 1e-2
-    upcycle(model, dense)
+    model = composed_moe(dense, {"num_experts": 4})
     assert len(model.moe_layers()) == 3
-    assert logit_difference(model, dense) < 1e-5
-    check_host_logits(model, dense)
+    assert logit_gap(model, dense) < 1e-5
     assert model.config.tie_word_embeddings == dense.config.tie_word_embeddings
     tied = model.lm_head.weight is model.get_input_embeddings().weight
     assert tied == dense.config.tie_word_embeddings
@@ -90,31 +87,27 @@ def test_trainer_reads_back_every_tensor_of_a_host(tmp_path, host):
 @pytest.mark.parametrize("host", ["llama_mlp_bias", "phi3", "gpt_neox"])
 def test_upcycled_experts_are_exact_with_shared_experts_and_wide_experts(host):
     dense = dense_model(HOSTS[host][0], **HOSTS[host][1])
-    model = moe_of(dense, layers="every_2", num_shared_experts=2, expert_intermediate_size=96)
-    upcycle(model, dense)
+    wide = {"num_experts": 4, "num_shared_experts": 2, "expert_intermediate_size": 96}
+    model = composed_moe(dense, {"layers": "every_2", **wide})
     assert list(model.moe_layers()) == [1]
-    assert logit_difference(model, dense) < 1e-5
+    assert logit_gap(model, dense) < 1e-5
 
 
 def test_fine_grained_experts_are_slices_that_add_up_to_the_feed_forward():
     dense = dense_model("llama", **GROUPED, mlp_bias=True)
-    model = moe_of(dense, granularity=4, num_experts_per_tok=4)
-    upcycle(model, dense)
-    check_host_logits(model, dense)
+    model = composed_moe(dense, {"num_experts": 4, "granularity": 4, "num_experts_per_tok": 4})
     experts = model.moe_layers()[1].experts
     with torch.no_grad():
         for layer in model.moe_layers().values():
             layer.gate.weight.zero_()
     assert experts.down_proj.shape == (4, 32, 12)
     # Equal weights over all slices: the whole feed-forward.
-    assert logit_difference(model, dense) < 1e-5
+    assert logit_gap(model, dense) < 1e-5
 
 
 def test_noise_makes_experts_differ_and_is_seeded():
     dense = dense_model("llama", **GROUPED)
-    models = [moe_of(dense) for _ in range(3)]
-    for model, seed in zip(models, (0, 0, 1), strict=True):
-        upcycle(model, dense, noise_std=0.1, seed=seed)
+    models = [composed_moe(dense, {"num_experts": 4}, noise=0.1, seed=seed) for seed in (0, 0, 1)]
     first, same, other = (model.moe_layers()[0].experts.gate_up_proj for model in models)
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
@@ -123,33 +116,21 @@ def test_noise_makes_experts_differ_and_is_seeded():
         [dense.model.layers[0].mlp.gate_proj.weight, dense.model.layers[0].mlp.up_proj.weight]
     )
     assert noise.std().item() == pytest.approx(0.1 * 0.15, rel=0.1)
-    check_host_logits(models[0], dense)
-
-
-def test_upcycling_refuses_a_dense_model_of_another_shape():
-    model = moe_of(dense_model("llama", **GROUPED))
-    with pytest.raises(ValueError, match=r"does not fit LlamaForCausalLM.*text_config=dense.config"):
-        upcycle(model, dense_model("llama", **GROUPED, vocab_size=100))
 
 
 def test_a_host_whose_head_does_more_is_refused():
     dense = dense_model("llama", **GROUPED)
-    model = moe_of(dense)
-    upcycle(model, dense)
     head = dense.lm_head.forward
     dense.lm_head.forward = lambda hidden: head(hidden) * 1.5
-    with pytest.raises(ValueError, match="its own logits differ by"):
-        check_host_logits(model, dense)
-    assert logit_difference(model, dense) > 0.1, "the MoE layers are back in their places"
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot host MoE layers: its own logits differ by"):
+        composed_moe(dense)
 
 
 def test_a_host_whose_feed_forward_does_more_is_refused():
     dense = dense_model("llama", **GROUPED)
-    model = moe_of(dense)
-    upcycle(model, dense)
     dense.model.layers[1].mlp.act_fn = torch.nn.Tanh()
     with pytest.raises(ValueError, match="the feed-forward of layer 1 differs"):
-        check_host_logits(model, dense)
+        composed_moe(dense)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +179,5 @@ def test_a_host_without_a_class_takes_that_of_its_type():
 
 
 def test_a_head_with_a_bias_is_refused():
-    dense = dense_model("phi")
-    with pytest.raises(ValueError, match="PhiForCausalLM has a head with a bias"):
-        upcycle(moe_of(dense), dense)
+    with pytest.raises(ValueError, match="PhiForCausalLM cannot host MoE layers: its own logits differ by"):
+        composed_moe(dense_model("phi"))

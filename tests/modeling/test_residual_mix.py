@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers.hosts.composed import composed_moe, logit_gap
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
-from hf_moe.construction.upcycling import logit_difference, upcycle
 from hf_moe.training.parts import train_only
 
 
@@ -40,10 +40,9 @@ def test_the_output_is_the_mix_of_both_branches():
 def test_an_upcycled_mix_keeps_the_logits_whatever_it_weighs():
     torch.manual_seed(1)
     dense = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.2)).eval()
-    model = mixed()
-    upcycle(model, dense)
+    model = composed_moe(dense, MIXED)
     torch.nn.init.normal_(model.moe_layers()[0].residual_mix.weight)
-    assert logit_difference(model, dense) < 1e-5
+    assert logit_gap(model, dense) < 1e-5
 
 
 def test_the_mix_is_trained_with_the_routers():

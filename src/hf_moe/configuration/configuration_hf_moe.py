@@ -247,6 +247,8 @@ class HfMoeConfig(PreTrainedConfig):
         given |= {name: copy.deepcopy(getattr(host, name)) for name in host.sub_configs if getattr(host, name, None)}
         for name in ("model_type", "architectures", "transformers_version", "auto_map"):
             given.pop(name, None)
+        if isinstance(host, ComposedConfig):
+            return cls(**{**given, **kwargs})
         named = host_class or next(iter(host.architectures or ()), None)
         return cls(host_type=host.model_type, host_class=named, **{**given, **kwargs})
 

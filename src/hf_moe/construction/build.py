@@ -1,7 +1,6 @@
 """Building a multimodal MoE from its parts: a decoder, a vision tower and the name of a system.
 
-The dense decoder itself becomes the MoE, one layer at a time: a feed-forward is copied into the experts of its layer
-and let go before the next layer's experts exist, so the dense decoder and the MoE are never both whole in memory.
+The parts are put together to a dense model, which becomes the MoE in place, see `in_place.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,21 +10,19 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration import HfMoeConfig
-from ..modeling.host import routed_layer_class
-from ..modeling.host_layers import decoder_layers, ffn_name, read_ffn
+from ..configuration.composed_config import ComposedConfig
 from ..modeling.initialisation import initializer_std
+from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
-from .adoption import adopt, hand_over_block
-from .block_checks import check_block, check_expert
+from .block_checks import check_expert
 from .expert_sources import ExpertSource, build_source, feed_forward_state, fill_layer
 from .generation import generation_settings
 from .host_plan import plan_host, system_source
 from .in_place import become_moe, block_paths
-from .materialisation import check_materialised, materialise
-from .moe_blocks import read_block
+from .materialisation import check_materialised, empty_model, materialise
 from .pretrained import load_language_model, load_vision_tower
-from .step_zero import StepZero, compare_at_step_zero, logit_difference, tolerance
+from .step_zero import StepZero, logit_difference, random_text, tolerance
 from .tokenizer import IMAGE_TOKEN, add_image_token, default_chat_template
 
 
@@ -82,8 +79,8 @@ def build_model(
         if vision_tower is not None:
             tower, image_processor = load_vision_tower(vision_tower, image_size, feature_stage, dtype)
             fields |= {"vision_config": tower.config, "image_size": _side(image_processor, image_size)}
-            places = {"vision_moe_config": vision_moe_config, "connector_moe_config": connector_moe_config}
-            fields |= {name: moe for name, moe in places.items() if moe is not None}
+        given = {"vision_moe_config": vision_moe_config, "connector_moe_config": connector_moe_config}
+        places = {name: moe for name, moe in given.items() if moe is not None and tower is not None}
         dense = None
         if not isinstance(language_model, dict):
             dense, own_tokenizer = load_language_model(language_model, dtype)
@@ -93,18 +90,15 @@ def build_model(
         image_token_id = add_image_token(tokenizer, image_token) if tower is not None else None
         fields["image_token_id"] = image_token_id
         if isinstance(language_model, dict):
-            config = _config(_fresh_text_config(language_model, tokenizer), system, moe_config, fields)
+            config = _config(_fresh_text_config(language_model, tokenizer), system, moe_config, fields | places)
             model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
-        elif tower is None:
-            _fit_vocabulary(dense, len(tokenizer))
-            plan = plan_host(dense, system, moe_config, source=source)
-            model = become_moe(dense, plan, build_source(plan.source, seed, noise_std), False, seed, on_check)
+            if tower is not None:
+                _put_tower(model, tower.to(dtype), build_source(source or system_source(system), seed, noise_std))
         else:
-            method = build_source(source or system_source(system), seed, noise_std)
-            model = _from_decoder(dense, tokenizer, system, moe_config, fields, dtype, method, seed, on_check)
-        if tower is not None:
-            method = build_source(source or system_source(system), seed, noise_std)
-            _put_tower(model, _with_config(tower.to(dtype), model.config.vision_config), method)  # its buffers too
+            _fit_vocabulary(dense, len(tokenizer))
+            host = dense if tower is None else compose(dense, tower, **fields)
+            plan = plan_host(host, system, moe_config, places, source)
+            model = become_moe(host, plan, build_source(plan.source, seed, noise_std), False, seed, on_check)
     check_materialised(model)
     for block in model.moe_blocks().values():
         block.gate.float()
@@ -122,7 +116,10 @@ def build_model(
 @torch.no_grad()
 def _put_tower(model: HfMoeForConditionalGeneration, tower: PreTrainedModel, source: ExpertSource) -> None:
     """Give a model its tower, whose feed-forwards become experts where the config says so."""
-    dense = dict(tower.named_modules())
+    dense, own = dict(tower.named_modules()), tower.config
+    for part in dense.values():
+        if getattr(part, "config", None) is own:
+            part.config = model.config.vision_config
     model.model.vision_tower = tower
     model.install_place("vision")
     for path, block in block_paths(tower).items():
@@ -131,6 +128,41 @@ def _put_tower(model: HfMoeForConditionalGeneration, tower: PreTrainedModel, sou
         fill_layer(block, [feed_forward_state(dense[path])], source)
     for name in model.model.unreachable_parameters:
         model.model.get_parameter(name).requires_grad_(False)
+
+
+@torch.no_grad()
+def compose(decoder: PreTrainedModel, tower: PreTrainedModel | None = None, **fields: Any) -> Any:
+    """Return a dense model that is put together of a decoder and a vision tower, whose tensors it takes over.
+
+    Args:
+        decoder: with its language head.
+        fields: of the [`ComposedConfig`], such as `connector` and `image_token_id`.
+
+    Raises:
+        ValueError: if the logits are not those of the decoder's own head.
+    """
+    decoder.eval()
+    text_config = decoder.config
+    if hasattr(text_config, "quantization_config"):
+        # A GGUF file leaves it, whose weights are plain ones by now.
+        del text_config.quantization_config
+    config = ComposedConfig(text_config=text_config, **fields)
+    host = empty_model(get_mechanism("host", "composed"), config, decoder.dtype)
+    host.model.language_model = decoder.base_model
+    host.lm_head.weight = decoder.get_output_embeddings().weight
+    if tower is not None:
+        for name, parameter in host.model.vision_tower.named_parameters():
+            tower.get_parameter(name).requires_grad_(parameter.requires_grad)
+        host.model.vision_tower = tower.to(decoder.dtype)
+        materialise(host.model.connector, config.initializer_range, decoder.device)
+    inputs = random_text(host)
+    difference = logit_difference(host.eval()(**inputs).logits, decoder(**inputs).logits.float())
+    if difference > tolerance(decoder.dtype):
+        raise ValueError(
+            f"A {type(decoder).__name__} cannot host MoE layers: its own logits differ by {difference:.1e} from those "
+            "of its layers under this library's head."
+        )
+    return host
 
 
 def _side(image_processor: Any, asked: int | None) -> int | None:
@@ -171,120 +203,6 @@ def _fresh_text_config(source: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     return AutoConfig.for_model(options.pop("model_type"), **options)
 
 
-def _from_decoder(
-    dense: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    system: str | None,
-    moe_config: dict[str, Any] | None,
-    fields: dict[str, Any],
-    dtype: torch.dtype,
-    source: ExpertSource,
-    seed: int,
-    on_check: Callable[[StepZero], None] | None,
-) -> HfMoeForConditionalGeneration:
-    """Turn a decoder into the model, in place."""
-    dense.eval()
-    text_config = dense.config
-    if hasattr(text_config, "quantization_config"):
-        # Left by a GGUF file, whose weights are plain ones by now.
-        del text_config.quantization_config
-    ids = torch.randint(text_config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(seed))
-    _fit_vocabulary(dense, len(tokenizer))
-    with torch.no_grad():
-        reference = dense(input_ids=ids).logits.float()
-    layers = decoder_layers(dense.base_model)
-    config, host_routing = config_of_decoder(dense, system, moe_config, fields)
-    adopted = bool(host_routing)
-    with torch.device("meta"):
-        model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
-    moe_layers = model.moe_layers()
-    own_routers = adopted and all(getattr(config.moe_config, name) == value for name, value in host_routing.items())
-    model.model.language_model = _with_config(dense.base_model, config.text_config)
-    model.lm_head.weight = dense.get_output_embeddings().weight
-    for layer in layers:
-        host_class: Any = type(layer)
-        layer.__class__ = routed_layer_class(host_class)
-    _check_host(model, ids, reference)
-
-    std = config.initializer_range
-    for module in (model.model.connector, model.objectives):
-        if module is not None:
-            materialise(module, std)
-    exact = True
-    for layer_idx, moe_layer in moe_layers.items():
-        layer = layers[layer_idx]
-        name = ffn_name(layer)
-        ffn = getattr(layer, name)
-        if read_ffn(ffn).layout is None:
-            reading = read_block(ffn, text_config)
-            assert reading is not None, "of a MoE block"
-            hand_over_block(moe_layer, ffn, reading, std)
-            if own_routers:
-                check_block(moe_layer, ffn, reading.branches)
-        else:
-            check_expert(model, moe_layer, ffn)
-            materialise(moe_layer, std)
-            exact = fill_layer(moe_layer, [feed_forward_state(ffn)], source) and exact
-        setattr(layer, name, moe_layer)
-    inputs, equal = {"input_ids": ids}, exact and own_routers == adopted
-    check = compare_at_step_zero(model.eval(), inputs, reference, equal, adopted)
-    if on_check is not None:
-        on_check(check)
-    return model
-
-
-def config_of_decoder(
-    dense: PreTrainedModel, system: str | None, moe_config: dict[str, Any] | None, fields: dict[str, Any]
-) -> tuple[HfMoeConfig, dict[str, Any]]:
-    """Return the config of the model that a decoder becomes, and the decoder's own routing: none if it is dense.
-
-    Args:
-        dense: also without memory, on the meta device.
-        fields: of the config, besides.
-    """
-    layers = decoder_layers(dense.base_model)
-    if all(read_ffn(getattr(layer, ffn_name(layer))).layout is not None for layer in layers):
-        return _config(dense.config, system or "top_k", moe_config, fields), {}
-    host_routing, moe_config = _adopted_config(dense, system, moe_config or {})
-    return _config(dense.config, system, moe_config, fields), host_routing
-
-
-def _adopted_config(
-    dense: PreTrainedModel, system: str | None, moe_config: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the routing of a decoder that is a MoE, and the `moe_config` of the model that takes over its experts.
-
-    A system may bring router, slots and objectives, `moe_config` too; the experts are the decoder's.
-
-    Raises:
-        ValueError: if `moe_config` asks for other experts than the decoder has.
-    """
-    adopted, _ = adopt(dense)
-    routing = {name: adopted[name] for name in ("router", "num_experts_per_tok")}
-    kept = {name: value for name, value in adopted.items() if name not in routing}
-    fixed = {"granularity": 1, "expert_banks": None, **kept}
-    del fixed["layers"], fixed["experts"]
-    for name, value in fixed.items():
-        if moe_config.get(name, value) != value:
-            raise ValueError(
-                f"moe_config.{name}={moe_config[name]!r} contradicts {type(dense).__name__}, whose "
-                f"{adopted['num_experts']} experts of one width are taken over: leave it out."
-            )
-    if system is None:
-        return routing, {**adopted, **moe_config}
-    own_sizes = {"num_shared_experts": 0, "granularity": 1, "expert_intermediate_size": None, "expert_banks": None}
-    return routing, {**own_sizes, **kept, **moe_config}
-
-
-def _with_config(model: PreTrainedModel, config: Any) -> PreTrainedModel:
-    """Let a model and its parts read the whole's copy of their config, as those do that are made from it."""
-    own = model.config
-    for part in model.modules():
-        if getattr(part, "config", None) is own:
-            part.config = config
-    return model
-
-
 @torch.no_grad()
 def _fit_vocabulary(dense: PreTrainedModel, size: int) -> None:
     """Give the tokens that are new to a decoder the mean embedding, and the mean row of the head."""
@@ -294,19 +212,3 @@ def _fit_vocabulary(dense: PreTrainedModel, size: int) -> None:
     dense.resize_token_embeddings(size, mean_resizing=False)
     for weight in (dense.get_input_embeddings().weight, dense.get_output_embeddings().weight):
         weight[known:] = weight[:known].mean(0, dtype=torch.float32).to(weight.dtype)
-
-
-@torch.no_grad()
-def _check_host(model: HfMoeForConditionalGeneration, ids: torch.Tensor, reference: torch.Tensor) -> None:
-    """Refuse a host that this library would change, whatever the router does; its feed-forwards are still in place.
-
-    Raises:
-        ValueError: if the host's logits change under this library's head.
-    """
-    name = type(decoder_layers(model.model.language_model)[0]).__name__
-    difference = logit_difference(model.eval()(input_ids=ids).logits, reference)
-    if difference > tolerance(model.dtype):
-        raise ValueError(
-            f"A decoder of {name}s cannot host MoE layers: its own logits differ by {difference:.1e} from those of "
-            "its layers under this library's head."
-        )

@@ -176,7 +176,9 @@ def _around(
     inputs = random_text(host)
     with torch.no_grad(), evaluation_mode(host):
         reference = host(**inputs).logits.float()
-    model = empty_model(HfMoeForConditionalGeneration, config, host.dtype, host.config._attn_implementation)
+    parts = {"": host.config} | {name: getattr(host.config, name, None) for name in host.config.sub_configs}
+    attention = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    model = empty_model(HfMoeForConditionalGeneration, config, host.dtype, attention)
     take_over(model, host, keep)
     for path, module in replacements(model).items():
         materialise(module, initializer_std(config), host.device)

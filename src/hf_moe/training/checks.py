@@ -21,7 +21,6 @@ from ..configuration import HfMoeConfig, MoeConfig
 from ..configuration.checks import NonNegativeInt, PositiveInt
 from ..configuration.configuration_hf_moe import PLACE_FIELDS, unknown_name_message
 from ..configuration.systems import load_system
-from ..construction.build import config_of_decoder
 from ..construction.evolution import ExpertEvolution
 from ..construction.expert_sources import build_source
 from ..construction.host_plan import plan_host
@@ -219,7 +218,7 @@ def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
         elif fresh:
             config = _config(model.get("system"), moe_config, text_config)
         else:
-            config, _ = config_of_decoder(decoder, model.get("system"), deepcopy(moe_config), {})
+            config = plan_host(decoder, model.get("system"), deepcopy(moe_config)).config
         return None if config is None else _on_meta(config)
 
 
