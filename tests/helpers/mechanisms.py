@@ -174,9 +174,9 @@ def make_rows(model: HfMoeForConditionalGeneration, rows: int = 3, seed: int = 1
     labels = ids.masked_fill(torch.arange(POSITIONS) <= torch.arange(rows)[:, None], -100)
     batch = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids), "labels": labels}
     batch["condition_ids"] = {"domain": torch.arange(rows) % 3}
-    for name, ids in conditions_read(layer.router for layer in model.moe_layers().values()).items():
+    for name, count in conditions_read(layer.router for layer in model.moe_layers().values()).items():
         features = torch.rand(rows, 3, generator=generator)
-        batch["condition_ids"][name] = torch.arange(rows) % ids if ids else features
+        batch["condition_ids"][name] = torch.arange(rows) % count if count else features
     if model.config.image_token_id is None:
         return batch
     ids[:, PICTURE] = IMAGE
