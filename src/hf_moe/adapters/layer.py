@@ -42,6 +42,7 @@ class MoeLoraLayer(BaseTunerLayer):
         "scaling",
         "shared_scaling",
         "experts",
+        "containers",
         "router_owner",
         "router_group",
         "frozen_experts",
@@ -60,6 +61,8 @@ class MoeLoraLayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.shared_scaling: dict[str, float] = {}
         self.experts: dict[str, ExpertKind] = {}
+        # Which tensors the kind of an adapter's experts has here, `("A", "B")` or `("vector",)`.
+        self.containers: dict[str, tuple[str, ...]] = {}
         # The kind of an adapter's experts says which of the three it has; LoRA has A and B.
         self.moe_lora_A = Stacks()  # (E, r, in), or (R, in) of experts of unequal rank
         self.moe_lora_B = Stacks()  # (E, out, r), or (out, R)
@@ -161,6 +164,7 @@ class MoeLoraLayer(BaseTunerLayer):
         self.experts[adapter_name] = kind
         self.r[adapter_name] = kind.target.rank
         self.scaling[adapter_name] = config.scaling(self.lora_alpha[adapter_name], kind.target.rank)
+        self.containers[adapter_name] = tuple(tensors)
         for container, tensor in tensors.items():
             getattr(self, f"moe_lora_{container}")[adapter_name] = nn.Parameter(tensor)
         if adapter_name in self.moe_lora_ranks:
@@ -219,17 +223,19 @@ class MoeLoraLayer(BaseTunerLayer):
         """Return the tensors of an adapter's experts."""
         # Not by attribute: a module looks those up in three places, which costs as much as a product of one token.
         held: Any = self._modules
+        if "vector" in self.containers[adapter_name]:
+            return Weights(vector=held["moe_lora_vector"](adapter_name))
         a, b = held["moe_lora_A"](adapter_name), held["moe_lora_B"](adapter_name)
         scaling, ranks = self.scaling[adapter_name], held["moe_lora_ranks"]._modules.get(adapter_name)
         if ranks is not None:
             b, scaling = b * (scaling * ranks.scaling).to(b.dtype), 1.0
-        return Weights(a, b, held["moe_lora_vector"](adapter_name), scaling, ranks)
+        return Weights(a, b, None, scaling, ranks)
 
     def prepare(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Return what the experts of an adapter read of `x`: in their dtype, after dropout."""
         held: Any = self._modules
-        stacks = held["moe_lora_A" if adapter_name in held["moe_lora_A"] else "moe_lora_vector"]
-        x = self._cast_input_dtype(x, stacks[adapter_name].dtype)
+        stacks = held[f"moe_lora_{self.containers[adapter_name][0]}"]
+        x = self._cast_input_dtype(x, getattr(stacks, adapter_name).dtype)
         dropout = self.moe_lora_dropout[adapter_name]
         return F.dropout(x, dropout, self.training) if dropout else x
 

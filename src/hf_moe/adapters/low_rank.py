@@ -132,4 +132,4 @@ def _add_dense(
         gates = assignment.row_gates(b.shape[2], weights.scaling, inner.dtype)
         b = b.transpose(0, 1).flatten(1)
     output = F.linear(inner * gates.view_as(inner), b)
-    return result + output.to(result.dtype)
+    return result + (output if output.dtype is result.dtype else output.to(result.dtype))

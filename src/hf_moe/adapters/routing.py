@@ -51,6 +51,8 @@ def adapted_layer_class(host_class: Any, knows_tokens: bool) -> dict[str, Any]:
         return host_class.__call__(self, *args, **kwargs)
 
     def forward(self: Any, *args: Any, moe_lora_context: RoutingContext | None = None, **kwargs: Any) -> Any:
+        if moe_lora_context is None and not any(index_of(self).active()):  # what is disabled costs nothing
+            return host_class.forward(self, *args, **kwargs)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         positional = args[place] if place is not None and place < len(args) else None
         other = kwargs.get("encoder_hidden_states", positional)

@@ -82,13 +82,13 @@ def low_rank_pair(target: Target, inner: int = 1) -> dict[str, torch.Tensor]:
 
 
 class Stacks(nn.ParameterDict):
-    """Parameters by adapter; a call returns that of an adapter, or `None` where it has none."""
+    """Parameters by adapter; a call returns that of an adapter."""
 
-    def __call__(self, adapter_name: str) -> Any:
-        if adapter_name not in self:
-            return None
-        # Offloaded weights are brought in by the call of their module.
-        return nn.Module.__call__(self, adapter_name) if "_hf_hook" in vars(self) else self[adapter_name]
+    def __call__(self, adapter_name: str) -> torch.Tensor:
+        # Offloaded weights are brought in by the call of their module; the others are spared it.
+        if "_hf_hook" in vars(self):
+            return nn.Module.__call__(self, adapter_name)
+        return getattr(self, adapter_name)
 
     def forward(self, adapter_name: str) -> torch.Tensor:
         return self[adapter_name]
@@ -148,8 +148,8 @@ class Weights(NamedTuple):
         ranks: where experts of unequal rank lie, in A (R, in) and in B (out, R), which holds the scaling then.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: Any = None
+    b: Any = None
     vector: Any = None
     scaling: float = 1.0
     ranks: UnequalRanks | None = None
