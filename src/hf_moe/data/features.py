@@ -1,10 +1,6 @@
 """Features of a frozen vision tower, computed once per picture and kept on disk."""
 
-import hashlib
-import json
-import logging
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,15 +9,16 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.constants import HF_HOME
 from PIL import Image as PILImage
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
+from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.hosts.composed import ComposedModel
 from ..modeling.image_loading import decode_image
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.processing_hf_moe import HfMoeProcessor
 from ..modeling.vision import tower_features
+from .feature_files import fingerprint, read_whole, write_whole
 from .host_features import HostFeatures
 from .placeholders import expands_alone
 from .row_images import content_key, pixel_key, read_row_image, undecoded
@@ -31,7 +28,6 @@ from .tokenisation import gives_packed_patches, process_images
 
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 
-logger = logging.getLogger(__name__)
 # Fields of a tower's config that say nothing of its features.
 NOT_THE_TOWER = {"_name_or_path", "transformers_version", "architectures", "dtype"}
 
@@ -90,13 +86,10 @@ class FeatureCache:
         if not images:
             return cls({}, torch.empty(0, 0, base.config.vision_feature_size, dtype=dtype))
         path = folder / f"{_fingerprint(base, processor, dtype, images)}.safetensors"
-        if path.is_file():
-            try:
-                return cls._read(path)
-            except (SafetensorError, KeyError) as error:
-                logger.warning("%s is damaged (%s): computing the features again.", path, error)
-        cache = _compute(base, processor, images, batch_size, dtype)
-        cache._write(path)
+        cache = read_whole(path, cls._read)
+        if cache is None:
+            cache = _compute(base, processor, images, batch_size, dtype)
+            cache._write(path)
         return cache
 
     @classmethod
@@ -107,13 +100,9 @@ class FeatureCache:
             return cls(dict(zip(names, positions.tolist(), strict=True)), file.get_tensor("features"))
 
     def _write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(descriptor)
         keys = torch.tensor([list(key) for key in self.positions], dtype=torch.uint8)  # (M, 32)
         positions = torch.tensor(list(self.positions.values()))  # (M,)
-        save_file({"features": self.features, "keys": keys, "positions": positions}, temporary)
-        os.replace(temporary, path)
+        write_whole(path, {"features": self.features, "keys": keys, "positions": positions})
 
     def lookup(self, images: list[Any]) -> torch.Tensor:
         """Return the features (N, P, C) of N images of rows.
@@ -185,13 +174,7 @@ def _fingerprint(base: ComposedModel, processor: HfMoeProcessor, dtype: torch.dt
         "features": [config.vision_feature_layer, config.vision_prefix_tokens, str(dtype)],
         "processor": [type(image_processor).__module__, type(image_processor).__qualname__, image_processor.to_dict()],
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in tower.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    for key in sorted(keys):
-        digest.update(key)
-    return digest.hexdigest()[:32]
+    return fingerprint(settings, tower.state_dict().items(), keys)
 
 
 @torch.no_grad()
@@ -203,13 +186,11 @@ def _compute(
     dtype: torch.dtype,
 ) -> FeatureCache:
     tower = base.vision_tower
-    was_training = tower.training
-    tower.eval()
     parts: list[torch.Tensor] = []
     positions: dict[bytes, int] = {}
     count = 0
     keys = list(images)
-    with tqdm(total=len(images), desc="Image features", unit="image") as progress:
+    with evaluation_mode(tower), tqdm(total=len(images), desc="Image features", unit="image") as progress:
         for start in range(0, len(keys), batch_size):
             batch = keys[start : start + batch_size]
             new = []
@@ -224,7 +205,6 @@ def _compute(
                 pixels = process_images(new, processor)["pixel_values"].to(tower.device, tower.dtype)
                 parts.append(tower_features(tower, base.config, pixels).to("cpu", dtype))
             progress.update(len(batch))
-    tower.train(was_training)
     features = torch.cat(parts)  # (N, P, C)
     if not features.isfinite().all():
         raise ValueError(f"The tower's features do not fit {dtype}: pass dtype=torch.bfloat16 or torch.float32.")

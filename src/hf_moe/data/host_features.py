@@ -2,10 +2,6 @@
 
 import hashlib
 import inspect
-import json
-import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,22 +9,21 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from ..modeling.evaluation_mode import evaluation_mode
 from ..modeling.parts import host_parts
+from .feature_files import fingerprint, read_whole, write_whole
 from .host_inputs import HostInputs, HostRow
 from .placeholders import NOUNS, media_tokens
 from .row_images import pixel_key
 from .rows import describe_row, row_media
 from .tokenisation import ConversationTokenizer
 
-
-logger = logging.getLogger(__name__)
 
 ENCODED_KINDS = ("image", "video")  # what a forward takes encoded, in `mm_encoder_outputs`
 POOLED = "pooler_output"  # a tensor, or one of each image; other fields are lists of either, by layer
@@ -69,19 +64,11 @@ class HostFeatures:
             kind: _inputs(model, kind) for kind in ENCODED_KINDS if any(kind == other for other, *_ in found.values())
         }
         path = folder / f"{_fingerprint(model, processor, dtype, found)}.safetensors"
-        if path.is_file():
-            try:
-                return cls(_read(path), inputs, model.dtype)
-            except (SafetensorError, KeyError, ValueError) as error:
-                logger.warning("%s is damaged (%s): computing the features again.", path, error)
-        was_training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            outputs = _encode_all(model, processor, found, dtype)
-        finally:
-            for module in was_training:
-                module.training = True
-        _write(path, outputs)
+        outputs = read_whole(path, _read)
+        if outputs is None:
+            with evaluation_mode(model):
+                outputs = _encode_all(model, processor, found, dtype)
+            _write(path, outputs)
         return cls(outputs, inputs, model.dtype)
 
     def replace(self, rows: list[HostRow], named: Callable, batch: dict[str, Any]) -> dict[str, Any]:
@@ -291,14 +278,7 @@ def _fingerprint(model: Any, processor: ProcessorMixin, dtype: torch.dtype, keys
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     parts = host_parts(base)
     settings = [type(base).__qualname__, str(dtype), processor.to_dict()]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in base.state_dict().items():
-        if parts.holder(name):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    for key in sorted(keys):
-        digest.update(key)
-    return digest.hexdigest()[:32]
+    return fingerprint(settings, (item for item in base.state_dict().items() if parts.holder(item[0])), keys)
 
 
 def _write(path: Path, outputs: dict[bytes, Kept]) -> None:
@@ -314,11 +294,7 @@ def _write(path: Path, outputs: dict[bytes, Kept]) -> None:
     for key, kept in outputs.items():
         for field, value in kept.items():
             add(f"{key.hex()}/{field}", value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(descriptor)
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    write_whole(path, tensors)
 
 
 def _read(path: Path) -> dict[bytes, Kept]:

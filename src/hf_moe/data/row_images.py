@@ -1,7 +1,7 @@
 """The pictures of rows: how they are opened, and what tells two of them apart."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -45,6 +45,25 @@ def read_row_file(source: Any, noun: str) -> tuple[str, bytes] | None:
         except Exception as error:  # of any file system
             raise ValueError(f"the file {source} cannot be read: {error}") from error
     return read_encoded(source, noun)
+
+
+def one_source(record: Mapping[str, Any], sources: tuple[str, ...], noun: str) -> tuple[Any, str]:
+    """Return the video or sound that a record holds, and how errors call it; an empty name where only it knows.
+
+    Args:
+        sources: keys of which exactly one may be given; a `path` beside `bytes` or an `array` is only a name.
+        noun: what the record holds.
+
+    Raises:
+        ValueError: if none or several are given.
+    """
+    given = {key: record[key] for key in sources if record.get(key) is not None}
+    path = given.pop("path", None) if "bytes" in given or "array" in given else None
+    if len(given) != 1:
+        found = f"{noun}s under {' and '.join(given)}" if given else f"no {noun} under its keys {list(record)}"
+        raise ValueError(f"a record holds {found}: give exactly one of {', '.join(sources)}")
+    ((key, value),) = given.items()
+    return f"data:;base64,{value}" if key == "base64" else value, f"the file {path}" if path else ""
 
 
 def open_row_images(images: list[Any]) -> list[PILImage.Image]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers.audio_utils import load_audio
 
-from .row_images import read_row_file
+from .row_images import one_source, read_row_file
 
 
 # Under one of these keys a record holds a sound; a `path` beside `bytes` or `array` is only a name.
@@ -86,16 +86,9 @@ def as_wav(samples: Any, sampling_rate: int) -> bytes:
 
 
 def _read_record(record: Mapping[str, Any]) -> tuple[str, Any, int | None]:
-    given = {key: record[key] for key in SOUND_SOURCES if record.get(key) is not None}
-    if "bytes" in given or "array" in given:
-        given.pop("path", None)
-    if len(given) != 1:
-        found = f"sounds under {' and '.join(given)}" if given else f"no sound under its keys {list(record)}"
-        raise ValueError(f"a record holds {found}: give exactly one of {', '.join(SOUND_SOURCES)}")
-    ((key, value),) = given.items()
-    name, content, rate = read_sound(f"data:;base64,{value}" if key == "base64" else value)
-    if key in ("bytes", "array") and record.get("path"):
-        name = f"the file {record['path']}"
+    value, file = one_source(record, SOUND_SOURCES, "sound")
+    name, content, rate = read_sound(value)
+    name = file or name
     given_rate = record.get("sampling_rate")
     if given_rate is None:
         return name, content, rate

@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from transformers.video_utils import VideoMetadata, load_video
 
 from ..modeling.image_loading import decode_image
-from .row_images import read_row_file, read_row_image
+from .row_images import one_source, read_row_file, read_row_image
 
 
 # Under one of these keys a record holds a video; `fps` is a number beside it; a `path` beside `bytes` is only a name.
@@ -120,16 +120,9 @@ def _parts(name: str) -> list[str]:
 
 
 def _read_record(record: Mapping[str, Any]) -> tuple[str, Any, float | None]:
-    given = {key: record[key] for key in VIDEO_SOURCES if record.get(key) is not None}
-    if "bytes" in given:
-        given.pop("path", None)
-    if len(given) != 1:
-        found = f"videos under {' and '.join(given)}" if given else f"no video under its keys {list(record)}"
-        raise ValueError(f"a record holds {found}: give exactly one of {', '.join(VIDEO_SOURCES)}")
-    ((key, value),) = given.items()
-    name, content, fps = read_video(f"data:;base64,{value}" if key == "base64" else value)
-    if key == "bytes" and record.get("path"):
-        name = f"the file {record['path']}"
+    value, file = one_source(record, VIDEO_SOURCES, "video")
+    name, content, fps = read_video(value)
+    name = file or name
     rate = record.get("fps")
     if rate is None:
         return name, content, fps
