@@ -3,11 +3,13 @@
 import pytest
 import torch
 from helpers.near import assert_near
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, Siglip2VisionConfig
+from transformers import AutoConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, Siglip2VisionConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.construction.build import build_model
+from hf_moe.construction.evolution import assemble
 from hf_moe.construction.tokenizer import train_word_tokenizer
+from hf_moe.modeling.routing_context import ACTIVE_CONTEXT, CALL_CONTEXT
 from hf_moe.training.parts import train_only
 
 
@@ -127,3 +129,25 @@ def test_a_tower_of_a_folder_is_upcycled(tmp_path):
 def test_layers_that_a_tower_does_not_have_are_named(tiny_model):
     with pytest.raises(ValueError, match=r"names the layers \['7'\]|\[7\]"):
         tiny_model(vision_moe_config={"layers": [7]})
+
+
+def test_towers_of_timm_take_experts(tiny_config):
+    pytest.importorskip("timm")
+    size = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    tower = AutoConfig.for_model("timm_wrapper", architecture="vit_tiny_patch16_224", model_args=size)
+    fields = {**tiny_config().to_dict(), "vision_config": tower, "vision_feature_size": None, "image_size": 16}
+    fields |= {"vision_prefix_tokens": None, "moe_config": {"layers": []}}
+    torch.manual_seed(0)
+    dense = HfMoeForConditionalGeneration(HfMoeConfig.from_dict(fields)).eval()
+    model = assemble(dense, HfMoeConfig.from_dict({**fields, "vision_moe_config": EXPERTS}))
+    assert list(model.moe_blocks()) == ["vision.0", "vision.1"]
+    inputs = {"input_ids": torch.tensor([[95, 95, 95, 95, 5, 6]]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    with torch.no_grad():
+        assert_near(model(**inputs).logits, dense(**inputs).logits, 2e-6)
+
+
+def test_an_error_in_a_tower_leaves_no_context_behind(tiny_model, batch):
+    model = tiny_model(**BOTH)
+    with pytest.raises(ValueError, match="do not fit the tower"):
+        model(**{**batch, "pixel_values": torch.randn(6, 3, 24, 24)})
+    assert ACTIVE_CONTEXT.get() is None and CALL_CONTEXT.get() is None

@@ -118,6 +118,19 @@ def test_moe_llava_tunes_in_three_stages(tmp_path):
     assert model.config.moe_layers() == [0, 2] and model.config.system == "moe_llava"
 
 
+def test_cumo_upcycles_every_part_in_its_third_stage(tmp_path):
+    tower = "{model_type: clip_vision_model, hidden_size: 24, intermediate_size: 32, num_hidden_layers: 2, "
+    tower += "num_attention_heads: 2, image_size: 64, patch_size: 16}"
+    own = [f"model.vision_tower={tower}", "model.feature_stage=null", "stages.2.construct={upcycle: {system: cumo}}"]
+    recipe = load_recipe("moe_llava_easyvqa", [*SHORT, *own])
+    report = run_recipe(recipe, tmp_path)
+    assert set(report["stages"][2]["trainable_parameters"]) == {"experts", "routers"}
+    model = HfMoeForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
+    assert {str(site).partition(".")[0] for site in model.moe_blocks()} == {"0", "1", "2", "3", "vision", "connector"}
+    before, after = (stage(tmp_path, name) for name in ("2_dense", "3_experts"))
+    assert moved(before, after) == set()
+
+
 def test_anyexperts_trains_the_allocation_first_and_then_everything(tmp_path):
     recipe = load_recipe("anyexperts_easyvqa", [*SHORT, "model.moe_config.expert_intermediate_size=16"])
     report = run_recipe(recipe, tmp_path)

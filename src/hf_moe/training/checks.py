@@ -219,7 +219,11 @@ def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
             config = _config(model.get("system"), moe_config, text_config)
         else:
             config = plan_host(decoder, model.get("system"), deepcopy(moe_config)).config
-        return None if config is None else _on_meta(config)
+        if config is None:
+            return None
+        for name in PLACE_FIELDS.values():
+            setattr(config, name, None)
+        return _on_meta(config)
 
 
 def _fresh_config(source: dict[str, Any]) -> Any:

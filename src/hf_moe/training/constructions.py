@@ -9,6 +9,7 @@ from ..configuration.systems import load_system
 from ..construction.conversion import convert_router, set_objectives
 from ..construction.evolution import ExpertEvolution, assemble
 from ..construction.host_plan import system_source
+from ..modeling.parts import host_parts
 from .sections import Stage
 
 
@@ -48,6 +49,8 @@ def construct_stage(model: Any, stage: Stage, evolution: ExpertEvolution | None,
             if system is not None:
                 record = load_system(system)
                 fields, places = record.fields("model", given=fields), record.place_fields(places)
+            if not host_parts(model).towers:  # as where a recipe is checked, whose tower is left out
+                places = {}
             config = {**model.config.to_dict(), "moe_config": fields, **places, "system": system}
             evolved = evolution if method == "assemble" else None
             if method == "upcycle":
