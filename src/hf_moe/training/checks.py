@@ -162,10 +162,8 @@ def _check_host(model: dict[str, Any], place: str) -> HfMoeConfig | None:
         config = (_fresh_config if fresh else local_config)(source)
         host = None if config is None else empty_model(host_class_of(config), config)
     _check_source(model, place)
+    _check_fields(model, place)
     places = {name: model.get(name) for name in PLACE_FIELDS.values()}
-    for name, fields_of_place in {"moe_config": moe_config, **places}.items():
-        with named(f"model.{name} of the {place}"):
-            MoeConfig(**fields_of_place or {})
     with named(f"model.moe_config of the {place}"):
         return None if host is None else _on_meta(plan_host(host, model.get("system"), moe_config, places).config)
 
@@ -181,6 +179,12 @@ def _check_system(model: dict[str, Any], place: str) -> None:
     if model.get("system") is not None:
         with named(f"model.system of the {place}"):
             load_system(model["system"]).fields("model")
+
+
+def _check_fields(model: dict[str, Any], place: str) -> None:
+    for name in ("moe_config", *PLACE_FIELDS.values()):
+        with named(f"model.{name} of the {place}"):
+            MoeConfig(**deepcopy(model.get(name) or {}))
 
 
 def _check_source(model: dict[str, Any], place: str) -> None:
@@ -212,12 +216,11 @@ def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
     moe_config = model.get("moe_config") or {}
     _check_system(model, place)
     _check_source(model, place)
+    _check_fields(model, place)
     with named(f"model.moe_config of the {place}"):
-        if text_config is None:
-            MoeConfig(**moe_config)
-        elif fresh:
+        if fresh and text_config is not None:
             config = _config(model.get("system"), moe_config, text_config)
-        else:
+        elif text_config is not None:
             config = plan_host(decoder, model.get("system"), deepcopy(moe_config)).config
         if config is None:
             return None
