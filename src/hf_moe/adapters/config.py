@@ -19,7 +19,7 @@ from ..modeling.auxiliary import AuxiliaryLosses
 from ..modeling.gating import check_choice
 from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.mechanisms import get_mechanism
-from ..modeling.registry import build
+from ..modeling.registry import build, registered
 from ..modeling.routing import Router
 from .checkpoints import EARLIER_TYPE, check_version, complete_saved_config
 from .checks import check_expression, check_names
@@ -321,6 +321,12 @@ class MoeLoraConfig(PeftConfig):
         """Return a router as configured; its parameters are not initialised."""
         options = dict(settings.router)
         name = options.pop("name")
+        own = registered("router").get(name)
+        if name == HostRouter.mechanism_name and own is not None:
+            raise ValueError(
+                f"The router {name!r} is registered by {own.__module__}.{own.__qualname__}, and LoRA experts have one "
+                "of that name, which follows the host's routing: register yours under another name."
+            )
         cls = HostRouter if name == HostRouter.mechanism_name else get_mechanism("router", name)
         return build("router", cls, options, spec)
 

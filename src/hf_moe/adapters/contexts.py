@@ -62,6 +62,7 @@ class LayerCall:
     ):
         self.context = context if knows_tokens else None
         self.hidden_states = hidden_states
+        self.shape = hidden_states.shape[:-1]  # of the tokens
         self.encoder_hidden_states = encoder_hidden_states
         self.knows_tokens = knows_tokens
         # (adapter, target that has the router) -> the decision that targets in this layer share.
@@ -89,7 +90,7 @@ class LayerCall:
 
     def is_entered_by(self, x: torch.Tensor) -> bool:
         """Whether `x` (..., in) are the tokens that enter the layer."""
-        return x is not self.encoder_hidden_states and are_tokens(x, self.hidden_states.shape[:-1])
+        return x is not self.encoder_hidden_states and are_tokens(x, self.shape)
 
 
 def active_call() -> LayerCall | None:

@@ -264,7 +264,7 @@ class MoeLoraLayer(BaseTunerLayer):
         made = call.shared.get(key)
         if made is None:
             made = call.shared[key] = self._shared_decision(owner, adapter_name, call, x.device)
-        if x.shape[:-1] == call.hidden_states.shape[:-1] and x is not call.encoder_hidden_states:
+        if x.shape[:-1] == call.shape and x is not call.encoder_hidden_states:
             return made
         target = f"{type(self.get_base_layer()).__name__}({self.in_features}, {self.out_features})"
         return decision_of_target(call, made, (adapter_name, owner.moe_lora_router[adapter_name].spec.site), x, target)
