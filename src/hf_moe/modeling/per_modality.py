@@ -73,6 +73,8 @@ class PerModality(Replacement):
                 f"A layer maps {tuple(hidden_states.shape)}, which are not the {len(order)} tokens whose modality is "
                 "known, as in cross-attention: choose a host without it."
             )
+        if max(sizes) == len(order) and not torch.is_grad_enabled():  # as in decoding; in training all need gradients
+            return copies[sizes.index(len(order))](hidden_states, *others)
         groups = []
         for given in (hidden_states, *others):
             # Norms of queries and keys see every head by itself: (T, heads, in).
