@@ -90,7 +90,8 @@ def build_model(
         image_token_id = add_image_token(tokenizer, image_token) if tower is not None else None
         fields["image_token_id"] = image_token_id
         if isinstance(language_model, dict):
-            config = _config(_fresh_text_config(language_model, tokenizer), system, moe_config, fields | places)
+            text_config = _fresh_text_config(language_model, tokenizer)
+            config = composed_config(text_config, system, moe_config, **fields, **places)
             model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
             if tower is not None:
                 _put_tower(model, tower.to(dtype), build_source(source or system_source(system), seed, noise_std))
@@ -184,9 +185,10 @@ def _side(image_processor: Any, asked: int | None) -> int | None:
     return side
 
 
-def _config(
-    text_config: Any, system: str | None, moe_config: dict[str, Any] | None, fields: dict[str, Any]
+def composed_config(
+    text_config: Any, system: str | None, moe_config: dict[str, Any] | None, **fields: Any
 ) -> HfMoeConfig:
+    """Return the config of a fresh model that is put together, of a system or of a `moe_config` alone."""
     if system is not None:
         return HfMoeConfig.from_system(system, moe_config=moe_config, text_config=text_config, **fields)
     return HfMoeConfig(moe_config=moe_config or {}, text_config=text_config, **fields)

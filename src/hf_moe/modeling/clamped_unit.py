@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class ClampedUnit:
-    """Joins the gate and the up projection of a feed-forward, see above.
+    """Joins the gate and the up projection of a feed-forward, see above; without options `act(g) * u`.
 
     Attributes:
         limit: L; `None` clamps nothing.
@@ -25,13 +25,15 @@ class ClampedUnit:
         alpha: takes the place of the activation.
     """
 
-    limit: float | None
+    limit: float | None = None
     order: str = "before"
     alpha: float | None = None
 
     def __call__(
         self, act_fn: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor
     ) -> torch.Tensor:
+        if self.limit is None and self.alpha is None:
+            return act_fn(gate) * up
         limit = math.inf if self.limit is None else self.limit
         gate = gate.clamp(max=limit) if self.order == "before" else gate
         gate = act_fn(gate) if self.alpha is None else gate * torch.sigmoid(self.alpha * gate)

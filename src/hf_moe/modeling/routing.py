@@ -148,8 +148,8 @@ class Experts(nn.Module):
     # Whether `forward(hidden, index (T, K), weight (T, K))` does the same for an assignment: the signature of
     # Transformers' experts, which its parallel plans wrap.
     takes_index_and_weight = False
-    # The gated unit of the shared branch beside these experts, where it is bounded.
-    shared_unit: ClampedUnit | None = None
+    # The gated unit of the shared branch beside these experts.
+    shared_unit = ClampedUnit()
 
     @property
     def takes_dispatch(self) -> bool:

@@ -11,8 +11,8 @@ from .layer_spec import MoELayerSpec
 class SharedExperts(nn.Module):
     """The experts that every token uses, kept as one feed-forward of their total width.
 
-    With a gate the output is multiplied by `sigmoid(w . x)` per token, computed in float32. Where the
-    experts' gated unit is clamped, they hand over that of this branch as `unit`.
+    With a gate the output is multiplied by `sigmoid(w . x)` per token, computed in float32. The routed experts hand
+    over its gated `unit`, which is clamped where theirs is.
     """
 
     def __init__(
@@ -20,7 +20,7 @@ class SharedExperts(nn.Module):
         spec: MoELayerSpec,
         intermediate_size: int,
         gate: bool,
-        unit: ClampedUnit | None = None,
+        unit: ClampedUnit,
     ):
         super().__init__()
         if spec.gated:
@@ -38,7 +38,7 @@ class SharedExperts(nn.Module):
         if not self.gated:
             return self.down_proj(self.act_fn(up))
         gate = self.gate_proj(hidden_states)
-        return self.down_proj(self.act_fn(gate) * up if self.unit is None else self.unit(self.act_fn, gate, up))
+        return self.down_proj(self.unit(self.act_fn, gate, up))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self.feed_forward(hidden_states)

@@ -21,6 +21,7 @@ from ..configuration import HfMoeConfig, MoeConfig
 from ..configuration.checks import NonNegativeInt, PositiveInt
 from ..configuration.configuration_hf_moe import PLACE_FIELDS, unknown_name_message
 from ..configuration.systems import load_system
+from ..construction.build import composed_config
 from ..construction.evolution import ExpertEvolution
 from ..construction.expert_sources import build_source
 from ..construction.host_plan import plan_host
@@ -219,7 +220,7 @@ def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
     _check_fields(model, place)
     with named(f"model.moe_config of the {place}"):
         if fresh and text_config is not None:
-            config = _config(model.get("system"), moe_config, text_config)
+            config = composed_config(text_config, model.get("system"), deepcopy(moe_config))
         elif text_config is not None:
             config = plan_host(decoder, model.get("system"), deepcopy(moe_config)).config
         if config is None:
@@ -248,12 +249,6 @@ def _fresh_config(source: dict[str, Any]) -> Any:
         if name not in known and name in vars(config):
             raise ValueError(unknown_name_message(f"field of {type(config).__name__}", name, sorted(known)))
     return config
-
-
-def _config(system: str | None, moe_config: dict[str, Any], text_config: Any) -> HfMoeConfig:
-    if system is not None:
-        return HfMoeConfig.from_system(system, moe_config=deepcopy(moe_config), text_config=text_config)
-    return HfMoeConfig(moe_config=deepcopy(moe_config), text_config=text_config)
 
 
 def check_stages(config: HfMoeConfig, recipe: Recipe, place: str) -> None:

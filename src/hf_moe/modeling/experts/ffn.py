@@ -57,13 +57,11 @@ class FfnExperts(StackedExperts):
             raise ValueError(
                 "Expert dropout acts behind the activation, whose place alpha takes: leave one of them out."
             )
-        self.unit = ClampedUnit(limit, order, alpha) if clamped else None
-        self.shared_unit = ClampedUnit(shared_limit, order, alpha) if clamped else None
+        self.unit = ClampedUnit(limit, order, alpha)
+        self.shared_unit = ClampedUnit(shared_limit, order, alpha)
         if dropout > 0.0:
             # The activation is the one step that every backend takes through this module.
             self.act_fn = nn.Sequential(self.act_fn, nn.Dropout(dropout))
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        if self.unit is None:
-            return super()._apply_gate(gate_up)
         return self.unit(self.act_fn, *gate_up.chunk(2, dim=-1))
