@@ -191,13 +191,16 @@ def preload(modules: list[str]) -> None:
 
 
 def mechanisms() -> dict[str, Mechanism]:
-    """Return all mechanisms by `kind/name`."""
-    found = {}
-    for kind, names in yaml.safe_load(TEST_FILES.read_text()).items():
-        suite = [] if kind in OUTSIDE_OF_THE_SUITE else [SUITE]
-        for name, tests in names.items():
-            source = SOURCE / "hf_moe" / FOLDERS[kind] / f"{name}.py"
-            found[f"{kind}/{name}"] = Mechanism(f"{kind}/{name}", source, [*tests, *suite], f"{kind} {name}")
+    """Return all mechanisms by `kind/name`: those of the registry, and what else `tools/mutation.yaml` lists."""
+    listed, found = yaml.safe_load(TEST_FILES.read_text()), {}
+    for kind, folder in FOLDERS.items():
+        in_suite = kind not in OUTSIDE_OF_THE_SUITE
+        files = (SOURCE / "hf_moe" / folder).glob("[!_]*.py") if in_suite else ()
+        for name in sorted({path.stem for path in files} | set(listed.get(kind, ()))):
+            own = [str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/systems/*/test_{name}.py")]
+            tests = [*listed.get(kind, {}).get(name, ()), *own, *([SUITE] if in_suite else ())]
+            source = SOURCE / "hf_moe" / folder / f"{name}.py"
+            found[f"{kind}/{name}"] = Mechanism(f"{kind}/{name}", source, tests, f"{kind} {name}")
     return found
 
 
