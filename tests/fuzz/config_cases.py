@@ -96,6 +96,9 @@ MOE_FIELDS = {
     "expert_banks": optional(nothing),
     "router": nothing,
     "experts": nothing,
+    "block": nothing,
+    "attention": optional(nothing),
+    "layer": optional(nothing),
     "objectives": lambda value: value is None or value == {},
     "residual_mix": per_layer(lambda value: value is False),
     "token_balanced_loss": flag,
@@ -107,6 +110,9 @@ CONFIG_FIELDS = {
     "text_config": optional(lambda value: isinstance(value, dict)),
     "vision_config": optional(lambda value: isinstance(value, dict)),
     "moe_config": lambda value: value is None or value == {},
+    "vision_moe_config": lambda value: value is None or value == {},
+    "audio_moe_config": optional(nothing),
+    "connector_moe_config": lambda value: value is None or value == {},
     "connector": nothing,
     "image_token_id": lambda value: whole(value, 0, 8),
     "video_token_id": optional(lambda value: whole(value, 0, 31)),
@@ -158,6 +164,7 @@ def divides_eight(value: Any) -> bool:
 
 # What may stand in an option, by hand, with eight experts and two slots a token.
 OPTIONS = {
+    "block_size": optional(lambda value: whole(value, 1)),
     "score_function": one_of("softmax", "sigmoid"),
     "norm_topk_prob": flag,
     "jitter_noise": share,

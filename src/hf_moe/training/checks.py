@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
@@ -18,7 +18,6 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ..configuration import HfMoeConfig, MoeConfig
-from ..configuration.checks import NonNegativeInt, PositiveInt
 from ..configuration.configuration_hf_moe import PLACE_FIELDS, unknown_name_message
 from ..configuration.systems import load_system
 from ..construction.build import composed_config
@@ -35,7 +34,6 @@ from ..modeling.parts import host_parts
 from ..modeling.registry import build
 from .constructions import construct_stage, evolution_of
 from .parts import Selector, selects, train_only
-from .schema import fit
 from .sections import Recipe, Stage
 
 
@@ -47,22 +45,6 @@ ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
 REFUSALS = (
     ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, StrictDataclassError
 )  # fmt: skip
-
-
-class SourceOptions(TypedDict, total=False):
-    """What sources of rows take, see [`load_rows`]."""
-
-    name: str
-    path: str
-    image_folder: str
-    hub: str
-    question: str
-    streaming: bool
-    where: dict[str, Any]
-    ignore: list[str]
-    limit: PositiveInt | None
-    shuffle: bool
-    seed: NonNegativeInt
 
 
 @contextmanager
@@ -95,9 +77,6 @@ def check_sources(recipe: Recipe, place: str) -> None:
         if isinstance(source, str):
             source = {"path": source} if source.endswith(ROW_FILES) else {}
         source = {} if source is None else source
-        kinds = SourceOptions.__annotations__
-        for name in source.keys() & kinds.keys():
-            source[name] = fit(source[name], kinds[name], place, f"{key}.{name}")
         if isinstance(recipe.data.get(part), dict):
             with named(f"{key} of the {place}"):
                 check_source(source)
@@ -163,7 +142,7 @@ def _check_host(model: dict[str, Any], place: str) -> HfMoeConfig | None:
         config = (_fresh_config if fresh else local_config)(source)
         host = None if config is None else empty_model(host_class_of(config), config)
     _check_source(model, place)
-    _check_fields(model, place)
+    _check_fields(model, "model", f"the {place}")
     places = {name: model.get(name) for name in PLACE_FIELDS.values()}
     with named(f"model.moe_config of the {place}"):
         return None if host is None else _on_meta(plan_host(host, model.get("system"), moe_config, places).config)
@@ -182,10 +161,10 @@ def _check_system(model: dict[str, Any], place: str) -> None:
             load_system(model["system"]).fields("model")
 
 
-def _check_fields(model: dict[str, Any], place: str) -> None:
+def _check_fields(given: dict[str, Any], section: str, place: str) -> None:
     for name in ("moe_config", *PLACE_FIELDS.values()):
-        with named(f"model.{name} of the {place}"):
-            MoeConfig(**deepcopy(model.get(name) or {}))
+        with named(f"{section}.{name} of {place}"):
+            MoeConfig(**deepcopy(given.get(name) or {}))
 
 
 def _check_source(model: dict[str, Any], place: str) -> None:
@@ -217,7 +196,7 @@ def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
     moe_config = model.get("moe_config") or {}
     _check_system(model, place)
     _check_source(model, place)
-    _check_fields(model, place)
+    _check_fields(model, "model", f"the {place}")
     with named(f"model.moe_config of the {place}"):
         if fresh and text_config is not None:
             config = composed_config(text_config, model.get("system"), deepcopy(moe_config))
@@ -262,6 +241,9 @@ def check_stages(config: HfMoeConfig, recipe: Recipe, place: str) -> None:
         evolution: ExpertEvolution | None = None
         for number, stage in enumerate(recipe.stages or [Stage(recipe.name, recipe.trainable)], start=1):
             where = f"stage {number} ({stage.name}) of the {place}" if recipe.stages else place
+            for method, given in (stage.construct or {}).items():
+                if method != "convert_router":
+                    _check_fields(given, f"construct.{method}", where)
             with named(f"construct or objectives of {where}"):
                 model = construct_stage(model, stage, evolution, recipe.seed)
             with named(f"evolve of {where}"):

@@ -47,6 +47,8 @@ def fit(value: Any, kind: Any, place: str, key: str = "") -> Any:
     value = _as_written(value, kind)
     if isinstance(kind, type) and issubclass(kind, Enum) and value in _choices(kind):
         return value
+    if kind is str and isinstance(value, str) and not value.strip():
+        raise ValueError(f"The {place}: {key}={value!r} is blank: write a text, or leave it out.")
     plain = kind is str and isinstance(value, bool | int | float)
     check(f"The {place}: {key}", value, kind, "Write it in quotes if it is meant as text." if plain else "")
     return value
@@ -122,9 +124,9 @@ def _fit_union(value: Any, members: Sequence[Any], place: str, key: str) -> Any:
     same_shape = [item for item in others if isinstance(value, SHAPES.get(_shape(item), ()))]
     if value is not None and (same_shape or len(others) == 1):
         return fit(value, (same_shape or others)[0], place, key)  # what is wrong lies inside
-    if any(fits(value, item) for item in members):
+    if value is None and len(others) < len(members):
         return value
-    for member in others:
+    for member in sorted(others, key=lambda item: not fits(value, item)):
         try:
             return fit(value, member, place, key)
         except ValueError:
