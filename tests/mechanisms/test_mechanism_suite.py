@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM
 from hf_moe import HfMoeForConditionalGeneration, RoutingOverrides, list_mechanisms
 from hf_moe.configuration.checks import in_words, option_hints
 from hf_moe.modeling.context import routers_of
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import KINDS
-from hf_moe.modeling.routing import ExpertAssignment
 
 
 # Checks of the logits alone, which an objective does not touch.
