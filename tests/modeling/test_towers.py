@@ -146,8 +146,14 @@ def test_towers_of_timm_take_experts(tiny_config):
         assert_near(model(**inputs).logits, dense(**inputs).logits, 2e-6)
 
 
-def test_an_error_in_a_tower_leaves_no_context_behind(tiny_model, batch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_in_a_tower_leaves_no_context_behind(tiny_model, batch, error):
     model = tiny_model(**BOTH)
-    with pytest.raises(ValueError, match="do not fit the tower"):
-        model(**{**batch, "pixel_values": torch.randn(6, 3, 24, 24)})
+
+    def interrupt(*_):
+        raise error
+
+    model.moe_blocks()["vision.1"].register_forward_pre_hook(interrupt)
+    with pytest.raises(error):
+        model(**batch)
     assert ACTIVE_CONTEXT.get() is None and CALL_CONTEXT.get() is None

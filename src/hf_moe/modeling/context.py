@@ -105,6 +105,9 @@ def build_context(model: PreTrainedModel, inputs: dict[str, Any], progress: floa
         memory=TokenMemory(cache_of(inputs), foreign_state(inputs), hides_rows(inputs)),
         inputs=inputs,
     )
+    if inputs.get("moe_mm_token_type_ids") is not None:
+        plain = {name: value for name, value in inputs.items() if name != "moe_mm_token_type_ids"}
+        context.placeholders = modalities_of(model, plain, tokens)
     context.shared = dict(model.base_model.shared_routing.items())
     return context
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..configuration.configuration_hf_moe import MODALITIES
 from .inputs import real_tokens
 from .routing_context import ACTIVE_CONTEXT, CALL_CONTEXT, RoutingContext
+from .subclasses import same_name
 
 
 class TowerContext(RoutingContext):
@@ -50,8 +51,6 @@ class TowerContext(RoutingContext):
         self.runs = None if seen is None else (seen & ~F.pad(seen, (1, -1))).nonzero()[:, 0]
         # Where the tokens are in rows of one length, if they come as one row: (T,).
         self.position: torch.Tensor | None = None
-        # Of the context variable, while the tower runs.
-        self.token: Any = None
         if parent is not None:
             self.take_after(parent)
 
@@ -120,59 +119,56 @@ class TowerContext(RoutingContext):
         return super().to_batch(values, rows)
 
 
-def open_context(place: str, modalities: tuple[str, ...]) -> TowerContext:
-    """Open the context of a run of a tower or connector, for its layers to find, until [`close_context`].
+def context_of_run(place: str, modalities: tuple[str, ...]) -> TowerContext:
+    """Return the context of a run of a tower or connector.
 
     Args:
         place: see [`MoELayerSpec`].
         modalities: what it encodes. One that encodes several does so in their order, those that the call has.
     """
-    context = _context_of_run(place, [MODALITIES.index(name) for name in modalities])
-    context.token = ACTIVE_CONTEXT.set(context)
-    return context
-
-
-def close_context(context: TowerContext) -> None:
-    """End the run of a tower or connector."""
-    ACTIVE_CONTEXT.reset(context.token)
-
-
-def _context_of_run(place: str, modalities: list[int]) -> TowerContext:
+    numbers = [MODALITIES.index(name) for name in modalities]
     parent = CALL_CONTEXT.get()
-    present = [] if parent is None else [item for item in modalities if bool((parent.modality_ids == item).any())]
-    if parent is None or not present:  # as of a black image, encoded so that every process has the same gradients
-        return TowerContext(place, modalities[0])
+    if parent is None:
+        return TowerContext(place, numbers[0])
+    known = parent.modality_ids if parent.placeholders is None else parent.placeholders
+    present = [item for item in numbers if bool((known == item).any())]
+    if not present:  # as of a black image, encoded so that every process has the same gradients
+        return TowerContext(place, numbers[0])
     run = sum(isinstance(part, TowerContext) and part.place == place for part in parent.parts.values())
     if run < len(present):
-        context = TowerContext(place, present[run], parent, parent.modality_ids == present[run])
+        context = TowerContext(place, present[run], parent, known == present[run])
     else:  # a run for each image
         context = TowerContext(place, present[-1], parent)
     parent.parts[f"{place}.{run}"] = context
     return context
 
 
+@same_name
+def placed_class(host_class: Any) -> dict[str, Any]:
+    """Return the subclass of a tower's or connector's class whose calls run in a context of their own."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = ACTIVE_CONTEXT.get()
+        ACTIVE_CONTEXT.set(context_of_run(*self.routing_place))
+        try:
+            return host_class.__call__(self, *args, **kwargs)
+        finally:  # hooks do not hear of a KeyboardInterrupt
+            ACTIVE_CONTEXT.restore(before)
+
+    return {"__call__": __call__}
+
+
 def carry_place_context(part: Any, first: Any, place: str, modalities: tuple[str, ...]) -> None:
-    """Let a tower or connector open a context whenever it runs.
+    """Let a tower or connector run in contexts of its own.
 
     Args:
         first: the first of its layers, where its tokens are laid out; the part itself where it is a layer.
-        place, modalities: see [`open_context`].
+        place, modalities: see [`context_of_run`].
     """
     part.routing_place = (place, modalities)
     first.layer_arguments = list(inspect.signature(first.forward).parameters)
-    part.register_forward_pre_hook(_enter)
-    part.register_forward_hook(_leave, always_call=True)
+    part.__class__ = placed_class(type(part))
     first.register_forward_pre_hook(_lay_out, with_kwargs=True)
-
-
-def _enter(part: Any, args: tuple) -> None:
-    open_context(*part.routing_place)
-
-
-def _leave(part: Any, args: tuple, output: Any) -> None:
-    context = ACTIVE_CONTEXT.get()
-    if isinstance(context, TowerContext):
-        close_context(context)
 
 
 def _lay_out(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
