@@ -147,7 +147,7 @@ def find_part(model: Any, parts: HostParts, place: str) -> tuple[str, tuple[str,
     candidates = parts.connectors if place == "connector" else parts.towers
     served = {path: tuple(name for name in encoded if name in parts.modalities[path]) for path in candidates}
     found = {path: modalities for path, modalities in served.items() if modalities}
-    placeholders = sorted(placeholder_ids(model.config).values())
+    placeholders = sorted(set().union(*placeholder_ids(model.config).values()))
     if len(found) != 1 or not placeholders:
         raise ValueError(
             f"{place}_moe_config needs one part of the host that serves {' or '.join(encoded)}, whose features "
