@@ -112,10 +112,8 @@ def numbered_layers(model: nn.Module, adapter_name: str, config: MoeLoraConfig) 
 
 
 def hold_frozen(model: nn.Module, *_: Any) -> None:
-    """Hook before the root is saved, or computes: put all frozen experts back."""
-    for layer in index_of(model).targets:
-        for frozen in layer.frozen_experts.values():
-            frozen.hold(layer)
+    """Hook before the root is saved: put all frozen experts back."""
+    index_of(model).hold_frozen()
 
 
 def take_frozen(model: nn.Module, *_: Any) -> None:

@@ -68,6 +68,12 @@ class TargetIndex:
         """Yield the targets that compute with their adapters."""
         return (layer for layer in self.targets if not (layer.disable_adapters or layer.merged))
 
+    def hold_frozen(self) -> None:
+        """Put all frozen experts back."""
+        for layer in self.targets:
+            for frozen in layer.frozen_experts.values():
+                frozen.hold(layer)
+
     def idle(self) -> Iterator[MoeLoraLayer]:
         """Yield the active targets that have not been called yet; of stacked weights the outer one is."""
         for layer in self.active():

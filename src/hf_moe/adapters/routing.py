@@ -23,7 +23,6 @@ from ..modeling.routing_context import ACTIVE_CONTEXT, CALL_CONTEXT, RoutingCont
 from ..modeling.subclasses import same_name
 from .conditions import conditions_of_rows, take_conditions
 from .contexts import LayerCall
-from .frozen import hold_frozen
 from .index import index_of
 from .tokens import call_context
 
@@ -87,7 +86,7 @@ def root_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
 def before_call(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Hook before the forward of the root, or of its backbone: pass the routing context on to the layers."""
     index = index_of(model)
-    hold_frozen(model)
+    index.hold_frozen()
     if CALL_CONTEXT.get() is not None:
         return None
     if is_learning(model):  # where no optimizer tells of the end of a step
