@@ -11,6 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_moe import HfMoeForConditionalGeneration, RoutingOverrides
 from hf_moe.modeling.block import Block
+from hf_moe.modeling.routing_context import ACTIVE_CONTEXT, CALL_CONTEXT
 
 
 OBJECTIVES = {"load_balance": 0.1, "router_z": 0.01}
@@ -346,3 +347,18 @@ def test_layers_outside_the_list_stay_dense(tiny_model):
     layers = tiny_model(moe_config={"layers": [1]}).model.language_model.layers
     assert [isinstance(layer.mlp, Block) for layer in layers] == [False, True, False]
     assert {type(layer).__name__ for layer in layers} == {"LlamaDecoderLayer"}
+
+
+@pytest.mark.parametrize("called", [lambda model: model, lambda model: model.base_model], ids=["model", "backbone"])
+def test_an_interrupted_call_leaves_no_context(called, tiny_model, text_batch):
+    model = tiny_model(tower=False)
+    inputs = {name: text_batch[name] for name in ("input_ids", "attention_mask")}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.moe_layers()[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        called(model)(**inputs)
+    handle.remove()
+    assert CALL_CONTEXT.get() is None and ACTIVE_CONTEXT.get() is None
