@@ -79,7 +79,7 @@ OPTIONS = {
     "allowed are 'last', 'first'": [{"router": {"name": "sequence", "end": "middle"}}],
     "with a text": [{"router": {"name": 1}}, {"experts": {"name": None}}, {"target_overrides": {"q": {"router": {}}}}],
     r"objectives\['load_balance'\]\['coef'\]='x' must be float": [{"objectives": {"load_balance": {"coef": "x"}}}],
-    "Unknown system of LoRA experts 'octavis'": [{"system": "octavis"}],
+    "Unknown system 'octavis'": [{"system": "octavis"}],
 }
 
 
