@@ -161,7 +161,7 @@ def _check_system(model: dict[str, Any], place: str) -> None:
             load_system(model["system"]).fields("model")
 
 
-def _check_fields(given: dict[str, Any], section: str, place: str) -> None:
+def _check_fields(given: Any, section: str, place: str) -> None:
     for name in ("moe_config", *PLACE_FIELDS.values()):
         with named(f"{section}.{name} of {place}"):
             MoeConfig(**deepcopy(given.get(name) or {}))
