@@ -34,14 +34,15 @@ def draw_importance(
     """Draw a signal over the patches of a row's image and its words, one line of panels per layer; return the path.
 
     Args:
-        routing: of a forward pass with `output_routing=True`.
-        tokens: the row's tokens as text, padding included.
-        picture: the row's image (`PIL.Image.Image`), the first if it has several.
-        path: the PNG file to write.
-        row: of the batch.
-        layers: all that report the signal when absent.
-        signal: one value per token, 0 to 1, or any number for other signals than `importance`.
-        title: of the picture, *optional*.
+        routing (`RoutingContext`): of a forward pass with `output_routing=True`.
+        tokens (`list[str]`): the row's tokens as text, padding included.
+        picture (`Any`): the row's image (`PIL.Image.Image`), the first if it has several.
+        path (`str` or `Path`): the PNG file to write.
+        row (`int`, *optional*, defaults to `0`): of the batch.
+        layers (`list[int]`, *optional*): all that report the signal when absent.
+        signal (`str`, *optional*, defaults to `'importance'`): one value per token, 0 to 1, or any number for other
+            signals than `importance`.
+        title (`str`, *optional*): of the picture, *optional*.
 
     Raises:
         ValueError: if no layer reports the signal, or the row has no image with a square number of tokens.

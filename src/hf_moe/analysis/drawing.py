@@ -24,9 +24,9 @@ def draw_routing(statistics: RoutingStatistics, path: str | Path, title: str | N
     One panel per modality that the statistics saw; rows are MoE layers, columns experts, a row of a panel sums to 1.
 
     Args:
-        statistics: counts of at least one forward pass.
-        path: the PNG file to write; it is returned.
-        title: of the picture, *optional*.
+        statistics (`RoutingStatistics`): counts of at least one forward pass.
+        path (`str` or `Path`): the PNG file to write; it is returned.
+        title (`str`, *optional*): of the picture, *optional*.
 
     Raises:
         ValueError: if the statistics saw no real token.

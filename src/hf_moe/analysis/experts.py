@@ -51,7 +51,8 @@ def expert_similarity(model: Any, batch: dict[str, torch.Tensor]) -> dict[int, d
     """Return [`weight_similarity`] and [`output_similarity`] of every MoE layer, as `weights` and `outputs`.
 
     Args:
-        batch: keyword arguments of a forward pass; its real tokens are the ones compared on.
+        batch (`dict[str, torch.Tensor]`): keyword arguments of a forward pass; its real tokens are the ones compared
+            on.
     """
     inputs, layers = layer_inputs(model, batch), model.moe_layers()
     return {
@@ -85,7 +86,7 @@ def expert_redundancy(model: Any, batch: dict[str, torch.Tensor], tokens: torch.
     Source: Exploiting Mixture-of-Experts Redundancy Unlocks Multimodal Generative Abilities, arXiv:2503.22517.
 
     Args:
-        batch: keyword arguments of a forward pass.
+        batch (`dict[str, torch.Tensor]`): keyword arguments of a forward pass.
         tokens (`torch.Tensor` of shape `(B, S)`, bool): the tokens compared on, such as those of one modality.
 
     Raises:
@@ -154,7 +155,7 @@ def shuffle_test(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> dict
     The shuffled loss is the mean over `SHUFFLES` fixed permutations, none of which leaves an expert in its place.
 
     Args:
-        batches: keyword arguments of forward passes, with labels.
+        batches (`Iterable[dict[str, torch.Tensor]]`): keyword arguments of forward passes, with labels.
 
     Returns:
         `loss`, `shuffled_loss` and `change`, their relative difference.

@@ -24,9 +24,9 @@ class Answer:
     """An assistant turn within a rendered conversation.
 
     Args:
-        index: of its message.
-        prompt: the text that asks for it.
-        spans: the characters that are learnt.
+        index (`int`): of its message.
+        prompt (`str`): the text that asks for it.
+        spans (`list[tuple[int, int]]`): the characters that are learnt.
     """
 
     index: int
@@ -43,9 +43,9 @@ class Conversation:
     """A rendered conversation.
 
     Args:
-        text: each image, video and sound is a placeholder in it.
-        answers: in it.
-        is_open: whether something follows the last answer.
+        text (`str`): each image, video and sound is a placeholder in it.
+        answers (`list[Answer]`): in it.
+        is_open (`bool`): whether something follows the last answer.
     """
 
     text: str
@@ -89,7 +89,7 @@ class ChatTemplate:
     """A processor's chat template and the way in which its prompts become ids.
 
     Args:
-        processor: with a chat template.
+        processor (`AnyProcessor`): with a chat template.
 
     Raises:
         ValueError: if the processor's ids of a prompt are not those of its text.

@@ -42,15 +42,17 @@ class VisionLanguageCollator:
     the left, without labels.
 
     Args:
-        processor: an [`HfMoeProcessor`] with a chat template, the processor of a host of Transformers, or a
-            [`TextProcessor`], for which nothing is said of modalities.
-        max_length: tokens per row, >= 1; what exceeds it is cut off, but never inside or before an image, a video or a
-            sound.
-        feature_cache: features of a frozen tower, used in place of pixels.
-        train: `False` for prompts.
-        conditions: names of what routers read of a row; rows then need the columns `<condition>_ids`.
-        config: of the model, to which the processor must belong; its placeholders tell modalities where the processor
-            names none.
+        processor (`AnyProcessor`): an [`HfMoeProcessor`] with a chat template, the processor of a host of
+            Transformers, or a [`TextProcessor`], for which nothing is said of modalities.
+        max_length (`int`, *optional*): tokens per row, >= 1; what exceeds it is cut off, but never inside or before an
+            image, a video or a sound.
+        feature_cache (`FeatureCache` or `HostFeatures`, *optional*): features of a frozen tower, used in place of
+            pixels.
+        train (`bool`, *optional*, defaults to `True`): `False` for prompts.
+        conditions (`Sequence[str]`, *optional*, defaults to `()`): names of what routers read of a row; rows then need
+            the columns `<condition>_ids`.
+        config (`PreTrainedConfig`, *optional*): of the model, to which the processor must belong; its placeholders
+            tell modalities where the processor names none.
 
     Raises:
         ValueError: if the processor has no chat template, or does not belong to the model.

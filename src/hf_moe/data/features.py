@@ -36,7 +36,8 @@ class FeatureCache:
     """Tower features by picture, whatever the picture is called and however it comes.
 
     Args:
-        positions: key of a picture, see [`content_key`], to the position of its features; a picture may have several.
+        positions (`dict[bytes, int]`): key of a picture, see [`content_key`], to the position of its features; a
+            picture may have several.
         features (`torch.Tensor` of shape `(N, P, C)`).
     """
 
@@ -65,9 +66,10 @@ class FeatureCache:
         hold, so it is read again only where all are the same.
 
         Args:
-            rows: a dataset or a list of rows.
-            cache_dir: folder of the file; by default `hf_moe/features` in the Hugging Face cache.
-            dtype: in which the features are kept.
+            rows (`Rows`): a dataset or a list of rows.
+            cache_dir (`str` or `os.PathLike`, *optional*): folder of the file; by default `hf_moe/features` in the
+                Hugging Face cache.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): in which the features are kept.
 
         Returns:
             A [`FeatureCache`], or the [`HostFeatures`] of a host.

@@ -49,8 +49,8 @@ def as_dataset(rows: Iterable[tuple[int, dict[str, Any]]], place: str) -> Datase
     """Return rows as a dataset that has all of their columns; a row has `None` in those that it lacks.
 
     Args:
-        rows: and their numbers.
-        place: where they come from.
+        rows (`Iterable[tuple[int, dict[str, Any]]]`): and their numbers.
+        place (`str`): where they come from.
 
     Raises:
         ValueError: if the values of a column are of several types, naming column and row.
@@ -113,11 +113,11 @@ def read_row(row: Any, index: int, place: str, folder: Path, filled: bool = Fals
     """Return a row with its messages, images, videos and sounds in one form.
 
     Args:
-        row: as [`read_records`] gives it, or any other.
-        index: of the row in its file.
-        place: where the row comes from, for errors.
-        folder: from which paths start.
-        filled: whether Arrow may have filled fields.
+        row (`Any`): as [`read_records`] gives it, or any other.
+        index (`int`): of the row in its file.
+        place (`str`): where the row comes from, for errors.
+        folder (`Path`): from which paths start.
+        filled (`bool`, *optional*, defaults to `False`): whether Arrow may have filled fields.
 
     Raises:
         FileNotFoundError: if an image, a video or a sound is not there.

@@ -35,9 +35,9 @@ class HostFeatures:
     """What a host makes of each image and each video, by its content.
 
     Args:
-        outputs: key of what has been opened, see [`opened_key`], to the fields of its output.
-        inputs: of each kind that is kept, the names that a batch then has no more.
-        dtype: of the model.
+        outputs (`dict[bytes, Kept]`): key of what has been opened, see [`opened_key`], to the fields of its output.
+        inputs (`dict[str, tuple[str, ...]]`): of each kind that is kept, the names that a batch then has no more.
+        dtype (`torch.dtype`): of the model.
     """
 
     def __init__(self, outputs: dict[bytes, Kept], inputs: dict[str, tuple[str, ...]], dtype: torch.dtype):
@@ -75,7 +75,7 @@ class HostFeatures:
         """Return the batch of opened rows with features in place of pixels.
 
         Args:
-            named: takes a step of a row, given by its number, and names the row in errors.
+            named (`Callable`): takes a step of a row, given by its number, and names the row in errors.
 
         Raises:
             ValueError: naming the row with an image or a video that is not in the cache.

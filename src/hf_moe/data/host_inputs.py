@@ -46,10 +46,10 @@ class HostInputs:
     and placeholders, types and masks are the host's own.
 
     Args:
-        processor: the host's.
-        conversations: of the same processor.
-        config: of the host.
-        features: in place of the pixels of images and videos.
+        processor (`ProcessorMixin`): the host's.
+        conversations (`ConversationTokenizer`): of the same processor.
+        config (`PreTrainedConfig`, *optional*): of the host.
+        features (`Any`, *optional*): in place of the pixels of images and videos.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class HostInputs:
         """Return the batch.
 
         Args:
-            named: takes a step of a row, given by its number, and names the row in errors.
-            cut: cuts the tokens of a row where it is too long.
+            named (`Callable`): takes a step of a row, given by its number, and names the row in errors.
+            cut (`Cut`): cuts the tokens of a row where it is too long.
 
         Raises:
             ValueError: naming the row that the processor does not take.
@@ -192,7 +192,7 @@ class HostInputs:
         """Refuse a sound of which the feature extractor has left out the end.
 
         Args:
-            lengths: frames of the features of each sound.
+            lengths (`list[int]`): frames of the features of each sound.
         """
         extractor = reader(self.processor, "audio")
         for position, (sound, length) in enumerate(zip(row.sounds, lengths, strict=True)):
@@ -225,10 +225,10 @@ class _RowTokenizer:
     """Stands in for the tokenizer of a processor: expanded texts with marks get the ids of their rows.
 
     Args:
-        tokenizer: does everything else.
-        mark: in every text of the batch.
-        tokenize: gives the tokens of all texts.
-        train: see [`pad_tokens`].
+        tokenizer (`Any`): does everything else.
+        mark (`str`): in every text of the batch.
+        tokenize (`Callable`): gives the tokens of all texts.
+        train (`bool`): see [`pad_tokens`].
     """
 
     def __init__(self, tokenizer: Any, mark: str, tokenize: Callable[[list[str]], list[Tokens]], train: bool):

@@ -27,8 +27,8 @@ def rows_of_folder(folder: Path, split: str, question: str | None = None, kind: 
     What metadata files say is taken as it is written. Where there are any, only the files in them are rows.
 
     Args:
-        question: of the images that have none of their own.
-        kind: `image`, `video` or `audio`.
+        question (`str`, *optional*): of the images that have none of their own.
+        kind (`str`, *optional*, defaults to `'image'`): `image`, `video` or `audio`.
 
     Raises:
         FileNotFoundError: if the folder, or a file that its metadata name, is not there.

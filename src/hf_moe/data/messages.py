@@ -97,8 +97,10 @@ def read_messages(
     So do `<video>` and `<audio>`; images come before videos, and those before sounds.
 
     Args:
-        counts: how many of each kind the row has beside its messages; a number is one of images.
-        filled: whether Arrow may have filled fields, see [`without_fill`]; those of JSON text are as written.
+        counts (`Mapping[str, int]` or `int`, *optional*): how many of each kind the row has beside its messages; a
+            number is one of images.
+        filled (`bool`, *optional*, defaults to `False`): whether Arrow may have filled fields, see [`without_fill`];
+            those of JSON text are as written.
 
     Raises:
         ValueError: naming the message and what is wrong with it.
@@ -118,8 +120,8 @@ def part_sources(conversation: Any, kind: str, beside: list[Any]) -> list[Any]:
     """Return what a conversation has of a kind, in the order of the places.
 
     Args:
-        kind: `image`, `video` or `audio`.
-        beside: what the row has beside its messages, for the parts that do not bring their own.
+        kind (`str`): `image`, `video` or `audio`.
+        beside (`list[Any]`): what the row has beside its messages, for the parts that do not bring their own.
 
     Raises:
         ValueError: if these are not as many as such parts.

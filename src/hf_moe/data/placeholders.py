@@ -37,7 +37,7 @@ def media_ids(processor: Any, config: Any = None) -> dict[str, set[int]]:
     """Return the placeholder ids of each kind: those that the processor names, else the placeholders of the config.
 
     Args:
-        config: of the host.
+        config (`Any`, *optional*): of the host.
     """
     found: dict[str, set[int]] = {}
     for number, kind in enumerate(MEDIA_KINDS, 1):
@@ -83,7 +83,7 @@ def check_processor(processor: Any, config: Any) -> None:
     """Refuse a processor that does not belong to a host.
 
     Args:
-        config: of the host.
+        config (`Any`): of the host.
 
     Raises:
         ValueError: if the tokenizer has ids that the host has no embedding of, a placeholder is unknown to the

@@ -51,8 +51,9 @@ def one_source(record: Mapping[str, Any], sources: tuple[str, ...], noun: str) -
     """Return the video or sound that a record holds, and how errors call it; an empty name where only it knows.
 
     Args:
-        sources: keys of which exactly one may be given; a `path` beside `bytes` or an `array` is only a name.
-        noun: what the record holds.
+        sources (`tuple[str, ...]`): keys of which exactly one may be given; a `path` beside `bytes` or an `array` is
+            only a name.
+        noun (`str`): what the record holds.
 
     Raises:
         ValueError: if none or several are given.

@@ -44,7 +44,7 @@ def row_messages(row: Mapping[str, Any], filled: bool = True) -> list[dict[str, 
     """Return the messages of a row as [`read_messages`] does, from whichever form the row has.
 
     Args:
-        filled: whether the row may come from an Arrow table.
+        filled (`bool`, *optional*, defaults to `True`): whether the row may come from an Arrow table.
 
     Raises:
         ValueError: if the row holds no conversation, or one of no accepted form.
@@ -70,7 +70,7 @@ def row_media(row: Mapping[str, Any], kind: str) -> list[Any]:
     `audios` likewise.
 
     Args:
-        kind: `image`, `video` or `audio`.
+        kind (`str`): `image`, `video` or `audio`.
 
     Raises:
         ValueError: if there are not as many empty parts as media beside the messages.
@@ -89,7 +89,7 @@ def template_options(row: Mapping[str, Any], filled: bool = True) -> dict[str, A
     """Return what a row hands to the chat template beside its messages.
 
     Args:
-        filled: whether the row may come from an Arrow table.
+        filled (`bool`, *optional*, defaults to `True`): whether the row may come from an Arrow table.
 
     Raises:
         ValueError: if `tools` is not a list of objects or `chat_template_kwargs` not an object, or the JSON of one.
@@ -115,7 +115,7 @@ def unread_columns(row: Mapping[str, Any], others: Collection[str] = ()) -> list
     """Return the columns of a row that nothing reads.
 
     Args:
-        others: columns that the caller reads.
+        others (`Collection[str]`, *optional*, defaults to `()`): columns that the caller reads.
 
     Raises:
         ValueError: if one of them asks something of training.

@@ -32,10 +32,10 @@ def open_sound(sound: Any, sampling_rate: int) -> np.ndarray:
     Channels are averaged, integers divided by the largest value of their type.
 
     Args:
-        sound: a file of WAV (of another format where Transformers' `load_audio` reads it), a decoder of torchcodec, or
-            a dict that holds one of them under `audio`, `path`, `base64` or `bytes`, or the samples (N,), (C, N) or
-            (N, C) under `array` and their rate under `sampling_rate`.
-        sampling_rate: of the result, in samples per second.
+        sound (`Any`): a file of WAV (of another format where Transformers' `load_audio` reads it), a decoder of
+            torchcodec, or a dict that holds one of them under `audio`, `path`, `base64` or `bytes`, or the samples
+            (N,), (C, N) or (N, C) under `array` and their rate under `sampling_rate`.
+        sampling_rate (`int`): of the result, in samples per second.
 
     Raises:
         ValueError: naming the sound, if it is missing, damaged, empty or of another form, its rate is unknown, or what

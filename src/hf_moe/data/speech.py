@@ -48,10 +48,10 @@ class Synthesiser:
         order give the same samples.
 
         Args:
-            text: in the language of the voice.
-            voice: a language of eSpeak NG, and a variant of its voice, such as `en-us+f3`.
-            words_per_minute: 80 to 450.
-            pitch: 0 to 100.
+            text (`str`): in the language of the voice.
+            voice (`str`): a language of eSpeak NG, and a variant of its voice, such as `en-us+f3`.
+            words_per_minute (`int`, *optional*, defaults to `150`): 80 to 450.
+            pitch (`int`, *optional*, defaults to `50`): 0 to 100.
 
         Raises:
             ValueError: if there is no such voice, or nothing is heard.

@@ -52,7 +52,7 @@ def load_speech_and_sight(split: str, limit: int | None = None) -> Dataset:
     (`hear`, `see`, `watch`, `compare`), `answer`.
 
     Args:
-        limit: how many rows, *optional*.
+        limit (`int`, *optional*): how many rows, *optional*.
 
     Raises:
         ImportError: if `espeakng-loader` or `scikit-learn` is not installed.

@@ -61,7 +61,7 @@ def store_video(source: Any, folder: Path) -> dict[str, Any]:
     """Return a video as a path, the bytes of a file, or its frames, and their rate where the row says it.
 
     Args:
-        source: in any form of [`open_video`]; paths are relative to `folder`.
+        source (`Any`): in any form of [`open_video`]; paths are relative to `folder`.
 
     Raises:
         FileNotFoundError: if it, or a frame of it, is not there.
@@ -88,7 +88,7 @@ def store_sound(source: Any, folder: Path) -> dict[str, Any]:
     """Return a sound as a path or the bytes of a file; samples become a WAV file of floats.
 
     Args:
-        source: in any form of [`open_sound`]; paths are relative to `folder`.
+        source (`Any`): in any form of [`open_sound`]; paths are relative to `folder`.
 
     Raises:
         FileNotFoundError: if it is not there.

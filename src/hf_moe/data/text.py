@@ -11,7 +11,7 @@ class TextProcessor:
     """Stands in for a processor where there is only a tokenizer.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer (`PreTrainedTokenizerBase`): with a chat template.
     """
 
     image_token: str | None = None

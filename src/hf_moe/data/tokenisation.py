@@ -34,9 +34,9 @@ class ConversationTokenizer:
     after the generation prompt. Equal conversations are tokenised once.
 
     Args:
-        processor: the processor; its tokenizer must be a fast one.
-        train: with `False`, the last assistant turn is cut and replaced by the generation prompt, and nothing is
-            labelled.
+        processor (`AnyProcessor`): the processor; its tokenizer must be a fast one.
+        train (`bool`, *optional*, defaults to `True`): with `False`, the last assistant turn is cut and replaced by
+            the generation prompt, and nothing is labelled.
 
     Raises:
         ValueError: if the processor has no chat template, its tokenizer knows no offsets, or the ids of a prompt are
@@ -63,9 +63,9 @@ class ConversationTokenizer:
         """Return ids and labels of a conversation; each image, video and sound is one placeholder.
 
         Args:
-            messages: in any of the forms of [`read_messages`].
-            counts: how many of each kind the row has; a number is one of images.
-            options: what the chat template gets beside them, such as `tools`.
+            messages (`list[dict[str, Any]]`): in any of the forms of [`read_messages`].
+            counts (`Mapping[str, int]` or `int`): how many of each kind the row has; a number is one of images.
+            options (`dict[str, Any]`, *optional*): what the chat template gets beside them, such as `tools`.
 
         Raises:
             ValueError: if the placeholders are not as many as the row has, the template ignores a field, or an answer
@@ -88,7 +88,7 @@ class ConversationTokenizer:
         """Return a conversation as the chat template writes it, with a placeholder for each image, video and sound.
 
         Args:
-            counts: how many of each kind the row has.
+            counts (`Mapping[str, int]`): how many of each kind the row has.
 
         Raises:
             ValueError: if the placeholders of a kind are not as many as the row has, or the template ignores a field.
@@ -226,7 +226,7 @@ def pad_tokens(batch: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase, trai
     """Return `input_ids` and `attention_mask` (B, S) of rows, padded on the right, and their `labels`.
 
     Args:
-        train: with `False`, rows are prompts: padded on the left, without labels.
+        train (`bool`): with `False`, rows are prompts: padded on the left, without labels.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     side = "right" if train else "left"

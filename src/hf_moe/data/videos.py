@@ -38,10 +38,10 @@ def open_video(video: Any, video_processor: Any = None) -> tuple[np.ndarray, Vid
     `do_sample_frames` says so.
 
     Args:
-        video: a folder of frames, a list of images in any form of [`open_image`], an array or a tensor (T, H, W, C) or
-            (T, C, H, W), a file, an animation of Pillow, a decoder of torchcodec, or a dict that holds one of them
-            under `video`, `frames`, `array`, `path`, `base64` or `bytes`, and `fps` beside it.
-        video_processor: the host's.
+        video (`Any`): a folder of frames, a list of images in any form of [`open_image`], an array or a tensor (T, H,
+            W, C) or (T, C, H, W), a file, an animation of Pillow, a decoder of torchcodec, or a dict that holds one of
+            them under `video`, `frames`, `array`, `path`, `base64` or `bytes`, and `fps` beside it.
+        video_processor (`Any`, *optional*): the host's.
 
     Raises:
         ValueError: naming the video, if it is missing, damaged, empty or of another form, its frames differ in size,

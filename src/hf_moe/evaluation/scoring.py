@@ -93,7 +93,8 @@ def mean_scores(
     """Return the mean as `name`, the `count`, and with `question_types` the means as `name_by_question_type`.
 
     Args:
-        question_types: of every score; one without a type (`None`) counts in the mean alone.
+        question_types (`Sequence[str | None]`, *optional*): of every score; one without a type (`None`) counts in the
+            mean alone.
 
     Raises:
         ValueError: without scores, or if scores and question types differ in number.

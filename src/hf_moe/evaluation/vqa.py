@@ -54,12 +54,16 @@ def predict_answers(
     generates, one token where the candidates are, since its own `generate` alone knows its positions.
 
     Args:
-        model: of this library, or any of Transformers that takes what the processor gives.
-        candidates: answers that occur; by default those of the rows. They decide how to answer, and restrict nothing.
-        zero_images: replace the tower's features by zeros, for the score of a model that cannot see.
-        max_new_tokens: of a generated answer, >= 1.
-        statistics: collects the routing of the prompts; needs the prefill.
-        conditions: names of what routers of an adapter read of a row, see [`VisionLanguageCollator`].
+        model (`HfMoeForConditionalGeneration` or `PeftModel`): of this library, or any of Transformers that takes what
+            the processor gives.
+        candidates (`Sequence[str]`, *optional*): answers that occur; by default those of the rows. They decide how to
+            answer, and restrict nothing.
+        zero_images (`bool`, *optional*, defaults to `False`): replace the tower's features by zeros, for the score of
+            a model that cannot see.
+        max_new_tokens (`int`, *optional*, defaults to `8`): of a generated answer, >= 1.
+        statistics (`RoutingStatistics`, *optional*): collects the routing of the prompts; needs the prefill.
+        conditions (`Sequence[str]`, *optional*, defaults to `()`): names of what routers of an adapter read of a row,
+            see [`VisionLanguageCollator`].
 
     Raises:
         ValueError: if there are no rows, or `statistics` are asked for and the answers must be generated.

@@ -30,15 +30,20 @@ def write_adapter_card(
     What the report does not hold is left out.
 
     Args:
-        folder: the adapter has been saved to it.
-        model: the `PeftModel` that was saved.
-        report: as for [`~hf_moe.hub.card.write_card`], and `trainable_parameters` by part, `base_accuracy` and
-            `base_accuracy_by_question_type`, the scores of the base without the adapter.
-        recipe: the training job as plain data, *optional*; the adapter takes its `name`, else that of the folder.
-        base_models: ids of the base on the Hub; what the adapter's config records where there are none.
-        datasets: what the adapter was trained on; the results are listed under the first one.
-        license: of the weights, an identifier of the Hub; `None` where it is not known.
-        language: codes of the languages of the data, such as `"en"`.
+        folder (`str` or `Path`): the adapter has been saved to it.
+        model (`Any`): the `PeftModel` that was saved.
+        report (`dict[str, Any]`): as for [`~hf_moe.hub.card.write_card`], and `trainable_parameters` by part,
+            `base_accuracy` and `base_accuracy_by_question_type`, the scores of the base without the adapter.
+        recipe (`dict[str, Any]`, *optional*): the training job as plain data, *optional*; the adapter takes its
+            `name`, else that of the folder.
+        base_models (`Sequence[str]`, *optional*, defaults to `()`): ids of the base on the Hub; what the adapter's
+            config records where there are none.
+        datasets (`Sequence[str]`, *optional*, defaults to `()`): what the adapter was trained on; the results are
+            listed under the first one.
+        license (`str`, *optional*, defaults to `'apache-2.0'`): of the weights, an identifier of the Hub; `None` where
+            it is not known.
+        language (`str` or `Sequence[str]`, *optional*, defaults to `()`): codes of the languages of the data, such as
+            `"en"`.
 
     Returns:
         The path of the card.

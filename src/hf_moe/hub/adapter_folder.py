@@ -84,8 +84,8 @@ def is_local_base(base: str, folder: Path | None = None) -> bool:
     """Whether the name of a base is a path, of this machine or of another one, and no id on the Hub.
 
     Args:
-        base: the name.
-        folder: of the adapter, whose base is often beside it.
+        base (`str`): the name.
+        folder (`Path`, *optional*): of the adapter, whose base is often beside it.
     """
     try:
         validate_repo_id(base)
@@ -117,8 +117,8 @@ def check_base(base: str | None, folder: Path | None = None) -> None:
     """Refuse an adapter whose base nobody else could find.
 
     Args:
-        base: its name.
-        folder: of the adapter, as in [`is_local_base`].
+        base (`str`): its name.
+        folder (`Path`, *optional*): of the adapter, as in [`is_local_base`].
 
     Raises:
         ValueError: if the base is missing, or a folder.
@@ -135,9 +135,9 @@ def set_base(adapter: Any, repo_id: str, revision: str | None = None) -> None:
     """Name the base of an adapter by its id on the Hub, in the config and in the card.
 
     Args:
-        adapter: the folder of a saved one, or a model with adapters.
-        repo_id: `user/name`, or `name` alone where a model has no user.
-        revision: the commit of the base.
+        adapter (`Any`): the folder of a saved one, or a model with adapters.
+        repo_id (`str`): `user/name`, or `name` alone where a model has no user.
+        revision (`str`, *optional*): the commit of the base.
 
     Raises:
         ValueError: if `repo_id` is no id on the Hub.

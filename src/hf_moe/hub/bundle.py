@@ -97,8 +97,8 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
     """Collect the code that a config or a processor needs, before anything is saved.
 
     Args:
-        obj: an `HfMoeConfig`, which brings the model's code, or an `HfMoeProcessor`.
-        folder: the checkpoint's folder.
+        obj (`Any`): an `HfMoeConfig`, which brings the model's code, or an `HfMoeProcessor`.
+        folder (`str`): the checkpoint's folder.
 
     Returns:
         A function that writes the code, to be called once `obj` has been written.

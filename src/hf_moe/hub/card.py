@@ -52,18 +52,22 @@ def write_card(
     weights under another license it becomes `LICENSE-CODE`: put the text of theirs into `LICENSE`.
 
     Args:
-        folder: the checkpoint, with its code: the model and the processor have been saved to it.
-        model: the `HfMoeForConditionalGeneration` that was saved.
-        report: any of `accuracy`, `blind_accuracy`, `accuracy_by_question_type`, `evaluated` (questions),
-            `train_seconds`, `total_seconds`, `peak_memory_gib`, `parameters_total`, `parameters_active` (by modality),
-            `seed`, `versions`, `machine` (`processor`, `cores`, `accelerator`), `co2_eq_emissions` (in the Hub's form:
-            `emissions` in grams, `source`, ...).
-        recipe: the training job as plain data, *optional*; the model takes its `name`, else that of the folder.
-        pictures: files in the folder.
-        base_models: ids of the pretrained parts.
-        datasets: what the model was trained on; the results are listed under the first one.
-        license: of the weights, an identifier of the Hub; `None` where it is not known.
-        language: codes of the languages that the model reads and writes, such as `"en"`.
+        folder (`str` or `Path`): the checkpoint, with its code: the model and the processor have been saved to it.
+        model (`Any`): the `HfMoeForConditionalGeneration` that was saved.
+        report (`dict[str, Any]`): any of `accuracy`, `blind_accuracy`, `accuracy_by_question_type`, `evaluated`
+            (questions), `train_seconds`, `total_seconds`, `peak_memory_gib`, `parameters_total`, `parameters_active`
+            (by modality), `seed`, `versions`, `machine` (`processor`, `cores`, `accelerator`), `co2_eq_emissions` (in
+            the Hub's form: `emissions` in grams, `source`, ...).
+        recipe (`dict[str, Any]`, *optional*): the training job as plain data, *optional*; the model takes its `name`,
+            else that of the folder.
+        pictures (`Sequence[str]`, *optional*, defaults to `()`): files in the folder.
+        base_models (`Sequence[str]`, *optional*, defaults to `()`): ids of the pretrained parts.
+        datasets (`Sequence[str]`, *optional*, defaults to `()`): what the model was trained on; the results are listed
+            under the first one.
+        license (`str`, *optional*, defaults to `'apache-2.0'`): of the weights, an identifier of the Hub; `None` where
+            it is not known.
+        language (`str` or `Sequence[str]`, *optional*, defaults to `()`): codes of the languages that the model reads
+            and writes, such as `"en"`.
 
     Returns:
         The path of the card.

@@ -91,9 +91,9 @@ def renew(config: Any, old: dict[str, str], with_processor: bool) -> Renewed:
     A user's mechanism that travels in the checkpoint alone is kept as it is there, with the files that it imports.
 
     Args:
-        config: the checkpoint's `HfMoeConfig`.
-        old: the checkpoint's files of code, name to text.
-        with_processor: whether the checkpoint holds a processor.
+        config (`Any`): the checkpoint's `HfMoeConfig`.
+        old (`dict[str, str]`): the checkpoint's files of code, name to text.
+        with_processor (`bool`): whether the checkpoint holds a processor.
     """
     listed = {(item.kind, item.name): item for item in listed_mechanisms(old)}
     mechanisms: dict[str, dict[str, type]] = {}

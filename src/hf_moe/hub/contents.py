@@ -103,11 +103,12 @@ def most_active_parameters(
     """Return the decoder's parameters at most at work on a token of each modality.
 
     Args:
-        config: of the model.
-        shapes: of its tensors, by name.
-        parts: where its parts are.
-        routers: by layer, or `None` for one that is not installed: it takes `num_experts_per_tok` experts.
-        always: parameters of the decoder outside the routed experts.
+        config (`Any`): of the model.
+        shapes (`Shapes`): of its tensors, by name.
+        parts (`HostParts`): where its parts are.
+        routers (`Mapping[int, Any]`): by layer, or `None` for one that is not installed: it takes
+            `num_experts_per_tok` experts.
+        always (`int`): parameters of the decoder outside the routed experts.
     """
     moe = config.moe_config
     active = dict.fromkeys(modalities(config), always)

@@ -63,9 +63,9 @@ def inspect_checkpoint(
     """Describe a checkpoint without loading it.
 
     Args:
-        source: a folder, or the name of a repository.
-        revision: of the repository.
-        token: as in `huggingface_hub`.
+        source (`str` or `Path`): a folder, or the name of a repository.
+        revision (`str`, *optional*): of the repository.
+        token (`str` or `bool`, *optional*): as in `huggingface_hub`.
 
     Returns:
         `commit`, `host` (its class in Transformers; `None` where decoder, tower and connector were put together),

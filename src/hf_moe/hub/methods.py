@@ -30,9 +30,9 @@ def push_model(
     processor follows with `processor.push_to_hub`.
 
     Args:
-        model: an `HfMoeForConditionalGeneration`.
-        repo_id: `user/name`, created when it does not exist.
-        tags: added to those of the card.
+        model (`Any`): an `HfMoeForConditionalGeneration`.
+        repo_id (`str`): `user/name`, created when it does not exist.
+        tags (`list[str]`, *optional*): added to those of the card.
 
     The other arguments are those of Transformers' `push_to_hub`.
     """

@@ -45,9 +45,9 @@ def probe_inputs(config: Any, seed: int = 0, processor: Any = None) -> dict[str,
     """Return random text, and before it noise of each kind that the model takes.
 
     Args:
-        config: of the model.
-        seed: of text and noise.
-        processor: of a host of Transformers; without it, or where it fails, there is only text.
+        config (`Any`): of the model.
+        seed (`int`, *optional*, defaults to `0`): of text and noise.
+        processor (`Any`, *optional*): of a host of Transformers; without it, or where it fails, there is only text.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.get_text_config(decoder=True).vocab_size, (1, 64), generator=generator)
@@ -108,10 +108,11 @@ def ask(folder: Path, inputs: dict[str, torch.Tensor], scratch: Path, installed:
     """Return what a checkpoint answers in a fresh process.
 
     Args:
-        folder: the checkpoint.
-        inputs: of the model's forward.
-        scratch: an existing folder for what the process writes.
-        installed: run the installed classes, and not the code of the checkpoint.
+        folder (`Path`): the checkpoint.
+        inputs (`dict[str, torch.Tensor]`): of the model's forward.
+        scratch (`Path`): an existing folder for what the process writes.
+        installed (`bool`, *optional*, defaults to `False`): run the installed classes, and not the code of the
+            checkpoint.
     """
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, scratch / "inputs.safetensors")
     # A fault of the process itself must not leave the answer of an older one.

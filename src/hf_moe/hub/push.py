@@ -82,17 +82,19 @@ def push_checkpoint(
     exists the repository is as it was, so a push that fails can be repeated; what has arrived is not sent twice.
 
     Args:
-        folder: the checkpoint: config, safetensors, code, processor and card.
-        repo_id: `user/name`; created when it does not exist.
-        private: whether a new repository is private; must agree with an existing one.
-        gated: `"auto"` or `"manual"`: who wants the files must ask first. Set before anything is uploaded.
-        revision: branch, created when it does not exist; `main` when absent.
-        create_pr: open a pull request instead.
-        tag: the name of the version; `True` takes the next of v1, v2, ... for a commit on `main` and none elsewhere,
-            `False` none at all.
-        token: as in `huggingface_hub`; the one that `hf auth login` has stored when absent.
-        message: of the commit.
-        dry_run: check everything and list the files, without a connection.
+        folder (`str` or `Path`): the checkpoint: config, safetensors, code, processor and card.
+        repo_id (`str`): `user/name`; created when it does not exist.
+        private (`bool`, *optional*): whether a new repository is private; must agree with an existing one.
+        gated (`str`, *optional*): `"auto"` or `"manual"`: who wants the files must ask first. Set before anything is
+            uploaded.
+        revision (`str`, *optional*): branch, created when it does not exist; `main` when absent.
+        create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead.
+        tag (`str` or `bool`, *optional*, defaults to `True`): the name of the version; `True` takes the next of v1,
+            v2, ... for a commit on `main` and none elsewhere, `False` none at all.
+        token (`str` or `bool`, *optional*): as in `huggingface_hub`; the one that `hf auth login` has stored when
+            absent.
+        message (`str`, *optional*, defaults to `'Upload checkpoint'`): of the commit.
+        dry_run (`bool`, *optional*, defaults to `False`): check everything and list the files, without a connection.
 
     Raises:
         FileNotFoundError: if the checkpoint is incomplete.
@@ -217,7 +219,7 @@ def commit_operations(
     could not be found so, and is repeated only after the Hub has answered that it is not there.
 
     Args:
-        operations: gives the operations for the paths that the repository holds.
+        operations (`Callable`): gives the operations for the paths that the repository holds.
     """
     for wait in (*RETRY_WAITS, None):
         try:

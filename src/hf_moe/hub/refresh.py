@@ -73,10 +73,11 @@ def refresh_checkpoint(
     The check runs the code of the checkpoint: refresh what you trust.
 
     Args:
-        source: a checkpoint's folder, which is replaced as a whole; or the name of a repository.
-        revision: branch of the repository, *optional*.
-        push: commit the result to the repository; without it nothing is changed there.
-        token: as in `huggingface_hub`.
+        source (`str` or `Path`): a checkpoint's folder, which is replaced as a whole; or the name of a repository.
+        revision (`str`, *optional*): branch of the repository, *optional*.
+        push (`bool`, *optional*, defaults to `False`): commit the result to the repository; without it nothing is
+            changed there.
+        token (`str` or `bool`, *optional*): as in `huggingface_hub`.
 
     Raises:
         FileNotFoundError: if there is no such folder, or something is missing in it.

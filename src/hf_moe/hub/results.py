@@ -47,9 +47,10 @@ def write_evaluation(folder: Path, report: dict[str, Any], datasets: Sequence[st
     """Write the evaluation files into a checkpoint, those of an earlier report away, and return what they hold.
 
     Args:
-        folder: the checkpoint.
-        report: of the run; see `SHOWN` for what is taken from it.
-        datasets: the scores are listed under the first one; without any there is no file for the Hub.
+        folder (`Path`): the checkpoint.
+        report (`dict[str, Any]`): of the run; see `SHOWN` for what is taken from it.
+        datasets (`Sequence[str]`): the scores are listed under the first one; without any there is no file for the
+            Hub.
     """
     shutil.rmtree(folder / constants.EVAL_RESULTS_FOLDER, ignore_errors=True)
     numbers = {name: report[name] for name in SHOWN if name in report}

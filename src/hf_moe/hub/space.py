@@ -45,10 +45,10 @@ def write_space(
     of an earlier call are written anew.
 
     Args:
-        folder: the checkpoint, as it is or will be on the Hub.
-        repo_id: `user/name` of the model; the Space gets the same name.
-        output_dir: the folder to write; `<folder>-space` when absent.
-        revision: commit, tag or branch of the model; `main` when absent.
+        folder (`str` or `Path`): the checkpoint, as it is or will be on the Hub.
+        repo_id (`str`): `user/name` of the model; the Space gets the same name.
+        output_dir (`str` or `Path`, *optional*): the folder to write; `<folder>-space` when absent.
+        revision (`str`, *optional*): commit, tag or branch of the model; `main` when absent.
 
     Returns:
         The folder of the Space.

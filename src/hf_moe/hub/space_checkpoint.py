@@ -102,8 +102,8 @@ class Checkpoint:
         """Return the model's inputs for a question about what `media` holds.
 
         Args:
-            question: the text.
-            media: modality to an opened picture, or to the path of a video or a sound.
+            question (`str`): the text.
+            media (`dict[str, Any]`): modality to an opened picture, or to the path of a video or a sound.
         """
         if self.processor.chat_template is None:
             inputs = self._encode_plain(question, media)
@@ -198,8 +198,8 @@ def patch_grid(patches: int, inputs: Any) -> tuple[int, int] | None:
     """Return the rows and columns of an image's tokens; `None` where they form no grid.
 
     Args:
-        patches: how many tokens the image became.
-        inputs: of the model, as the processor made them.
+        patches (`int`): how many tokens the image became.
+        inputs (`Any`): of the model, as the processor made them.
     """
     side = isqrt(patches)
     rows, columns = side, side
