@@ -7,7 +7,6 @@ their signature: `(experts module, hidden (T, d), index (T, K), weight (T, K)) -
 
 from collections.abc import Callable
 from copy import copy
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -307,7 +306,8 @@ def ragged_experts_forward(
 ) -> torch.Tensor:
     """Run the experts on their own slots alone."""
     dispatch = Dispatch(top_k_index, self.num_experts)
-    return run_rows(partial(run_stacks, self), hidden_states, dispatch, top_k_weights)
+    rows = run_stacks(self, hidden_states.to(compute_dtype(hidden_states)), dispatch)
+    return dispatch.combine(rows, top_k_weights).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(RAGGED, ragged_experts_forward)
