@@ -84,7 +84,7 @@ def test_histograms_of_different_width_add_up(routing, statistics):
 def test_the_pictures_are_written(routing, statistics, tmp_path):
     words = [f"word{index}" for index in range(12)]
     picture = Image.new("RGB", (40, 40), "red")
-    drawn = draw_importance(routing, words, picture, tmp_path / "deep" / "importance.png", row=1, title="importance")
+    drawn = draw_importance(routing, words, picture, tmp_path / "deep" / "importance.png", row=1)
     one = draw_importance(routing, words, picture, tmp_path / "one.png", layers=[1])
     slots = draw_slot_histogram(statistics, tmp_path / "slots.png")
     virtual = draw_virtual_share(statistics, tmp_path / "virtual.png")

@@ -74,7 +74,7 @@ def check(processor, messages):
     num_images = 0 if processor.image_token is None else 1
     if not num_images:
         messages = [{**message, "content": message["content"][-1:]} for message in messages]
-    trained, labels = ConversationTokenizer(processor)(messages, num_images)
+    trained, labels = ConversationTokenizer(processor)(messages, {"image": num_images})
     learnt = [position for position, label in enumerate(labels) if label != IGNORE_INDEX]
     asked_only = ConversationTokenizer(processor, train=False)
     for index, message in enumerate(messages):
@@ -82,7 +82,7 @@ def check(processor, messages):
             continue
         prompt = asked_ids(processor, messages[:index])
         assert trained[: len(prompt)] == prompt
-        assert asked_only(messages[: index + 1], num_images)[0] == prompt
+        assert asked_only(messages[: index + 1], {"image": num_images})[0] == prompt
         own = [position for position in learnt if position >= len(prompt)]
         end = next(position for position in own if trained[position] in ends)
         answer = [position for position in own if position <= end]
@@ -139,7 +139,7 @@ def test_answers_that_would_be_asked_otherwise_are_refused(template, message):
     processor = make_processor("byte-level", "bare", False, TEMPLATES[template], False)
     messages = [{**message, "content": message["content"][-1:]} for message in CONVERSATIONS["turns"]]
     with pytest.raises(ValueError, match=message):
-        ConversationTokenizer(processor)(messages, 0)
+        ConversationTokenizer(processor)(messages, {})
 
 
 @pytest.mark.parametrize("kind, ends, prefix", [variant for variant in VARIANTS if variant[1].startswith("bos")])
@@ -181,7 +181,7 @@ def test_tokenizer_without_an_end_is_refused():
 def test_answer_that_ends_itself_learns_one_mark(template, written):
     processor = make_processor("byte-level", "bare", False, TEMPLATES[template], False)
     tokenizer = processor.tokenizer
-    trained, labels = ConversationTokenizer(processor)([turn("user", "what?"), turn("assistant", written)], 0)
+    trained, labels = ConversationTokenizer(processor)([turn("user", "what?"), turn("assistant", written)], {})
     learnt = [label for label in labels if label != IGNORE_INDEX]
     assert learnt.count(tokenizer.eos_token_id) == 1 and learnt[-1] == tokenizer.eos_token_id == trained[-1]
     assert tokenizer.decode(learnt[:-1]).strip() == "red"
@@ -191,4 +191,4 @@ def test_answer_that_ends_itself_learns_one_mark(template, written):
 def test_answer_that_writes_a_mark_is_refused(answer):
     processor = make_processor("byte-level", "bare", False, None, True)
     with pytest.raises(ValueError, match="answer .message 1. (with an end mark|that writes <image>)"):
-        ConversationTokenizer(processor)([ASKED, turn("assistant", answer)], 1)
+        ConversationTokenizer(processor)([ASKED, turn("assistant", answer)], {"image": 1})

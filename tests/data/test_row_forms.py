@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from hf_moe.data import TextProcessor, VisionLanguageCollator, load_rows, tokenize_rows
-from hf_moe.data.rows import row_images, row_messages
+from hf_moe.data.rows import row_media, row_messages
 
 
 QUESTION, ANSWER = "what is this ?", "circle"
@@ -86,9 +86,9 @@ def test_all_forms_of_a_row_are_read_from_files(form, suffix, processor, picture
 def test_images_of_parts_and_of_the_row_keep_their_places(picture):
     first, second = picture(0), picture(1)
     row = {"messages": question({"type": "image"}, {"type": "image", "image": second}), "images": [first]}
-    assert row_images(row) == [first, second]
+    assert row_media(row, "image") == [first, second]
     with pytest.raises(ValueError, match="2 image parts, 1 of which bring their image, and 2 images"):
-        row_images({**row, "images": [first, second]})
+        row_media({**row, "images": [first, second]}, "image")
 
 
 FIELDS = {

@@ -29,7 +29,6 @@ def draw_importance(
     row: int = 0,
     layers: list[int] | None = None,
     signal: str = "importance",
-    title: str | None = None,
 ) -> Path:
     """Draw a signal over the patches of a row's image and its words, one line of panels per layer; return the path.
 
@@ -42,7 +41,6 @@ def draw_importance(
         layers (`list[int]`, *optional*): all that report the signal when absent.
         signal (`str`, *optional*, defaults to `'importance'`): one value per token, 0 to 1, or any number for other
             signals than `importance`.
-        title (`str`, *optional*): of the picture, *optional*.
 
     Raises:
         ValueError: if no layer reports the signal, or the row has no image with a square number of tokens.
@@ -54,9 +52,7 @@ def draw_importance(
         if layers is None or layer in layers
     }
     if not found:
-        raise ValueError(
-            f"No layer reports {signal!r}: it comes from routers with a slot budget, such as 'anyexperts'."
-        )
+        raise ValueError(f"No layer reports {signal!r}: routers with a slot budget do, such as 'anyexperts'.")
     mask = routing.token_mask[row].cpu()
     patches = (routing.modality_ids[row].cpu() == IMAGE) & mask
     side = round(int(patches.sum()) ** 0.5)
@@ -79,7 +75,7 @@ def draw_importance(
     scale = figure.colorbar(heat, ax=axes, fraction=0.025, pad=0.02)
     scale.solids.set_alpha(1.0)
     dress_scale(scale, signal)
-    return write_figure(figure, path, title)
+    return write_figure(figure, path)
 
 
 def _draw_words(axes: Any, words: list[tuple[str, float]], low: float, high: float) -> None:

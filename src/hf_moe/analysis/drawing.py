@@ -35,10 +35,7 @@ def draw_routing(statistics: RoutingStatistics, path: str | Path, title: str | N
     layers = list(statistics.tables)
     seen = [m for m in range(len(MODALITIES)) if any(statistics.tokens[layer][m] > 0 for layer in layers)]
     if not seen:
-        raise ValueError(
-            "The routing statistics are empty: run the model with output_routing=True and pass the routing of its "
-            "output to RoutingStatistics.update()."
-        )
+        raise ValueError("The statistics are empty: update() them with the routing of a call (output_routing=True).")
     experts = max(statistics.tables[layer].shape[1] - 1 for layer in layers)
     rows, columns = (1, len(seen)) if experts * len(seen) <= COLUMNS else (len(seen), 1)
     # In inches: a cell holds a written share or is a thin stripe; what is added holds bars, labels and the scale.

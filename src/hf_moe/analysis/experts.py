@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..modeling.block import Block
@@ -27,7 +27,7 @@ SHUFFLES = 3
 
 
 @torch.no_grad()
-def weight_similarity(layer: Block) -> torch.Tensor:
+def weight_similarity(layer: Block) -> Tensor:
     """Return the cosines between the weights of a layer's experts, (E, E) float32; they are one bank."""
     experts = _bank(layer)
     flat = torch.cat([stack.detach().float().flatten(1) for stack in experts.parameters()], dim=1)  # (E, weights)
@@ -36,7 +36,7 @@ def weight_similarity(layer: Block) -> torch.Tensor:
 
 
 @torch.no_grad()
-def output_similarity(layer: Block, hidden_states: torch.Tensor) -> torch.Tensor:
+def output_similarity(layer: Block, hidden_states: Tensor) -> Tensor:
     """Return the cosines between the outputs of a layer's experts on the same tokens, averaged, (E, E) float32.
 
     Args:
@@ -47,7 +47,7 @@ def output_similarity(layer: Block, hidden_states: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def expert_similarity(model: Any, batch: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+def expert_similarity(model: Any, batch: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """Return [`weight_similarity`] and [`output_similarity`] of every MoE layer, as `weights` and `outputs`.
 
     Args:
@@ -62,11 +62,11 @@ def expert_similarity(model: Any, batch: dict[str, torch.Tensor]) -> dict[int, d
 
 
 @torch.no_grad()
-def layer_inputs(model: Any, batch: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+def layer_inputs(model: Any, batch: Mapping[str, Any]) -> dict[int, Tensor]:
     """Return the real tokens (T, d) of a batch, keyword arguments of a forward pass, that reach every MoE layer."""
-    seen: dict[int, torch.Tensor] = {}
+    seen: dict[int, Tensor] = {}
 
-    def keep(layer: Block, args: tuple[torch.Tensor, ...]) -> None:
+    def keep(layer: Block, args: tuple[Tensor, ...]) -> None:
         seen[layer.layer_idx] = args[0].flatten(0, 1)
 
     with evaluation_mode(model), ExitStack() as hooks:
@@ -77,7 +77,7 @@ def layer_inputs(model: Any, batch: Mapping[str, Any]) -> dict[int, torch.Tensor
 
 
 @torch.no_grad()
-def expert_redundancy(model: Any, batch: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[int, float]:
+def expert_redundancy(model: Any, batch: dict[str, Tensor], tokens: Tensor) -> dict[int, float]:
     """Return, by layer, the mean cosine between the outputs of two experts on the same tokens.
 
     1 where all experts do the same, so that all but one are spare. What adapters add to the experts counts as well, as
@@ -98,7 +98,7 @@ def expert_redundancy(model: Any, batch: dict[str, torch.Tensor], tokens: torch.
 
     def measure(number: int, num_experts: int) -> Any:
         # Within the forward pass, where the routers of adapters know the modality of the tokens.
-        def hook(experts: Any, args: tuple, output: torch.Tensor) -> None:
+        def hook(experts: Any, args: tuple, output: Tensor) -> None:
             run = partial(_run_expert, experts, num_experts, len(args) == 2)
             found[number] = mean_similarity(_output_cosines(run, args[0], num_experts, tokens.flatten()))
 
@@ -127,7 +127,7 @@ def _banks(model: Any) -> dict[int, tuple[nn.Module, int]]:
     return banks
 
 
-def mean_similarity(matrix: torch.Tensor) -> float:
+def mean_similarity(matrix: Tensor) -> float:
     """Return the mean of a similarity matrix off its diagonal."""
     experts = len(matrix)
     return ((matrix.sum() - matrix.diagonal().sum()) / max(experts * (experts - 1), 1)).item()
@@ -149,7 +149,7 @@ def modality_divergence(statistics: RoutingStatistics) -> dict[Site, float]:
 
 
 @torch.no_grad()
-def shuffle_test(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
+def shuffle_test(model: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
     """Return the mean language loss with the routers as they are, and with their columns permuted.
 
     The shuffled loss is the mean over `SHUFFLES` fixed permutations, none of which leaves an expert in its place.
@@ -177,8 +177,8 @@ def shuffle_test(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> dict
     return {"loss": loss, "shuffled_loss": shuffled, "change": shuffled / loss - 1.0}
 
 
-def _exchange(target: torch.Tensor) -> Any:
-    def hook(gate: Any, args: tuple[torch.Tensor, RoutingContext], decision: Any) -> Any:
+def _exchange(target: Tensor) -> Any:
+    def hook(gate: Any, args: tuple[Tensor, RoutingContext], decision: Any) -> Any:
         if not isinstance(decision, ExpertAssignment):
             raise ValueError(f"The shuffle test needs a router that assigns experts, not {type(decision).__name__}.")
         decision.expert_index = target.to(decision.expert_index.device)[decision.expert_index]
@@ -187,16 +187,14 @@ def _exchange(target: torch.Tensor) -> Any:
     return hook
 
 
-def _mean_loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
+def _mean_loss(model: Any, batches: list[dict[str, Tensor]]) -> float:
     counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
     with evaluation_mode(model):
         total = sum(model(**batch).loss.item() * count for batch, count in zip(batches, counts, strict=True))
     return total / max(sum(counts), 1)
 
 
-def _run_expert(
-    experts: Any, num_experts: int, takes_assignment: bool, hidden_states: torch.Tensor, expert: int
-) -> torch.Tensor:
+def _run_expert(experts: Any, num_experts: int, takes_assignment: bool, hidden_states: Tensor, expert: int) -> Tensor:
     """Return what one expert makes of all tokens; Transformers' take index and weight in place of a decision."""
     index = torch.full((len(hidden_states), 1), expert, device=hidden_states.device)
     weight = torch.ones_like(index, dtype=hidden_states.dtype)
@@ -206,11 +204,8 @@ def _run_expert(
 
 
 def _output_cosines(
-    run: Callable[[torch.Tensor, int], torch.Tensor],
-    hidden_states: torch.Tensor,
-    num_experts: int,
-    kept: torch.Tensor | None = None,
-) -> torch.Tensor:
+    run: Callable[[Tensor, int], Tensor], hidden_states: Tensor, num_experts: int, kept: Tensor | None = None
+) -> Tensor:
     """Return the cosines (E, E) between the outputs of experts, averaged over the tokens `kept` of (T, d)."""
     outputs = []
     for expert in range(num_experts):
@@ -223,8 +218,6 @@ def _output_cosines(
 
 def _bank(layer: Block) -> FfnExperts:
     if not isinstance(layer.experts, FfnExperts):
-        raise ValueError(
-            f"Layer {layer.layer_idx}: similarities are between feed-forwards of one bank, not "
-            f"{type(layer.experts).__name__}."
-        )
+        found = type(layer.experts).__name__
+        raise ValueError(f"Layer {layer.layer_idx}: one bank of feed-forwards is compared, not {found}.")
     return layer.experts

@@ -10,28 +10,24 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .messages import Message
 from .placeholders import media_tokens
 from .text import TextProcessor
 
 
 AnyProcessor: TypeAlias = ProcessorMixin | TextProcessor
+Tokens: TypeAlias = tuple[list[int], list[int]]
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 LINKS = {"tool_call_id"}  # names another message's tool call, which templates write by its order
 
 
 @dataclass
 class Answer:
-    """An assistant turn within a rendered conversation.
-
-    Args:
-        index (`int`): of its message.
-        prompt (`str`): the text that asks for it.
-        spans (`list[tuple[int, int]]`): the characters that are learnt.
-    """
+    """An assistant turn within a rendered conversation: its message, the text that asks for it, what is learnt."""
 
     index: int
     prompt: str
-    spans: list[tuple[int, int]]
+    spans: list[tuple[int, int]]  # of characters
 
     @property
     def end(self) -> int:
@@ -40,17 +36,12 @@ class Answer:
 
 @dataclass
 class Conversation:
-    """A rendered conversation.
-
-    Args:
-        text (`str`): each image, video and sound is a placeholder in it.
-        answers (`list[Answer]`): in it.
-        is_open (`bool`): whether something follows the last answer.
-    """
+    """A rendered conversation; each image, video and sound is a placeholder in its text."""
 
     text: str
     answers: list[Answer]
-    is_open: bool
+    is_open: bool  # whether something follows the last answer
+    tokens: Tokens | None = None  # ids and labels, once they are known
 
     def _positions(self) -> list[int]:
         ends = {end for answer in self.answers for span in answer.spans for end in span}
@@ -63,25 +54,17 @@ class Conversation:
         return "".join(f"{piece}{mark}" for piece in pieces)
 
     def expanded(self, marked: str, mark: str) -> "Conversation":
-        """Return the conversation whose marked text a processor has expanded.
-
-        Raises:
-            ValueError: if the marks are no longer those of [`marked`].
-        """
+        """Return the conversation whose text, as [`marked`] gives it, a processor has expanded."""
         pieces, positions = marked.split(mark), self._positions()
         if len(pieces) != len(positions) + 1:
             raise ValueError(f"the processor changed the text beyond its placeholders: {marked!r:.200}")
         *ends, _ = accumulate(map(len, pieces))
         moved = dict(zip(positions, ends, strict=True))
         text = "".join(pieces)
-        answers = [
-            Answer(
-                answer.index,
-                text[: moved[len(answer.prompt)]],
-                [(moved[first], moved[last]) for first, last in answer.spans],
-            )
-            for answer in self.answers
-        ]
+        answers = []
+        for answer in self.answers:
+            spans = [(moved[first], moved[last]) for first, last in answer.spans]
+            answers.append(Answer(answer.index, text[: moved[len(answer.prompt)]], spans))
         return Conversation(text, answers, self.is_open)
 
 
@@ -113,10 +96,8 @@ class ChatTemplate:
             text = self.render(probe, {}, add_generation_prompt=True)
         except ValueError:  # a template may want other turns than these
             return False
-        encoded = self.processor.apply_chat_template(
-            probe, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        asked = encoded["input_ids"]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        asked = self.processor.apply_chat_template(probe, **options)["input_ids"]
         asked = list(asked[0] if len(asked) and not isinstance(asked[0], int) else asked)
         for added in (False, True):
             if self.processor.tokenizer(text, add_special_tokens=added)["input_ids"] == asked:
@@ -133,14 +114,8 @@ class ChatTemplate:
         added = self._adds_special_tokens and not begins
         return tokenizer(text, add_special_tokens=added, return_offsets_mapping=True)
 
-    def render(
-        self, messages: list[dict[str, Any]], options: dict[str, Any], add_generation_prompt: bool = False
-    ) -> str:
-        """Return the text of a conversation.
-
-        Raises:
-            ValueError: if the template fails.
-        """
+    def render(self, messages: list[Message], options: dict[str, Any], add_generation_prompt: bool = False) -> str:
+        """Return the text of a conversation."""
         try:
             return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **options)
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -149,12 +124,8 @@ class ChatTemplate:
                 f"cannot be rendered by the chat template (turns: {roles}): {type(error).__name__}: {error}"
             ) from error
 
-    def check_fields(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
-        """Refuse what the template does not read.
-
-        Raises:
-            ValueError: naming the first field of a message, of a part, or option without which the text is the same.
-        """
+    def check_fields(self, messages: list[Message], options: dict[str, Any]) -> None:
+        """Refuse a field of a message or a part, or an option, without which the text is the same."""
         changed = list(_without_a_field(messages))
         if not changed and not options:
             return
@@ -163,17 +134,13 @@ class ChatTemplate:
             if self.render(fewer, options) == text:
                 raise ValueError(f"has {field}, which the chat template does not read: take it out.")
         for name, value in options.items():
-            rest = {other: kept for other, kept in options.items() if other != name}
+            rest = _without(options, name)
             prompts = [self.render(messages, given, add_generation_prompt=True) for given in (options, rest)]
             if prompts[0] == prompts[1] and self.render(messages, rest) == text:
                 raise ValueError(f"has {name}={value!r:.100}, which the chat template does not read: take it out.")
 
-    def answers(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[str, list[Answer]]:
-        """Return the text of a conversation, and the answers in it from which something is learnt.
-
-        Raises:
-            ValueError: if an answer does not follow its prompt, or changes once more turns follow.
-        """
+    def answers(self, messages: list[Message], options: dict[str, Any]) -> tuple[str, list[Answer]]:
+        """Return the text of a conversation, and the answers in it from which something is learnt."""
         text = self.render(messages, options)
         marked = self._marked(messages, options) if GENERATION_BLOCK.search(self._source) else None
         indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -202,7 +169,7 @@ class ChatTemplate:
                 answers.append(Answer(index, prompt, spans))
         return text, answers
 
-    def _marked(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[tuple[int, int]]:
+    def _marked(self, messages: list[Message], options: dict[str, Any]) -> list[tuple[int, int]]:
         """Return the characters within the template's generation blocks."""
         _, marked = render_jinja_template(
             conversations=[messages],
@@ -212,7 +179,7 @@ class ChatTemplate:
         )
         return marked[0]
 
-    def _end_of_turn(self, messages: list[dict[str, Any]], options: dict[str, Any], text: str, begin: int) -> int:
+    def _end_of_turn(self, messages: list[Message], options: dict[str, Any], text: str, begin: int) -> int:
         """Return the end of the last turn of `messages` within `text`, with the special token that closes it."""
         turn = self.render(messages, options)
         end = self._close(turn, begin, len(turn))
@@ -232,21 +199,22 @@ class ChatTemplate:
         return after.end() if after else max(begin, len(text[:end].rstrip()))
 
 
-def _without_a_field(messages: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _without_a_field(messages: list[Message]) -> Iterator[tuple[str, list[Message]]]:
     """Give, for each field that not every message or part has, its name and the messages without it."""
     for index, message in enumerate(messages):
+
+        def instead(fewer: dict[str, Any], index: int = index) -> list[Message]:
+            return [*messages[:index], fewer, *messages[index + 1 :]]
+
         for name in message.keys() - {"role", "content", *LINKS}:
-            fewer = {other: value for other, value in message.items() if other != name}
-            yield (
-                f"{name}={message[name]!r:.100} in message {index}",
-                [*messages[:index], fewer, *messages[index + 1 :]],
-            )
+            yield f"{name}={message[name]!r:.100} in message {index}", instead(_without(message, name))
         parts = message["content"] if isinstance(message["content"], list) else []
         for position, part in enumerate(parts):
             for name in part.keys() - {"type", "text"}:
-                fewer_parts = [*parts]
-                fewer_parts[position] = {other: value for other, value in part.items() if other != name}
-                yield (
-                    f"{name}={part[name]!r:.100} in a part of message {index}",
-                    [*messages[:index], {**message, "content": fewer_parts}, *messages[index + 1 :]],
-                )
+                fewer = [*parts[:position], _without(part, name), *parts[position + 1 :]]
+                where = f"{name}={part[name]!r:.100} in a part of message {index}"
+                yield where, instead({**message, "content": fewer})
+
+
+def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {other: value for other, value in fields.items() if other != name}

@@ -14,7 +14,7 @@ from .host_inputs import HostInputs
 from .messages import MEDIUM_NAMES
 from .placeholders import check_processor, expands_alone
 from .row_images import open_row_images
-from .rows import describe_row, row_images, row_messages, template_options, unread_columns
+from .rows import row_media, row_messages, row_named, template_options, unread_columns
 from .tokenisation import (
     IGNORE_INDEX,
     ConversationTokenizer,
@@ -77,25 +77,15 @@ class VisionLanguageCollator:
         self.conversations = ConversationTokenizer(processor, train)
         self._condition_columns = [f"{name}_ids" for name in conditions]
         self._unread: set[str] = set()
-        self._host = (
-            HostInputs(processor, self.conversations, config, feature_cache) if expands_alone(processor) else None
-        )
+        hosted = expands_alone(processor)
+        self._host = HostInputs(processor, self.conversations, config, feature_cache) if hosted else None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch.
-
-        Raises:
-            ValueError: naming the first row with an image, a video or a sound that cannot be opened, that the
-                processor does not take or that is not in the cache, whose placeholders do not match these, of which
-                one would be cut, or which has nothing to learn from.
-        """
+        """Return the batch; an error names the first row that cannot be read, does not fit or has nothing to learn."""
 
         def named(index: int, step: Callable, *arguments: Any) -> Any:
-            """Take a step of one row, whose name goes before what is wrong with it."""
-            try:
+            with row_named(rows[index], index, "batch"):
                 return step(*arguments)
-            except ValueError as error:
-                raise ValueError(f"{describe_row(rows[index], index, 'batch')} {error}") from error
 
         for index, row in enumerate(rows):
             named(index, self._check_columns, row)
@@ -105,10 +95,11 @@ class VisionLanguageCollator:
     def _own_batch(self, rows: list[dict[str, Any]], named: Callable) -> dict[str, torch.Tensor]:
         """Return the batch of a processor that needs not see an image to expand its placeholder."""
         read = [named(index, self._read, row) for index, row in enumerate(rows)]
-        images = [items for items, _ in read]
-        pictures = [named(index, self._pictures, images[index]) for index in range(len(rows))]
-        pixels = self._pixels([picture for items in pictures for picture in items])
-        counts = placeholder_counts(sum(map(len, images)), self.processor, pixels)
+        pictures = [picture for index, (images, _) in enumerate(read) for picture in named(index, self._open, images)]
+        pixels: dict[str, Any] = process_images(pictures, self.processor) if self.feature_cache is None else {}
+        if self.feature_cache is not None and pictures:
+            pixels = {"image_features": torch.stack(pictures)}
+        counts = placeholder_counts(sum(len(images) for images, _ in read), self.processor, pixels)
 
         batch: list[Tokens] = []
         for index, (row, (items, tokens)) in enumerate(zip(rows, read, strict=True)):
@@ -131,24 +122,19 @@ class VisionLanguageCollator:
         if not row:
             raise ValueError(f"is empty. {REMOVED_COLUMNS}.")
 
-    def _pictures(self, images: list[Any]) -> Sequence[Any]:
+    def _open(self, images: list[Any]) -> Sequence[Any]:
         """Return a row's images opened, or their features (N, P, C)."""
         if not images or self.processor.image_processor is None:
             return []
         cache = self.feature_cache
         return cache.lookup(images) if isinstance(cache, FeatureCache) else open_row_images(images)
 
-    def _pixels(self, pictures: list[Any]) -> dict[str, torch.Tensor]:
-        if self.feature_cache is None:
-            return process_images(pictures, self.processor)
-        return {"image_features": torch.stack(pictures)} if pictures else {}
-
     def _read(self, row: dict[str, Any]) -> tuple[list[Any], Tokens]:
         """Return the images of a row and its tokens, which a tokenised row has with all placeholders."""
         if row.get("input_ids") is not None:
-            return row_images(row), token_columns(row, self.train)
+            return row_media(row, "image"), token_columns(row, self.train)
         messages, counts = row_messages(row), media_counts(row)
-        return row_images(row), self.conversations(messages, counts, template_options(row))
+        return row_media(row, "image"), self.conversations(messages, counts, template_options(row))
 
     def _fit(self, tokens: Tokens, counts: list[int], tokenised: bool) -> Tokens:
         """Return the tokens with all placeholders, none beyond `max_length`."""
@@ -157,9 +143,8 @@ class VisionLanguageCollator:
         found = input_ids.count(placeholder)
         if found != sum(counts):
             remedy = "tokenise it again with the processor of this collator" if counts else REMOVED_COLUMNS
-            raise ValueError(
-                f"has {found} placeholder tokens and {len(counts)} images of {sum(counts)} tokens: {remedy}."
-            )
+            wanted = f"{len(counts)} images of {sum(counts)} tokens"
+            raise ValueError(f"has {found} placeholder tokens and {wanted}: {remedy}.")
         return self._cut((input_ids, labels), {"image": {placeholder}})
 
     def _cut(self, tokens: Tokens, placeholders: Mapping[str, set[int]]) -> Tokens:
@@ -168,13 +153,11 @@ class VisionLanguageCollator:
         if self.max_length is not None and len(input_ids) > self.max_length:
             for kind, ids in placeholders.items():
                 if not ids.isdisjoint(input_ids[self.max_length :]):
-                    raise ValueError(
-                        f"has {len(input_ids)} tokens, and max_length={self.max_length} would cut "
-                        f"{MEDIUM_NAMES[kind]}: raise max_length or drop the row."
-                    )
+                    cut = f"max_length={self.max_length} would cut {MEDIUM_NAMES[kind]}: raise it or drop the row"
+                    raise ValueError(f"has {len(input_ids)} tokens, and {cut}.")
             if not self.train:
                 raise ValueError(f"has a prompt of {len(input_ids)} tokens, above max_length={self.max_length}.")
-            input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+            input_ids, labels = (column[: self.max_length] for column in tokens)
         if self.train and all(label == IGNORE_INDEX for label in labels):
             raise ValueError(f"has no assistant token to learn from within {len(input_ids)} tokens.")
         return input_ids, labels

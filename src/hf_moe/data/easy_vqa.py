@@ -15,7 +15,7 @@ def question_type(answer: str) -> str:
     return "shape" if answer in SHAPES else "color"
 
 
-def load_easy_vqa(split: str, limit: int | None = None) -> Dataset:
+def load_easy_vqa(split: str) -> Dataset:
     """Load easy-VQA, one question a row: 38,575 in `train`, 9,673 in `test`.
 
     Columns: `messages`, `images`, `image_id` (unique over both splits), `question_type`, `answer`.
@@ -36,7 +36,7 @@ def load_easy_vqa(split: str, limit: int | None = None) -> Dataset:
         raise ValueError(f"easy-VQA has the splits {', '.join(loaders)}, got {split!r}.")
     get_questions, get_paths = loaders[split]
     paths = get_paths()
-    questions, answers, image_ids = (column[:limit] for column in get_questions())
+    questions, answers, image_ids = get_questions()
     columns = {
         "messages": [question_messages(*pair) for pair in zip(questions, answers, strict=True)],
         "images": [[paths[image_id]] for image_id in image_ids],

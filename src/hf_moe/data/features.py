@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,8 +22,8 @@ from ..modeling.vision import tower_features
 from .feature_files import fingerprint, read_whole, write_whole
 from .host_features import HostFeatures
 from .placeholders import expands_alone
-from .row_images import content_key, pixel_key, read_row_image, undecoded
-from .rows import describe_row, row_images
+from .row_images import content_key, pixel_key, read_row_image, readable, undecoded
+from .rows import describe_row, row_media, row_named
 from .tokenisation import gives_packed_patches, process_images
 
 
@@ -60,19 +61,15 @@ class FeatureCache:
     ) -> Any:
         """Run the model's tower once per distinct picture of `rows`, or read what an earlier run has left.
 
-        For a host of Transformers these are the connector's outputs, see [`HostFeatures`].
-
-        The file is named after the tower's weights and config, the image processor's settings and what the pictures
-        hold, so it is read again only where all are the same.
+        For a host of Transformers these are the connector's outputs, and [`HostFeatures`] are returned. The file is
+        named after the tower, the image processor's settings and what the pictures hold, so it is read again only
+        where all are the same.
 
         Args:
             rows (`Rows`): a dataset or a list of rows.
             cache_dir (`str` or `os.PathLike`, *optional*): folder of the file; by default `hf_moe/features` in the
                 Hugging Face cache.
             dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): in which the features are kept.
-
-        Returns:
-            A [`FeatureCache`], or the [`HostFeatures`] of a host.
 
         Raises:
             ValueError: if the tower is trainable, takes packed patches, or its features do not fit `dtype`; if an
@@ -91,7 +88,9 @@ class FeatureCache:
         cache = read_whole(path, cls._read)
         if cache is None:
             cache = _compute(base, processor, images, batch_size, dtype)
-            cache._write(path)
+            keys = torch.tensor([list(key) for key in cache.positions], dtype=torch.uint8)  # (M, 32)
+            positions = torch.tensor(list(cache.positions.values()))  # (M,)
+            write_whole(path, {"features": cache.features, "keys": keys, "positions": positions})
         return cache
 
     @classmethod
@@ -101,28 +100,17 @@ class FeatureCache:
             names = (key.numpy().tobytes() for key in keys)
             return cls(dict(zip(names, positions.tolist(), strict=True)), file.get_tensor("features"))
 
-    def _write(self, path: Path) -> None:
-        keys = torch.tensor([list(key) for key in self.positions], dtype=torch.uint8)  # (M, 32)
-        positions = torch.tensor(list(self.positions.values()))  # (M,)
-        write_whole(path, {"features": self.features, "keys": keys, "positions": positions})
-
     def lookup(self, images: list[Any]) -> torch.Tensor:
-        """Return the features (N, P, C) of N images of rows.
-
-        Raises:
-            ValueError: naming the first image whose features were not computed, or that cannot be read.
-        """
+        """Return the features (N, P, C) of N images of rows; refuse one that was not computed, by name."""
         return self.features[[self._position(place, image) for place, image in enumerate(images)]]
 
     def _position(self, place: int, image: Any) -> int:
-        try:
+        with readable("image", place):
             name, content = read_row_image(image)
             position = self.positions.get(content_key(name, content))
             if position is None:
                 # The same picture may have come in another form: decoded, or encoded otherwise.
                 position = self.positions.get(pixel_key(decode_image(name, content)))
-        except ValueError as error:
-            raise ValueError(f"has no readable image {place}: {error}.") from error
         if position is None:
             raise ValueError(
                 f"has an image {place} that is not in the feature cache of {len(self)} pictures: {name} is new or has "
@@ -153,17 +141,11 @@ def _distinct_images(rows: Rows) -> dict[bytes, tuple[str, Any]]:
         rows = rows.select_columns(read) if read else rows
     images: dict[bytes, tuple[str, Any]] = {}
     for index, row in enumerate(rows):
-        named = describe_row(row, index, "dataset")
-        try:
-            held = row_images(row)
-        except ValueError as error:
-            raise ValueError(f"{named} {error}") from error
-        for place, image in enumerate(held):
-            where = f"{named} has no readable image {place}"
-            try:
-                images.setdefault(content_key(*read_row_image(image)), (where, image))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}.") from error
+        with row_named(row, index, "dataset"):
+            for place, image in enumerate(row_media(row, "image")):
+                with readable("image", place):
+                    key = content_key(*read_row_image(image))
+                images.setdefault(key, (f"{describe_row(row, index, 'dataset')} has no readable image {place}", image))
     return images
 
 
@@ -191,22 +173,19 @@ def _compute(
     parts: list[torch.Tensor] = []
     positions: dict[bytes, int] = {}
     count = 0
-    keys = list(images)
-    with evaluation_mode(tower), tqdm(total=len(images), desc="Image features", unit="image") as progress:
-        for start in range(0, len(keys), batch_size):
-            batch = keys[start : start + batch_size]
-            new = []
-            for key in batch:
-                picture = _unchanged(key, *images[key])
-                position = positions.setdefault(pixel_key(picture), count)
-                positions[key] = position
-                if position == count:
-                    new.append(picture)
-                    count += 1
-            if new:
-                pixels = process_images(new, processor)["pixel_values"].to(tower.device, tower.dtype)
+    remaining = iter(tqdm(images.items(), desc="Image features", unit="image"))
+    while batch := list(islice(remaining, batch_size)):
+        new = []
+        for key, held in batch:
+            picture = _unchanged(key, *held)
+            positions[key] = position = positions.setdefault(pixel_key(picture), count)
+            if position == count:
+                new.append(picture)
+                count += 1
+        if new:
+            pixels = process_images(new, processor)["pixel_values"].to(tower.device, tower.dtype)
+            with evaluation_mode(tower):
                 parts.append(tower_features(tower, base.config, pixels).to("cpu", dtype))
-            progress.update(len(batch))
     features = torch.cat(parts)  # (N, P, C)
     if not features.isfinite().all():
         raise ValueError(f"The tower's features do not fit {dtype}: pass dtype=torch.bfloat16 or torch.float32.")

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 
-from .messages import MEDIA_KINDS, from_json, text_of, without_fill
+from .messages import from_json, text_of, without_fill
 from .records import ROW_ERRORS, TABLES, plain, read_records
 from .rows import MEDIA_COLUMNS, MESSAGES, OPTION_COLUMNS, row_media, row_messages, template_options
 from .stored import MEDIA_FEATURES, STORE
@@ -18,27 +18,18 @@ from .stored import MEDIA_FEATURES, STORE
 
 TEXT_COLUMNS = ("question", "answer", "question_type", "id")
 READ_COLUMNS = ("messages", "conversations", *MEDIA_COLUMNS)
+TYPE_ERRORS = (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError)  # of values that make no column
 
 
 def rows_of_file(file: Path) -> Dataset:
-    """Return the rows of a file of JSON lines, JSON, CSV, Parquet or Arrow.
-
-    Raises:
-        FileNotFoundError: if the file, or an image, a video or a sound of a row, is not there.
-        ValueError: naming the row that is not of an accepted form.
-    """
+    """Return the rows of a file of JSON lines, JSON, CSV, Parquet or Arrow; see [`read_row`]."""
     filled = file.suffix.lower() in TABLES
     rows = ((index, read_row(row, index, str(file), file.parent, filled)) for index, row in read_records(file))
     return as_dataset(rows, str(file))
 
 
 def rows_of_list(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """Return rows in memory as [`rows_of_file`] returns those of a file; paths are relative to the working folder.
-
-    Raises:
-        FileNotFoundError: if an image, a video or a sound of a row is not there.
-        ValueError: naming the row that is not of an accepted form, or if there is none.
-    """
+    """Return rows in memory as [`rows_of_file`] returns those of a file; paths are relative to the working folder."""
     if not rows:
         raise ValueError("The list holds no rows.")
     read = ((index, read_row(row, index, "the list", Path(), filled=True)) for index, row in enumerate(rows))
@@ -46,14 +37,9 @@ def rows_of_list(rows: Sequence[dict[str, Any]]) -> Dataset:
 
 
 def as_dataset(rows: Iterable[tuple[int, dict[str, Any]]], place: str) -> Dataset:
-    """Return rows as a dataset that has all of their columns; a row has `None` in those that it lacks.
+    """Return rows and their numbers as a dataset that has all of their columns, each of one type.
 
-    Args:
-        rows (`Iterable[tuple[int, dict[str, Any]]]`): and their numbers.
-        place (`str`): where they come from.
-
-    Raises:
-        ValueError: if the values of a column are of several types, naming column and row.
+    A row has `None` in the columns that it lacks; `place` is where the rows come from.
     """
     numbers, records = zip(*rows, strict=True)
     names = list(dict.fromkeys(name for row in records for name in row))
@@ -70,9 +56,7 @@ def as_dataset(rows: Iterable[tuple[int, dict[str, Any]]], place: str) -> Datase
         columns["messages"] = [[_filled(message) for message in messages] for messages in columns["messages"]]
     for name in names:
         if name in OPTION_COLUMNS:
-            columns[name] = [
-                value if value is None or isinstance(value, str) else json.dumps(value) for value in columns[name]
-            ]
+            columns[name] = [json.dumps(v) if v is not None and not isinstance(v, str) else v for v in columns[name]]
         if name not in features and name != "messages":
             _check_types(name, columns[name], numbers, place)
     texts = {name: Value("string") for name in ("messages", *TEXT_COLUMNS) if name in columns and name not in features}
@@ -96,12 +80,12 @@ def _filled(message: dict[str, Any]) -> dict[str, Any]:
 def _check_types(name: str, values: list[Any], numbers: tuple[int, ...], place: str) -> None:
     try:
         pa.array(values)
-    except (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError):
+    except TYPE_ERRORS:
         first = next(value for value in values if value is not None)
         for number, value in zip(numbers, values, strict=True):
             try:
                 pa.array([first, value])
-            except (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError) as error:
+            except TYPE_ERRORS as error:
                 raise ValueError(
                     f"Row {number} of {place} has {name}={value!r:.60}, and a row before it {name}={first!r:.60}: "
                     "a column is of one type in all rows."
@@ -110,18 +94,12 @@ def _check_types(name: str, values: list[Any], numbers: tuple[int, ...], place: 
 
 
 def read_row(row: Any, index: int, place: str, folder: Path, filled: bool = False) -> dict[str, Any]:
-    """Return a row with its messages, images, videos and sounds in one form.
+    """Return a row with its messages, images, videos and sounds in one form; an error names it.
 
     Args:
         row (`Any`): as [`read_records`] gives it, or any other.
-        index (`int`): of the row in its file.
-        place (`str`): where the row comes from, for errors.
         folder (`Path`): from which paths start.
         filled (`bool`, *optional*, defaults to `False`): whether Arrow may have filled fields.
-
-    Raises:
-        FileNotFoundError: if an image, a video or a sound is not there.
-        ValueError: naming the row, if it is not of an accepted form.
     """
     try:
         return _row(row, folder, filled)
@@ -151,20 +129,13 @@ def _row(row: Any, folder: Path, filled: bool) -> dict[str, Any]:
             texts[name] = [text_of(value, name) for value in values] if several else text_of(values, name)
     if isinstance(texts.get("answers"), str):
         texts["answers"] = [texts["answers"]]
-    media = {
-        f"{kind}s": [STORE[kind](plain(source), folder) for source in row_media(row, kind)]
-        for kind in MEDIA_KINDS
-        if kind != "image"
-    }
     images = [STORE["image"](source, folder) for source in sources]
-    return {
-        "image_id": [_name(source, image) for source, image in zip(sources, images, strict=True)],
-        **others,
-        **texts,
-        "messages": messages,
-        "images": images,
-        **{name: items for name, items in media.items() if items},
-    }
+    names = [_name(source, image) for source, image in zip(sources, images, strict=True)]
+    read = {"image_id": names, **others, **texts, "messages": messages, "images": images}
+    for kind in ("video", "audio"):
+        if held := row_media(row, kind):
+            read[f"{kind}s"] = [STORE[kind](plain(source), folder) for source in held]
+    return read
 
 
 def _name(source: Any, image: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from accelerate.utils import recursively_apply
 from peft import PeftModel
 from safetensors import safe_open
 from tqdm.auto import tqdm
@@ -21,7 +22,7 @@ from .feature_files import fingerprint, read_whole, write_whole
 from .host_inputs import HostInputs, HostRow
 from .placeholders import NOUNS, media_tokens
 from .row_images import pixel_key
-from .rows import describe_row, row_media
+from .rows import describe_row, row_media, row_named
 from .tokenisation import ConversationTokenizer
 
 
@@ -54,21 +55,19 @@ class HostFeatures:
     ) -> "HostFeatures":
         """Encode each distinct image and video of `rows` once, or read what an earlier run has left.
 
-        Raises:
-            ValueError: if the host takes no encoded images, something on their way is trainable, or its features
-                depend on what else is in the batch; if an image cannot be read, naming its row.
+        The host must take encoded images, and freeze all on their way; what it makes of one depends on no other.
         """
         kinds = [kind for kind in ENCODED_KINDS if kind in media_tokens(processor)]
-        found = _distinct(processor, rows, kinds)
-        inputs = {
-            kind: _inputs(model, kind) for kind in ENCODED_KINDS if any(kind == other for other, *_ in found.values())
-        }
+        host = HostInputs(processor, ConversationTokenizer(processor, train=False))
+        found = _distinct(host, rows, kinds)
+        inputs = {kind: _inputs(model, kind) for kind in sorted({kind for kind, *_ in found.values()})}
         path = folder / f"{_fingerprint(model, processor, dtype, found)}.safetensors"
         outputs = read_whole(path, _read)
         if outputs is None:
             with evaluation_mode(model):
-                outputs = _encode_all(model, processor, found, dtype)
-            _write(path, outputs)
+                outputs = _encode_all(model, host, found, dtype)
+            tensors = _tensors({key.hex(): kept for key, kept in outputs.items()})
+            write_whole(path, {name: tensor.contiguous() for name, tensor in tensors})
         return cls(outputs, inputs, model.dtype)
 
     def replace(self, rows: list[HostRow], named: Callable, batch: dict[str, Any]) -> dict[str, Any]:
@@ -76,9 +75,6 @@ class HostFeatures:
 
         Args:
             named (`Callable`): takes a step of a row, given by its number, and names the row in errors.
-
-        Raises:
-            ValueError: naming the row with an image or a video that is not in the cache.
         """
         kept: dict[str, list[Kept]] = {kind: [] for kind in ENCODED_KINDS}
         for index, row in enumerate(rows):
@@ -108,17 +104,13 @@ def replaced(
 
 
 def without_sight(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the batch with zeros for what the model makes of its images and videos.
-
-    Raises:
-        ValueError: if the host takes no encoded images.
-    """
-    seen = [kind for kind in ENCODED_KINDS if hasattr(_base(model), f"get_{kind}_features")]
-    inputs = {kind: _inputs(model, kind) for kind in seen}
-    outputs = {kind: _zeros(dict(output), model.dtype) for kind, output in batch.get("mm_encoder_outputs", {}).items()}
+    """Return the batch with zeros for what the model makes of its images and videos."""
+    inputs = {kind: _inputs(model, kind) for kind in ENCODED_KINDS if hasattr(_base(model), f"get_{kind}_features")}
+    seen = {kind: dict(output) for kind, output in batch.get("mm_encoder_outputs", {}).items()}
     for kind, names in inputs.items():
         if any(name.startswith("pixel") and name in batch for name in names):
-            outputs[kind] = _zeros(encode(model, kind, batch), model.dtype)
+            seen[kind] = encode(model, kind, batch)
+    outputs = {kind: _output(recursively_apply(torch.zeros_like, kept), model.dtype) for kind, kept in seen.items()}
     if not outputs and any(name.startswith("input_features") for name in batch):
         raise ValueError("zero_images leaves sounds as they are, and these rows have no images or videos.")
     return replaced(batch, outputs, inputs)
@@ -146,11 +138,7 @@ def _base(model: Any) -> Any:
 
 
 def _inputs(model: Any, kind: str) -> tuple[str, ...]:
-    """Return what a host encodes a kind from.
-
-    Raises:
-        ValueError: if it takes no encoded images or videos.
-    """
+    """Return what a host encodes a kind from."""
     method = getattr(_base(model), f"get_{kind}_features", None)
     if method is None or "mm_encoder_outputs" not in inspect.signature(_base(model).forward).parameters:
         raise ValueError(
@@ -160,28 +148,21 @@ def _inputs(model: Any, kind: str) -> tuple[str, ...]:
     return tuple(inspect.signature(method).parameters)
 
 
-def _distinct(
-    processor: ProcessorMixin, rows: Iterable[dict[str, Any]], kinds: list[str]
-) -> dict[bytes, tuple[str, str, Any]]:
+def _distinct(host: HostInputs, rows: Iterable[dict[str, Any]], kinds: list[str]) -> dict[bytes, tuple[str, str, Any]]:
     """Return by its key each image and video: its kind, how an error names it, and how the row holds it."""
-    host = HostInputs(processor, ConversationTokenizer(processor, train=False))
     found: dict[bytes, tuple[str, str, Any]] = {}
     for index, row in enumerate(rows):
-        named = describe_row(row, index, "dataset")
-        try:
+        with row_named(row, index, "dataset"):
             for kind in kinds:
                 for item in row_media(row, kind):
                     opened = host.open(kind, [item])[0]
-                    found.setdefault(opened_key(kind, opened), (kind, named, item))
-        except ValueError as error:
-            raise ValueError(f"{named} {error}") from error
+                    found.setdefault(opened_key(kind, opened), (kind, describe_row(row, index, "dataset"), item))
     return found
 
 
 def _encode_all(
-    model: Any, processor: ProcessorMixin, found: dict[bytes, tuple[str, str, Any]], dtype: torch.dtype
+    model: Any, host: HostInputs, found: dict[bytes, tuple[str, str, Any]], dtype: torch.dtype
 ) -> dict[bytes, Kept]:
-    host = HostInputs(processor, ConversationTokenizer(processor, train=False))
     outputs: dict[bytes, Kept] = {}
     checked: set[str] = set()
     for key, (kind, named, item) in tqdm(found.items(), desc="Features", unit="item"):
@@ -195,23 +176,22 @@ def _encode_all(
                 kept = encode(model, kind, batch)
         except ValueError as error:
             raise ValueError(f"{named} has {kind}s whose features cannot be kept. {error}") from error
-        outputs[key] = {name: _each(value, lambda tensor: tensor.to("cpu", dtype)) for name, value in kept.items()}
-        if not all(tensor.isfinite().all() for value in outputs[key].values() for tensor in _tensors(value)):
+        outputs[key] = recursively_apply(lambda tensor: tensor.to("cpu", dtype), kept)
+        if not all(tensor.isfinite().all() for _, tensor in _tensors(outputs[key])):
             raise ValueError(f"The features of the host do not fit {dtype}: pass dtype=torch.bfloat16 or float32.")
     return outputs
 
 
 def _batch(host: HostInputs, kind: str, items: list[Any]) -> dict[str, torch.Tensor]:
     messages = [{"role": "user", "content": [{"type": kind}] * len(items)}]
-    return host(
-        [{"messages": messages, f"{kind}s": items}], lambda _, step, *given: step(*given), lambda tokens, _: tokens
-    )
+    rows = [{"messages": messages, f"{kind}s": items}]
+    return host(rows, lambda _, step, *given: step(*given), lambda tokens, _: tokens)
 
 
 def _check_frozen(model: Any, kind: str, batch: dict[str, Any]) -> None:
     with torch.enable_grad():
         kept = encode(model, kind, batch)
-    if any(tensor.requires_grad for value in kept.values() for tensor in _tensors(value)):
+    if any(tensor.requires_grad for _, tensor in _tensors(kept)):
         parts = host_parts(model)
         trained = [name for name, value in model.named_parameters() if value.requires_grad and parts.holder(name)]
         raise ValueError(
@@ -226,9 +206,8 @@ def _check_alone(model: Any, host: HostInputs, kind: str, items: list[Any]) -> N
         together = encode(model, kind, _batch(host, kind, items))
         joined = _joined([encode(model, kind, _batch(host, kind, [item])) for item in items])
     for name, value in together.items():
-        first, second = (
-            torch.cat([tensor.flatten(0, -2) for tensor in _tensors(given)]) for given in (value, joined[name])
-        )
+        pair = (value, joined[name])
+        first, second = (torch.cat([tensor.flatten(0, -2) for _, tensor in _tensors(given)]) for given in pair)
         if first.shape != second.shape or not torch.allclose(first, second, atol=1e-3, rtol=1e-2):
             raise ValueError(
                 f"{type(model).__name__} makes other features ({name}) of two {NOUNS[kind]} together than of each "
@@ -239,12 +218,8 @@ def _check_alone(model: Any, host: HostInputs, kind: str, items: list[Any]) -> N
 def _output(kept: Kept, dtype: torch.dtype) -> ModelOutput:
     output = BaseModelOutputWithPooling()
     for name, value in kept.items():  # hosts have fields beyond those of this class
-        output[name] = _each(value, lambda tensor: tensor.to(dtype))
+        output[name] = recursively_apply(lambda tensor: tensor.to(dtype), value)
     return output
-
-
-def _zeros(kept: Kept, dtype: torch.dtype) -> ModelOutput:
-    return _output({name: _each(value, torch.zeros_like) for name, value in kept.items()}, dtype)
 
 
 def _joined(outputs: list[Kept]) -> Kept:
@@ -262,16 +237,13 @@ def _concatenated(values: Any) -> Any:
     return [tensor for value in values for tensor in value]
 
 
-def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    return change(value) if isinstance(value, torch.Tensor) else [_each(item, change) for item in value]
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Give the tensors of nested dicts and lists, by the path of their keys and places."""
     if isinstance(value, torch.Tensor):
-        yield value
+        yield name, value
     else:
-        for item in value:
-            yield from _tensors(item)
+        for place, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{name}/{place}" if name else f"{place}")
 
 
 def _fingerprint(model: Any, processor: ProcessorMixin, dtype: torch.dtype, keys: Iterable[bytes]) -> str:
@@ -281,35 +253,18 @@ def _fingerprint(model: Any, processor: ProcessorMixin, dtype: torch.dtype, keys
     return fingerprint(settings, (item for item in base.state_dict().items() if parts.holder(item[0])), keys)
 
 
-def _write(path: Path, outputs: dict[bytes, Kept]) -> None:
-    """Write tensors under the key of their image, the field, and the places in its lists."""
-    tensors: dict[str, torch.Tensor] = {}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value.contiguous()
-        for place, item in enumerate(value if isinstance(value, list) else []):
-            add(f"{name}/{place}", item)
-
-    for key, kept in outputs.items():
-        for field, value in kept.items():
-            add(f"{key.hex()}/{field}", value)
-    write_whole(path, tensors)
-
-
 def _read(path: Path) -> dict[bytes, Kept]:
-    outputs: dict[bytes, Any] = {}
+    """Return what was written as tensors by the path of their keys and places."""
+    nested: dict[str, Any] = {}
     with safe_open(path, "pt") as file:
-        names = [name.split("/") for name in file.keys()]  # noqa: SIM118
-        for key, *places in sorted(names, key=lambda parts: (*parts[:2], list(map(int, parts[2:])))):
-            held: Any = outputs.setdefault(bytes.fromhex(key), {})
-            tensor = file.get_tensor("/".join([key, *places]))
-            for place, following in zip(places, [*places[1:], None], strict=True):
-                value: Any = tensor if following is None else []
-                if place.isdigit():
-                    if int(place) == len(held):
-                        held.append(value)
-                    held = held[int(place)]
-                else:
-                    held = held.setdefault(place, value)
-    return outputs
+        for name in file.keys():  # noqa: SIM118
+            *places, last = name.split("/")
+            held = nested
+            for place in places:
+                held = held.setdefault(place, {})
+            held[last] = file.get_tensor(name)
+
+    def listed(value: Any) -> Any:
+        return value if isinstance(value, torch.Tensor) else [listed(value[str(place)]) for place in range(len(value))]
+
+    return {bytes.fromhex(key): {name: listed(value) for name, value in kept.items()} for key, kept in nested.items()}

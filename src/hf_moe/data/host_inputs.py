@@ -13,7 +13,7 @@ from transformers import BatchEncoding, PreTrainedConfig, ProcessorMixin
 from .chat_template import Conversation
 from .messages import MEDIA_KINDS
 from .placeholders import media_ids, media_type_ids, reader
-from .row_images import open_row_images
+from .row_images import open_row_images, readable
 from .rows import row_media, row_messages, template_options
 from .sounds import open_sound
 from .tokenisation import ConversationTokenizer, Tokens, pad_tokens
@@ -72,9 +72,6 @@ class HostInputs:
         Args:
             named (`Callable`): takes a step of a row, given by its number, and names the row in errors.
             cut (`Cut`): cuts the tokens of a row where it is too long.
-
-        Raises:
-            ValueError: naming the row that the processor does not take.
         """
         read = [named(index, self._read, row) for index, row in enumerate(rows)]
         seen = next((index for index, row in enumerate(read) if row.videos), None)
@@ -97,9 +94,7 @@ class HostInputs:
             # The processor does not know whose fault it is.
             for index, row in enumerate(read):
                 named(index, self._alone, row)
-            raise ValueError(
-                f"{self._fault(error)}, for these {len(rows)} rows together, though not alone."
-            ) from error
+            raise ValueError(f"{self._fault(error)}, for these {len(rows)} rows together, not alone.") from error
         frames = self._sound_frames(batch, sum(len(row.sounds) for row in read))
         for index, row in enumerate(read):
             lengths, frames = frames[: len(row.sounds)], frames[len(row.sounds) :]
@@ -116,33 +111,24 @@ class HostInputs:
 
     def _read(self, row: dict[str, Any]) -> HostRow:
         if row.get("input_ids") is not None:
-            raise ValueError(
-                f"is tokenised, and {type(self.processor).__name__} expands placeholders by what it sees: leave "
-                "'messages' in the row."
-            )
+            reader_name = type(self.processor).__name__
+            raise ValueError(f"is tokenised, which {reader_name} does by itself: leave 'messages' in the row.")
         media = {kind: row_media(row, kind) for kind in MEDIA_KINDS}
         counts = {kind: len(items) for kind, items in media.items()}
         conversation = self.conversations.render(row_messages(row), counts, template_options(row))
         return HostRow(conversation, *(self.open(kind, media[kind]) for kind in MEDIA_KINDS))
 
     def open(self, kind: str, items: list[Any]) -> list[Any]:
-        """Return images, videos (frames and their times) or sounds of a row, opened for the processor.
-
-        Raises:
-            ValueError: naming the first that cannot be opened.
-        """
+        """Return images, videos (frames and their times) or sounds of a row, opened for the processor."""
         if kind == "image":
             return open_row_images(items)
         opened: list[Any] = []
         for position, item in enumerate(items):
-            try:
+            with readable("video" if kind == "video" else "sound", position):
                 if kind == "video":
                     opened.append(open_video(item, reader(self.processor, kind)))
                 else:
                     opened.append(open_sound(item, reader(self.processor, kind).sampling_rate))
-            except ValueError as error:
-                noun = "video" if kind == "video" else "sound"
-                raise ValueError(f"has no readable {noun} {position}: {error}.") from error
         return opened
 
     def _alone(self, row: HostRow) -> None:
@@ -178,10 +164,8 @@ class HostInputs:
 
     def _refuse_shared(self) -> None:
         """Refuse videos beside images where the processor gives both under one name, so that one would be lost."""
-        images, videos = (
-            getattr(reader(self.processor, kind), "model_input_names", []) for kind in ("image", "video")
-        )
-        shared = ", ".join(sorted(set(images) & set(videos)))
+        names = [getattr(reader(self.processor, kind), "model_input_names", []) for kind in ("image", "video")]
+        shared = ", ".join(sorted(set(names[0]) & set(names[1])))
         if shared:
             raise ValueError(
                 f"has videos in a batch with images, which {type(self.processor).__name__} gives under one name "
@@ -189,20 +173,14 @@ class HostInputs:
             )
 
     def _check_whole(self, row: HostRow, lengths: list[int]) -> None:
-        """Refuse a sound of which the feature extractor has left out the end.
-
-        Args:
-            lengths (`list[int]`): frames of the features of each sound.
-        """
+        """Refuse a sound of which the feature extractor has left out the end; `lengths` are in frames."""
         extractor = reader(self.processor, "audio")
         for position, (sound, length) in enumerate(zip(row.sounds, lengths, strict=True)):
             if (length + 1) * extractor.hop_length < len(sound):
-                read, whole = (
-                    count / extractor.sampling_rate for count in (length * extractor.hop_length, len(sound))
-                )
+                rate = extractor.sampling_rate
                 raise ValueError(
-                    f"has a sound {position} of {whole:.2f} s, of which {type(extractor).__name__} reads {read:.2f} "
-                    "s: cut the sound, or make several of it."
+                    f"has a sound {position} of {len(sound) / rate:.2f} s, of which {type(extractor).__name__} reads "
+                    f"{length * extractor.hop_length / rate:.2f} s: cut the sound, or make several of it."
                 )
 
     def _media(self, rows: list[HostRow]) -> dict[str, Any]:
@@ -222,14 +200,7 @@ class HostInputs:
 
 
 class _RowTokenizer:
-    """Stands in for the tokenizer of a processor: expanded texts with marks get the ids of their rows.
-
-    Args:
-        tokenizer (`Any`): does everything else.
-        mark (`str`): in every text of the batch.
-        tokenize (`Callable`): gives the tokens of all texts.
-        train (`bool`): see [`pad_tokens`].
-    """
+    """Stands in for the tokenizer of a processor: texts with the mark get the ids that `tokenize` gives their rows."""
 
     def __init__(self, tokenizer: Any, mark: str, tokenize: Callable[[list[str]], list[Tokens]], train: bool):
         self._tokenizer = tokenizer

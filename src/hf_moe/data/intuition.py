@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 
-def find_centroids(
-    embeddings: torch.Tensor, num_clusters: int, *, iterations: int = 25, seed: int = 0
-) -> torch.Tensor:
+ITERATIONS = 25
+
+
+def find_centroids(embeddings: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """Return the centroids (C, m) of K-means by cosine over the embeddings (N, m) of the training rows.
 
     Raises:
@@ -20,12 +21,12 @@ def find_centroids(
     if len(embeddings) < num_clusters:
         raise ValueError(f"{num_clusters} clusters need at least as many embeddings, got {len(embeddings)}.")
     points = F.normalize(embeddings.float(), dim=-1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
     for _ in range(num_clusters - 1):  # the farthest from those chosen so far
         chosen.append(int((points @ points[chosen].T).amax(1).argmin()))
     centroids = points[chosen]
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         nearest = (points @ centroids.T).argmax(1)
         sums = torch.zeros_like(centroids).index_add(0, nearest, points)
         filled = torch.bincount(nearest, minlength=num_clusters) > 0

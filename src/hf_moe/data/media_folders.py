@@ -29,10 +29,6 @@ def rows_of_folder(folder: Path, split: str, question: str | None = None, kind: 
     Args:
         question (`str`, *optional*): of the images that have none of their own.
         kind (`str`, *optional*, defaults to `'image'`): `image`, `video` or `audio`.
-
-    Raises:
-        FileNotFoundError: if the folder, or a file that its metadata name, is not there.
-        ValueError: if there is no such split, or a file has no question or no answer.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
@@ -102,9 +98,8 @@ def _metadata(folder: Path, kind: str) -> dict[Path, tuple[Path, int, dict[str, 
 def _with_question(fields: dict[str, Any], question: str | None, name: str) -> dict[str, Any]:
     if "messages" in fields or "conversations" in fields:
         return fields
-    column = next((name for name in ("answer", "text") if fields.get(name) is not None), None)
-    answer = None if column is None else fields[column]
-    asked = fields.get("question") or question
+    column = "text" if fields.get("answer") is None else "answer"
+    answer, asked = fields.get(column), fields.get("question") or question
     if answer is None or answer == "":
         raise ValueError(
             f"The file {name} has no answer: add a metadata.csv or metadata.jsonl with the columns file_name and "

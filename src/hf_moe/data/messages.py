@@ -21,7 +21,6 @@ PLACEHOLDERS = {kind: f"<{kind}>" for kind in MEDIA_KINDS}
 SOURCE_KEYS = {kind: (kind, "url", "path", "base64", f"{kind}_url") for kind in MEDIA_KINDS}
 SOURCE_NUMBERS = {"image": (), "video": ("fps",), "audio": ("sampling_rate",)}
 PART_KINDS = {name: kind for kind in MEDIA_KINDS for name in (kind, f"{kind}_url")}
-PART_NAMES = {"image": "an image part", "video": "a video part", "audio": "an audio part"}
 MEDIUM_NAMES = {"image": "an image", "video": "a video", "audio": "a sound"}
 Message = dict[str, Any]
 
@@ -29,29 +28,20 @@ logger = logging.get_logger(__name__)
 
 
 def text_of(value: Any, name: str) -> str:
-    """Return a text as it is written; a number or a boolean is written as Python prints it.
-
-    Raises:
-        ValueError: if it is missing, or no text.
-    """
+    """Return a text as it is written; a number or a boolean is written as Python prints it."""
     if isinstance(value, str):
-        text = str(value)
         try:
-            text.encode()
+            value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"has a {name} that is no Unicode text ({error.reason}): {text!r:.100}.") from error
-        return text
+            raise ValueError(f"has a {name} that is no Unicode text ({error.reason}): {value!r:.100}.") from error
+        return str(value)
     if isinstance(value, Real | np.bool_) and value == value:
         return str(value)
     raise ValueError(f"has {name}={value!r:.100} of type {type(value).__name__}: write it as text.")
 
 
 def from_json(value: Any, name: str) -> Any:
-    """Return what a JSON text holds, and anything else as it is.
-
-    Raises:
-        ValueError: if the text is not JSON.
-    """
+    """Return what a JSON text holds, and anything else as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -86,9 +76,7 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def read_messages(
-    conversation: Any, counts: Mapping[str, int] | int | None = None, filled: bool = False
-) -> list[Message]:
+def read_messages(conversation: Any, counts: Mapping[str, int] | None = None, filled: bool = False) -> list[Message]:
     """Return messages of a role, a list of parts (`text`, or `image`, `video`, `audio` without its source) and the
     fields beyond these.
 
@@ -97,19 +85,15 @@ def read_messages(
     So do `<video>` and `<audio>`; images come before videos, and those before sounds.
 
     Args:
-        counts (`Mapping[str, int]` or `int`, *optional*): how many of each kind the row has beside its messages; a
-            number is one of images.
+        counts (`Mapping[str, int]` or `int`, *optional*): how many of each kind the row has beside its messages.
         filled (`bool`, *optional*, defaults to `False`): whether Arrow may have filled fields, see [`without_fill`];
             those of JSON text are as written.
-
-    Raises:
-        ValueError: naming the message and what is wrong with it.
     """
     filled = filled and not isinstance(conversation, str)
     messages = [_read_message(message, index, filled) for index, message in enumerate(_turns(conversation))]
     if next((message["role"] for message in messages if message["role"] != "system"), None) == "assistant":
         raise ValueError("begins with an assistant turn, which nothing asks for: drop it, or put a user turn first.")
-    counts = {"image": counts} if isinstance(counts, int) else counts or {}
+    counts = counts or {}
     for kind in reversed(MEDIA_KINDS):
         if counts.get(kind) and not any(part["type"] == kind for message in messages for part in message["content"]):
             _place(messages, kind, counts[kind])
@@ -119,12 +103,7 @@ def read_messages(
 def part_sources(conversation: Any, kind: str, beside: list[Any]) -> list[Any]:
     """Return what a conversation has of a kind, in the order of the places.
 
-    Args:
-        kind (`str`): `image`, `video` or `audio`.
-        beside (`list[Any]`): what the row has beside its messages, for the parts that do not bring their own.
-
-    Raises:
-        ValueError: if these are not as many as such parts.
+    The parts that do not bring their own have what the row has `beside` its messages, as many as there are.
     """
     sources = [
         _source(part, kind)
@@ -192,18 +171,12 @@ def _read_part(part: Any, role: str, index: int, filled: bool) -> dict[str, Any]
         return {"type": "text", "text": text_of(part.get("text"), f"text of message {index}"), **extra}
     kind = PART_KINDS.get(str(type_))
     if kind is None:
-        raise ValueError(
-            f"has message {index} with the part {part!r:.100}. A content part is of type 'text', 'image', 'video' or "
-            "'audio'."
-        )
+        known = "'text', 'image', 'video' or 'audio'"
+        raise ValueError(f"has message {index} with the part {part!r:.100}: a part is of type {known}.")
     if role == "assistant":
-        raise ValueError(
-            f"has {MEDIUM_NAMES[kind]} in message {index}, an assistant turn: a model of this library writes none."
-        )
+        raise ValueError(f"has {MEDIUM_NAMES[kind]} in message {index}, an assistant turn: models here write none.")
     if part.get("text"):
-        raise ValueError(
-            f"has message {index} with {PART_NAMES[kind]} that has text too: {part!r:.100}. Make it two parts."
-        )
+        raise ValueError(f"has message {index} with a part of two, {kind} and text: {part!r:.100}. Make it two parts.")
     return {"type": kind, **_fields(part, ("type", "text", *SOURCE_KEYS[kind], *SOURCE_NUMBERS[kind]), filled)}
 
 
@@ -211,14 +184,13 @@ def _source(part: Mapping[str, Any], kind: str) -> Any:
     """Return what a part brings, `None` if it brings nothing."""
     given_keys = [name for name in SOURCE_KEYS[kind] if part.get(name) is not None]
     if len(given_keys) > 1:
-        raise ValueError(f"has {PART_NAMES[kind]} with {' and '.join(given_keys)}: keep one of them.")
+        article = "a" if kind == "video" else "an"
+        raise ValueError(f"has {article} {kind} part with {' and '.join(given_keys)}: keep one of them.")
     numbers = {name: part[name] for name in SOURCE_NUMBERS[kind] if part.get(name) is not None}
     if not given_keys:
         if numbers:
-            raise ValueError(
-                f"has a {kind} part with {', '.join(numbers)} and no {kind}: give both in the part, or both in "
-                f"'{kind}s'."
-            )
+            found = f"has a {kind} part with {', '.join(numbers)} and no {kind}"
+            raise ValueError(f"{found}: give both in the part, or both in '{kind}s'.")
         return None
     (key,) = given_keys
     value = part[key]

@@ -34,11 +34,7 @@ def media_tokens(processor: Any) -> dict[str, str]:
 
 
 def media_ids(processor: Any, config: Any = None) -> dict[str, set[int]]:
-    """Return the placeholder ids of each kind: those that the processor names, else the placeholders of the config.
-
-    Args:
-        config (`Any`, *optional*): of the host.
-    """
+    """Return the ids that stand for each kind: those that the processor names, else those that the config does."""
     found: dict[str, set[int]] = {}
     for number, kind in enumerate(MEDIA_KINDS, 1):
         named = [*(getattr(processor, f"{kind}_token_ids", None) or []), getattr(processor, f"{kind}_token_id", None)]
@@ -64,30 +60,19 @@ def expands_alone(processor: Any) -> bool:
 
 
 def refuse_kinds(processor: Any, counts: Mapping[str, int]) -> None:
-    """Refuse what a processor does not take.
-
-    Raises:
-        ValueError: naming the kind, and those that it takes.
-    """
+    """Refuse what a processor does not take."""
     taken = media_tokens(processor)
     for kind, count in counts.items():
         if count and kind not in taken:
             others = " and ".join(NOUNS[other] for other in taken) or "nothing"
-            raise ValueError(
-                f"has {count} {NOUNS[kind]}, and {type(processor).__name__} takes {others} beside text: take a host "
-                f"that takes {NOUNS[kind]}, or rows without."
-            )
+            taker = f"{type(processor).__name__} takes {others} beside text"
+            raise ValueError(f"has {count} {NOUNS[kind]}, and {taker}: take another host, or rows without.")
 
 
 def check_processor(processor: Any, config: Any) -> None:
-    """Refuse a processor that does not belong to a host.
+    """Refuse a processor that does not belong to the host of a config.
 
-    Args:
-        config (`Any`): of the host.
-
-    Raises:
-        ValueError: if the tokenizer has ids that the host has no embedding of, a placeholder is unknown to the
-            tokenizer, or its id is not the host's.
+    Its tokenizer has ids that the host has no embedding of, no placeholder, or one of another id than the host's.
     """
     tokenizer, name = processor.tokenizer, type(processor).__name__
     vocab_size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
@@ -107,8 +92,8 @@ def check_processor(processor: Any, config: Any) -> None:
         ids = media_ids(processor).get(kind, {own}) | {own}
         wanted = placeholder_ids(config).get(MEDIA_KINDS.index(kind) + 1)
         if wanted is not None and not wanted & ids:
+            theirs = ", ".join(map(str, sorted(wanted)))
             raise ValueError(
                 f"{name} does not fit the model: {token!r} is the id {own} to its tokenizer, and the placeholder of "
-                f"{NOUNS[kind]} is {', '.join(map(str, sorted(wanted)))} to the model. Take the processor of this "
-                "model."
+                f"{NOUNS[kind]} is {theirs} to the model. Take the processor of this model."
             )

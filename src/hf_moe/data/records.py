@@ -30,12 +30,7 @@ def plain(value: Any) -> Any:
 
 
 def read_records(file: Path) -> Iterator[Record]:
-    """Give the rows of a file and their numbers. Those of JSON hold each number and boolean as a [`Scalar`].
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if its format is unknown, it holds no rows, or one cannot be read (naming it).
-    """
+    """Give the rows of a file and their numbers. Those of JSON hold each number and boolean as a [`Scalar`]."""
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
     if file.suffix.lower() not in READERS:
@@ -107,14 +102,9 @@ def _read_arrow(file: Path) -> Iterator[Record]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_json_lines), ".json": _read_json,
+    **dict.fromkeys((".csv", ".tsv"), _read_csv), ".parquet": _read_parquet, ".arrow": _read_arrow,
+}  # fmt: skip
 TABLES = (".parquet", ".arrow")
 FORMATS = f"rows are read from {', '.join(READERS)}"
 

@@ -16,11 +16,7 @@ from .rows import MEDIA_COLUMNS
 
 
 def read_row_image(image: Any) -> tuple[str, Any]:
-    """Return the name and the content of a row's image, see [`read_image`].
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
+    """Return the name and the content of a row's image, see [`read_image`]."""
     path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else None
     if isinstance(path, str) and "://" in path and path.partition(":")[0] not in ("http", "https", "file"):
         # A record of a stream points into a repository or an archive, which `datasets` can read.
@@ -32,11 +28,7 @@ def read_row_image(image: Any) -> tuple[str, Any]:
 
 
 def read_row_file(source: Any, noun: str) -> tuple[str, bytes] | None:
-    """Return the name and the bytes of a row's video or sound, see [`read_encoded`].
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
+    """Return the name and the bytes of a row's video or sound, see [`read_encoded`]."""
     if isinstance(source, str) and source.partition("://")[0] not in ("http", "https", "file", source):
         # A record of a stream points into a repository or an archive.
         try:
@@ -50,13 +42,7 @@ def read_row_file(source: Any, noun: str) -> tuple[str, bytes] | None:
 def one_source(record: Mapping[str, Any], sources: tuple[str, ...], noun: str) -> tuple[Any, str]:
     """Return the video or sound that a record holds, and how errors call it; an empty name where only it knows.
 
-    Args:
-        sources (`tuple[str, ...]`): keys of which exactly one may be given; a `path` beside `bytes` or an `array` is
-            only a name.
-        noun (`str`): what the record holds.
-
-    Raises:
-        ValueError: if none or several are given.
+    Exactly one of the keys `sources` may be given; a `path` beside `bytes` or an `array` is only a name.
     """
     given = {key: record[key] for key in sources if record.get(key) is not None}
     path = given.pop("path", None) if "bytes" in given or "array" in given else None
@@ -68,26 +54,27 @@ def one_source(record: Mapping[str, Any], sources: tuple[str, ...], noun: str) -
 
 
 def open_row_images(images: list[Any]) -> list[PILImage.Image]:
-    """Return the images of a row as RGB.
-
-    Raises:
-        ValueError: naming the first that cannot be opened.
-    """
+    """Return the images of a row as RGB; an error names the first that cannot be opened."""
     opened = []
     for position, image in enumerate(images):
-        try:
+        with readable("image", position):
             opened.append(decode_image(*read_row_image(image)))
-        except ValueError as error:
-            raise ValueError(f"has no readable image {position}: {error}.") from error
     return opened
+
+
+@contextmanager
+def readable(noun: str, position: int) -> Iterator[None]:
+    """Name an image, a video or a sound of a row in the errors of what reads it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"has no readable {noun} {position}: {error}.") from error
 
 
 def content_key(name: str, content: Any) -> bytes:
     """Return a key that only this content has: a digest of the encoded picture, else of its pixels."""
     if isinstance(content, bytes):
-        digest = hashlib.sha256(b"encoded")
-        digest.update(content)
-        return digest.digest()
+        return hashlib.sha256(b"encoded" + content).digest()
     return pixel_key(decode_image(name, content))
 
 
@@ -101,22 +88,12 @@ def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     for name in sorted(set(MEDIA_COLUMNS) & set(rows.features or ())):
         feature = _undecoded_feature(rows.features[name])
         if feature != rows.features[name]:
-            with _without_bars():
-                rows = rows.cast_column(name, feature)
+            hidden = are_progress_bars_disabled()
+            disable_progress_bars()  # casting takes no time
+            rows = rows.cast_column(name, feature)
+            if not hidden:
+                enable_progress_bars()
     return rows
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Show no progress of what takes no time."""
-    hidden = are_progress_bars_disabled()
-    if not hidden:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not hidden:
-            enable_progress_bars()
 
 
 def _undecoded_feature(feature: Any) -> Any:

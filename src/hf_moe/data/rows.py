@@ -1,6 +1,7 @@
 """The row format: `messages` beside `images`, `videos` and `audios`, as TRL and the Hub use it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,19 +46,16 @@ def row_messages(row: Mapping[str, Any], filled: bool = True) -> list[dict[str, 
 
     Args:
         filled (`bool`, *optional*, defaults to `True`): whether the row may come from an Arrow table.
-
-    Raises:
-        ValueError: if the row holds no conversation, or one of no accepted form.
     """
     conversation = _conversation(row)
     counts = {kind: len(_beside(row, kind)) for kind in MEDIA_KINDS}
     if conversation is not None:
         return read_messages(conversation, counts, filled)
     if row.get("question") is None or row.get("answer") is None:
+        names = ", ".join(map(str, row)) or "of nothing"
         raise ValueError(
-            f"has the columns {', '.join(map(str, row)) or 'of nothing'}, and no conversation: a row has a list "
-            "'messages' (of role and content), a list 'conversations' (of from and value), or a 'question' and an "
-            "'answer'."
+            f"has the columns {names}, and no conversation: a row has a list 'messages' (of role and content) or "
+            "'conversations' (of from and value), or a 'question' and an 'answer'."
         )
     question, answer = text_of(row["question"], "question"), text_of(row["answer"], "answer")
     return read_messages(question_messages(question, answer, 0), counts)
@@ -68,38 +66,24 @@ def row_media(row: Mapping[str, Any], kind: str) -> list[Any]:
 
     Images are in `images` (a list, or one), in `image` (one), or in the image parts of the messages; `videos` and
     `audios` likewise.
-
-    Args:
-        kind (`str`): `image`, `video` or `audio`.
-
-    Raises:
-        ValueError: if there are not as many empty parts as media beside the messages.
     """
     conversation = _conversation(row)
     beside = _beside(row, kind)
     return beside if conversation is None else part_sources(conversation, kind, beside)
 
 
-def row_images(row: Mapping[str, Any]) -> list[Any]:
-    """Return the images of a row, see [`row_media`]."""
-    return row_media(row, "image")
-
-
 def template_options(row: Mapping[str, Any], filled: bool = True) -> dict[str, Any]:
-    """Return what a row hands to the chat template beside its messages.
+    """Return what a row hands to the chat template: `chat_template_kwargs`, an object, and `tools`, a list of them.
 
     Args:
         filled (`bool`, *optional*, defaults to `True`): whether the row may come from an Arrow table.
-
-    Raises:
-        ValueError: if `tools` is not a list of objects or `chat_template_kwargs` not an object, or the JSON of one.
     """
-    found = {}
-    for name in OPTION_COLUMNS:
-        value = row.get(name)
-        found[name] = without_fill(value, f"the {name}") if filled else value
-        if isinstance(value, str):
-            found[name] = from_json(value, name)
+    found = {name: from_json(row.get(name), name) for name in OPTION_COLUMNS}
+    if filled:  # what is JSON text is as it was written
+        found = {
+            name: value if isinstance(row.get(name), str) else without_fill(value, f"the {name}")
+            for name, value in found.items()
+        }
     found = stated(found)
     options, tools = found.get("chat_template_kwargs", {}), found.get("tools")
     if not isinstance(options, dict):
@@ -112,14 +96,7 @@ def template_options(row: Mapping[str, Any], filled: bool = True) -> dict[str, A
 
 
 def unread_columns(row: Mapping[str, Any], others: Collection[str] = ()) -> list[str]:
-    """Return the columns of a row that nothing reads.
-
-    Args:
-        others (`Collection[str]`, *optional*, defaults to `()`): columns that the caller reads.
-
-    Raises:
-        ValueError: if one of them asks something of training.
-    """
+    """Return the columns that neither training nor the caller (`others`) reads; refuse those that ask something."""
     unread = []
     _check_mapping(row)
     tokenised = row.get("input_ids") is not None
@@ -159,14 +136,14 @@ def _beside(row: Mapping[str, Any], kind: str) -> list[Any]:
     if not names:
         return []
     value = row[names[0]]
-    found = _images_of(value) if kind == "image" else _several(value, kind, alone=names[0] == kind)
+    found = _several_images(value) if kind == "image" else _several(value, kind, alone=names[0] == kind)
     missing = next((index for index, item in enumerate(found) if item is None), None)
     if missing is not None:
         raise ValueError(f"has no {kind} {missing} among its {len(found)} {kind}s: it is null.")
     return found
 
 
-def _images_of(value: Any) -> list[Any]:
+def _several_images(value: Any) -> list[Any]:
     several = isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object)
     images = list(value) if several or getattr(value, "ndim", 0) == 4 else [value]
     return [image for item in images for image in (item if isinstance(item, list | tuple) else [item])]
@@ -174,10 +151,9 @@ def _images_of(value: Any) -> list[Any]:
 
 def _several(value: Any, kind: str, alone: bool) -> list[Any]:
     """Return videos or sounds as a list; in the column of one, a list of frames or of samples is one."""
-    dimensions = getattr(value, "ndim", 0)
     if isinstance(value, np.ndarray) and value.dtype == object:
-        value, dimensions = list(value), 0
-    if dimensions:  # an array; a sound has one or two dimensions, a video four
+        value = list(value)
+    if dimensions := getattr(value, "ndim", 0):  # an array; a sound has one or two dimensions, a video four
         return list(value) if dimensions > (4 if kind == "video" else 2) else [value]
     if not isinstance(value, list | tuple):
         return [value]
@@ -192,3 +168,12 @@ def describe_row(row: Any, index: int, place: str) -> str:
     # A row without pictures has no image's id.
     name = next((found for found in ids if found is not None and not (isinstance(found, list) and not found)), None)
     return f"Row {index} of the {place}" + (f" (id {name!r})" if name is not None else "")
+
+
+@contextmanager
+def row_named(row: Any, index: int, place: str) -> Iterator[None]:
+    """Name a row in the errors of what is done with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{describe_row(row, index, place)} {error}") from error

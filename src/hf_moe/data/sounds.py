@@ -17,7 +17,7 @@ from transformers.audio_utils import load_audio
 from .row_images import one_source, read_row_file
 
 
-# Under one of these keys a record holds a sound; a `path` beside `bytes` or `array` is only a name.
+# Under one of these keys a record holds a sound; `sampling_rate` is a number beside it.
 SOUND_SOURCES = ("audio", "array", "url", "path", "base64", "bytes")
 SOUND_FORMS = (
     "a file (a path, a URL, bytes), or a record of one of them or of an array and its sampling_rate, such as "
@@ -57,11 +57,7 @@ def open_sound(sound: Any, sampling_rate: int) -> np.ndarray:
 
 
 def read_sound(sound: Any) -> tuple[str, Any, int | None]:
-    """Return how errors call a sound, its content (encoded bytes, or an array), and its rate where it is known.
-
-    Raises:
-        ValueError: if it is missing or of an unknown form.
-    """
+    """Return how errors call a sound, its content (encoded bytes, or an array), and its rate where it is known."""
     if isinstance(sound, Mapping):
         return _read_record(sound)
     if hasattr(sound, "get_all_samples"):  # a decoder of torchcodec, as `datasets` gives

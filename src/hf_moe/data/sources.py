@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,11 @@ TYPES: dict[str, Any] = {
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SOURCE_FORMS = (
     f"a file ({FORMATS}), a folder of images, videos, sounds or of such files, a dataset of the Hub ('user/name'), or "
-    "one of {}"
+    f"one of {', '.join(DATASETS)}"
 )
 
 
-def load_rows(
-    source: dict[str, Any] | str | Path | list[dict[str, Any]], split: str = "train"
-) -> Dataset | IterableDataset:
+def load_rows(source: dict[str, Any] | str | Path | list[dict], split: str = "train") -> Dataset | IterableDataset:
     """Load rows of `messages` (lists of role and content parts) and, if there are any, `images` (decoded when read),
     `videos` and `audios` (as paths or bytes).
 
@@ -69,13 +66,18 @@ def load_rows(
         return rows_of_list(source)
     source = _as_dict(source)
     kind = check_source(source)
-    loaders: dict[str, Callable] = {
-        **{name: partial(_load_media_folder, name) for name in MEDIA_FOLDERS},
-        "hub": _load_hub,
-        "path": _load_path,
-        "name": _load_named,
-    }
-    rows = loaders[kind](split, **{name: value for name, value in source.items() if name not in COMMON_OPTIONS})
+    rows: Dataset | IterableDataset
+    if kind == "name":
+        if source["name"] not in DATASETS:
+            raise ValueError(f"No dataset is named {source['name']!r}; known: {', '.join(DATASETS)}.")
+        rows = DATASETS[source["name"]](split)
+    elif kind == "hub":
+        rows = _load_hub(split, str(source["hub"]), source.get("name"), bool(source.get("streaming")))
+    elif kind == "path":
+        file = Path(str(source["path"]).replace("{split}", split)).expanduser()
+        rows = _load_folder(file, split) if file.is_dir() else rows_of_file(file)
+    else:
+        rows = rows_of_folder(Path(source[kind]).expanduser(), split, source.get("question"), MEDIA_FOLDERS[kind])
     if source.get("where"):
         rows = _where(rows, source["where"])
     if source.get("ignore"):
@@ -123,11 +125,7 @@ def _as_dict(source: Any) -> dict[str, Any]:
 
 
 def check_source(source: dict[str, Any]) -> str:
-    """Return the kind of a source of rows, the first of `SOURCES` that it has, and read nothing.
-
-    Raises:
-        ValueError: if it is of no kind, or an option is unknown or of another type.
-    """
+    """Return the kind of a source of rows, the first of `SOURCES` that it has; refuse unknown and mistyped options."""
     kind = next((kind for kind in SOURCES if kind in source), None)
     if kind is None:
         raise ValueError(f"A source of rows has one of the keys {', '.join(SOURCES)}; got {source!r}.")
@@ -137,32 +135,15 @@ def check_source(source: dict[str, Any]) -> str:
         close = difflib.get_close_matches(str(unknown), names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"The source {kind!r} has no option {unknown!r}; it takes {', '.join(names)}.{hint}")
-    _check_types(source)
-    return kind
-
-
-def _check_types(source: dict[str, Any]) -> None:
     for name, value in source.items():
         if value is None and name not in ("path", *MEDIA_FOLDERS, "hub"):
             continue
         if not isinstance(value, TYPES[name]) or (isinstance(value, bool) and TYPES[name] is int):
-            kind = getattr(TYPES[name], "__name__", str(TYPES[name]))
-            raise ValueError(
-                f"{name}={value!r:.100} of a source of rows is of type {type(value).__name__}, not {kind}."
-            )
+            wanted = getattr(TYPES[name], "__name__", str(TYPES[name]))
+            raise ValueError(f"{name}={value!r:.100} of a source is of type {type(value).__name__}, not {wanted}.")
     if source.get("limit") is not None and source["limit"] < 1:
         raise ValueError(f"limit={source['limit']} of a source of rows leaves none: it is at least 1.")
-
-
-def _load_named(split: str, name: str) -> Dataset:
-    if name not in DATASETS:
-        raise ValueError(f"No dataset is named {name!r}; known: {', '.join(DATASETS)}. Datasets of the Hub are 'hub'.")
-    return DATASETS[name](split)
-
-
-def _load_path(split: str, path: str | Path) -> Dataset:
-    file = Path(str(path).replace("{split}", split)).expanduser()
-    return _load_folder(file, split) if file.is_dir() else rows_of_file(file)
+    return kind
 
 
 def _load_folder(folder: Path, split: str) -> Dataset:
@@ -180,22 +161,16 @@ def _load_folder(folder: Path, split: str) -> Dataset:
     return rows_of_file(named[0])
 
 
-def _load_media_folder(option: str, split: str, question: str | None = None, **folder: str | Path) -> Dataset:
-    return rows_of_folder(Path(folder[option]).expanduser(), split, question, MEDIA_FOLDERS[option])
-
-
-def _load_hub(
-    split: str, hub: str | Path, name: str | None = None, streaming: bool = False
-) -> Dataset | IterableDataset:
-    hub = str(hub)
+def _load_hub(split: str, hub: str, name: str | None, streaming: bool) -> Dataset | IterableDataset:
+    form = f"a source is {SOURCE_FORMS}"
     if not Path(hub).is_dir() and (Path(hub).suffix.lower() in READERS or not HUB_ID.fullmatch(hub)):
-        raise FileNotFoundError(f"There is no folder {hub}, and a dataset of the Hub is not called so: {_forms()}.")
+        raise FileNotFoundError(f"There is no folder {hub}, and a dataset of the Hub is not called so: {form}.")
 
     def load(**options: Any) -> Dataset | IterableDataset:
         try:
             return load_dataset(hub, name, split=split, streaming=streaming, **options)
         except (OSError, ConnectionError) as error:
-            message = f"There is no file or folder {hub}, nor such a dataset in reach: {error}. {_forms()}"
+            message = f"There is no file or folder {hub}, nor such a dataset in reach: {error}. {form}"
             raise FileNotFoundError(message) from error
 
     rows = load()
@@ -211,7 +186,3 @@ def _load_hub(
             "first, or to conversations, or to question and answer."
         )
     return rows
-
-
-def _forms() -> str:
-    return f"a source is {SOURCE_FORMS.format(', '.join(DATASETS))}"

@@ -22,9 +22,7 @@ class Synthesiser:
             import espeakng_loader
             import scipy.signal
         except ImportError as error:
-            raise ImportError(
-                "Speech is made by eSpeak NG: pip install espeakng-loader scipy (or hf-moe[senses])."
-            ) from error
+            raise ImportError("eSpeak NG makes speech: pip install espeakng-loader scipy (hf-moe[senses]).") from error
         self._resample = scipy.signal.resample_poly
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         folder = Path(espeakng_loader.get_data_path())
@@ -48,22 +46,16 @@ class Synthesiser:
         order give the same samples.
 
         Args:
-            text (`str`): in the language of the voice.
             voice (`str`): a language of eSpeak NG, and a variant of its voice, such as `en-us+f3`.
             words_per_minute (`int`, *optional*, defaults to `150`): 80 to 450.
             pitch (`int`, *optional*, defaults to `50`): 0 to 100.
-
-        Raises:
-            ValueError: if there is no such voice, or nothing is heard.
         """
         # The library would take a variant that it does not have for none.
         variant = voice.partition("+")[2]
         known = not variant or (self._variants / variant).is_file()
         if not known or self._library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise ValueError(
-                f"eSpeak NG has no voice {voice!r}: a voice is a language and a variant, such as en-us+f3. Its "
-                f"variants are the files in {self._variants}."
-            )
+            form = f"a language and a variant, such as en-us+f3; variants are the files in {self._variants}"
+            raise ValueError(f"eSpeak NG has no voice {voice!r}: a voice is {form}.")
         self._library.espeak_SetParameter(RATE, words_per_minute, 0)
         self._library.espeak_SetParameter(PITCH, pitch, 0)
         self._pieces.clear()
@@ -79,9 +71,5 @@ class Synthesiser:
 
 @cache
 def synthesiser() -> Synthesiser:
-    """Return the synthesiser of this process.
-
-    Raises:
-        ImportError: if `espeakng-loader` or `scipy` is not installed.
-    """
+    """Return the synthesiser of this process."""
     return Synthesiser()

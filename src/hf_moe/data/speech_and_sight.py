@@ -76,12 +76,8 @@ def _rows(split: str, count: int) -> Iterator[dict[str, Any]]:
             heard = seen if index % 2 else (seen + int(random.integers(1, 10))) % 10
         picture = pictures[seen][random.integers(len(pictures[seen]))]
         direction = str(random.choice(list(DIRECTIONS)))
-        answers = {
-            "hear": SPOKEN_DIGITS[heard],
-            "see": SPOKEN_DIGITS[seen],
-            "watch": direction,
-            "compare": "yes" if heard == seen else "no",
-        }
+        same = "yes" if heard == seen else "no"
+        answers = {"hear": SPOKEN_DIGITS[heard], "see": SPOKEN_DIGITS[seen], "watch": direction, "compare": same}
         content = [{"type": part, "text": None} for part in random.permutation(parts).tolist()]
         yield {
             "messages": [
@@ -97,17 +93,11 @@ def _rows(split: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def handwritten(split: str) -> list[list[np.ndarray]]:
-    """Return the pictures (8, 8) of every digit, uint8; those of the test split are the last fifth of the file.
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
-    """
+    """Return the pictures (8, 8) of every digit, uint8; those of the test split are the last fifth of the file."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "Written digits come with scikit-learn: pip install scikit-learn (or hf-moe[senses])."
-        ) from error
+        raise ImportError("Digits come with scikit-learn: pip install scikit-learn (or hf-moe[senses]).") from error
     digits = load_digits()
     border = len(digits.target) * 4 // 5
     chosen = slice(border) if split == "train" else slice(border, None)

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ def store_image(source: Any, folder: Path) -> Any:
         path = folder / source
         if os.path.isfile(path):  # of text of any length
             return str(path)
-        content = _from_base64(str(source))
-        if content is None:
-            raise FileNotFoundError(f"has no image at {str(path):.200}.")
+        try:
+            name, content = read_image({"base64": str(source)})
+            decode_image(name, content)  # the name of a file that is missing may be base64 as well
+        except ValueError:
+            raise FileNotFoundError(f"has no image at {str(path):.200}.") from None
         return {"bytes": content, "path": None}
     try:
         name, content = read_image(source)
@@ -48,70 +51,37 @@ def store_image(source: Any, folder: Path) -> Any:
     return {"bytes": content, "path": source.get("path") if isinstance(source, dict) else None}
 
 
-def _from_base64(text: str) -> bytes | None:
-    try:
-        name, content = read_image({"base64": text})
-        decode_image(name, content)  # the name of a file that is missing may be base64 as well
-    except ValueError:
-        return None
-    return content
+def _store(kind: str, source: Any, folder: Path) -> dict[str, Any]:
+    """Return a video or a sound as a path, the bytes of a file or, of a video, its frames; and its rate.
 
-
-def store_video(source: Any, folder: Path) -> dict[str, Any]:
-    """Return a video as a path, the bytes of a file, or its frames, and their rate where the row says it.
-
-    Args:
-        source (`Any`): in any form of [`open_video`]; paths are relative to `folder`.
-
-    Raises:
-        FileNotFoundError: if it, or a frame of it, is not there.
-        ValueError: if it is of another form.
+    Samples become a WAV file of floats. The source is in any form of [`open_video`] or [`open_sound`], its paths
+    relative to `folder`.
     """
-    record = _record(source, "video")
-    key, value = _only(record, "video")
-    kept: dict[str, Any] = {"path": None, "bytes": None, "frames": None, "fps": record.get("fps")}
-    path = _path(value, folder, "video") if key != "base64" else None
+    noun, rate_name = ("video", "fps") if kind == "video" else ("sound", "sampling_rate")
+    read: Callable[[Any], tuple[str, Any, Any]] = read_video if kind == "video" else read_sound
+    record = _record(source, kind)
+    key, value = _only(record, kind)
+    kept = dict.fromkeys(MEDIA_FEATURES[f"{kind}s"].feature) | {rate_name: record.get(rate_name)}
+    path = _path(value, folder, noun) if key != "base64" else None
     if path is not None:
         return {**kept, "path": path}
-    if isinstance(value, list | tuple) and not (value and isinstance(value[0], list | tuple)):
+    is_frames = isinstance(value, list | tuple) and not (value and isinstance(value[0], list | tuple))
+    if kind == "video" and is_frames:
         return {**kept, "frames": [_encoded(store_image(frame, folder)) for frame in value]}
     try:
-        _, content, fps = read_video(record)
+        _, content, rate = read(record)
         if isinstance(content, bytes):
             return {**kept, "bytes": content, "path": record.get("path") if key == "bytes" else None}
-        return {**kept, "frames": [_encoded(decode_image(*read_image(frame))) for frame in content], "fps": fps}
-    except ValueError as error:
-        raise ValueError(f"has no readable video: {error}.") from error
-
-
-def store_sound(source: Any, folder: Path) -> dict[str, Any]:
-    """Return a sound as a path or the bytes of a file; samples become a WAV file of floats.
-
-    Args:
-        source (`Any`): in any form of [`open_sound`]; paths are relative to `folder`.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is of another form, or samples have no rate.
-    """
-    record = _record(source, "audio")
-    key, value = _only(record, "audio")
-    kept: dict[str, Any] = {"path": None, "bytes": None, "sampling_rate": record.get("sampling_rate")}
-    path = _path(value, folder, "sound") if key != "base64" else None
-    if path is not None:
-        return {**kept, "path": path}
-    try:
-        _, content, rate = read_sound(record)
-        if isinstance(content, bytes):
-            return {**kept, "bytes": content, "path": record.get("path") if key == "bytes" else None}
+        if kind == "video":
+            return {**kept, "frames": [_encoded(decode_image(*read_image(frame))) for frame in content], "fps": rate}
         if rate is None:
             raise ValueError("its rate is unknown: write {'array': ..., 'sampling_rate': 16000}")
         return {**kept, "bytes": as_wav(content, rate), "sampling_rate": None}
     except ValueError as error:
-        raise ValueError(f"has no readable sound: {error}.") from error
+        raise ValueError(f"has no readable {noun}: {error}.") from error
 
 
-STORE = {"image": store_image, "video": store_video, "audio": store_sound}
+STORE: dict[str, Callable] = {"image": store_image, **{kind: partial(_store, kind) for kind in ("video", "audio")}}
 
 
 def _record(source: Any, key: str) -> dict[str, Any]:

@@ -37,19 +37,10 @@ def tokenizer_or_processor(processor: Any) -> Any:
 
 
 def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages whose content is a string, as the chat templates of text models want it.
-
-    Raises:
-        ValueError: if a message holds anything else.
-    """
-    other = next((part["type"] for message in messages for part in message["content"] if part["type"] != "text"), None)
-    if other is not None:
-        raise ValueError(
-            f"has {MEDIUM_NAMES[other]}, and this model reads text alone: take rows without {other}s, or another base."
-        )
-    extra = next(
-        (name for message in messages for part in message["content"] for name in part.keys() - {"type", "text"}), None
-    )
-    if extra is not None:
-        raise ValueError(f"has {extra} in a content part, which a model of text alone does not read: take it out.")
+    """Return messages whose content is a string, as the chat templates of text models want it."""
+    for part in (part for message in messages for part in message["content"]):
+        if (kind := part["type"]) != "text":
+            raise ValueError(f"has {MEDIUM_NAMES[kind]}, and this model reads text alone: take other rows or base.")
+        for name in part.keys() - {"type", "text"}:
+            raise ValueError(f"has {name} in a content part, which a model of text alone does not read: take it out.")
     return [{**message, "content": "".join(part["text"] for part in message["content"])} for message in messages]

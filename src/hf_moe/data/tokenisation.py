@@ -2,8 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -12,17 +11,16 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .chat_template import Answer, AnyProcessor, ChatTemplate, Conversation
-from .messages import MEDIA_KINDS, read_messages
+from .chat_template import Answer, AnyProcessor, ChatTemplate, Conversation, Tokens
+from .messages import MEDIA_KINDS, Message, read_messages
 from .placeholders import expands_alone, media_ids, media_tokens, refuse_kinds
 from .row_images import open_row_images, undecoded
-from .rows import CONVERSATION_COLUMNS, describe_row, row_images, row_media, row_messages, template_options
+from .rows import CONVERSATION_COLUMNS, row_media, row_messages, row_named, template_options
 from .text import plain_messages
 
 
 IGNORE_INDEX = -100
 MAX_KNOWN = 65536
-Tokens = tuple[list[int], list[int]]
 
 
 class ConversationTokenizer:
@@ -47,63 +45,45 @@ class ConversationTokenizer:
         if not processor.chat_template:
             raise ValueError("The processor has no chat template: set processor.chat_template.")
         if not processor.tokenizer.is_fast:
-            raise ValueError(
-                f"{type(processor.tokenizer).__name__} knows no character offsets, which labels need: use a fast one."
-            )
+            name = type(processor.tokenizer).__name__
+            raise ValueError(f"{name} knows no character offsets, which labels need: use a fast one.")
         self.template = ChatTemplate(processor)
         self.processor = processor
         self.train = train
         self.tokens_of_kinds = media_tokens(processor)
         self._media_ids = {token for ids in media_ids(processor).values() for token in ids}
-        self._known: dict[str, tuple[Conversation, Tokens | None]] = {}
+        self._known: dict[str, Conversation] = {}
 
     def __call__(
-        self, messages: list[dict[str, Any]], counts: Mapping[str, int] | int, options: dict[str, Any] | None = None
+        self, messages: list[Message], counts: Mapping[str, int], options: dict[str, Any] | None = None
     ) -> Tokens:
         """Return ids and labels of a conversation; each image, video and sound is one placeholder.
 
         Args:
             messages (`list[dict[str, Any]]`): in any of the forms of [`read_messages`].
-            counts (`Mapping[str, int]` or `int`): how many of each kind the row has; a number is one of images.
-            options (`dict[str, Any]`, *optional*): what the chat template gets beside them, such as `tools`.
-
-        Raises:
-            ValueError: if the placeholders are not as many as the row has, the template ignores a field, or an answer
-                cannot be learnt as it is asked for.
+            counts (`Mapping[str, int]` or `int`): how many of each kind the row has.
+            options (`dict[str, Any]`, *optional*): for the chat template, such as `tools`.
         """
-        counts = {"image": counts} if isinstance(counts, int) else counts
-        key, conversation, tokens = self._remembered(messages, counts, options or {})
-        if tokens is None:
-            tokens = self.tokenize(conversation)
-            self._known[key] = conversation, tokens
-        for kind, token in self.tokens_of_kinds.items():
-            found = tokens[0].count(self.processor.tokenizer.convert_tokens_to_ids(token))
-            if found != counts.get(kind, 0):
-                raise ValueError(_wrong_number(found, token, kind, counts.get(kind, 0)))
+        conversation = self._remembered(messages, counts, options or {})
+        tokens = conversation.tokens = conversation.tokens or self.tokenize(conversation)
+        ids = self.processor.tokenizer.convert_tokens_to_ids
+        self._check_places(counts, lambda token: tokens[0].count(ids(token)))
         return tokens
 
-    def render(
-        self, messages: list[dict[str, Any]], counts: Mapping[str, int], options: dict[str, Any] | None = None
-    ) -> Conversation:
-        """Return a conversation as the chat template writes it, with a placeholder for each image, video and sound.
-
-        Args:
-            counts (`Mapping[str, int]`): how many of each kind the row has.
-
-        Raises:
-            ValueError: if the placeholders of a kind are not as many as the row has, or the template ignores a field.
-        """
-        _, conversation, _ = self._remembered(messages, counts, options or {})
-        for kind, token in self.tokens_of_kinds.items():
-            found = conversation.text.count(token)
-            if found != counts.get(kind, 0):
-                raise ValueError(_wrong_number(found, token, kind, counts.get(kind, 0)))
+    def render(self, messages: list[Message], counts: Mapping[str, int], options: dict[str, Any]) -> Conversation:
+        """Return a conversation as the chat template writes it, with a placeholder for each image, video and sound."""
+        conversation = self._remembered(messages, counts, options)
+        self._check_places(counts, conversation.text.count)
         return conversation
 
-    def _remembered(
-        self, messages: list[dict[str, Any]], counts: Mapping[str, int], options: dict[str, Any]
-    ) -> tuple[str, Conversation, Tokens | None]:
-        """Return the key of a conversation, the conversation, and its tokens where they are known."""
+    def _check_places(self, counts: Mapping[str, int], count: Callable[[str], int]) -> None:
+        for kind, token in self.tokens_of_kinds.items():
+            found, wanted = count(token), counts.get(kind, 0)
+            if found != wanted:
+                places = f"has {found} {token} placeholders and {wanted} {kind}s"
+                raise ValueError(f"{places}: write a part of type {kind!r} for each, which the chat template renders.")
+
+    def _remembered(self, messages: list[Message], counts: Mapping[str, int], options: dict[str, Any]) -> Conversation:
         messages = read_messages(messages, counts)
         if not self.tokens_of_kinds:
             messages = plain_messages(messages)
@@ -117,10 +97,10 @@ class ConversationTokenizer:
         if key not in self._known:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
-            self._known[key] = self._render(messages, options), None
-        return key, *self._known[key]
+            self._known[key] = self._render(messages, options)
+        return self._known[key]
 
-    def _render(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Conversation:
+    def _render(self, messages: list[Message], options: dict[str, Any]) -> Conversation:
         self.template.check_fields(messages, options)
         if not self.train:
             if messages[-1]["role"] == "assistant":
@@ -130,11 +110,7 @@ class ConversationTokenizer:
         return Conversation(text, answers, messages[-1]["role"] != "assistant")
 
     def tokenize(self, conversation: Conversation) -> Tokens:
-        """Return the ids and labels of a conversation.
-
-        Raises:
-            ValueError: if an answer cannot be learnt as it is asked for.
-        """
+        """Return the ids and labels of a conversation."""
         answers = conversation.answers
         input_ids: list[int] = []
         labels: list[int] = []
@@ -160,14 +136,12 @@ class ConversationTokenizer:
 
     def _learn(self, asked: list[int], text: str, answer: Answer, is_last: bool) -> Tokens:
         """Return the ids that follow a prompt, and their labels."""
-        start, encoded = 0, self.template.encode(text[: answer.end])
-        input_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        if input_ids[: len(asked)] == asked:
-            input_ids, offsets = input_ids[len(asked) :], offsets[len(asked) :]
-        else:  # the prompt's last token would merge with the answer, which generation cannot undo
-            start = len(answer.prompt)
+        start, known, encoded = 0, len(asked), self.template.encode(text[: answer.end])
+        if encoded["input_ids"][:known] != asked:
+            # The prompt's last token would merge with the answer, which generation cannot undo.
+            start, known = len(answer.prompt), 0
             encoded = self.template.encode(text[start : answer.end])
-            input_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        input_ids, offsets = encoded["input_ids"][known:], encoded["offset_mapping"][known:]
         labels = [IGNORE_INDEX] * len(input_ids)
         for position, (first, last) in enumerate(offsets):
             if any(first + start < stop and last + start > begin for begin, stop in answer.spans):
@@ -203,13 +177,6 @@ class ConversationTokenizer:
             raise ValueError(f"{place} with an end mark ({', '.join(written)}) within its text: take it out.")
 
 
-def _wrong_number(found: int, token: str | None, kind: str, count: int) -> str:
-    return (
-        f"has {found} {token} placeholders and {count} {kind}s: write one content part of type '{kind}' per {kind}, "
-        "and let the chat template render it."
-    )
-
-
 def expand_placeholders(tokens: Tokens, placeholder: int, counts: Sequence[int]) -> Tokens:
     """Repeat the i-th placeholder `counts[i]` times."""
     remaining = iter(counts)
@@ -243,19 +210,13 @@ def pad_tokens(batch: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase, trai
 
 
 def token_columns(row: Mapping[str, Any], train: bool) -> Tokens:
-    """Return the ids and labels of a row that has been tokenised.
-
-    Raises:
-        ValueError: if they are not two lists of equally many integers.
-    """
+    """Return the ids and labels of a row that has been tokenised, two lists of equally many integers."""
     columns = []
     for name in ("input_ids", "labels") if train else ("input_ids",):
         value: Any = row.get(name)
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, list | tuple) or not value or not all(isinstance(token, int) for token in value):
-            raise ValueError(
-                f"has {name}={value!r:.100}: a tokenised row has lists of ids, as `tokenize_rows` gives them."
-            )
+            raise ValueError(f"has {name}={value!r:.100}: a tokenised row has lists of ids, as of `tokenize_rows`.")
         columns.append(list(value))
     if len(columns[0]) != len(columns[-1]):
         raise ValueError(f"has {len(columns[0])} input_ids and {len(columns[-1])} labels.")
@@ -276,11 +237,7 @@ def process_images(images: list[Image.Image], processor: AnyProcessor) -> dict[s
 
 
 def placeholder_counts(num_images: int, processor: AnyProcessor, pixels: dict[str, Any]) -> list[int]:
-    """Return the placeholders of every image.
-
-    Raises:
-        ValueError: if the processor does not know them.
-    """
+    """Return the placeholders of every image."""
     if "pixel_attention_mask" in pixels:
         return pixels["pixel_attention_mask"].sum(-1).tolist()
     if num_images and processor.image_seq_length is None:
@@ -288,9 +245,7 @@ def placeholder_counts(num_images: int, processor: AnyProcessor, pixels: dict[st
     return [processor.image_seq_length or 0] * num_images
 
 
-def tokenize_rows(
-    rows: Dataset | IterableDataset, processor: AnyProcessor, train: bool = True
-) -> Dataset | IterableDataset:
+def tokenize_rows(rows: Dataset | IterableDataset, processor: AnyProcessor) -> Dataset | IterableDataset:
     """Tokenise all rows before training; [`VisionLanguageCollator`] then only pads.
 
     `messages` is replaced by `input_ids` and `labels`, placeholders expanded; `images` are no longer decoded on access
@@ -303,14 +258,14 @@ def tokenize_rows(
     rows = undecoded(rows)
     if expands_alone(processor):
         if isinstance(rows, Dataset):  # a stream is read once
-            check_conversations(rows, processor, train)
+            check_conversations(rows, processor)
         return rows
-    tokenizer = ConversationTokenizer(processor, train)
+    tokenizer = ConversationTokenizer(processor)
     packed = gives_packed_patches(processor)
 
     def tokenize(row: dict[str, Any], index: int) -> dict[str, list[Any]]:
-        with _row_named(row, index):
-            images = row_images(row)
+        with row_named(row, index, "dataset"):
+            images = row_media(row, "image")
             tokens = tokenizer(row_messages(row), media_counts(row), template_options(row))
             pixels = process_images(open_row_images(images), processor) if packed else {}
         counts = placeholder_counts(len(images), processor, pixels)
@@ -333,20 +288,8 @@ def media_counts(row: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_conversations(rows: Dataset | IterableDataset, processor: AnyProcessor, train: bool = True) -> None:
-    """Tokenise the text of all rows as [`tokenize_rows`] does, and keep nothing; no picture is opened.
-
-    Raises:
-        ValueError: naming the row that cannot be tokenised.
-    """
+    """Tokenise the text of all rows and keep nothing; no picture is opened, and an error names the row."""
     tokenizer = ConversationTokenizer(processor, train)
     for index, row in enumerate(undecoded(rows)):
-        with _row_named(row, index):
+        with row_named(row, index, "dataset"):
             tokenizer(row_messages(row), media_counts(row), template_options(row))
-
-
-@contextmanager
-def _row_named(row: dict[str, Any], index: int) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{describe_row(row, index, 'dataset')} {error}") from error

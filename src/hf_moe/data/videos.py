@@ -18,7 +18,7 @@ from ..modeling.image_loading import decode_image
 from .row_images import one_source, read_row_file, read_row_image
 
 
-# Under one of these keys a record holds a video; `fps` is a number beside it; a `path` beside `bytes` is only a name.
+# Under one of these keys a record holds a video; `fps` is a number beside it.
 VIDEO_SOURCES = ("video", "frames", "array", "url", "path", "base64", "bytes")
 # The backends of Transformers' `load_video`, and the modules that they need.
 DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "decord": "decord", "opencv": "cv2"}
@@ -53,7 +53,8 @@ def open_video(video: Any, video_processor: Any = None) -> tuple[np.ndarray, Vid
         if isinstance(content, Path | bytes):
             frames, metadata = _decode(content, sample)
         else:
-            metadata = _metadata(len(content), fps)
+            seen = {"duration": len(content) / fps if fps else None, "frames_indices": list(range(len(content)))}
+            metadata = VideoMetadata(total_num_frames=len(content), fps=fps, **seen)
             if sample is not None and fps is not None:
                 metadata.frames_indices = [int(index) for index in sample(metadata=metadata)]
             frames = _stack([content[index] for index in metadata.frames_indices or []])
@@ -64,18 +65,18 @@ def open_video(video: Any, video_processor: Any = None) -> tuple[np.ndarray, Vid
 
 
 def read_video(video: Any) -> tuple[str, Any, float | None]:
-    """Return how errors call a video, its content (a sequence of frames, or a file's path or bytes), and its rate.
-
-    Raises:
-        ValueError: if it is missing or of an unknown form.
-    """
+    """Return how errors call a video, its content (a sequence of frames, or a file's path or bytes), and its rate."""
     if isinstance(video, Mapping):
         return _read_record(video)
     if isinstance(video, list | tuple):
         if not len(video):
             raise ValueError("an empty list of frames is no video")
         if isinstance(video[0], list | tuple):  # of numbers, as `datasets` gives an array
-            return read_video(_array(video))
+            try:
+                array = np.asarray(video)
+            except ValueError as error:
+                raise ValueError(f"lists of unequal lengths are no array of frames ({error})") from error
+            return read_video(array)
         return f"the list of {len(video)} frames", video, None
     if getattr(video, "is_animated", False):
         return "the animation", *_animation(video)
@@ -95,28 +96,13 @@ def read_video(video: Any) -> tuple[str, Any, float | None]:
     return encoded[0], *_encoded(encoded[1])
 
 
-def _array(numbers: Any) -> np.ndarray:
-    try:
-        return np.asarray(numbers)
-    except ValueError as error:
-        raise ValueError(f"lists of unequal lengths are no array of frames ({error})") from error
-
-
 def frame_files(folder: Path) -> list[Path]:
-    """Return the pictures in a folder, in the order of the numbers in their names.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Return the pictures in a folder, in the order of the numbers in their names."""
     known = Image.registered_extensions()
     files = [file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in known]
     if not files:
         raise ValueError(f"the folder {folder} holds no pictures, which would be the frames of a video")
-    return sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in _parts(file.name)])
-
-
-def _parts(name: str) -> list[str]:
-    return re.split(r"(\d+)", name)
+    return sorted(files, key=lambda file: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", file.name)])
 
 
 def _read_record(record: Mapping[str, Any]) -> tuple[str, Any, float | None]:
@@ -155,11 +141,6 @@ def _animation(picture: Image.Image) -> tuple[list[Image.Image], float | None]:
     return frames, len(frames) / seconds if seconds else None
 
 
-def _metadata(count: int, fps: float | None) -> VideoMetadata:
-    duration = count / fps if fps else None
-    return VideoMetadata(total_num_frames=count, fps=fps, duration=duration, frames_indices=list(range(count)))
-
-
 def _sampling(video_processor: Any) -> Callable[..., Any] | None:
     """Return how a video processor picks frames with its own settings, `None` if it takes all."""
     if video_processor is None or not getattr(video_processor, "do_sample_frames", False):
@@ -176,20 +157,20 @@ def _decode(content: Path | bytes, sample: Callable[..., Any] | None) -> tuple[n
             f"none of {', '.join(DECODERS.values())} is installed, of which one decodes video files: pip install "
             "torchcodec, or give the frames as a folder, a list of images or a GIF"
         )
+
+    def every(metadata: VideoMetadata, **_: Any) -> np.ndarray:
+        return np.arange(metadata.total_num_frames)
+
     with tempfile.TemporaryDirectory() as folder:  # `load_video` opens paths
         if isinstance(content, bytes):
             file = Path(folder, "video")
             file.write_bytes(content)
             content = file
         try:
-            frames, metadata = load_video(str(content), backend=backend, sample_indices_fn=sample or _all_frames)
+            frames, metadata = load_video(str(content), backend=backend, sample_indices_fn=sample or every)
         except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
             raise ValueError(f"{backend} cannot decode it: {error or type(error).__name__}") from error
         return _stack(frames), metadata
-
-
-def _all_frames(metadata: VideoMetadata, **_: Any) -> np.ndarray:
-    return np.arange(metadata.total_num_frames)
 
 
 def _stack(frames: Any) -> np.ndarray:
@@ -202,9 +183,7 @@ def _stack(frames: Any) -> np.ndarray:
             raise ValueError(f"frame {index}: {error}") from error
         if pictures[-1].shape != pictures[0].shape:
             sizes = [f"{picture.shape[1]} x {picture.shape[0]}" for picture in (pictures[0], pictures[-1])]
-            raise ValueError(
-                f"frame {index} is of {sizes[1]} pixels, and frame 0 of {sizes[0]}: frames are of one size"
-            )
+            raise ValueError(f"frame {index} is of {sizes[1]} pixels, and frame 0 of {sizes[0]}: make them equal")
     if not pictures:
         raise ValueError("it has no frames")
     return np.stack(pictures)

@@ -41,11 +41,7 @@ def normalise_answer(answer: str) -> str:
 
 
 def vqa_score(prediction: str, references: str | Sequence[str]) -> float:
-    """Return the VQA accuracy of one answer, 0 to 1; fewer than three references must all agree for a 1.
-
-    Raises:
-        ValueError: if there is no reference, or an answer is no text.
-    """
+    """Return the VQA accuracy of one answer, 0 to 1; fewer than three references must all agree for a 1."""
     references = _checked(prediction, references)
     answer = normalise_answer(prediction)
     agreeing = sum(normalise_answer(reference) == answer for reference in references)
@@ -53,11 +49,7 @@ def vqa_score(prediction: str, references: str | Sequence[str]) -> float:
 
 
 def exact_match_score(prediction: str, references: str | Sequence[str]) -> float:
-    """Return 1 if the answer is one of the references, except for white space around it, else 0.
-
-    Raises:
-        ValueError: if there is no reference, or an answer is no text.
-    """
+    """Return 1 if the answer is one of the references, except for white space around it, else 0."""
     references = _checked(prediction, references)
     return float(prediction.strip() in {reference.strip() for reference in references})
 
@@ -69,11 +61,7 @@ def score_answers(
     question_types: Sequence[str | None] | None = None,
     name: str = "accuracy",
 ) -> dict[str, Any]:
-    """Return [`mean_scores`] of a list of answers.
-
-    Raises:
-        ValueError: if the lists differ in length or are empty, or naming the first answer that is none.
-    """
+    """Return [`mean_scores`] of a list of answers; an error names the first answer or reference that is no text."""
     if isinstance(predictions, str) or isinstance(references, str):
         raise ValueError("Predictions and references are lists with one item per question; got text.")
     if len(predictions) != len(references):
@@ -92,21 +80,15 @@ def mean_scores(
 ) -> dict[str, Any]:
     """Return the mean as `name`, the `count`, and with `question_types` the means as `name_by_question_type`.
 
-    Args:
-        question_types (`Sequence[str | None]`, *optional*): of every score; one without a type (`None`) counts in the
-            mean alone.
-
-    Raises:
-        ValueError: without scores, or if scores and question types differ in number.
+    A score without a type (`None`) counts in the mean alone.
     """
     if not scores:
         raise ValueError("There are no answers to score.")
     result: dict[str, Any] = {name: sum(scores) / len(scores), "count": len(scores)}
     if question_types is not None:
         if len(question_types) != len(scores):
-            raise ValueError(
-                f"There are {len(scores)} answers and {len(question_types)} question types: give one each."
-            )
+            counts = f"{len(scores)} answers and {len(question_types)} question types"
+            raise ValueError(f"There are {counts}: give one each.")
         groups: dict[str, list[float]] = {}
         for score, question_type in zip(scores, question_types, strict=True):
             if question_type is not None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -77,12 +77,13 @@ def predict_answers(
         candidates = sorted({answer for answers in check_references(rows) for answer in answers})
     is_single = not generate and _are_single_tokens(candidates, first, processor)
     if not is_single and statistics is not None:
-        raise ValueError(
-            "Routing statistics come from the prefill; these answers are generated, being several tokens."
-        )
+        raise ValueError("Routing statistics come from the prefill; these answers are of several tokens, generated.")
     hosted = expands_alone(processor)
     answers: list[str] = []
-    with evaluation_mode(model), _bar(rows, batch_size) as progress:
+    count = len(rows) if isinstance(rows, Dataset) else None
+    # Of a single batch a bar tells nothing.
+    hidden = count is not None and count <= batch_size
+    with evaluation_mode(model), tqdm(total=count, desc="Answering", unit="question", disable=hidden) as progress:
         for batch_rows in batches(rows, batch_size):
             batch = _on_device(collator(batch_rows), model)
             if zero_images:
@@ -91,9 +92,8 @@ def predict_answers(
                 if is_single and not hosted:
                     tokens = _prefill(model, batch, statistics)
                 else:
-                    count = 1 if is_single else max_new_tokens
-                    with _collected(model, statistics):
-                        tokens = _generate(model, batch, count, processor.tokenizer.pad_token_id)
+                    length = 1 if is_single else max_new_tokens
+                    tokens = _generate(model, batch, length, processor.tokenizer.pad_token_id, statistics)
             answers += [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             progress.update(len(batch_rows))
     return answers
@@ -122,11 +122,7 @@ def evaluate_vqa(
 
 
 def check_references(rows: Rows | list[dict[str, Any]]) -> list[list[str]]:
-    """Return the right answers of every row.
-
-    Raises:
-        ValueError: naming the first row that has none, or one that is no answer.
-    """
+    """Return the right answers of every row; an error names the first that has none."""
     references = []
     for index, row in enumerate(rows if isinstance(rows, list) else undecoded(rows)):
         try:
@@ -137,16 +133,11 @@ def check_references(rows: Rows | list[dict[str, Any]]) -> list[list[str]]:
 
 
 def reference_answers(row: dict[str, Any]) -> list[str]:
-    """Return the right answers of a row, as text.
-
-    Raises:
-        ValueError: if it has none, or one is no text.
-    """
+    """Return the right answers of a row, as text."""
     for name in ("answers", "answer"):
         given = row.get(name)
-        several = given if isinstance(given, list) else [] if given is None else [given]
-        if several:
-            return [text_of(answer, "answer") for answer in several]
+        if given is not None and given != []:
+            return [text_of(answer, "answer") for answer in (given if isinstance(given, list) else [given])]
     messages = row_messages(row)
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("A row to be scored needs a column answer or answers, or an assistant turn at its end.")
@@ -178,12 +169,6 @@ def _are_single_tokens(candidates: Sequence[str], row: dict[str, Any], processor
     return True
 
 
-def _bar(rows: Rows, batch_size: int) -> Any:
-    """Return a progress bar, which of a single batch tells nothing."""
-    count = len(rows) if isinstance(rows, Dataset) else None
-    return tqdm(total=count, desc="Answering", unit="question", disable=count is not None and count <= batch_size)
-
-
 def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
     """Return the batch where the model is, without the modality ids that a host of another kind does not take."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -192,29 +177,20 @@ def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
     return {name: send_to_device(value, model.device) for name, value in batch.items()}
 
 
-@contextmanager
-def _collected(model: Any, statistics: RoutingStatistics | None) -> Iterator[None]:
-    """Collect the routing of the prompts that are generated from."""
-    if statistics is None:
-        yield
-        return
-    hooks = [
-        model.register_forward_pre_hook(
-            lambda _, args, kwargs: (args, {**kwargs, "output_routing": True}), with_kwargs=True
-        ),
-        model.register_forward_hook(lambda _, args, outputs: statistics.update(outputs.routing)),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _generate(model: Any, batch: dict[str, Any], max_new_tokens: int, pad_id: int | None) -> torch.Tensor:
+def _generate(
+    model: Any, batch: dict[str, Any], max_new_tokens: int, pad_id: int | None, statistics: RoutingStatistics | None
+) -> torch.Tensor:
     """Return the tokens of greedy answers, (B, N)."""
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": pad_id}
-    return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    with ExitStack() as hooks:
+        if statistics is not None:
+            hooks.enter_context(model.register_forward_pre_hook(_ask_for_routing, with_kwargs=True))
+            hooks.enter_context(model.register_forward_hook(lambda _, args, out: statistics.update(out.routing)))
+        return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+
+
+def _ask_for_routing(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "output_routing": True}
 
 
 def _prefill(model: Any, batch: dict[str, Any], statistics: RoutingStatistics | None) -> torch.Tensor:

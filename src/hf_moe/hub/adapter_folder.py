@@ -31,6 +31,7 @@ GENERATING = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
 )
+PRETRAINING = "AutoModelForPreTraining"
 # For bases of an unknown class.
 BY_TASK = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -47,12 +48,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def needed_files(folder: Path) -> Iterator[str]:
-    """Yield the files that an adapter cannot do without.
-
-    Raises:
-        ValueError: if its base is no repository on the Hub.
-        OSError: if its weights are damaged.
-    """
+    """Yield the files that an adapter cannot do without; refuse a base that nobody finds, and damaged weights."""
     check_base(read_adapter_config(folder).get("base_model_name_or_path"), folder)
     check_weights(folder)
     yield WEIGHTS_FILE
@@ -65,17 +61,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a folder whose weights are cut short, by their header.
-
-    Raises:
-        OSError: naming the file.
-    """
+    """Refuse a folder whose weights are cut short, by their header."""
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        return
     try:
-        with safe_open(path, "np"):  # which imports no torch
-            pass
+        if path.is_file():
+            safe_open(path, "np")  # which imports no torch
     except SafetensorError as error:
         raise OSError(f"{path} is damaged or cut short ({error}): copy, download or save it again.") from error
 
@@ -83,9 +73,7 @@ def check_weights(folder: Path) -> None:
 def is_local_base(base: str, folder: Path | None = None) -> bool:
     """Whether the name of a base is a path, of this machine or of another one, and no id on the Hub.
 
-    Args:
-        base (`str`): the name.
-        folder (`Path`, *optional*): of the adapter, whose base is often beside it.
+    A base is often beside the `folder` of its adapter.
     """
     try:
         validate_repo_id(base)
@@ -114,15 +102,7 @@ def cached_commit(base: str | None) -> str | None:
 
 
 def check_base(base: str | None, folder: Path | None = None) -> None:
-    """Refuse an adapter whose base nobody else could find.
-
-    Args:
-        base (`str`): its name.
-        folder (`Path`, *optional*): of the adapter, as in [`is_local_base`].
-
-    Raises:
-        ValueError: if the base is missing, or a folder.
-    """
+    """Refuse an adapter whose base nobody else could find: it is missing, or a path as [`is_local_base`] tells."""
     if not base or is_local_base(base, folder):
         raise ValueError(
             f"The adapter's base model is {base!r}, which nobody else can load. Push the base first, then name it by "
@@ -199,15 +179,13 @@ def auto_class(class_name: str) -> str | None:
         mapping = getattr(auto, "_model_mapping", None)
         if isinstance(auto, type) and mapping is not None:
             classes = mapping._model_mapping.values()  # names, or several of them
-            if any(class_name == item or (not isinstance(item, str) and class_name in item) for item in classes):
+            if any(class_name in ([item] if isinstance(item, str) else item) for item in classes):
                 found.append(name)
-    for name in GENERATING:  # what loads these is in other lists besides
-        if name in found:
-            return name
-    found.sort(key=lambda name: (name == "AutoModelForPreTraining", name))
+    # What loads those that generate is in other lists besides, and nearly all are in that of pretraining.
+    order = [*GENERATING, *sorted(set(found) - {PRETRAINING}), PRETRAINING]
     if not found and class_name.endswith("ForConditionalGeneration"):
         return "AutoModelForImageTextToText"  # as ours
-    return found[0] if found else None
+    return next((name for name in order if name in found), None)
 
 
 def _base_class(config: dict[str, Any]) -> tuple[str, bool]:

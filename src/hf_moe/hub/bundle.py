@@ -100,8 +100,7 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
         obj (`Any`): an `HfMoeConfig`, which brings the model's code, or an `HfMoeProcessor`.
         folder (`str`): the checkpoint's folder.
 
-    Returns:
-        A function that writes the code, to be called once `obj` has been written.
+    Returns a function that writes the code, to be called once `obj` has been written.
 
     Raises:
         ValueError: if a mechanism cannot travel: it is defined in a notebook or script, imports what a checkpoint does
@@ -111,8 +110,7 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
     is_config = isinstance(obj, PreTrainedConfig)
     _warn_of_subclasses(obj)
     if is_config:
-        obj.auto_map = {**(getattr(obj, "auto_map", None) or {}), **AUTO_MAP}
-        obj.hf_moe_version = __version__
+        mark_config(obj)
         entry_files = [CONFIGURATION, MODELING]
         if has_own_processor(obj) and (target / PROCESSING.name).is_file():
             entry_files.append(PROCESSING)
@@ -137,6 +135,12 @@ def prepare_bundle(obj: Any, folder: str) -> Callable[[], None]:
             add_processor_auto_map(target)
 
     return write
+
+
+def mark_config(config: Any) -> None:
+    """Name the classes that open a checkpoint, and the version that writes its code."""
+    config.auto_map = {**(getattr(config, "auto_map", None) or {}), **AUTO_MAP}
+    config.hf_moe_version = __version__
 
 
 def has_own_processor(config: Any) -> bool:
@@ -201,25 +205,18 @@ def used_mechanisms(config: Any) -> dict[str, dict[str, type]]:
 
 @dataclass(frozen=True)
 class Carried:
-    """Mechanisms of a user that are known from a checkpoint alone.
+    """Mechanisms of a user that are known from a checkpoint alone."""
 
-    Attributes:
-        classes: kind to name to module and class.
-        files: the files that define them and what these import of their own, name to text.
-    """
-
+    # Kind to name to module and class.
     classes: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    # The files that define them and what these import of their own, name to text.
     files: dict[str, str] = field(default_factory=dict)
 
 
 def bundle_files(
     entry_files: list[Path], mechanisms: dict[str, dict[str, type]], carried: Carried | None = None
 ) -> dict[str, str]:
-    """Return the files of a bundle, name to text: everything that the entry files and the mechanisms import.
-
-    Raises:
-        ValueError: as [`prepare_bundle`].
-    """
+    """Return the files of a bundle, name to text: everything that the entry files and the mechanisms import."""
     carried = carried or Carried()
     sources = {cls: _source_file(kind, name, cls) for kind in mechanisms for name, cls in mechanisms[kind].items()}
     classes = {
@@ -354,6 +351,7 @@ def add_processor_auto_map(folder: Path) -> None:
         path = folder / name
         if path.is_file():
             content = read_object(path)
-            if content.get("auto_map", {}) | PROCESSOR_AUTO_MAP != content.get("auto_map"):
-                content["auto_map"] = {**content.get("auto_map", {}), **PROCESSOR_AUTO_MAP}
+            auto_map = content.get("auto_map", {}) | PROCESSOR_AUTO_MAP
+            if auto_map != content.get("auto_map"):
+                content["auto_map"] = auto_map
                 replace_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

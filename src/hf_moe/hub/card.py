@@ -3,6 +3,7 @@
 import hashlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -46,7 +47,7 @@ def write_card(
     license: str | None = "apache-2.0",
     language: str | Sequence[str] = (),
 ) -> Path:
-    """Write README.md into a saved checkpoint, beside it the evaluation files that its numbers come from, and LICENSE.
+    """Write README.md into a saved checkpoint, the evaluation files of its numbers, and LICENSE; return its path.
 
     What the report does not hold is left out. `LICENSE` is the text of Apache-2.0, which the code is under. For
     weights under another license it becomes `LICENSE-CODE`: put the text of theirs into `LICENSE`.
@@ -54,10 +55,9 @@ def write_card(
     Args:
         folder (`str` or `Path`): the checkpoint, with its code: the model and the processor have been saved to it.
         model (`Any`): the `HfMoeForConditionalGeneration` that was saved.
-        report (`dict[str, Any]`): any of `accuracy`, `blind_accuracy`, `accuracy_by_question_type`, `evaluated`
-            (questions), `train_seconds`, `total_seconds`, `peak_memory_gib`, `parameters_total`, `parameters_active`
-            (by modality), `seed`, `versions`, `machine` (`processor`, `cores`, `accelerator`), `co2_eq_emissions` (in
-            the Hub's form: `emissions` in grams, `source`, ...).
+        report (`dict[str, Any]`): any of [`~hf_moe.hub.results.SHOWN`], such as `accuracy`,
+            `accuracy_by_question_type`, `evaluated` (questions), `parameters_active` (by modality), `co2_eq_emissions`
+            (in the Hub's form).
         recipe (`dict[str, Any]`, *optional*): the training job as plain data, *optional*; the model takes its `name`,
             else that of the folder.
         pictures (`Sequence[str]`, *optional*, defaults to `()`): files in the folder.
@@ -68,9 +68,6 @@ def write_card(
             it is not known.
         language (`str` or `Sequence[str]`, *optional*, defaults to `()`): codes of the languages that the model reads
             and writes, such as `"en"`.
-
-    Returns:
-        The path of the card.
 
     Raises:
         FileNotFoundError: if the folder holds no checkpoint, or a picture is not in it.
@@ -87,30 +84,32 @@ def write_card(
     config = model.config
     parts = host_parts(model)
     taken = modalities(config)
+    task = pipeline_tag(config)
     base_models = list(base_models) or _host_of_recipe(recipe)
-    metadata = ModelCardData(
-        model_name=recipe["name"] if recipe else folder.resolve().name,
-        library_name="transformers",
-        pipeline_tag=(task := pipeline_tag(config)),
-        tags=["moe", *model_tags(config), "custom_code", "hf_moe"],
-        license=license,
-        language=[language] if isinstance(language, str) else list(language) or None,
-        base_model=base_models or None,
+    metadata = {
+        "library_name": "transformers",
+        "tags": ["moe", *model_tags(config), "custom_code", "hf_moe"],
+        "license": license,
+        "language": language,
+        "base_model": base_models or None,
         # The Hub takes several base models for a merge of them.
-        base_model_relation="finetune" if base_models else None,
-        datasets=list(datasets) or None,
-        co2_eq_emissions=report.get("co2_eq_emissions"),
-        eval_results=eval_results(report, datasets, task),
-    )
-    text = template.render(
-        metadata=metadata.to_yaml(),
-        name=metadata.model_name,
-        folder=folder.resolve().name,
+        "base_model_relation": "finetune" if base_models else None,
+        "co2_eq_emissions": report.get("co2_eq_emissions"),
+    }
+    return write_readme(
+        folder,
+        template,
+        task,
+        metadata,
+        report=report,
+        recipe=recipe,
+        datasets=datasets,
+        system=config.system,
         config=config,
         decoder=config.get_text_config(decoder=True),
         host=host_name(config),
         kind=KINDS_OF_MODEL.get(task, "multimodal"),
-        requirements=requirements(config),
+        requirements=["torch", "transformers", *packages(config)],
         tower=_tower_name(config) if host_name(config) is None and len(taken) > 1 else None,
         encoders=_encoders(model, parts),
         layers=(layers := _layer_rows(model)),
@@ -118,26 +117,17 @@ def write_card(
         modalities=taken,
         at_work=_at_work(model, parts, report),
         usage=usage(folder, config),
-        system=load_system(config.system) if config.system else None,
-        objectives=_objectives(config),
+        objectives={label: objective_entry(label, value)[1] for label, value in config.moe_config.objectives.items()},
         sources=_sources(config),
-        report=report,
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
         pictures=pictures,
         base_models=base_models,
-        datasets=datasets,
         code=_digest_rows(folder),
         code_license=_write_license(folder, license),
     )
-    return write_readme(folder, text)
 
 
 def card_template(name: str) -> Any:
-    """Return a template of jinja2 for a card.
-
-    Raises:
-        ImportError: if jinja2 is not installed.
-    """
+    """Return a template of jinja2 for a card."""
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
@@ -147,10 +137,33 @@ def card_template(name: str) -> Any:
     return Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined).from_string(text)
 
 
-def write_readme(folder: Path, text: str) -> Path:
-    """Write a rendered card into a folder, without runs of empty lines, and return its path."""
+def write_readme(folder: Path, template: Any, task: str, metadata: dict[str, Any], **facts: Any) -> Path:
+    """Render a card into a folder, and return its path.
+
+    The accuracies of the report stand in the metadata too; the Hub lists none without a data set.
+    """
+    recipe, datasets, language = facts["recipe"], list(facts["datasets"]), metadata["language"]
+    results = [
+        EvalResult(task, datasets[0], datasets[0], "accuracy", value, metric_name=metric_name(kind))
+        for kind, value in scores(facts["report"]).items()
+        if datasets
+    ]
+    shared = {
+        "model_name": recipe["name"] if recipe else folder.resolve().name,
+        "pipeline_tag": task,
+        "language": [language] if isinstance(language, str) else list(language) or None,
+        "datasets": datasets or None,
+        "eval_results": results or None,
+    }
+    facts |= {
+        "metadata": ModelCardData(**metadata | shared).to_yaml(),
+        "name": shared["model_name"],
+        "folder": folder.resolve().name,
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
+        "system": load_system(facts["system"]) if facts["system"] else None,
+    }
     path = folder / "README.md"
-    path.write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
+    path.write_text(re.sub(r"\n{3,}", "\n\n", template.render(facts)).strip() + "\n", encoding="utf-8")
     return path
 
 
@@ -191,40 +204,15 @@ def _diagram(model: Any, parts: HostParts, kinds: list[dict[str, Any]]) -> str:
         for row in kinds
         for index in row["layers"]
     }
-    layers = [
-        feed_forward.get(index, "feed-forward")
-        for index in range(config.get_text_config(decoder=True).num_hidden_layers)
-    ]
-    runs: list[tuple[int, int, str]] = []
-    for kind, members in groupby(enumerate(layers), key=lambda item: item[1]):
-        indices = [index for index, _ in members]
-        runs.append((indices[0], indices[-1], kind))
-    labels = [f"layer {first}" if first == last else f"layers {first}-{last}" for first, last, _ in runs]
-    width = max(map(len, labels))
-    blocks = [f"  {label:{width}}  attention, {kind}" for label, (_, _, kind) in zip(labels, runs, strict=True)]
+    runs: list[tuple[str, str]] = []
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    for kind, members in groupby(range(count), key=lambda index: feed_forward.get(index, "feed-forward")):
+        indices = list(members)
+        is_one = len(indices) == 1
+        runs.append((f"layer {indices[0]}" if is_one else f"layers {indices[0]}-{indices[-1]}", kind))
+    width = max(len(label) for label, _ in runs)
+    blocks = [f"  {label:{width}}  attention, {kind}" for label, kind in runs]
     return "\n".join([*paths, "  |", *blocks, "  |", "answer"])
-
-
-def eval_results(report: dict[str, Any], datasets: Sequence[str], task_type: str) -> list[EvalResult] | None:
-    """Return the accuracies as the Hub's model index wants them; it lists no result without a data set."""
-    results = [
-        EvalResult(
-            task_type=task_type,
-            dataset_type=datasets[0],
-            dataset_name=datasets[0],
-            metric_type="accuracy",
-            metric_name=metric_name(kind),
-            metric_value=value,
-        )
-        for kind, value in scores(report).items()
-        if datasets
-    ]
-    return results or None
-
-
-def requirements(config: Any) -> list[str]:
-    """Return the packages that loading the checkpoint takes."""
-    return ["torch", "transformers", *packages(config)]
 
 
 def _tower_name(config: Any) -> str:
@@ -254,9 +242,9 @@ def _layer_rows(model: Any) -> list[dict[str, Any]]:
 
 def _encoders(model: Any, parts: HostParts) -> list[dict[str, Any]]:
     """Return the towers and the connectors of a host: path, class, what each takes, and its own parameters."""
-    held: dict[str | None, int] = {}
+    held: Counter[str | None] = Counter()
     for name, parameter in model.named_parameters():
-        held[parts.holder(name)] = held.get(parts.holder(name), 0) + parameter.numel()
+        held[parts.holder(name)] += parameter.numel()
     return [
         {
             "part": part,
@@ -288,11 +276,6 @@ def _host_of_recipe(recipe: dict[str, Any] | None) -> list[str]:
     """Return the checkpoint that a recipe names as its host, where it is one of the Hub."""
     host = ((recipe or {}).get("model") or {}).get("host")
     return [host] if isinstance(host, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", host) and not is_path(host) else []
-
-
-def _objectives(config: Any) -> dict[str, float]:
-    """Return the coefficient of every objective, by label."""
-    return {label: objective_entry(label, value)[1] for label, value in config.moe_config.objectives.items()}
 
 
 def _sources(config: Any) -> list[dict[str, str]]:

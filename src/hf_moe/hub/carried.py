@@ -37,31 +37,20 @@ class Listed:
 
 @dataclass(frozen=True)
 class Renewed:
-    """The code of a checkpoint as the installed package writes it.
+    """The code of a checkpoint as the installed package writes it."""
 
-    Attributes:
-        files: name to text, with the digest.
-        carried: the files of a user among them, which only the checkpoint has.
-        unknown: kind and name of the mechanisms that neither the package nor the checkpoint has.
-    """
-
-    files: dict[str, str]
-    carried: set[str]
-    unknown: list[tuple[str, str]]
+    files: dict[str, str]  # name to text, with the digest
+    carried: set[str]  # the files of a user among them, which only the checkpoint has
+    unknown: list[tuple[str, str]]  # kind and name of what neither the package nor the checkpoint has
 
 
 def listed_mechanisms(files: dict[str, str]) -> list[Listed]:
-    """Return what a checkpoint's own list of mechanisms names; no line of it runs.
-
-    Raises:
-        ValueError: if mechanisms.py is not the list that this library writes.
-    """
+    """Return what a checkpoint's own list of mechanisms names; no line of it runs."""
     if "mechanisms.py" not in files:
         return []
     nodes = list(ast.walk(parsed("mechanisms.py", files["mechanisms.py"])))
-    modules = {
-        alias.name: node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules = {alias.name: node.module or "" for node in imports for alias in node.names}
     table: Any = next((node for node in nodes if isinstance(node, ast.Dict)), None)
     try:
         return [
@@ -74,11 +63,7 @@ def listed_mechanisms(files: dict[str, str]) -> list[Listed]:
 
 
 def parsed(name: str, text: str) -> ast.Module:
-    """Return the syntax tree of a file of code.
-
-    Raises:
-        ValueError: if it is no Python, naming it.
-    """
+    """Return the syntax tree of a file of code; refuse what is no Python, by name."""
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError) as error:
@@ -89,11 +74,7 @@ def renew(config: Any, old: dict[str, str], with_processor: bool) -> Renewed:
     """Return the code that the installed package gives to a checkpoint.
 
     A user's mechanism that travels in the checkpoint alone is kept as it is there, with the files that it imports.
-
-    Args:
-        config (`Any`): the checkpoint's `HfMoeConfig`.
-        old (`dict[str, str]`): the checkpoint's files of code, name to text.
-        with_processor (`bool`): whether the checkpoint holds a processor.
+    `old` are the checkpoint's files of code, name to text.
     """
     listed = {(item.kind, item.name): item for item in listed_mechanisms(old)}
     mechanisms: dict[str, dict[str, type]] = {}
@@ -157,19 +138,16 @@ def dead_names(files: dict[str, str]) -> list[str]:
     dead = []
     for name, text in sorted(files.items()):
         for node in ast.walk(parsed(name, text)):
-            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("transformers"):
-                lost = [alias.name for alias in node.names if not _exists(node.module or "", alias.name)]
+            module = node.module or "" if isinstance(node, ast.ImportFrom) and not node.level else ""
+            if isinstance(node, ast.ImportFrom) and module.startswith("transformers"):
+                lost = [alias.name for alias in node.names if not _exists(module, alias.name)]
                 if lost:
-                    dead.append(
-                        f"{name} imports {', '.join(lost)} of {node.module}, which the installed release lacks"
-                    )
+                    dead.append(f"{name} imports {', '.join(lost)} of {module}, which the installed release lacks")
     return dead
 
 
 def _exists(module: str, name: str) -> bool:
     try:
-        return (
-            hasattr(importlib.import_module(module), name) or importlib.util.find_spec(f"{module}.{name}") is not None
-        )
+        return hasattr(importlib.import_module(module), name) or bool(importlib.util.find_spec(f"{module}.{name}"))
     except ImportError:
         return False

@@ -1,6 +1,5 @@
 """Reads the files of a checkpoint as the commands need them; a damaged one is an error that names it."""
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,7 @@ OTHER_JSON_FILES = ("generation_config.json", "processor_config.json", "tokenize
 
 
 def read_config(folder: Path) -> Any:
-    """Return the config of a model of this library.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is damaged, or that of another model.
-    """
+    """Return the config of a model of this library; refuse one that is damaged, or that of another model."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint.")
@@ -38,10 +32,8 @@ def parse_config(name: str, text: str) -> Any:
     """Return the config in the text of a file, see [`read_config`]."""
     plain = parse_object(name, text)
     if plain.get("model_type") != HfMoeConfig.model_type:
-        raise ValueError(
-            f"{name} is that of a checkpoint of model_type {plain.get('model_type')!r}; this command is for "
-            f"{HfMoeConfig.model_type!r}."
-        )
+        given = plain.get("model_type")
+        raise ValueError(f"{name} is of model_type {given!r}; this command is for {HfMoeConfig.model_type!r}.")
     check_config_fields(name, plain)
     try:
         return HfMoeConfig.from_dict(plain)
@@ -55,12 +47,7 @@ def weights_files(folder: Path) -> list[str]:
 
 
 def check_whole(folder: Path) -> None:
-    """Refuse a checkpoint with a damaged file; every value of the weights is read once.
-
-    Raises:
-        FileNotFoundError: if a file of the weights is missing.
-        ValueError: naming the file.
-    """
+    """Refuse a checkpoint with a missing or damaged file; every value of the weights is read once."""
     for name in OTHER_JSON_FILES:
         if (folder / name).is_file():
             read_object(folder / name)
@@ -92,10 +79,11 @@ def _no_numbers(folder: Path, files: list[str]) -> list[str]:
     found = []
     for file in files:
         with safe_open(folder / file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                tensor = weights.get_tensor(name)
-                if tensor.is_floating_point() and not tensor.float().isfinite().all():
-                    found.append(f"{file} holds NaN or infinity in {name}")
+            values = ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
+            wrong = [
+                name for name, value in values if value.is_floating_point() and not value.float().isfinite().all()
+            ]
+        found += [f"{file} holds NaN or infinity in {name}" for name in wrong]
     return found[:3]
 
 
@@ -109,10 +97,8 @@ def _tensors(path: Path) -> dict[str, Any]:
         header = 8 + int.from_bytes(file.read(8), "little")
     end = max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if not tensors or path.stat().st_size != header + end:
-        raise ValueError(
-            f"{path} is damaged or cut short: its header names {end:,} bytes of weights, and it holds "
-            f"{path.stat().st_size - header:,}."
-        )
+        given = f"its header names {end:,} bytes of weights, and it holds {path.stat().st_size - header:,}"
+        raise ValueError(f"{path} is damaged or cut short: {given}.")
     return tensors
 
 
@@ -127,21 +113,22 @@ def tensor_problems(config: Any, tensors: dict[str, Any]) -> list[str]:
         return []
     with torch.device("meta"):
         model = HfMoeForConditionalGeneration(config)
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys)
-    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    lacking = [name for name in own if name not in stored and name not in tied and not name.startswith("objectives.")]
-    extra = [name for name in stored if name not in own and not name.startswith("objectives.")]
-    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    integers = [name for name in own if name in floats & stored.keys() and tensors[name].dtype in INTEGERS]
-    other = [name for name in own if name in stored and math.prod(own[name]) and own[name] != stored[name]]
+    own = model.state_dict()
+    counters = tuple(name for name in [*own, *tensors] if name.startswith("objectives."))
+    optional = {*model.all_tied_weights_keys, *counters}
+    shared = {name: (own[name], tensors[name]) for name in own if name in tensors}
+    problems = {
+        "lack": [name for name in own if name not in tensors and name not in optional],
+        "hold, and the model has not,": [name for name in tensors if name not in own and name not in counters],
+        "differ in shape:": [
+            name for name, (one, other) in shared.items() if one.numel() and tuple(one.shape) != tuple(other.shape)
+        ],
+        "are integers, and should be floats:": [
+            name for name, (one, other) in shared.items() if one.is_floating_point() and other.dtype in INTEGERS
+        ],
+    }
     return [
         f"the weights {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in {
-            "lack": lacking,
-            "hold, and the model has not,": extra,
-            "differ in shape:": other,
-            "are integers, and should be floats:": integers,
-        }.items()
+        for what, names in problems.items()
         if names
     ]

@@ -18,16 +18,9 @@ from .host_facts import modalities
 
 
 GROUPS = (
-    "vision tower",
-    "audio tower",
-    "connector",
-    "objectives",
-    "routers",
-    "routed experts",
-    "shared experts",
-    "embeddings",
-    "rest of the decoder",
-)
+    "vision tower", "audio tower", "connector", "objectives",
+    "routers", "routed experts", "shared experts", "embeddings", "rest of the decoder",
+)  # fmt: skip
 DECODER = ("routers", "shared experts", "embeddings", "rest of the decoder")
 # In the decoder the first that matches gives the group of a tensor; the others are known by structure.
 DECODER_PATTERNS = {
@@ -64,9 +57,8 @@ def group_of(name: str, parts: HostParts) -> str:
         return "audio tower" if set(served) == {"audio"} else "vision tower"
     if part in GROUPS:
         return part
-    return next(
-        (group for group, pattern in DECODER_PATTERNS.items() if re.search(pattern, name)), "rest of the decoder"
-    )
+    found = (group for group, pattern in DECODER_PATTERNS.items() if re.search(pattern, name))
+    return next(found, "rest of the decoder")
 
 
 def size(shape: Iterable[int]) -> int:
@@ -103,9 +95,6 @@ def most_active_parameters(
     """Return the decoder's parameters at most at work on a token of each modality.
 
     Args:
-        config (`Any`): of the model.
-        shapes (`Shapes`): of its tensors, by name.
-        parts (`HostParts`): where its parts are.
         routers (`Mapping[int, Any]`): by layer, or `None` for one that is not installed: it takes
             `num_experts_per_tok` experts.
         always (`int`): parameters of the decoder outside the routed experts.
@@ -117,15 +106,9 @@ def most_active_parameters(
         slots = at_layer(moe.num_experts_per_tok, layer) if router is None else router.most_experts_per_tok()
         idle = 0 if router is None else router.idle_parameters()
         for modality in active:
-            bank = bank_of(modality, list(banks))
+            # Of two isolated banks the second is for what is seen.
+            bank = (list(banks) or [None])[-1 if modality in ("image", "video") else 0]
             held = sum(size(shapes[name]) for name in expert_tensors(shapes, parts, layer, bank))
             experts = at_layer(moe.num_experts, layer) if bank is None else banks[bank]["num_experts"]
             active[modality] += held * min(slots, experts) // experts - idle
     return active
-
-
-def bank_of(modality: str, banks: list[str]) -> str | None:
-    """Return the bank of experts that serves a modality: of two isolated banks the second is for what is seen."""
-    if not banks:
-        return None
-    return banks[-1] if modality in ("image", "video") else banks[0]

@@ -13,12 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `hf-moe demo`, until it is interrupted.
-
-    Raises:
-        FileNotFoundError: if the folder holds no checkpoint.
-        ImportError: if gradio is not installed.
-    """
+    """Run `hf-moe demo`, until it is interrupted."""
     folder = check_folder(args.folder)
     try:
         import gradio  # noqa: F401

@@ -33,11 +33,7 @@ def flat_name(path: Path) -> str:
 
 
 def flatten(path: Path) -> tuple[str, list[Path]]:
-    """Return the text of a source file as a checkpoint has it, and the source files it imports.
-
-    Raises:
-        ValueError: if the file imports what cannot travel, naming the import and the remedy.
-    """
+    """Return the text of a source file as a checkpoint has it, and the files it imports, which all travel."""
     text, imported = _flattened(path, path.read_text(encoding="utf-8"))
     return text, list(imported)
 
@@ -118,9 +114,7 @@ def _package_targets(node: ast.ImportFrom, path: Path) -> dict[Path, list[ast.al
             defined_in = sys.modules.get(name or "", module)
         target = Path(str(defined_in.__file__))
         if target.name == "__init__.py" or not any(folder in target.parents for folder in TRAVELLING_FOLDERS):
-            raise _refusal(
-                path, node, f"{alias.name!r} does not travel: only hf_moe.modeling and hf_moe.configuration do"
-            )
+            raise _refusal(path, node, f"{alias.name!r} does not travel: modeling/ and configuration/ of hf_moe do")
         targets.setdefault(target, []).append(alias)
     return targets
 

@@ -10,13 +10,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download, parse_local_safetensors_file_metadata
+from huggingface_hub import HfApi, constants, parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 
@@ -47,8 +46,7 @@ from .host_facts import host_name
 SAME, OTHER, UNKNOWN = "as installed", "differs from the installed one", "not part of the package"
 
 
-@dataclass(frozen=True)
-class _Files:
+class _Files(NamedTuple):
     """The files of a checkpoint, here or on the Hub."""
 
     names: list[str]
@@ -57,15 +55,12 @@ class _Files:
     header: Callable[[str], SafetensorsFileMetadata]
 
 
-def inspect_checkpoint(
-    source: str | Path, *, revision: str | None = None, token: str | bool | None = None
-) -> dict[str, Any]:
+def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """Describe a checkpoint without loading it.
 
     Args:
         source (`str` or `Path`): a folder, or the name of a repository.
         revision (`str`, *optional*): of the repository.
-        token (`str` or `bool`, *optional*): as in `huggingface_hub`.
 
     Returns:
         `commit`, `host` (its class in Transformers; `None` where decoder, tower and connector were put together),
@@ -83,13 +78,11 @@ def inspect_checkpoint(
         OSError: if the Hub refuses or cannot be reached.
     """
     try:
-        files = _local(Path(source)) if is_path(str(source)) else _remote(str(source), revision, token)
+        files = _local(Path(source)) if is_path(str(source)) else _remote(str(source), revision)
         return {"source": str(source), "commit": files.commit, **_describe(str(source), files)}
     except httpx.TransportError as error:
-        raise OSError(
-            f"{source} is no folder here, and {constants.ENDPOINT} cannot be reached "
-            f"({type(error).__name__}: {error})."
-        ) from error
+        reason = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error})"
+        raise OSError(f"{source} is no folder here, and {reason}.") from error
     except SafetensorsParsingError as error:
         raise ValueError(f"The weights of {source} are damaged or cut short: {error}") from error
 
@@ -150,25 +143,20 @@ def _local(folder: Path) -> _Files:
     )
 
 
-def _remote(repo_id: str, revision: str | None, token: str | bool | None) -> _Files:
-    api = HfApi(token=token)
+def _remote(repo_id: str, revision: str | None) -> _Files:
+    api = HfApi()
     info = api.model_info(repo_id, revision=revision)
-
-    def text(name: str) -> str:
-        path = hf_hub_download(repo_id, name, revision=info.sha, token=token, endpoint=api.endpoint)
-        return Path(path).read_text(encoding="utf-8")
-
     return _Files(
         names=sorted(sibling.rfilename for sibling in info.siblings or []),
         commit=info.sha,
-        text=text,
+        text=lambda name: Path(api.hf_hub_download(repo_id, name, revision=info.sha)).read_text(encoding="utf-8"),
         header=lambda name: api.parse_safetensors_file_metadata(repo_id, name, revision=info.sha),
     )
 
 
 def _groups(tensors: dict[str, Any], shapes: Shapes, parts: HostParts) -> dict[str, dict[str, int]]:
     """Return the parameters and the bytes of each group that the checkpoint holds something of."""
-    groups: dict[str, dict[str, int]] = {group: {"parameters": 0, "bytes": 0} for group in GROUPS}
+    groups = {group: {"parameters": 0, "bytes": 0} for group in GROUPS}
     for name, tensor in tensors.items():
         group = groups[group_of(name, parts)]
         group["bytes"] += tensor.data_offsets[1] - tensor.data_offsets[0]
@@ -190,15 +178,14 @@ def _router(config: Any, shapes: Shapes, parts: HostParts, layer: int) -> Router
     if name not in mechanism_names("router"):
         return None
     width = max(_expert_widths(shapes, parts, layer), default=1)
+    banks = at_layer(moe.expert_banks, layer) or {}
     spec = MoELayerSpec(
         layer_idx=layer,
         hidden_size=config.get_text_config(decoder=True).hidden_size,
         num_experts=at_layer(moe.num_experts, layer),
         num_experts_per_tok=at_layer(moe.num_experts_per_tok, layer),
         expert_intermediate_size=width,
-        banks=tuple(
-            (bank, fields["num_experts"], width) for bank, fields in (at_layer(moe.expert_banks, layer) or {}).items()
-        ),
+        banks=tuple((bank, fields["num_experts"], width) for bank, fields in banks.items()),
     )
     with torch.device("meta"):
         return build("router", get_mechanism("router", name), options, spec)
@@ -209,12 +196,9 @@ def _layers(config: Any, shapes: Shapes, parts: HostParts) -> list[dict[str, Any
     moe = config.moe_config
     kinds: dict[str, dict[str, Any]] = {}
     for layer in config.moe_layers():
+        names = ("router", "experts", "num_experts", "num_experts_per_tok", "num_shared_experts")
         row = {
-            "router": at_layer(moe.router, layer),
-            "experts": at_layer(moe.experts, layer),
-            "num_experts": at_layer(moe.num_experts, layer),
-            "num_experts_per_tok": at_layer(moe.num_experts_per_tok, layer),
-            "num_shared_experts": at_layer(moe.num_shared_experts, layer),
+            **{name: at_layer(getattr(moe, name), layer) for name in names},
             "banks": {name: bank["num_experts"] for name, bank in (at_layer(moe.expert_banks, layer) or {}).items()},
             "expert_width": _expert_widths(shapes, parts, layer),
         }
@@ -233,9 +217,7 @@ def _mechanisms(code: dict[str, str]) -> list[dict[str, str]]:
     return found
 
 
-def _compare_code(
-    files: _Files, config: Any, code: dict[str, str], renewed: Renewed
-) -> tuple[list[dict[str, str]], list[str]]:
+def _compare_code(files: _Files, config: Any, code: dict[str, str], renewed: Renewed) -> tuple[list[dict], list[str]]:
     """Compare the bundled files with what the installed package would write, and with what the card lists."""
     problems = [
         f"the installed package has no {kind} {name!r}"
@@ -276,9 +258,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{found['num_hidden_layers']} decoder layers{system}. Layers with a mixture of experts:")
     for row in found["layers"]:
         width = " and ".join(map(str, row["expert_width"])) or "unknown"
-        banks = (
-            ", banks " + " + ".join(f"{name} {size}" for name, size in row["banks"].items()) if row["banks"] else ""
-        )
+        banks = " + ".join(f"{name} {count}" for name, count in row["banks"].items())
+        banks = f", banks {banks}" if banks else ""
         print(
             f"  {', '.join(map(str, row['layers']))}: {row['num_experts']} experts of width {width}{banks}, "
             f"{row['num_experts_per_tok']} per token, {row['num_shared_experts']} shared"
@@ -301,9 +282,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {item['sha256']}  {item['file']}: {item['state']}")
     for problem in found["problems"]:
         print(f"  ! {problem}")
-    by = found["written_by"]
-    versions = [by[name] or "(version unknown)" for name in ("hf_moe", "transformers")]
-    print("Written by hf-moe {} with Transformers {}.".format(*versions))
+    ours, theirs = (found["written_by"][name] or "(version unknown)" for name in ("hf_moe", "transformers"))
+    print(f"Written by hf-moe {ours} with Transformers {theirs}.")
     if found["refresh"]:
         print(f"The code should be written anew, with `hf-moe refresh {found['source']}`:")
         for reason in found["refresh"]:

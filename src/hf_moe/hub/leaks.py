@@ -8,16 +8,9 @@ from pathlib import Path
 
 # A trainer keeps these to continue; `training_args.bin` is a pickle that holds the user's token.
 TRAINER_FILES = (
-    "optimizer.*",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*",
-    "training_args.bin",
-    "trainer_state.json",
-    "optimizer_[0-9]*",
-    "pytorch_model_fsdp*",
-    "*.ckpt",
-)
+    "optimizer.*", "optimizer_[0-9]*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin",
+    "trainer_state.json", "pytorch_model_fsdp*", "*.ckpt",
+)  # fmt: skip
 TRAINER_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb")
 SECRET_FILES = (".env", ".env.*", ".netrc", "*.pem", "id_rsa*", "id_ed25519*", "credentials*.json")
 

@@ -26,28 +26,18 @@ FRAMES, SIDE = 4, 64
 
 @dataclass(frozen=True)
 class ProbeAnswer:
-    """What a checkpoint answers.
+    """What a checkpoint answers."""
 
-    Attributes:
-        logits (`torch.Tensor` of shape `(1, S, vocabulary)`, *optional*): `None` if the code does not run.
-        dtype: of the logits when they were computed.
-        wrong: the tensors that were missing, unexpected or of another shape, by kind.
-        error: why there are no logits.
-    """
-
-    logits: torch.Tensor | None = None
-    dtype: str = "float32"
-    wrong: dict[str, list[str]] = field(default_factory=dict)
-    error: str | None = None
+    logits: torch.Tensor | None = None  # (1, S, vocabulary), `None` if the code does not run
+    dtype: str = "float32"  # of the logits when they were computed
+    wrong: dict[str, list[str]] = field(default_factory=dict)  # tensors missing, unexpected or of another shape
+    error: str | None = None  # why there are no logits
 
 
 def probe_inputs(config: Any, seed: int = 0, processor: Any = None) -> dict[str, torch.Tensor]:
     """Return random text, and before it noise of each kind that the model takes.
 
-    Args:
-        config (`Any`): of the model.
-        seed (`int`, *optional*, defaults to `0`): of text and noise.
-        processor (`Any`, *optional*): of a host of Transformers; without it, or where it fails, there is only text.
+    Without the processor of a host of Transformers, or where it fails, the text stands alone.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.get_text_config(decoder=True).vocab_size, (1, 64), generator=generator)
@@ -105,14 +95,9 @@ def _by_processor(processor: Any, taken: tuple[str, ...], generator: torch.Gener
 
 
 def ask(folder: Path, inputs: dict[str, torch.Tensor], scratch: Path, installed: bool = False) -> ProbeAnswer:
-    """Return what a checkpoint answers in a fresh process.
+    """Return what a checkpoint answers to inputs of its forward, in a fresh process that writes to `scratch`.
 
-    Args:
-        folder (`Path`): the checkpoint.
-        inputs (`dict[str, torch.Tensor]`): of the model's forward.
-        scratch (`Path`): an existing folder for what the process writes.
-        installed (`bool`, *optional*, defaults to `False`): run the installed classes, and not the code of the
-            checkpoint.
+    With `installed` the installed classes run, and not the code of the checkpoint.
     """
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, scratch / "inputs.safetensors")
     # A fault of the process itself must not leave the answer of an older one.
@@ -120,9 +105,8 @@ def ask(folder: Path, inputs: dict[str, torch.Tensor], scratch: Path, installed:
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-P", str(SCRIPT), str(folder), str(scratch / "inputs.safetensors"), str(answer)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [*command, *(["--installed"] if installed else [])], env=environment, capture_output=True, text=True
-    )
+    command += ["--installed"] if installed else []
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = result.stdout.splitlines()
     if result.returncode or not lines:
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]

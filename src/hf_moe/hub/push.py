@@ -4,8 +4,10 @@ import argparse
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
@@ -44,23 +46,14 @@ class PushError(OSError):
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push left on the Hub.
+    """What a push left on the Hub."""
 
-    Attributes:
-        repo_id: the repository, with its owner.
-        commit: the commit, 40 hex digits; `None` after a dry run.
-        url: the page of the commit or of the pull request.
-        files: path to size in bytes.
-        tag: the version that names the commit.
-        snippet: the code that loads exactly this commit.
-    """
-
-    repo_id: str
-    commit: str | None
-    url: str | None
-    files: dict[str, int]
-    tag: str | None
-    snippet: str
+    repo_id: str  # with its owner
+    commit: str | None  # 40 hex digits; `None` after a dry run
+    url: str | None  # of the commit or of the pull request
+    files: dict[str, int]  # path to size in bytes
+    tag: str | None  # the version that names the commit
+    snippet: str  # the code that loads exactly this commit
 
 
 def push_checkpoint(
@@ -115,45 +108,30 @@ def push_checkpoint(
         return PushResult(repo_id, None, None, files, None, loading_snippet(folder, repo_id, "main"))
 
     api = HfApi(token=token)
-    try:
+    with told_failures(api, repo_id, "Nothing has been uploaded."):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         before = _prepare(api, repo_id, private, gated, revision)
         version = next_version(api, repo_id, tag, plain=revision is None and not create_pr)
-    except FAILURES as error:
-        raise PushError(f"{failure_reason(error, api, repo_id)} Nothing has been uploaded.") from error
-    try:
-        commit = commit_operations(
-            api,
-            repo_id,
-            lambda remote: _operations(folder, files, repo_id, remote),
-            revision=revision,
-            create_pr=create_pr,
-            message=message,
-        )
-    except FAILURES as error:
-        raise PushError(
-            f"{failure_reason(error, api, repo_id)} No new commit is known: {revision or 'main'} of {repo_id} was at "
-            f"{before}, which loads as before. Run the same push again; files that have arrived are not sent twice."
-        ) from error
-    try:
-        if version is not None:
+    rest = (
+        f"No new commit is known: {revision or 'main'} of {repo_id} was at {before}, which loads as before. Run the "
+        "same push again; files that have arrived are not sent twice."
+    )
+    with told_failures(api, repo_id, rest):
+        operations = partial(_operations, folder, files, repo_id)
+        commit = commit_operations(api, repo_id, operations, revision=revision, create_pr=create_pr, message=message)
+    rest = (
+        f"The checkpoint is complete at {commit.commit_url}, but the tag {version} is missing. Run the same push "
+        "again; it sends no file twice."
+    )
+    if version is not None:
+        with told_failures(api, repo_id, rest):
             version = set_tag(api, repo_id, version, commit.oid, fixed=isinstance(tag, str))
-    except FAILURES as error:
-        raise PushError(
-            f"{failure_reason(error, api, repo_id)} The checkpoint is complete at {commit.commit_url}, but the tag "
-            f"{version} is missing. Run the same push again; it sends no file twice."
-        ) from error
     url = commit.pr_url or commit.commit_url
     return PushResult(repo_id, commit.oid, url, files, version, loading_snippet(folder, repo_id, commit.oid))
 
 
 def checkpoint_files(folder: Path) -> dict[str, int]:
-    """Return the files of a checkpoint and their sizes.
-
-    Raises:
-        FileNotFoundError: if something is missing without which nobody could load or understand it.
-        ValueError: if a file is damaged, naming it.
-    """
+    """Return the files of a checkpoint and their sizes; refuse one that lacks something, or with a damaged file."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -180,20 +158,16 @@ def _needed(folder: Path) -> Iterator[str]:
     config = read_config(folder)
     yield from sorted({f"{target.partition('.')[0]}.py" for target in (config.auto_map or {}).values()})
     yield from weights_files(folder)
-    if modalities(config) != ("text",):
-        yield "processor_config.json"
-    yield "tokenizer_config.json"
-    yield "README.md"
+    yield from ["processor_config.json"] if modalities(config) != ("text",) else []
+    yield from ("tokenizer_config.json", "README.md")
 
 
 def _prepare(api: HfApi, repo_id: str, private: bool | None, gated: str | None, revision: str | None) -> str:
     """Make repository and branch ready and return the commit that the push builds on."""
     info = api.model_info(repo_id)
     if private is not None and bool(info.private) != private:
-        raise ValueError(
-            f"{repo_id} exists and is {'private' if info.private else 'public'}: leave `private` out, or change the "
-            "repository in its settings first."
-        )
+        seen = "private" if info.private else "public"
+        raise ValueError(f"{repo_id} exists and is {seen}: leave `private` out, or change its settings first.")
     if gated is not None:
         api.update_repo_settings(repo_id, gated=gated)  # type: ignore[arg-type]  # the client refuses other words
     if revision is None:
@@ -281,12 +255,21 @@ def set_tag(api: HfApi, repo_id: str, version: str, commit: str, fixed: bool) ->
     return version
 
 
-def failure_reason(error: BaseException, api: HfApi, repo_id: str) -> str:
+@contextmanager
+def told_failures(api: HfApi, repo_id: str, rest: str) -> Iterator[None]:
+    """Raise a `PushError` where the Hub refuses or cannot be reached: the reason, and the rest that is to be known."""
+    try:
+        yield
+    except FAILURES as error:
+        raise PushError(f"{_failure_reason(error, api, repo_id)} {rest}") from error
+
+
+def _failure_reason(error: BaseException, api: HfApi, repo_id: str) -> str:
     """Return what went wrong and its remedy, as a sentence."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to push."
     if isinstance(error, RuntimeError):
-        return f"{error} {failure_reason(error.__cause__, api, repo_id)}" if error.__cause__ else f"{error}."
+        return f"{error} {_failure_reason(error.__cause__, api, repo_id)}" if error.__cause__ else f"{error}."
     if not isinstance(error, HfHubHTTPError):
         return f"The connection to {api.endpoint} failed ({type(error).__name__}: {error})."
     status = error.response.status_code
@@ -333,16 +316,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `hf-moe push`."""
-    result = push_checkpoint(
-        args.folder,
-        args.repo_id,
-        private=args.private,
-        gated=args.gated,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        tag=args.tag,
-        dry_run=args.dry_run,
-    )
+    names = ("private", "gated", "revision", "create_pr", "tag", "dry_run")
+    result = push_checkpoint(args.folder, args.repo_id, **{name: getattr(args, name) for name in names})
     for name, size in result.files.items():
         print(f"{size:>14,}  {name}")
     print(f"{sum(result.files.values()):>14,}  bytes in {len(result.files)} files")

@@ -8,27 +8,24 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import AutoProcessor
 
-from ..configuration.configuration_hf_moe import AUTO_MAP
 from ..configuration.reading import PROCESSOR_FILES, check_files, is_path, read_text
 from ..version import __version__
 from .adapter_folder import is_adapter
-from .bundle import add_processor_auto_map, has_own_processor, is_marked, replace_text
+from .bundle import add_processor_auto_map, has_own_processor, is_marked, mark_config, replace_text
 from .card import refresh_digests
 from .carried import renew
 from .checkpoint_files import read_config
 from .probe import ProbeAnswer, ask, probe_inputs, probed
-from .push import FAILURES, Operation, PushError, commit_operations, failure_reason, next_version, set_tag
+from .push import Operation, commit_operations, next_version, set_tag, told_failures
 
 
 # Share of the largest logit: two processes, and two versions, may sum in another order.
@@ -37,37 +34,20 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class RefreshResult:
-    """What a refresh did.
+    """What a refresh did."""
 
-    Attributes:
-        changed: the files that were written.
-        removed: the files of code that are no longer needed.
-        kept: a user's files of code, which only the checkpoint has; they stay as they are.
-        compared_with: `"old code"`, `"installed classes"` where the old code no longer runs, or `"nothing"` where it
-            does not and the checkpoint's own mechanisms are not installed.
-        compared_on: the modalities that stood in the inputs of both.
-        difference: the largest between the logits of before and after; `None` where there is nothing to compare with.
-        old_error: why the old code does not run.
-        commit: of the repository, after a push.
-    """
-
-    changed: list[str]
-    removed: list[str]
-    kept: list[str]
+    changed: list[str]  # the files that were written
+    removed: list[str]  # the files of code that are no longer needed
+    kept: list[str]  # a user's files of code, which only the checkpoint has; they stay as they are
+    # Or "installed classes" where the old code no longer runs, or "nothing" where these lack a mechanism too.
     compared_with: str = "old code"
-    compared_on: tuple[str, ...] = ()
-    difference: float | None = 0.0
-    old_error: str | None = None
-    commit: str | None = None
+    compared_on: tuple[str, ...] = ()  # the modalities that stood in the inputs of both
+    difference: float | None = 0.0  # the largest between the logits, `None` where nothing is compared
+    old_error: str | None = None  # why the old code does not run
+    commit: str | None = None  # of the repository, after a push
 
 
-def refresh_checkpoint(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    push: bool = False,
-    token: str | bool | None = None,
-) -> RefreshResult:
+def refresh_checkpoint(source: str | Path, *, revision: str | None = None, push: bool = False) -> RefreshResult:
     """Write the code of a checkpoint anew, after a check that the model answers as before.
 
     The check runs the code of the checkpoint: refresh what you trust.
@@ -77,7 +57,6 @@ def refresh_checkpoint(
         revision (`str`, *optional*): branch of the repository, *optional*.
         push (`bool`, *optional*, defaults to `False`): commit the result to the repository; without it nothing is
             changed there.
-        token (`str` or `bool`, *optional*): as in `huggingface_hub`.
 
     Raises:
         FileNotFoundError: if there is no such folder, or something is missing in it.
@@ -88,7 +67,7 @@ def refresh_checkpoint(
         if push:
             raise ValueError(f"push is for a repository: run `hf-moe push {source} user/name` after the refresh.")
         return _refresh_folder(Path(source))
-    return _refresh_repository(str(source), revision, push, token)
+    return _refresh_repository(str(source), revision, push)
 
 
 def _refresh_folder(source: Path) -> RefreshResult:
@@ -98,7 +77,7 @@ def _refresh_folder(source: Path) -> RefreshResult:
     folder = source.resolve()
     with _temporary_folder(folder.parent, folder.name) as fresh, _temporary_folder(folder.parent, folder.name) as old:
         shutil.copytree(folder, fresh, symlinks=True, copy_function=_link, dirs_exist_ok=True)
-        result = _renew(folder, fresh)
+        result = _renew(folder, Path(fresh))
         if result.changed or result.removed:
             os.replace(folder, old)
             try:
@@ -109,15 +88,14 @@ def _refresh_folder(source: Path) -> RefreshResult:
     return result
 
 
-def _refresh_repository(repo_id: str, revision: str | None, push: bool, token: str | bool | None) -> RefreshResult:
-    api = HfApi(token=token)
-    try:
+def _refresh_repository(repo_id: str, revision: str | None, push: bool) -> RefreshResult:
+    api = HfApi()
+    with told_failures(api, repo_id, "Nothing has been changed."):
         commit = str(api.model_info(repo_id, revision=revision).sha)
-        snapshot = Path(snapshot_download(repo_id, revision=commit, token=token, endpoint=api.endpoint))
+        snapshot = Path(api.snapshot_download(repo_id, revision=commit))
         version = next_version(api, repo_id, True, plain=push and revision is None)
-    except FAILURES as error:
-        raise PushError(f"{failure_reason(error, api, repo_id)} Nothing has been changed.") from error
-    with _temporary_folder(None, repo_id.rpartition("/")[2]) as fresh:
+    with _temporary_folder(None, repo_id.rpartition("/")[2]) as scratch:
+        fresh = Path(scratch)
         shutil.copytree(snapshot, fresh, copy_function=_link_to_blob, dirs_exist_ok=True)
         result = _renew(snapshot, fresh)
         if not push or not (result.changed or result.removed):
@@ -129,23 +107,19 @@ def _refresh_repository(repo_id: str, revision: str | None, push: bool, token: s
                 *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=fresh / name) for name in result.changed),
             ]
 
-        try:
+        with told_failures(api, repo_id, "Run the same refresh again."):
             if str(api.model_info(repo_id, revision=revision).sha) != commit:
                 raise ValueError(f"Somebody else has pushed to {repo_id} since {commit} was checked: refresh again.")
             made = commit_operations(api, repo_id, operations, revision=revision, message="Refresh the code")
             if version is not None:
                 set_tag(api, repo_id, version, made.oid, fixed=False)
-        except FAILURES as error:
-            raise PushError(f"{failure_reason(error, api, repo_id)} Run the same refresh again.") from error
     return replace(result, commit=made.oid)
 
 
 def _renew(folder: Path, fresh: Path) -> RefreshResult:
     """Write the new code into `fresh`, a copy of `folder`, and check it."""
     if is_adapter(folder):
-        raise ValueError(
-            f"{folder} is an adapter (adapter_config.json): it holds no code. Refresh the model that it adapts."
-        )
+        raise ValueError(f"{folder} is an adapter (adapter_config.json): it holds no code. Refresh its base model.")
     config = read_config(folder)
     check_files(folder, PROCESSOR_FILES)
     old = {path.name: read_text(path) for path in sorted(folder.glob("*.py")) if is_marked(path)}
@@ -161,8 +135,7 @@ def _renew(folder: Path, fresh: Path) -> RefreshResult:
         (fresh / name).unlink()
     for name, text in renewed.files.items():
         replace_text(fresh / name, text)
-    config.auto_map = {**(getattr(config, "auto_map", None) or {}), **AUTO_MAP}
-    config.hf_moe_version = __version__
+    mark_config(config)
     replace_text(fresh / "config.json", config.to_json_string())
     if has_processor:
         add_processor_auto_map(fresh)
@@ -217,14 +190,9 @@ def _processor(folder: Path) -> Any:
         return None
 
 
-@contextmanager
-def _temporary_folder(parent: Path | None, name: str) -> Iterator[Path]:
+def _temporary_folder(parent: Path | None, name: str) -> tempfile.TemporaryDirectory:
     """Make a folder that is removed in the end, unless it was renamed."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent, ignore_cleanup_errors=True)
 
 
 def _link(source: str, target: str) -> None:
@@ -257,18 +225,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.source} has the code of hf-moe {__version__} already.")
         return 0
     for verb, names in {"written": result.changed, "removed": result.removed, "kept": result.kept}.items():
-        for name in names:
-            print(f"  {verb:8} {name}")
+        print("".join(f"  {verb:8} {name}\n" for name in names), end="")
     if result.old_error:
         print(f"The old code does not run under Transformers {transformers.__version__}: {result.old_error}")
     if result.difference is None:
         print("So the answers could not be compared: the new code opens the checkpoint and reads every tensor of it.")
     else:
-        where = f", on {' and '.join(result.compared_on)}" if result.compared_on else ""
-        print(
-            f"Largest difference of the logits from those of the {result.compared_with}{where}: "
-            f"{result.difference:.1e}"
-        )
+        place = result.compared_with + (f", on {' and '.join(result.compared_on)}" if result.compared_on else "")
+        print(f"Largest difference of the logits from those of the {place}: {result.difference:.1e}")
     if result.commit:
         print(f"commit {result.commit}")
     elif not is_path(args.source):

@@ -24,33 +24,17 @@ from huggingface_hub import (
 EVALUATION_FILE = "evaluation.json"
 # A card shows these parts of a report; losses and routing tables stay with the run.
 SHOWN = (
-    "accuracy",
-    "accuracy_by_question_type",
-    "blind_accuracy",
-    "base_accuracy",
-    "base_accuracy_by_question_type",
-    "evaluated",
-    "train_seconds",
-    "total_seconds",
-    "peak_memory_gib",
-    "parameters_total",
-    "parameters_active",
-    "trainable_parameters",
-    "seed",
-    "versions",
-    "machine",
-    "co2_eq_emissions",
-)
+    "accuracy", "accuracy_by_question_type", "blind_accuracy", "base_accuracy", "base_accuracy_by_question_type",
+    "evaluated", "train_seconds", "total_seconds", "peak_memory_gib", "parameters_total", "parameters_active",
+    "trainable_parameters", "seed", "versions", "machine", "co2_eq_emissions",
+)  # fmt: skip
 
 
 def write_evaluation(folder: Path, report: dict[str, Any], datasets: Sequence[str]) -> dict[str, Any]:
     """Write the evaluation files into a checkpoint, those of an earlier report away, and return what they hold.
 
-    Args:
-        folder (`Path`): the checkpoint.
-        report (`dict[str, Any]`): of the run; see `SHOWN` for what is taken from it.
-        datasets (`Sequence[str]`): the scores are listed under the first one; without any there is no file for the
-            Hub.
+    `SHOWN` is taken from the report. The scores are listed under the first of the data sets; without any there is no
+    file for the Hub.
     """
     shutil.rmtree(folder / constants.EVAL_RESULTS_FOLDER, ignore_errors=True)
     numbers = {name: report[name] for name in SHOWN if name in report}
@@ -90,11 +74,7 @@ def scores(numbers: dict[str, Any]) -> dict[str | None, float]:
 
 
 def check_evaluation(folder: Path) -> None:
-    """Check that every result of the card and of the Hub's files is in `evaluation.json`.
-
-    Raises:
-        ValueError: naming the file, the number, and what to do.
-    """
+    """Refuse a result of the card or of the Hub's files that is not in `evaluation.json`."""
     numbers = read_evaluation(folder)
     accuracies = scores(numbers)
     unknown = []

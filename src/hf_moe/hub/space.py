@@ -11,10 +11,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration.saving import MINIMUM_TRANSFORMERS
-from .card import requirements
 from .checkpoint_files import read_config
-from .host_facts import EXAMPLES, described_tokens, files_of, modalities
-from .push import FAILURES, PushError, failure_reason
+from .host_facts import EXAMPLES, described_tokens, files_of, modalities, packages
+from .push import PushError, told_failures
 
 
 # The application is tested with these versions.
@@ -47,11 +46,8 @@ def write_space(
     Args:
         folder (`str` or `Path`): the checkpoint, as it is or will be on the Hub.
         repo_id (`str`): `user/name` of the model; the Space gets the same name.
-        output_dir (`str` or `Path`, *optional*): the folder to write; `<folder>-space` when absent.
+        output_dir (`str` or `Path`, *optional*): the folder to write, which is returned; `<folder>-space` when absent.
         revision (`str`, *optional*): commit, tag or branch of the model; `main` when absent.
-
-    Returns:
-        The folder of the Space.
 
     Raises:
         FileNotFoundError: if `folder` holds no checkpoint.
@@ -69,14 +65,11 @@ def write_space(
     application = _source(APPLICATION).replace('CHECKPOINT = "user/name"', f'CHECKPOINT = "{repo_id}"')
     if revision is not None:
         application = application.replace("REVISION = None", f'REVISION = "{revision}"')
-    packages = [
-        f"transformers>={MINIMUM_TRANSFORMERS}" if package == "transformers" else package
-        for package in requirements(config)
-    ]
+    requirements = ["torch", f"transformers>={MINIMUM_TRANSFORMERS}", *packages(config)]
     (output / "app.py").write_text(application, encoding="utf-8")
     for name in BESIDE:
         (output / name).write_text(_source(name), encoding="utf-8")
-    (output / "requirements.txt").write_text("".join(f"{package}\n" for package in packages), encoding="utf-8")
+    (output / "requirements.txt").write_text("".join(f"{name}\n" for name in requirements), encoding="utf-8")
     (output / "README.md").write_text(_readme(folder, repo_id, modalities(config)), encoding="utf-8")
     for example in [path for name in modalities(config)[1:] for path in files_of(folder / EXAMPLES, name)]:
         (output / EXAMPLES).mkdir(exist_ok=True)
@@ -91,11 +84,7 @@ def _source(name: str) -> str:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Return the folder of a checkpoint.
-
-    Raises:
-        FileNotFoundError: if it holds none.
-    """
+    """Return the folder of a checkpoint; refuse one that holds none."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is no checkpoint. Take runs/<name>/checkpoint.")
@@ -109,15 +98,13 @@ def push_space(output: Path, repo_id: str, *, revision: str | None = None, priva
         PushError: if its model is not on the Hub, or the Hub refuses or cannot be reached.
     """
     api = HfApi()
-    try:
-        api.model_info(repo_id, revision=revision)
-    except RepositoryNotFoundError as error:
-        raise PushError(
-            f"The Hub has no model {repo_id} that you can see: push it first, with `hf-moe push`."
-        ) from error
-    except FAILURES as error:
-        raise PushError(f"{failure_reason(error, api, repo_id)} Nothing has been uploaded.") from error
-    try:
+    with told_failures(api, repo_id, "Nothing has been uploaded."):
+        try:
+            api.model_info(repo_id, revision=revision)
+        except RepositoryNotFoundError as error:
+            unknown = f"The Hub has no model {repo_id} that you can see: push it first, with `hf-moe push`."
+            raise PushError(unknown) from error
+    with told_failures(api, repo_id, "Run the same command again."):
         space = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
         written = ["app.py", *BESIDE, "requirements.txt", "README.md", f"{EXAMPLES}/*"]
         api.upload_folder(
@@ -128,8 +115,6 @@ def push_space(output: Path, repo_id: str, *, revision: str | None = None, priva
             delete_patterns=f"{EXAMPLES}/*",
             commit_message="Upload the application",
         )
-    except FAILURES as error:
-        raise PushError(f"{failure_reason(error, api, repo_id)} Run the same command again.") from error
     return str(space)
 
 

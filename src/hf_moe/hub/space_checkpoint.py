@@ -23,24 +23,15 @@ MAX_NEW_TOKENS = 64
 
 @dataclass
 class Trace:
-    """The routing of one question and its answer as plain data; S tokens, E experts.
+    """The routing of one question and its answer as plain data; S tokens, E experts."""
 
-    Attributes:
-        words: the tokens as text.
-        modality: of every token, an index of `MODALITIES`.
-        answer: position of the answer's first token.
-        weights: layer -> (S, E) float32, the weight of every expert in every token; 0 where it was not used.
-        picture: the image as the vision tower saw it; `None` for a question without one.
-        grid: rows and columns of its patches; `None` where the tokens of an image form no grid.
-        moments: modality -> how many moments its tokens lie on, one after the other.
-    """
-
-    words: list[str]
-    modality: list[int]
-    answer: int
-    weights: dict[int, torch.Tensor]
-    picture: Image.Image | None
-    grid: tuple[int, int] | None
+    words: list[str]  # the tokens as text
+    modality: list[int]  # of every token, an index of `MODALITIES`
+    answer: int  # position of the answer's first token
+    weights: dict[int, torch.Tensor]  # by layer (S, E) float32, of every expert in every token; 0 where it is not used
+    picture: Image.Image | None  # as the vision tower saw it; `None` for a question without one
+    grid: tuple[int, int] | None  # rows and columns of its patches; `None` where its tokens form no grid
+    # Modality to how many moments its tokens are at, one after the other.
     moments: dict[int, int] = field(default_factory=dict)
 
     def rows(self, modality: int) -> list[int]:
@@ -89,22 +80,13 @@ class Checkpoint:
         return low, high, routers[0].target_slots
 
     def open_picture(self, path: Path) -> Image.Image:
-        """Open a file as the processor does.
-
-        Raises:
-            OSError, ValueError: if it is no picture.
-        """
+        """Open a file as the processor does."""
         if hasattr(self.processor, "open_image"):
             return self.processor.open_image(path)
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
 
     def encode(self, question: str, media: dict[str, Any]) -> Any:
-        """Return the model's inputs for a question about what `media` holds.
-
-        Args:
-            question (`str`): the text.
-            media (`dict[str, Any]`): modality to an opened picture, or to the path of a video or a sound.
-        """
+        """Return the model's inputs for a question about `media`, modality to an opened picture or else a path."""
         if self.processor.chat_template is None:
             inputs = self._encode_plain(question, media)
         else:
@@ -195,12 +177,7 @@ def expert_weights(decision: Any) -> torch.Tensor:
 
 
 def patch_grid(patches: int, inputs: Any) -> tuple[int, int] | None:
-    """Return the rows and columns of an image's tokens; `None` where they form no grid.
-
-    Args:
-        patches (`int`): how many tokens the image became.
-        inputs (`Any`): of the model, as the processor made them.
-    """
+    """Return the rows and columns of an image's tokens; `None` where they form no grid."""
     side = isqrt(patches)
     rows, columns = side, side
     if "spatial_shapes" in inputs:

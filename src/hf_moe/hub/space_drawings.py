@@ -45,25 +45,18 @@ def draw_patches(trace: Trace, layer: int, expert: int) -> str:
     if trace.grid is None:
         return f"<p>The {len(trace.rows(IMAGE))} image tokens of this model form no grid over the picture.</p>"
     rows, columns = trace.grid
-    weights = trace.weights[layer][trace.rows(IMAGE)]  # (P, E)
-    strongest = max(trace.weights[layer].max().item(), 1e-6)
-    cells = [
-        f'<rect x="{place % columns}" y="{place // columns}" width="1" height="1" fill="{COLORS[IMAGE]}" '
-        f'fill-opacity="{0.9 * patch[expert].item() / strongest:.3f}" stroke="white" stroke-width="0.01">'
-        f"<title>row {place // columns + 1}, column {place % columns + 1}: {described(patch)}</title></rect>"
-        for place, patch in enumerate(weights)
-    ]
+    spots = [(x, y, f"row {y + 1}, column {x + 1}") for y in range(rows) for x in range(columns)]
+    cells, used, strongest = _tinted(trace, layer, expert, IMAGE, spots)
     buffer = io.BytesIO()
     trace.picture.convert("L").save(buffer, "JPEG", quality=90)
     picture = base64.b64encode(buffer.getvalue()).decode()
     label = f"Weight of expert {expert} in layer {layer} over the picture"
-    used = (weights[:, expert] > 0).float().mean().item()
     return (
-        f'<h4>Patches</h4><svg viewBox="0 0 {columns} {rows}" role="img" aria-label="{label}">'
-        f'<image href="data:image/jpeg;base64,{picture}" width="{columns}" height="{rows}" '
-        f'preserveAspectRatio="none"/>{"".join(cells)}</svg>'
-        f'<p>Weight: 0&nbsp;<span class="scale"></span>&nbsp;{strongest:.2f}. Expert {expert} works on {used:.0%} of '
-        f"the {len(weights)} patches. The picture is as the model saw it, without its colours.</p>"
+        f'<h4>Patches</h4><svg viewBox="0 0 {columns} {rows}" stroke="white" stroke-width="0.01" role="img" '
+        f'aria-label="{label}"><image href="data:image/jpeg;base64,{picture}" width="{columns}" height="{rows}" '
+        f'preserveAspectRatio="none"/>{cells}</svg>'
+        f'<p>Weight: 0&nbsp;<span class="scale"></span>&nbsp;{strongest:.2f}. {used} patches. '
+        "The picture is as the model saw it, without its colours.</p>"
     )
 
 
@@ -71,24 +64,29 @@ def draw_course(trace: Trace, layer: int, expert: int) -> str:
     """Draw one expert's weight over a video and a sound, moment by moment."""
     drawings = []
     for modality, steps in trace.moments.items():
-        weights = trace.weights[layer][trace.rows(modality)]  # (P, E)
-        strongest = max(trace.weights[layer].max().item(), 1e-6)
-        rows = len(weights) // steps
-        cells = [
-            f'<rect x="{place // rows}" y="{place % rows}" width="1" height="1" fill="{COLORS[modality]}" '
-            f'fill-opacity="{0.9 * token[expert].item() / strongest:.3f}">'
-            f"<title>moment {place // rows + 1} of {steps}: {described(token)}</title></rect>"
-            for place, token in enumerate(weights)
-        ]
+        rows = len(trace.rows(modality)) // steps
+        spots = [(x, y, f"moment {x + 1} of {steps}") for x in range(steps) for y in range(rows)]
+        cells, used, _ = _tinted(trace, layer, expert, modality, spots)
         name = MODALITIES[modality]
-        label = f"Weight of expert {expert} in layer {layer} over the {name}"
-        used = (weights[:, expert] > 0).float().mean().item()
         drawings.append(
             f'<h4>{name.capitalize()}</h4><svg class="course" viewBox="0 0 {steps} {rows}" preserveAspectRatio="none" '
-            f'role="img" aria-label="{label}">{"".join(cells)}</svg>'
-            f"<p>From beginning to end. Expert {expert} works on {used:.0%} of the {len(weights)} tokens.</p>"
+            f'role="img" aria-label="Weight of expert {expert} in layer {layer} over the {name}">{cells}</svg>'
+            f"<p>From beginning to end. {used} tokens.</p>"
         )
     return "".join(drawings)
+
+
+def _tinted(trace: Trace, layer: int, expert: int, modality: int, spots: list[tuple]) -> tuple[str, str, float]:
+    """Return a cell at each spot (column, row, description) of a modality's tokens, the use, the largest weight."""
+    weights = trace.weights[layer][trace.rows(modality)]  # (P, E)
+    strongest = max(trace.weights[layer].max().item(), 1e-6)
+    cells = [
+        f'<rect x="{x}" y="{y}" width="1" height="1" fill="{COLORS[modality]}" '
+        f'fill-opacity="{0.9 * token[expert].item() / strongest:.3f}"><title>{spot}: {described(token)}</title></rect>'
+        for (x, y, spot), token in zip(spots, weights, strict=True)
+    ]
+    used = (weights[:, expert] > 0).float().mean().item()
+    return "".join(cells), f"Expert {expert} works on {used:.0%} of the {len(weights)}", strongest
 
 
 def draw_words(trace: Trace, layer: int, expert: int) -> str:
