@@ -69,14 +69,7 @@ class Conversation:
 
 
 class ChatTemplate:
-    """A processor's chat template and the way in which its prompts become ids.
-
-    Args:
-        processor (`AnyProcessor`): with a chat template.
-
-    Raises:
-        ValueError: if the processor's ids of a prompt are not those of its text.
-    """
+    """A processor's chat template and the way in which its prompts become ids, which must be those of their text."""
 
     def __init__(self, processor: AnyProcessor):
         self.processor = processor

@@ -53,7 +53,10 @@ def as_dataset(rows: Iterable[tuple[int, dict[str, Any]]], place: str) -> Datase
         columns["messages"] = [json.dumps(messages) for messages in columns["messages"]]
     else:
         features["messages"] = MESSAGES
-        columns["messages"] = [[_filled(message) for message in messages] for messages in columns["messages"]]
+        columns["messages"] = [
+            [{**message, "content": [{"text": None, **part} for part in message["content"]]} for message in messages]
+            for messages in columns["messages"]
+        ]
     for name in names:
         if name in OPTION_COLUMNS:
             columns[name] = [json.dumps(v) if v is not None and not isinstance(v, str) else v for v in columns[name]]
@@ -73,10 +76,6 @@ def has_fields(messages: list[dict[str, Any]]) -> bool:
     )
 
 
-def _filled(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "content": [{"text": None, **part} for part in message["content"]]}
-
-
 def _check_types(name: str, values: list[Any], numbers: tuple[int, ...], place: str) -> None:
     try:
         pa.array(values)
@@ -94,13 +93,7 @@ def _check_types(name: str, values: list[Any], numbers: tuple[int, ...], place: 
 
 
 def read_row(row: Any, index: int, place: str, folder: Path, filled: bool = False) -> dict[str, Any]:
-    """Return a row with its messages, images, videos and sounds in one form; an error names it.
-
-    Args:
-        row (`Any`): as [`read_records`] gives it, or any other.
-        folder (`Path`): from which paths start.
-        filled (`bool`, *optional*, defaults to `False`): whether Arrow may have filled fields.
-    """
+    """Return a row with its messages, images, videos and sounds in one form; paths start from `folder`."""
     try:
         return _row(row, folder, filled)
     except FileNotFoundError as error:

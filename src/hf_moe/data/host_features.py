@@ -33,18 +33,12 @@ Kept: TypeAlias = dict[str, Any]
 
 
 class HostFeatures:
-    """What a host makes of each image and each video, by its content.
-
-    Args:
-        outputs (`dict[bytes, Kept]`): key of what has been opened, see [`opened_key`], to the fields of its output.
-        inputs (`dict[str, tuple[str, ...]]`): of each kind that is kept, the names that a batch then has no more.
-        dtype (`torch.dtype`): of the model.
-    """
+    """What a host makes of each image and each video, by its content."""
 
     def __init__(self, outputs: dict[bytes, Kept], inputs: dict[str, tuple[str, ...]], dtype: torch.dtype):
-        self.outputs = outputs
-        self.inputs = inputs
-        self.dtype = dtype
+        self.outputs = outputs  # by the key of what has been opened
+        self.inputs = inputs  # of each kind that is kept, the names that a batch then has no more
+        self.dtype = dtype  # of the model
 
     def __len__(self) -> int:
         return len(self.outputs)
@@ -71,14 +65,10 @@ class HostFeatures:
         return cls(outputs, inputs, model.dtype)
 
     def replace(self, rows: list[HostRow], named: Callable, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch of opened rows with features in place of pixels.
-
-        Args:
-            named (`Callable`): takes a step of a row, given by its number, and names the row in errors.
-        """
+        """Return the batch of opened rows with features in place of pixels, `named` as in [`HostInputs`]."""
         kept: dict[str, list[Kept]] = {kind: [] for kind in ENCODED_KINDS}
         for index, row in enumerate(rows):
-            for kind, items in zip(ENCODED_KINDS, row.media(), strict=False):
+            for kind, items in zip(ENCODED_KINDS, (row.images, row.videos), strict=True):
                 for position, item in enumerate(items):
                     kept[kind].append(named(index, self._find, kind, position, item))
         outputs = {kind: _output(_joined(found), self.dtype) for kind, found in kept.items() if found}

@@ -34,22 +34,13 @@ class HostRow:
     videos: list[Any]
     sounds: list[np.ndarray]
 
-    def media(self) -> list[list[Any]]:
-        return [self.images, self.videos, self.sounds]
-
 
 class HostInputs:
     """What a host's processor makes of a batch of rows.
 
     The processor expands placeholders, by what it sees, and computes all that goes with the tokens; which tokens these
     are, and which of them are learnt, says the [`ConversationTokenizer`]. So what is learnt is what will be asked for,
-    and placeholders, types and masks are the host's own.
-
-    Args:
-        processor (`ProcessorMixin`): the host's.
-        conversations (`ConversationTokenizer`): of the same processor.
-        config (`PreTrainedConfig`, *optional*): of the host.
-        features (`Any`, *optional*): in place of the pixels of images and videos.
+    and placeholders, types and masks are the host's own. Features come in place of the pixels of images and videos.
     """
 
     def __init__(
@@ -67,12 +58,7 @@ class HostInputs:
         self._sounds_name = "audios" if "audios" in parameters and "audio" not in parameters else "audio"
 
     def __call__(self, rows: list[dict[str, Any]], named: Callable, cut: Cut) -> dict[str, Any]:
-        """Return the batch.
-
-        Args:
-            named (`Callable`): takes a step of a row, given by its number, and names the row in errors.
-            cut (`Cut`): cuts the tokens of a row where it is too long.
-        """
+        """Return the batch; `named` takes a step of a row, given by its number, and names the row in errors."""
         read = [named(index, self._read, row) for index, row in enumerate(rows)]
         seen = next((index for index, row in enumerate(read) if row.videos), None)
         if seen is not None and any(row.images for row in read):

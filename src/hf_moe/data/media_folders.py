@@ -24,11 +24,8 @@ def rows_of_folder(folder: Path, split: str, question: str | None = None, kind: 
     """Return a row for each image of a split, as `datasets`' `imagefolder` finds them, or for each video or sound.
 
     Videos and sounds of a split are in the folder named after it, or all in one without such folders, then of `train`.
-    What metadata files say is taken as it is written. Where there are any, only the files in them are rows.
-
-    Args:
-        question (`str`, *optional*): of the images that have none of their own.
-        kind (`str`, *optional*, defaults to `'image'`): `image`, `video` or `audio`.
+    What metadata files say is taken as it is written. Where there are any, only the files in them are rows. The
+    question is that of the files that have none of their own.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")

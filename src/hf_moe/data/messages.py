@@ -85,7 +85,7 @@ def read_messages(conversation: Any, counts: Mapping[str, int] | None = None, fi
     So do `<video>` and `<audio>`; images come before videos, and those before sounds.
 
     Args:
-        counts (`Mapping[str, int]` or `int`, *optional*): how many of each kind the row has beside its messages.
+        counts (`Mapping[str, int]`, *optional*): how many of each kind the row has beside its messages.
         filled (`bool`, *optional*, defaults to `False`): whether Arrow may have filled fields, see [`without_fill`];
             those of JSON text are as written.
     """

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet
+from accelerate.utils import recursively_apply
 
 
 # Errors within a row: each reader's own, and those of types that a row should not have.
@@ -22,11 +23,7 @@ class Scalar(str):
 
 def plain(value: Any) -> Any:
     """Return a value whose scalars are numbers and booleans."""
-    if isinstance(value, Scalar):
-        return json.loads(value)
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+    return recursively_apply(json.loads, value, test_type=lambda item: isinstance(item, Scalar))
 
 
 def read_records(file: Path) -> Iterator[Record]:
@@ -132,14 +129,12 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         if name in fields:
             raise ValueError(f"the key {name!r} occurs twice in an object.")
-        fields[name] = _scalars(value)
+        fields[name] = recursively_apply(_written, value, test_type=lambda item: isinstance(item, bool))
     return fields
 
 
-def _scalars(value: Any) -> Any:
-    if isinstance(value, bool):
-        return Scalar(json.dumps(value))
-    return [_scalars(item) for item in value] if isinstance(value, list) else value
+def _written(value: bool) -> Scalar:
+    return Scalar(json.dumps(value))
 
 
 def _object(row: Any, place: str) -> dict[str, Any]:

@@ -42,11 +42,7 @@ def question_messages(question: str, answer: str, num_images: int = 1) -> list[d
 
 
 def row_messages(row: Mapping[str, Any], filled: bool = True) -> list[dict[str, Any]]:
-    """Return the messages of a row as [`read_messages`] does, from whichever form the row has.
-
-    Args:
-        filled (`bool`, *optional*, defaults to `True`): whether the row may come from an Arrow table.
-    """
+    """Return the messages of a row as [`read_messages`] does, `filled` where it may come from an Arrow table."""
     conversation = _conversation(row)
     counts = {kind: len(_beside(row, kind)) for kind in MEDIA_KINDS}
     if conversation is not None:
@@ -73,11 +69,7 @@ def row_media(row: Mapping[str, Any], kind: str) -> list[Any]:
 
 
 def template_options(row: Mapping[str, Any], filled: bool = True) -> dict[str, Any]:
-    """Return what a row hands to the chat template: `chat_template_kwargs`, an object, and `tools`, a list of them.
-
-    Args:
-        filled (`bool`, *optional*, defaults to `True`): whether the row may come from an Arrow table.
-    """
+    """Return what a row hands to the chat template: `chat_template_kwargs`, an object, and `tools`, a list of them."""
     found = {name: from_json(row.get(name), name) for name in OPTION_COLUMNS}
     if filled:  # what is JSON text is as it was written
         found = {

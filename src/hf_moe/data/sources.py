@@ -58,8 +58,7 @@ def load_rows(source: dict[str, Any] | str | Path | list[dict], split: str = "tr
     or a Hub id; a list is the rows themselves.
 
     Raises:
-        ValueError: if the source is unknown, has an unknown option, or rows are not of this form (naming the row), or
-            none is left.
+        ValueError: if source or option are unknown, a row is not of this form, or none is left.
         FileNotFoundError: if a file or an image is not there.
     """
     if isinstance(source, list | tuple):

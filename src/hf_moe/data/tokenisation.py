@@ -35,10 +35,6 @@ class ConversationTokenizer:
         processor (`AnyProcessor`): the processor; its tokenizer must be a fast one.
         train (`bool`, *optional*, defaults to `True`): with `False`, the last assistant turn is cut and replaced by
             the generation prompt, and nothing is labelled.
-
-    Raises:
-        ValueError: if the processor has no chat template, its tokenizer knows no offsets, or the ids of a prompt are
-            not those of its text.
     """
 
     def __init__(self, processor: AnyProcessor, train: bool = True):
@@ -60,8 +56,8 @@ class ConversationTokenizer:
         """Return ids and labels of a conversation; each image, video and sound is one placeholder.
 
         Args:
-            messages (`list[dict[str, Any]]`): in any of the forms of [`read_messages`].
-            counts (`Mapping[str, int]` or `int`): how many of each kind the row has.
+            messages (`list[Message]`): in any of the forms of [`read_messages`].
+            counts (`Mapping[str, int]`): how many of each kind the row has.
             options (`dict[str, Any]`, *optional*): for the chat template, such as `tools`.
         """
         conversation = self._remembered(messages, counts, options or {})
@@ -190,11 +186,7 @@ def expand_placeholders(tokens: Tokens, placeholder: int, counts: Sequence[int])
 
 
 def pad_tokens(batch: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase, train: bool) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask` (B, S) of rows, padded on the right, and their `labels`.
-
-    Args:
-        train (`bool`): with `False`, rows are prompts: padded on the left, without labels.
-    """
+    """Return `input_ids`, `attention_mask` and `labels` (B, S), padded on the right; of prompts no labels, and left."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     side = "right" if train else "left"
 

@@ -207,9 +207,8 @@ def _diagram(model: Any, parts: HostParts, kinds: list[dict[str, Any]]) -> str:
     runs: list[tuple[str, str]] = []
     count = config.get_text_config(decoder=True).num_hidden_layers
     for kind, members in groupby(range(count), key=lambda index: feed_forward.get(index, "feed-forward")):
-        indices = list(members)
-        is_one = len(indices) == 1
-        runs.append((f"layer {indices[0]}" if is_one else f"layers {indices[0]}-{indices[-1]}", kind))
+        first, *rest = members
+        runs.append((f"layers {first}-{rest[-1]}" if rest else f"layer {first}", kind))
     width = max(len(label) for label, _ in runs)
     blocks = [f"  {label:{width}}  attention, {kind}" for label, kind in runs]
     return "\n".join([*paths, "  |", *blocks, "  |", "answer"])
@@ -224,20 +223,19 @@ def _tower_name(config: Any) -> str:
 def _layer_rows(model: Any) -> list[dict[str, Any]]:
     """Return the kinds of MoE layer with the layers of each, in order of first appearance."""
     moe = model.config.moe_config
-    layers_of: dict[tuple, list[int]] = {}
+    rows: dict[tuple, dict[str, Any]] = {}
     for index, layer in model.moe_layers().items():
         spec = layer.spec
         widths = " + ".join(f"{name}: {count} x {width}" for name, count, width in spec.banks)
-        kind = (
-            at_layer(moe.router, index)["name"],
-            spec.num_experts,
-            spec.num_experts_per_tok,
-            widths or str(spec.expert_intermediate_size),
-            at_layer(moe.num_shared_experts, index),
-        )
-        layers_of.setdefault(kind, []).append(index)
-    names = ("router", "experts", "slots", "width", "shared")
-    return [{**dict(zip(names, kind, strict=True)), "layers": layers} for kind, layers in layers_of.items()]
+        row = {
+            "router": at_layer(moe.router, index)["name"],
+            "experts": spec.num_experts,
+            "slots": spec.num_experts_per_tok,
+            "width": widths or str(spec.expert_intermediate_size),
+            "shared": at_layer(moe.num_shared_experts, index),
+        }
+        rows.setdefault(tuple(row.values()), {**row, "layers": []})["layers"].append(index)
+    return list(rows.values())
 
 
 def _encoders(model: Any, parts: HostParts) -> list[dict[str, Any]]:

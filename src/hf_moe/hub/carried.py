@@ -2,8 +2,7 @@
 
 import ast
 import importlib.util
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.registry import registered
@@ -25,8 +24,7 @@ from .bundle import (
 from .flatten import PACKAGE_FOLDER
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """A mechanism in a checkpoint's own list: the file that defines it has the name of the module."""
 
     kind: str
@@ -35,8 +33,7 @@ class Listed:
     cls: str
 
 
-@dataclass(frozen=True)
-class Renewed:
+class Renewed(NamedTuple):
     """The code of a checkpoint as the installed package writes it."""
 
     files: dict[str, str]  # name to text, with the digest
