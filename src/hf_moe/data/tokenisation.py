@@ -186,7 +186,7 @@ def expand_placeholders(tokens: Tokens, placeholder: int, counts: Sequence[int])
 
 
 def pad_tokens(batch: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase, train: bool) -> dict[str, torch.Tensor]:
-    """Return `input_ids`, `attention_mask` and `labels` (B, S), padded on the right; of prompts no labels, and left."""
+    """Return `input_ids`, `attention_mask` and `labels` (B, S), padded on the right; prompts left, without labels."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     side = "right" if train else "left"
 

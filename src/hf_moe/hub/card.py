@@ -138,10 +138,7 @@ def card_template(name: str) -> Any:
 
 
 def write_readme(folder: Path, template: Any, task: str, metadata: dict[str, Any], **facts: Any) -> Path:
-    """Render a card into a folder, and return its path.
-
-    The accuracies of the report stand in the metadata too; the Hub lists none without a data set.
-    """
+    """Render a card, with the accuracies in its metadata too where there is a data set, and return its path."""
     recipe, datasets, language = facts["recipe"], list(facts["datasets"]), metadata["language"]
     results = [
         EvalResult(task, datasets[0], datasets[0], "accuracy", value, metric_name=metric_name(kind))

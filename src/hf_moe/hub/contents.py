@@ -92,12 +92,9 @@ def expert_tensors(shapes: Shapes, parts: HostParts, layer: int, bank: str | Non
 def most_active_parameters(
     config: Any, shapes: Shapes, parts: HostParts, routers: Mapping[int, Any], always: int
 ) -> dict[str, int]:
-    """Return the decoder's parameters at most at work on a token of each modality.
+    """Return the decoder's parameters at most at work on a token of each modality, `always` outside routed experts.
 
-    Args:
-        routers (`Mapping[int, Any]`): by layer, or `None` for one that is not installed: it takes
-            `num_experts_per_tok` experts.
-        always (`int`): parameters of the decoder outside the routed experts.
+    A router that is not installed is `None`: it takes `num_experts_per_tok` experts.
     """
     moe = config.moe_config
     active = dict.fromkeys(modalities(config), always)

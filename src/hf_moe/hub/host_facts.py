@@ -17,17 +17,12 @@ TOKENS = {"image": "patch of the picture", "video": "part of the video", "audio"
 EXAMPLES = "examples"
 # How the names of files of each end.
 FILE_ENDINGS = {
-    "image": (".jpeg", ".jpg", ".png", ".webp"),
-    "video": (".mp4", ".webm"),
-    "audio": (".flac", ".mp3", ".wav"),
-}
+    "image": (".jpeg", ".jpg", ".png", ".webp"), "video": (".mp4", ".webm"), "audio": (".flac", ".mp3", ".wav"),
+}  # fmt: skip
 
 
 def host_name(config: Any) -> str | None:
-    """Return the name of a host's class in Transformers; `None` for a model that was put together from parts.
-
-    Any other model of Transformers is its own host.
-    """
+    """Return the name of a host's class in Transformers, its own host; `None` for a model put together from parts."""
     if config.model_type == "hf_moe":
         return getattr(config, "host_class", None)
     return next(iter(config.architectures or ()), None)

@@ -190,10 +190,8 @@ def commit_operations(
 
     The client repeats its uploads by itself, but not the commit: an answer may be lost after it was made. Here every
     attempt begins by asking what the repository holds, so such a commit is found and not made twice. A pull request
-    could not be found so, and is repeated only after the Hub has answered that it is not there.
-
-    Args:
-        operations (`Callable`): gives the operations for the paths that the repository holds.
+    could not be found so, and is repeated only after the Hub has answered that it is not there. The operations are
+    made for the paths that the repository holds.
     """
     for wait in (*RETRY_WAITS, None):
         try:

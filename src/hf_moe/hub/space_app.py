@@ -32,10 +32,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospac
 
 
 def open_uploads(checkpoint: Checkpoint, uploads: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """Return what was uploaded as the processor takes it: a picture opened, the path of a video or of a sound.
-
-    A path is that of a file of this machine, whatever a visitor writes into the request.
-    """
+    """Return what was uploaded: a picture opened, the path of a video or a sound, always a file of this machine."""
     media: dict[str, Any] = {}
     for name, upload in uploads.items():
         if upload is None:
