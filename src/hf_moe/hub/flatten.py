@@ -114,7 +114,8 @@ def _package_targets(node: ast.ImportFrom, path: Path) -> dict[Path, list[ast.al
             defined_in = sys.modules.get(name or "", module)
         target = Path(str(defined_in.__file__))
         if target.name == "__init__.py" or not any(folder in target.parents for folder in TRAVELLING_FOLDERS):
-            raise _refusal(path, node, f"{alias.name!r} does not travel: modeling/ and configuration/ of hf_moe do")
+            reason = f"{alias.name!r} does not travel: only hf_moe.modeling and hf_moe.configuration do"
+            raise _refusal(path, node, reason)
         targets.setdefault(target, []).append(alias)
     return targets
 
