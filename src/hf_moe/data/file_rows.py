@@ -53,10 +53,7 @@ def as_dataset(rows: Iterable[tuple[int, dict[str, Any]]], place: str) -> Datase
         columns["messages"] = [json.dumps(messages) for messages in columns["messages"]]
     else:
         features["messages"] = MESSAGES
-        columns["messages"] = [
-            [{**message, "content": [{"text": None, **part} for part in message["content"]]} for message in messages]
-            for messages in columns["messages"]
-        ]
+        columns["messages"] = [[_filled(message) for message in messages] for messages in columns["messages"]]
     for name in names:
         if name in OPTION_COLUMNS:
             columns[name] = [json.dumps(v) if v is not None and not isinstance(v, str) else v for v in columns[name]]
@@ -74,6 +71,10 @@ def has_fields(messages: list[dict[str, Any]]) -> bool:
         message.keys() - {"role", "content"} or any(part.keys() - {"type", "text"} for part in message["content"])
         for message in messages
     )
+
+
+def _filled(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [{"text": None, **part} for part in message["content"]]}
 
 
 def _check_types(name: str, values: list[Any], numbers: tuple[int, ...], place: str) -> None:

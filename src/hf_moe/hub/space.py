@@ -57,8 +57,7 @@ def write_space(
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"{repo_id!r} has no owner: a Space names its model in full, user/name.")
-    beside = folder.resolve().with_name(f"{folder.resolve().name}-space")
-    output = beside if output_dir is None else Path(output_dir)
+    output = Path(output_dir or folder.resolve().with_name(f"{folder.resolve().name}-space"))
     output.mkdir(parents=True, exist_ok=True)
 
     config = read_config(folder)

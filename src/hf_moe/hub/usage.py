@@ -50,11 +50,8 @@ print(answer[0]["generated_text"])
 def usage(folder: Path, config: Any) -> list[str]:
     """Return the programs: of the model's own classes and, where there is one for it, of a pipeline."""
     taken = modalities(config)
-    names = {
-        "folder": folder.resolve().name,
-        "auto_model": auto_model(config),
-        "auto_processor": auto_processor(config),
-    }
+    classes = {"auto_model": auto_model(config), "auto_processor": auto_processor(config)}
+    names = {"folder": folder.resolve().name, **classes}
     if taken == ("text",):
         return [TEXT.format(**names)]
     if not _has_chat_template(folder):
