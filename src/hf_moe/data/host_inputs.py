@@ -97,8 +97,8 @@ class HostInputs:
 
     def _read(self, row: dict[str, Any]) -> HostRow:
         if row.get("input_ids") is not None:
-            reader_name = type(self.processor).__name__
-            raise ValueError(f"is tokenised, which {reader_name} does by itself: leave 'messages' in the row.")
+            name = type(self.processor).__name__
+            raise ValueError(f"is tokenised, and {name} expands placeholders itself: leave 'messages' in the row.")
         media = {kind: row_media(row, kind) for kind in MEDIA_KINDS}
         counts = {kind: len(items) for kind, items in media.items()}
         conversation = self.conversations.render(row_messages(row), counts, template_options(row))
