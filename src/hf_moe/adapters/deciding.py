@@ -34,9 +34,7 @@ def decide(
                 "in one row: choose a router that decides token by token, or leave this target out."
             )
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, d)
-    decision = router(tokens, context)
-    if isinstance(decision, ExpertAssignment):
-        decision = decision.drop(~context.tokens("token_mask", tokens.device))
+    decision = context.drop_padding(router(tokens, context))
     if told:
         context.decisions[router.spec.layer_idx] = decision
     return shared(decision)

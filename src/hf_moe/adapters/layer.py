@@ -211,11 +211,11 @@ class MoeLoraLayer(BaseTunerLayer):
     def _adapt(
         self, adapter_name: str, run: Callable[[torch.Tensor], torch.Tensor], args: tuple, x: torch.Tensor
     ) -> torch.Tensor:
-        prepare = partial(self.prepare, adapter_name)
-        call = TargetCall(run, x, prepare, self.weights(adapter_name), self.decision(adapter_name, x, args))
+        weights, decision = self.weights(adapter_name), self.decision(adapter_name, x, args)
+        call = TargetCall(run, x, partial(self.prepare, adapter_name), weights, decision)
         result = self.experts[adapter_name].forward(call)
         if adapter_name in self.shared_scaling:
-            inner = F.linear(prepare(x), self.moe_lora_shared_A(adapter_name) * self.shared_scaling[adapter_name])
+            inner = F.linear(call.prepare(x), self.moe_lora_shared_A(adapter_name) * self.shared_scaling[adapter_name])
             result = result + F.linear(inner, self.moe_lora_shared_B(adapter_name)).to(result.dtype)
         return result
 

@@ -45,7 +45,7 @@ class SharedAssignment(ExpertAssignment):
     def gates(self) -> torch.Tensor:
         """The weight of every expert in every token, (T, E)."""
         gates = self.expert_weight.new_zeros(len(self.expert_index), self.num_experts + 1)
-        return gates.scatter_add(1, self.expert_index, self.expert_weight)[:, : self.num_experts]
+        return gates.scatter_add_(1, self.expert_index, self.expert_weight)[:, : self.num_experts]
 
     @made_once
     def dispatch(self) -> Dispatch:
@@ -82,7 +82,8 @@ def add_experts(
         decision: for the T tokens.
         activation: between A and B, on the last dimension.
     """
-    total_rank = weights.b.shape[1] if weights.ranks is not None else len(weights.b) * weights.b.shape[2]
+    shape = weights.b.shape
+    total_rank = shape[1] if weights.ranks is not None else shape[0] * shape[2]
     if isinstance(decision, ExpertAssignment) and _runs_dense(inputs, total_rank, decision):
         return _add_dense(result, inputs, weights, decision, activation)
     if weights.ranks is not None:

@@ -86,9 +86,10 @@ class Stacks(nn.ParameterDict):
 
     def __call__(self, adapter_name: str) -> torch.Tensor:
         # Offloaded weights are brought in by the call of their module; the others are spared it.
-        if "_hf_hook" in vars(self):
+        if "_hf_hook" in self.__dict__:
             return nn.Module.__call__(self, adapter_name)
-        return getattr(self, adapter_name)
+        found = self._parameters.get(adapter_name)  # sharding may put a tensor in the place of a parameter
+        return getattr(self, adapter_name) if found is None else found
 
     def forward(self, adapter_name: str) -> torch.Tensor:
         return self[adapter_name]

@@ -93,10 +93,7 @@ class Block(nn.Module):
         self, gate: nn.Module, experts: nn.Module, tokens: torch.Tensor, context: RoutingContext
     ) -> tuple[torch.Tensor, Decision]:
         """Return the experts' output for the tokens (T, d), and the gate's decision, which the context records."""
-        decision = gate(tokens, context)
-        if isinstance(decision, ExpertAssignment):
-            # Padding is computed by nobody: its slots are empty, and empty slots cost nothing.
-            decision = decision.drop(~context.tokens("token_mask", tokens.device))
+        decision = context.drop_padding(gate(tokens, context))
         site = unwrapped(gate).spec.site
         context.decisions[site] = decision
         output = run_experts(experts, tokens, decision)

@@ -17,8 +17,11 @@ def gate_logits(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.T
 
     Autocast is switched off: bf16 logits flip experts between two runs that should agree.
     """
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        return F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):  # to switch off what is off takes longer than the product of a token
+        with torch.autocast(device, enabled=False):
+            return gate_logits(hidden_states, weight, bias)
+    return F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())
 
 
 def per_gate_logits(hidden_states: torch.Tensor, weight: torch.Tensor, gate_index: torch.Tensor) -> torch.Tensor:
@@ -181,7 +184,7 @@ def router_scores(logits: torch.Tensor, score_function: str) -> tuple[torch.Tens
 
 def select_experts(
     scores: torch.Tensor,
-    logits: torch.Tensor,
+    logits: torch.Tensor | None,
     spec: MoELayerSpec,
     bias: torch.Tensor | None = None,
     n_group: int = 1,
@@ -192,7 +195,8 @@ def select_experts(
 
     Args:
         scores (`torch.Tensor` of shape `(T, C)`): non-negative; C >= E, the real experts first.
-        logits (`torch.Tensor` of shape `(T, C)`): -inf where a token may not choose.
+        logits (`torch.Tensor` of shape `(T, C)`): -inf where a token may not choose; `None` where every token may
+            choose all candidates, and C = E.
         bias (`torch.Tensor` broadcast to `(T, C)`, *optional*): moves the choice, not the weight.
         n_group, topk_group, group_score: see [`limit_groups`].
 
@@ -200,10 +204,17 @@ def select_experts(
         Index (T, K) and weight (T, K). A slot is empty (index E, weight 0) where it would go to a candidate beyond the
         real experts, or where a token has fewer than K candidates left.
     """
+    if logits is None and bias is None and n_group == 1:
+        weight, index = scores.topk(spec.num_experts_per_tok, dim=-1)
+        return index, weight
     choice = scores.detach() if bias is None else scores.detach() + bias
-    choice = limit_groups(choice.masked_fill(logits == float("-inf"), float("-inf")), n_group, topk_group, group_score)
+    if logits is not None:
+        choice = choice.masked_fill(logits == float("-inf"), float("-inf"))
+    choice = limit_groups(choice, n_group, topk_group, group_score)
     value, index = choice.topk(spec.num_experts_per_tok, dim=-1)
     weight = scores.gather(1, index)
+    if logits is None:  # no group that is kept has fewer than K candidates
+        return index, weight
     empty = (index >= spec.num_experts) | (value == float("-inf"))
     return index.masked_fill(empty, spec.num_experts), weight.masked_fill(empty, 0.0)
 
@@ -220,6 +231,7 @@ def assign(
     groups: tuple[int, int, str] = (1, 1, "best_two"),
     norm_min: float = 1e-20,
     gate_index: torch.Tensor | None = None,
+    masked: bool = True,
 ) -> ExpertAssignment:
     """Return the top-k assignment of logits: what almost every token-choice router ends with.
 
@@ -231,10 +243,12 @@ def assign(
         scale: multiplies the weights.
         bias, groups: see [`select_experts`]; `groups` are `n_group`, `topk_group` and `group_score`.
         gate_index (`torch.Tensor` of shape `(T,)`, *optional*): which gate decided.
+        masked (`bool`, *optional*, defaults to `True`): whether a logit may be -inf, or C > E.
     """
     logits = apply_overrides(logits, spec, context)
     values, probs = router_scores(logits, scores)  # (T, C) both
-    index, weight = select_experts(values, logits, spec, bias, *groups)  # (T, K) both
+    limits = logits if masked or context.overrides is not None else None
+    index, weight = select_experts(values, limits, spec, bias, *groups)  # (T, K) both
     weight = renormalise(weight, norm_min) if norm else weight
     weight = weight * scale if scale != 1.0 else weight
     return ExpertAssignment(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..configuration.configuration_hf_moe import MODALITIES
-from .decisions import Decision
+from .decisions import Decision, ExpertAssignment
 from .documents import packed_documents
 from .layer_spec import Site
 from .memory import TokenMemory
@@ -112,6 +112,31 @@ class RoutingContext:
     @modality_ids.setter
     def modality_ids(self, value: torch.Tensor | Callable[[], torch.Tensor]) -> None:
         self._modality_ids = value
+
+    @property
+    def token_mask(self) -> torch.Tensor:
+        """Which tokens are real, (B, S) bool."""
+        return self._token_mask
+
+    @token_mask.setter
+    def token_mask(self, value: torch.Tensor) -> None:
+        self._token_mask = value
+        self._all_real: bool | None = None
+
+    @property
+    def all_real(self) -> bool:
+        """Whether no token is padding, as far as that can be told without waiting for a device."""
+        if torch.compiler.is_compiling() or not self._token_mask.is_cpu:
+            return False
+        if self._all_real is None:
+            self._all_real = bool(self._token_mask.all())
+        return self._all_real
+
+    def drop_padding(self, decision: Made) -> Made:
+        """Return a decision for these tokens, without the slots of padding: it is computed by nobody."""
+        if isinstance(decision, ExpertAssignment) and not self.all_real:
+            decision.drop(~self.tokens("token_mask", decision.expert_index.device))
+        return decision
 
     def of(self, adapter: str) -> "RoutingContext":
         """Return the context of an adapter: the same tokens, with decisions and memory of its own."""
@@ -269,7 +294,7 @@ class TraceableVariable(Generic[Running]):
     def get(self) -> Running | None:
         # A compiled part of a layer (one MoE block, say) finds nothing traced and reads the variable, which breaks the
         # graph but is right.
-        if torch.compiler.is_compiling() and self.traced is not None:
+        if self.traced is not None and torch.compiler.is_compiling():
             return self.traced
         found = self.variable.get()
         # Nor does a part that is not compiled find another than the traced one, in a layer whose graph breaks there.

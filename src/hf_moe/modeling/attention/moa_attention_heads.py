@@ -71,7 +71,7 @@ class HeadQueries(Replacement):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         context = _context(hidden_states)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, d)
-        decision = self.gate(tokens, context).drop(~context.tokens("token_mask", tokens.device))
+        decision = context.drop_padding(self.gate(tokens, context))
         context.decisions[self.spec.site] = decision
         dispatch = Dispatch(decision.expert_index, self.spec.num_experts)
         rows = dispatch.linear(dispatch.rows(tokens.to(compute_dtype(tokens))), self.weight)  # (M, d_h)

@@ -65,4 +65,4 @@ class OmniRouter(Router):
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         logits = self.shared(context)(hidden_states)  # (T, E)
-        return assign(logits, self.spec, context, norm=self.norm_topk_prob)
+        return assign(logits, self.spec, context, norm=self.norm_topk_prob, masked=False)

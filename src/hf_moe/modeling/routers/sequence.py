@@ -88,7 +88,8 @@ class SequenceRouter(PooledRouter):
             logits = logits - gate_logits(self.mean[None], self.weight)
         logits = apply_overrides(logits, self.spec, context)
         scores, probs = router_scores(logits, "softmax")
-        index, weight = select_experts(scores, logits, self.spec)  # (T, K) both
+        limits = None if context.overrides is None else logits
+        index, weight = select_experts(scores, limits, self.spec)  # (T, K) both
         weight = renormalise(weight) if self.norm_topk_prob else weight
         decision = ExpertAssignment(index, weight, self.spec.num_experts, router_logits=logits, router_probs=probs)
         return decision.drop(~known)

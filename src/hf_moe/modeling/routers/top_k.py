@@ -106,5 +106,6 @@ class TopKRouter(BiasBalancedRouter):
             scale=self.routed_scaling_factor,
             bias=self.e_score_correction_bias,
             groups=self.groups,
+            masked=False,
         )
         return limit_capacity(assignment, self.capacity_factor if self.training else None, self.spec, context)
