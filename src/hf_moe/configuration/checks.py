@@ -132,28 +132,14 @@ def in_words(hint: Any) -> str:
 
 
 def check(place: str, value: Any, hint: Any, purpose: str = "") -> None:
-    """Refuse a value of another type than declared, or out of its range.
-
-    Args:
-        place: what to call it in an error.
-        value: what was given.
-        hint: its annotation.
-        purpose: what it is for, in a sentence.
-
-    Raises:
-        ValueError: with the value and what is allowed.
-    """
+    """Refuse a value of another type than declared, or out of its range; `place` and `purpose` are for the error."""
     if not fits(value, hint):
         allowed = " or ".join(map(str, ranges_missed(value, hint))) or f"be {in_words(hint)}"
         raise ValueError(f"{place}={value!r} must {allowed}. {purpose}".rstrip())
 
 
 def checked(place: str, value: Any, hint: Any) -> Any:
-    """Return a value as its annotation declares it: a string that spells a declared number as that number.
-
-    Raises:
-        ValueError: if it is of another type or out of range.
-    """
+    """Return a value as its annotation declares it: a string that spells a declared number as that number."""
     value = as_declared(value, hint)
     check(place, value, hint)
     return value
@@ -163,12 +149,6 @@ def checked_options(
     kind: str, name: str, cls: Callable[..., Any], options: dict[str, Any], leading: int = 1
 ) -> dict[str, Any]:
     """Return the options of a mechanism as the annotations of its constructor declare them.
-
-    Args:
-        kind, name: the mechanism, for errors.
-        cls: its class.
-        options: what was given.
-        leading: how many of its first arguments are no options.
 
     Raises:
         ValueError: if it does not have an option, or the value is of another type or out of range.

@@ -59,12 +59,7 @@ def layers_named(value: Any) -> set[str]:
 
 
 def per_layer(allowed: Interval | None = None, default: Any = None) -> Any:
-    """Return the field of a config that holds a value or a layer map of values.
-
-    Args:
-        allowed: the range of every value.
-        default: the field's default.
-    """
+    """Return the field of a config that holds a value or a layer map of values, each within the `allowed` range."""
 
     def check(value: Any) -> None:
         if isinstance(value, dict) and not is_layer_map(value):

@@ -189,11 +189,7 @@ class MoeConfig(PreTrainedConfig):
             self.num_experts_per_tok = num_experts_per_tok
 
     def check_layers(self, num_hidden_layers: int) -> None:
-        """Refuse what contradicts itself, or names layers that a decoder or tower of this many layers does not have.
-
-        Raises:
-            ValueError: naming the field and the layers.
-        """
+        """Refuse what contradicts itself, or names layers beyond those of a decoder or tower."""
         # The numbers of experts are derived from the banks.
         for name in ("expert_banks", *MoeConfig.__annotations__):
             outside = {key for key in layers_named(getattr(self, name)) if key != "default"}
@@ -228,8 +224,7 @@ class MoeConfig(PreTrainedConfig):
         """Return the indices of the MoE layers of a decoder of `num_hidden_layers` layers.
 
         Raises:
-            ValueError: if `layers` is not one of the documented forms, or names a layer the decoder does not have, or
-                no layer at all.
+            ValueError: if `layers` has no documented form, or names layers that the decoder does not have, or none.
         """
         if isinstance(self.layers, str):
             layers = list(range(num_hidden_layers)[_named_layers(self.layers, num_hidden_layers)])
@@ -269,15 +264,7 @@ def _named_layers(layers: str, num_hidden_layers: int) -> slice:
 
 
 def objective_entry(label: str, value: Any) -> tuple[str, float, dict[str, Any]]:
-    """Return the name, the coefficient and the options of one entry of `objectives`.
-
-    Args:
-        label: the entry's key.
-        value: a coefficient, or a dict of `coef`, options, and `name`, which is the label where it is absent.
-
-    Raises:
-        ValueError: if the entry has another form.
-    """
+    """Return the name, the coefficient and the options of an entry of `objectives`; its label may be its name."""
     place = f"moe_config.objectives[{label!r}]"
     if not isinstance(label, str) or not re.fullmatch(r"\w[\w-]*", label):
         raise ValueError(f"{place}: a label is a word, for it becomes part of the names of buffers and of logs.")
@@ -293,9 +280,6 @@ def take_copies(config: PreTrainedConfig, kwargs: dict[str, Any]) -> dict[str, A
     """Give a config that is being built values of its own, and return its further arguments as copies.
 
     A config writes into what it holds. Two configs that are given the same object must not share it.
-
-    Raises:
-        ValueError: if `dtype` or `auto_map` is none.
     """
     for item in fields(config):
         value = getattr(config, item.name)

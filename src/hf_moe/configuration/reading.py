@@ -18,20 +18,12 @@ def is_path(source: str) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds.
-
-    Raises:
-        ValueError: if it holds something else.
-    """
+    """Return the JSON object that a file holds."""
     return parse_object(str(path), read_text(path))
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file.
-
-    Raises:
-        ValueError: if it is not UTF-8.
-    """
+    """Return the text of a file."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -50,12 +42,7 @@ def parse_object(name: str, text: str) -> dict[str, Any]:
 
 
 def check_files(source: Any, names: Iterable[str]) -> None:
-    """Refuse a folder that does not exist or holds a damaged JSON file; a repository is left to the Hub's client.
-
-    Raises:
-        FileNotFoundError: if the source looks like a folder and is none.
-        ValueError: if one of the files holds no JSON object.
-    """
+    """Refuse a folder that does not exist or holds a damaged JSON file; a repository is left to the Hub's client."""
     folder = Path(source).expanduser()
     if is_path(str(source)) and not folder.exists():
         raise FileNotFoundError(f"There is no folder {source}.")
@@ -65,11 +52,7 @@ def check_files(source: Any, names: Iterable[str]) -> None:
 
 
 def check_names(path: Path, known: list[str]) -> None:
-    """Refuse a file with a field that is nearly one of `known`; other fields are those of tools.
-
-    Raises:
-        ValueError: naming the file, the field and the one that was meant.
-    """
+    """Refuse a file with a field that is nearly one of `known`; other fields are those of tools."""
     for name in read_object(path) if path.is_file() else ():
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         if near and name not in known:
@@ -93,12 +76,7 @@ def processor_problem(folder: Path) -> str | None:
 
 
 def check_config(path: Path) -> None:
-    """Refuse a config from which the model cannot be told; a reader would fill it with defaults.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the field that is missing or of a wrong type.
-    """
+    """Refuse a config from which the model cannot be told; a reader would fill it with defaults."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is no checkpoint.")
     check_config_fields(str(path), read_object(path))

@@ -139,13 +139,7 @@ class AuxiliaryLosses(nn.Module):
         row_labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> AuxiliaryLoss:
-        """Return what the objectives are worth.
-
-        Args:
-            context: the context of the forward, with its decisions.
-            row_labels (`torch.Tensor` of shape `(B,)`): n_r, see [`count_labels`].
-            num_items_in_batch: N.
-        """
+        """Return what the objectives are worth, where the rows have the labels n_r (B,) and the optimizer step N."""
         rows, values = torch.zeros_like(row_labels, dtype=torch.float32), {}
         for name, objective in self.by_name.items():
             value = torch.zeros_like(rows)  # (B,)

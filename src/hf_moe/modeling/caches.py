@@ -26,10 +26,6 @@ def name_cache(name: str | None, args: tuple, kwargs: dict[str, Any]) -> dict[st
         name: what the decoder calls its cache, see [`cache_argument`].
         args: what was given by position after `position_ids`: the cache, or nothing.
         kwargs: the further keywords; a cache may have any name.
-
-    Raises:
-        TypeError: if anything but a cache was given by position.
-        ValueError: if several caches were given, or the decoder takes none.
     """
     if any(value is not None and not isinstance(value, Cache) for value in args):
         raise TypeError(

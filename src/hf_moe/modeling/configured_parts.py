@@ -71,14 +71,6 @@ class ConfiguredParts:
 
 
 def build_block(config, moe, spec: MoELayerSpec) -> Block:
-    """Return the block of a layer.
-
-    Args:
-        config, moe: see [`ConfiguredParts`].
-        spec: facts of the layer.
-
-    Raises:
-        ValueError: for a residual mix without a shared branch, or an option that a part refuses.
-    """
+    """Return the block of a layer, see [`ConfiguredParts`]."""
     parts = ConfiguredParts(config, moe)
     return build("block", *parts.named("block", spec), spec, parts)

@@ -21,14 +21,7 @@ from .subclasses import same_name
 
 
 def layer_spec(moe, host_config, layer_idx: int, host_ffn: HostFfn, **facts: Any) -> MoELayerSpec:
-    """Resolve the facts of one MoE layer from a `MoeConfig` and the feed-forward it replaces.
-
-    Args:
-        moe, host_config, facts: see [`install_blocks`].
-
-    Raises:
-        ValueError: if the experts would have no width.
-    """
+    """Resolve the facts of a MoE layer from its config and the feed-forward it replaces, see [`install_blocks`]."""
     named = (getattr(host_config, name, None) for name in ACTIVATION_FIELDS)
     # A host that names none has it in its code. A build compares its experts with the feed-forward they come from.
     activation = next(filter(None, named), host_ffn.activation or "silu")
@@ -101,9 +94,6 @@ def install_in_connector(model: nn.Module, path: str, config, moe) -> Block:
     Args:
         path: of the connector in the model; the feed-forward is the connector itself, or one of its parts.
         config, moe: see [`install_blocks`].
-
-    Raises:
-        ValueError: if it has none, of two linear layers.
     """
     for name, part in model.get_submodule(path).named_modules():
         try:

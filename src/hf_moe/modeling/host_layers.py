@@ -75,11 +75,7 @@ class HostFfn:
 
 
 def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of a host.
-
-    Raises:
-        ValueError: if the model is no decoder, or keeps its layers under no known name.
-    """
+    """Return the decoder layers of a host."""
     name = type(language_model).__name__
     if getattr(language_model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} cannot host MoE layers: it is an encoder-decoder, and the host must be a decoder.")
@@ -94,11 +90,7 @@ def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
 
 
 def tower_layers(tower: nn.Module, connectors: Collection[nn.Module] = ()) -> nn.ModuleList | nn.Sequential:
-    """Return the layers of a tower: its one list of modules with a feed-forward, connectors in it aside.
-
-    Raises:
-        ValueError: if it has none, or several, as towers have that merge patches on the way.
-    """
+    """Return the layers of a tower: its one list of modules with a feed-forward, connectors in it aside."""
     found = {
         path: module
         for path, module in tower.named_modules(memo=set(connectors))
@@ -118,11 +110,7 @@ def _find_ffn(layer: nn.Module) -> str | None:
 
 
 def ffn_name(layer: nn.Module) -> str:
-    """Return the attribute under which a layer keeps its feed-forward.
-
-    Raises:
-        ValueError: if it keeps it under no known name.
-    """
+    """Return the attribute under which a layer keeps its feed-forward."""
     if (name := _find_ffn(layer)) is not None:
         return name
     raise ValueError(
@@ -132,11 +120,7 @@ def ffn_name(layer: nn.Module) -> str:
 
 
 def read_ffn(ffn: nn.Module) -> HostFfn:
-    """Return what a host's feed-forward is, dense or MoE.
-
-    Raises:
-        ValueError: if its projections have no known names, or it is more than its projections.
-    """
+    """Return what a host's feed-forward is, dense or MoE."""
     name = type(ffn).__name__
     inputs = [p.name for p in inspect.signature(ffn.forward).parameters.values() if p.default is p.empty]
     if len(inputs) != 1:

@@ -44,11 +44,7 @@ def open_image(image: Any) -> Image.Image:
 
 
 def read_image(image: Any) -> tuple[str, Any]:
-    """Return how errors call a picture, and its content: encoded bytes, a PIL image, an array or a tensor.
-
-    Raises:
-        ValueError: if it is missing or of an unknown form.
-    """
+    """Return how errors call a picture, and its content: encoded bytes, a PIL image, an array or a tensor."""
     if isinstance(image, dict):
         return _read_record(image)
     encoded = read_encoded(image, "picture")
@@ -66,15 +62,7 @@ def read_image(image: Any) -> tuple[str, Any]:
 
 
 def read_encoded(source: Any, noun: str) -> tuple[str, bytes] | None:
-    """Return how errors call an encoded picture, video or sound, and its bytes; `None` for what is not encoded.
-
-    Args:
-        source: a path, an http(s), file or data URL, base64 text, bytes, an opened file, or anything else.
-        noun: what it is called.
-
-    Raises:
-        ValueError: if it is missing or cannot be read.
-    """
+    """Return how errors call an encoded picture, video or sound, the `noun`, and its bytes; `None` if not encoded."""
     if isinstance(source, str):
         return _read_text(source, noun)
     if isinstance(source, os.PathLike):
@@ -86,11 +74,7 @@ def read_encoded(source: Any, noun: str) -> tuple[str, bytes] | None:
 
 
 def decode_image(name: str, content: Any) -> Image.Image:
-    """Return what [`read_image`] found as an RGB image.
-
-    Raises:
-        ValueError: if it cannot be decoded.
-    """
+    """Return what [`read_image`] found as an RGB image."""
     try:
         if isinstance(content, torch.Tensor):
             return _array_as_rgb(content.detach().cpu(), prefer_first=True)
@@ -109,11 +93,7 @@ def decode_image(name: str, content: Any) -> Image.Image:
 
 
 def open_image_lists(images: Any) -> list:
-    """Return pictures opened: a flat list, or a list of rows where a list of lists (or of batches) is given.
-
-    Raises:
-        ValueError: naming the first picture that cannot be opened by its row and place.
-    """
+    """Return pictures opened: a flat list, or a list of rows where a list of lists (or of batches) is given."""
     images = images if is_list(images) else [images]
     if len(images) == 1 and _is_batch(images[0]):
         images = list(images[0])

@@ -23,11 +23,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_placeholders(config) -> None:
-    """Refuse placeholder ids that no token can have, and a tower without one.
-
-    Raises:
-        ValueError: naming the field.
-    """
+    """Refuse placeholder ids that no token can have, and a tower without one."""
     vocab_size = config.text_config.vocab_size
     if config.vision_config is not None and config.image_token_id is None:
         raise ValueError("image_token_id is None, and there is a vision tower: set it to the id of the images' token.")
@@ -54,9 +50,6 @@ def real_tokens(config, inputs: Mapping[str, Any], tokens: torch.Tensor) -> torc
 
     A mask of two dimensions covers the cached tokens too, and free places of a cache of fixed size. In one of four,
     padding is attended by nobody, itself included.
-
-    Raises:
-        ValueError: if a mask of two dimensions is of other tokens.
     """
     batch, positions = tokens.shape[:2]
     mask, cache = inputs.get("attention_mask"), cache_of(inputs)
@@ -91,16 +84,7 @@ def hides_rows(inputs: Mapping[str, Any]) -> bool:
 
 
 def first_column(inputs: Mapping[str, Any], mask: torch.Tensor, length: int) -> int:
-    """Return where in a mask of all tokens so far those of the call begin.
-
-    Args:
-        inputs: of the call, by name.
-        mask (`torch.Tensor` of shape `(B, columns)`).
-        length: S.
-
-    Raises:
-        ValueError: if the mask is shorter than the tokens, or longer where nothing is cached.
-    """
+    """Return where in a mask (B, columns) of all tokens so far the `length` tokens of the call begin."""
     cache, others = cache_of(inputs), mask.shape[1] - length
     if others < 0 or (others > 0 and cache is None and foreign_state(inputs) is None):
         raise ValueError(
@@ -155,9 +139,6 @@ TELL = (
 
 def modality_ids(config, find: Callable[[int], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     """Return the modalities of `tokens` (B, S, ...) by their placeholders, (B, S).
-
-    Args:
-        find: returns where the placeholder of an id is, (B, S) bool.
 
     Raises:
         ModalityUnknown: if the config names one placeholder for several modalities, and a token is such.
@@ -216,11 +197,7 @@ def vocabulary(config) -> int:
 
 
 def check_tokens(config, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """Check the tokens of a call, and return what was given of the two.
-
-    Raises:
-        ValueError: naming the argument, unless exactly one is given, of the right type and shape, of known tokens.
-    """
+    """Check the tokens of a call, and return what was given of the two: exactly one must be."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if input_ids is not None:
@@ -238,11 +215,7 @@ def check_tokens(config, input_ids: torch.Tensor | None, inputs_embeds: torch.Te
 
 
 def check_labels(config, tokens: torch.Tensor, labels: Any) -> None:
-    """Check the labels of `tokens` (B, S, ...).
-
-    Raises:
-        ValueError: unless they are integers of the tokens' shape, of known tokens or masked.
-    """
+    """Check the labels of `tokens` (B, S, ...)."""
     check_integers("labels", labels, tuple(tokens.shape[:2]), "tokens")
     limit = "the decoder's vocab_size, and -100 where masked"
     _check_range("labels", labels, 0, vocabulary(config), limit, masked=-100)
@@ -258,11 +231,7 @@ def conditions_read(routers: Iterable[Router]) -> dict[str, int]:
 
 
 def check_condition_ids(name: str, ids: torch.Tensor, number: int) -> None:
-    """Refuse ids that no router knows.
-
-    Raises:
-        ValueError: if they are no integers, or one is `number` or more.
-    """
+    """Refuse ids that no router knows."""
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"The ids of the condition {name!r} must be integers, not {ids.dtype}.")
     if ids.numel() and int(ids.max()) >= number:
@@ -273,14 +242,7 @@ def check_condition_ids(name: str, ids: torch.Tensor, number: int) -> None:
 
 
 def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any, read: dict[str, int]) -> None:
-    """Check the modality and condition ids of `tokens` (B, S, ...).
-
-    Args:
-        read: what the routers of the model read, see [`conditions_read`].
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Check the modality and condition ids of `tokens` (B, S, ...); `read` is what [`conditions_read`] returns."""
     shape = tuple(tokens.shape[:2])
     if mm_token_type_ids is not None:
         check_modality_ids(mm_token_type_ids, shape)
@@ -301,11 +263,7 @@ def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any, 
 
 
 def check_modality_ids(ids: Any, shape: tuple[int, int]) -> None:
-    """Refuse what are no modality ids of tokens of this shape.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Refuse what are no modality ids of tokens of this shape."""
     check_integers("mm_token_type_ids", ids, shape, "tokens")
     _check_range("mm_token_type_ids", ids, 0, len(MODALITIES), f"the modalities {', '.join(MODALITIES)}")
 
@@ -313,11 +271,7 @@ def check_modality_ids(ids: Any, shape: tuple[int, int]) -> None:
 def check_mask_and_positions(
     tokens: torch.Tensor, attention_mask: Any, position_ids: Any, cache: Cache | None, max_positions: int | None
 ) -> None:
-    """Check the mask and the positions of a call, whose `tokens` (B, S, ...) follow those of the `cache`.
-
-    Raises:
-        ValueError: naming the argument, or the length of a row that the decoder has no positions for.
-    """
+    """Check the mask and the positions of a call, whose `tokens` (B, S, ...) follow those of the `cache`."""
     batch, positions = tokens.shape[:2]
     seen = cache.get_seq_length() if cache is not None and not torch.compiler.is_compiling() else 0
     length = positions + seen if isinstance(seen, int) else None
@@ -341,11 +295,7 @@ def check_mask_and_positions(
 
 
 def check_mask(attention_mask: Any, tokens: torch.Tensor) -> None:
-    """Refuse what is no mask of `tokens` (B, S, ...): a tensor of 2 or 4 dimensions, a dict of such, or flex's own.
-
-    Raises:
-        ValueError: naming what was given.
-    """
+    """Refuse what is no mask of `tokens` (B, S, ...): a tensor of 2 or 4 dimensions, a dict of such, or flex's own."""
     if isinstance(attention_mask, Mapping) and attention_mask:
         for mask in attention_mask.values():
             check_mask(mask, tokens)
@@ -374,11 +324,7 @@ def _check_2d_mask(mask: torch.Tensor, batch: int, length: int | None) -> None:
 
 
 def encoded_images(mm_encoder_outputs: Any) -> Any:
-    """Return the images among the outputs of encoders, `None` where there are none.
-
-    Raises:
-        ValueError: if there are outputs of others.
-    """
+    """Return the images among the outputs of encoders, `None` where there are none."""
     unknown = set(mm_encoder_outputs or {}) - {"image"}
     if unknown:
         raise ValueError(f"mm_encoder_outputs may hold 'image', got {sorted(unknown)}.")
@@ -390,9 +336,6 @@ def miss_images(config, input_ids: torch.Tensor | None, cache: Cache | None, ref
 
     Args:
         refuse: whether the call trains or generates, where that would be an answer to nothing. A bare forward is told.
-
-    Raises:
-        ValueError: with the number of placeholders.
     """
     if not isinstance(input_ids, torch.Tensor) or input_ids.device.type == "meta" or torch.compiler.is_compiling():
         return

@@ -20,12 +20,7 @@ ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def check_checkpoint_files(source: Any) -> None:
-    """Refuse a folder whose JSON files, or whose list of weights files, are damaged.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: naming the file.
-    """
+    """Refuse a folder whose JSON files, or whose list of weights files, are damaged."""
     check_files(source, JSON_FILES)
     index = Path(source) / INDEX
     if index.is_file():
@@ -33,11 +28,7 @@ def check_checkpoint_files(source: Any) -> None:
 
 
 def files_of_index(index: Path) -> list[str]:
-    """Return the weights files that an index names.
-
-    Raises:
-        ValueError: if it names none, or something else.
-    """
+    """Return the weights files that an index names."""
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} is damaged: its 'weight_map' must name a file for every tensor. Download it again.")
@@ -62,11 +53,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def check_number_types(source: Any, floats: set[str]) -> None:
-    """Refuse a folder whose weights files hold integers for `floats`; they would be cast, and have lost their digits.
-
-    Raises:
-        ValueError: naming the file and the tensor.
-    """
+    """Refuse a folder whose weights files hold integers for `floats`: cast ones have lost their digits."""
     for path in sorted(Path(source).glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in floats.intersection(file.keys()):
@@ -82,9 +69,6 @@ def check_tensors(source: Any, report: dict[str, Any], has_head: bool, ignore_sh
         report: what `from_pretrained` returns with `output_loading_info`.
         has_head: whether the model has all parts of a checkpoint; without its head it leaves the head's tensors.
         ignore_shapes: the user's `ignore_mismatched_sizes`.
-
-    Raises:
-        ValueError: naming the first tensors of each kind.
     """
     wrong = []
     if report["missing_keys"]:
@@ -151,11 +135,7 @@ def _listed(verb: str, names: Any) -> str:
 
 
 def refuse_edited_code(folder: Path) -> None:
-    """Refuse a folder whose code was edited after its save if this process runs the code as it was before.
-
-    Raises:
-        ValueError: naming the file.
-    """
+    """Refuse a folder whose code was edited after its save if this process runs the code as it was before."""
     for running in sorted(Path(__file__).parent.glob("*.py")):
         edited = folder / running.name
         if edited.is_file() and edited.read_bytes() != running.read_bytes():

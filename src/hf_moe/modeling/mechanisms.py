@@ -20,11 +20,7 @@ FOLDERS = {
 
 
 def mechanism_names(kind: str) -> list[str]:
-    """Return the names of all mechanisms of `kind`: this library's and the registered ones.
-
-    Raises:
-        ValueError: if there is no such kind.
-    """
+    """Return the names of all mechanisms of `kind`: this library's and the registered ones."""
     if kind not in KINDS:
         raise ValueError(unknown_name_message("kind of mechanism", kind, list(KINDS)))
     package = importlib.import_module(f"{__package__}.{FOLDERS[kind]}")

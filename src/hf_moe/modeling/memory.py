@@ -92,11 +92,7 @@ class TokenMemory:
         return values
 
     def keep(self, *places: Any) -> None:
-        """Leave what the routers have remembered with the cache of the call, after it.
-
-        Args:
-            places: where the cache may be, in this order: what was returned, and what was given.
-        """
+        """Leave what the routers remember with the first cache in what a call has returned and was given."""
         cache = next((found for place in places if (found := cache_of(place)) is not None), None)
         if not self.kept or cache is None:
             return

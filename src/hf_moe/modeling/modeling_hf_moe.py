@@ -175,14 +175,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         return self
 
     def install_place(self, place: str) -> None:
-        """Make the feed-forwards of a tower or connector MoE layers, where the config says so.
-
-        Args:
-            place: `"vision"`, `"audio"` or `"connector"`.
-
-        Raises:
-            ValueError: if the model has no such part, or it cannot host MoE layers.
-        """
+        """Make the feed-forwards of a tower or connector MoE layers, where the config has those of the place."""
         moe = getattr(self.config, PLACE_FIELDS[place])
         if moe is None:
             return
@@ -208,11 +201,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         return moe_blocks(self)
 
     def routing_context(self, **inputs: Any) -> RoutingContext:
-        """Build what the routers may know of a forward pass with these inputs, see [`build_context`].
-
-        Raises:
-            ValueError: if an argument does not fit the others or the model.
-        """
+        """Build what the routers may know of a forward pass with these inputs, see [`build_context`]."""
         return build_context(self, inputs, self.training_progress if self.training else 1.0)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -223,12 +212,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
 
     def routed_forward(self, host_forward: Any, arguments: Arguments, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run the host's forward in a routing context, and add what the routing brings to its output.
-
-        Args:
-            host_forward, arguments: the host's own method, and what it takes.
-            args, kwargs: of the call. A cache may have any name, or the first place after those of the host.
-        """
+        """Run the host's forward, which takes `arguments`, in a routing context, and add what the routing brings."""
         names, positional = arguments
         given = {**dict(zip(positional, args, strict=False)), **kwargs}
         given = name_cache(self.cache_argument, args[len(positional) :], given)
@@ -289,11 +273,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         }
 
     def open_context(self, **inputs: Any) -> RoutingContext:
-        """Return the context of a forward pass with these inputs.
-
-        Raises:
-            ValueError: if an input does not fit the others or the model.
-        """
+        """Return the context of a forward pass with these inputs."""
         context = self.routing_context(**inputs)
         if inputs.get("labels") is not None:
             check_labels(self.config, context.token_mask, inputs["labels"])

@@ -64,13 +64,7 @@ def end_cleared_step(model: nn.Module) -> None:
 
 
 def count_in_backward(model: nn.Module, output: Any, statistics: Statistics) -> None:
-    """Let a forward pass count when a gradient first comes back to what it returned.
-
-    Args:
-        model: whose forward it was.
-        output: what it returned; where nothing in it has a gradient, the pass never counts.
-        statistics: what to count.
-    """
+    """Let a forward pass count once a gradient comes back to what it returned; with none it never counts."""
     if torch.compiler.is_compiling():
         for part, args in statistics:
             part.accumulate(*args)

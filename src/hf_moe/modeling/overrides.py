@@ -34,14 +34,7 @@ class RoutingOverrides:
         self.expert_budget = checked("expert_budget", expert_budget, float | None)
 
     def check_sites(self, routers: dict[Site, Any]) -> None:
-        """Refuse what no router of a model would read.
-
-        Args:
-            routers: site -> router.
-
-        Raises:
-            ValueError: if there is no router at a site, or there is a budget and no router that has one.
-        """
+        """Refuse what no router, of those by site, would read."""
         for name in ("logit_offset", "disabled_experts"):
             unknown = [site for site in getattr(self, name) if site not in routers]
             if unknown:
@@ -53,11 +46,7 @@ class RoutingOverrides:
             )
 
     def check_experts(self, site: Site, num_experts: int) -> None:
-        """Refuse what does not fit the E experts of a site.
-
-        Raises:
-            ValueError: if an offset has another length, an expert does not exist, or none is left.
-        """
+        """Refuse what does not fit the E experts of a site."""
         offset = self.logit_offset.get(site)
         if offset is not None and offset.shape != (num_experts,):
             raise ValueError(

@@ -79,11 +79,7 @@ def part_of(name: str, parts: HostParts) -> str:
 
 
 def text_decoder(model: nn.Module) -> PreTrainedModel:
-    """Return the module that holds the decoder layers of a model, with a head or without, around other models or not.
-
-    Raises:
-        ValueError: if the model is none of Transformers'.
-    """
+    """Return the module that holds the decoder layers of a model, with or without a head and other models."""
     decoder = _root(model)
     while (inner := _inner_decoder(decoder)) is not decoder:
         decoder = inner
@@ -106,12 +102,6 @@ def host_parts(model: nn.Module) -> HostParts:
     that none of them serves, the connector is what follows its layers, if that ends at the decoder's width. Where the
     layers of the decoder and the towers lie in one module (Idefics, Phi-4 multimodal), nothing but towers, and what
     stands beside them in a module of their own, is taken out of the decoder.
-
-    Args:
-        model: a model of Transformers or of this library, or one that wraps it.
-
-    Raises:
-        ValueError: if there is no model of Transformers in it.
     """
     root, decoder = _root(model), text_decoder(model)
     base = root.base_model

@@ -67,7 +67,6 @@ class PooledRouter(Router):
     """Base of the sequence-level routers.
 
     Args:
-        spec: facts of the layer.
         modalities: which tokens are pooled, by modality; all when `None`.
         end_token_id: the token that ends a turn, such as `<|im_end|>`, or the first one of the answer's header: it is
             the last one to be pooled, and the gate is constant until the next one. `None` pools everything.

@@ -84,11 +84,7 @@ class HfMoeProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, *args, processor_kwargs=options, **kwargs)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
-        """Open the images and check the types of what was given.
-
-        Raises:
-            ValueError: naming the row of an image that cannot be opened, or of a text that is none.
-        """
+        """Open the images and check the types of what was given."""
         if text is not None:
             text = _checked_text(text)
         if images is not None:
@@ -98,11 +94,7 @@ class HfMoeProcessor(ProcessorMixin):
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
-        """Check that every row has as many images as placeholders, and some tokens.
-
-        Raises:
-            ValueError: naming the first row that does not fit, its placeholders and its images.
-        """
+        """Check that every row has as many images as placeholders, and some tokens."""
         given = [name for name in ("videos", "audio") if kwargs.get(name) is not None]
         if given:
             raise ValueError(f"{type(self).__name__} takes images and text, got {' and '.join(given)}.")

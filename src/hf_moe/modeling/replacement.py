@@ -21,11 +21,7 @@ class Replacement(nn.Module):
         return []
 
     def start_from(self, module: nn.Module) -> None:
-        """Take over the weights of the host's module.
-
-        Raises:
-            ValueError: if it has no use for them: a model with it is trained from scratch.
-        """
+        """Take over the weights of the host's module; the base has no use for them, and refuses."""
         raise ValueError(
             f"{type(self).__name__} does not start from a trained {type(module).__name__}: give the host's config in "
             "place of the host, for fresh weights."

@@ -120,12 +120,7 @@ class TowerContext(RoutingContext):
 
 
 def context_of_run(place: str, modalities: tuple[str, ...]) -> TowerContext:
-    """Return the context of a run of a tower or connector.
-
-    Args:
-        place: see [`MoELayerSpec`].
-        modalities: what it encodes. One that encodes several does so in their order, those that the call has.
-    """
+    """Return the context of a run at a place, which encodes those of the modalities that the call has, in order."""
     numbers = [MODALITIES.index(name) for name in modalities]
     parent = CALL_CONTEXT.get()
     if parent is None:

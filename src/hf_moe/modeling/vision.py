@@ -54,11 +54,7 @@ def encode_images(
 
 
 def _check_pixels(config, pixel_values: Any, pixel_attention_mask: Any, spatial_shapes: Any) -> None:
-    """Check the images of a call.
-
-    Raises:
-        ValueError: naming the argument, unless all have the type and the shape that the tower takes.
-    """
+    """Refuse images of another type or shape than the tower takes."""
     vision = config.vision_config
     packed = takes_packed_patches(vision)
     channels = getattr(vision, "num_channels", None) or 3
@@ -126,11 +122,7 @@ def tower_features(tower: PreTrainedModel, config, pixel_values: torch.Tensor, *
 
 
 def dummy_pixels(config, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
-    """Return one black image in the form the tower takes.
-
-    Raises:
-        ValueError: if neither `image_size` nor the tower's config tells the size of an image.
-    """
+    """Return one black image in the form the tower takes."""
     vision = config.vision_config
     channels = getattr(vision, "num_channels", None) or 3
     if takes_packed_patches(vision):
@@ -219,17 +211,7 @@ def _prefix_tokens(tower: PreTrainedModel, config, num_tokens: int) -> int:
 def insert_images(
     inputs_embeds: torch.Tensor, placeholders: torch.Tensor, images: list[torch.Tensor], image_seq_length: int
 ) -> torch.Tensor:
-    """Replace the placeholders' embeddings by the images, in order.
-
-    Args:
-        inputs_embeds (`torch.Tensor` of shape `(B, S, d)`).
-        placeholders (`torch.Tensor` of shape `(B, S)`, bool).
-        images: the connected features of every image, (P', d) each.
-        image_seq_length: placeholders that the processor writes per image, for the error.
-
-    Raises:
-        ValueError: if there are more or fewer placeholders than image features.
-    """
+    """Replace the embeddings (B, S, d) at the placeholders (B, S) by the images, (P', d) each, in order."""
     features = torch.cat(list(images)).to(inputs_embeds.device, inputs_embeds.dtype)  # (sum P', d)
     if not torch.compiler.is_compiling() and int(placeholders.sum()) != features.shape[0]:
         raise ValueError(

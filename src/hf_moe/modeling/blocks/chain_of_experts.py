@@ -27,7 +27,6 @@ class ChainOfExperts(Block):
 
     Args:
         spec: facts of the layer; its `num_experts_per_tok` is K, over all iterations.
-        parts: makes routers, experts and the shared branch.
         num_iterations: C, which must divide K.
         independent_routers: a decision of its own for every iteration; `False` repeats the first one's (an ablation of
             the paper, clearly worse).

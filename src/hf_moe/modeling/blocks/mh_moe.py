@@ -33,8 +33,6 @@ class MultiHeadMoE(Block):
     """A router and experts of sub-tokens, between two linear maps.
 
     Args:
-        spec: facts of the plain layer.
-        parts: makes router, experts and the shared branch.
         num_heads: h, which must divide d.
         head_layer: whether there is W_head.
         merge_layer: whether there is W_merge.

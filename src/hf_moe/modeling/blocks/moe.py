@@ -15,12 +15,7 @@ from ..routing_context import RoutingContext
 
 @register_block("moe")
 class MoELayer(Block):
-    """A router, experts, and the shared branch if the config has one.
-
-    Args:
-        spec: facts of the layer.
-        parts: makes router, experts and shared branch.
-    """
+    """A router, experts, and the shared branch if the config has one."""
 
     def __init__(self, spec: MoELayerSpec, parts: Parts):
         super().__init__(spec, parts)

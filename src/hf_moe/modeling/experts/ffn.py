@@ -23,8 +23,6 @@ class FfnExperts(StackedExperts):
     """One bank of feed-forward experts of one width.
 
     Args:
-        config: the outer `HfMoeConfig`; its `_experts_implementation` picks the backend at every call.
-        spec: facts of the layer.
         dropout: expert dropout: while training, the share of an expert's inner neurons that is dropped per token.
         limit: bounds what a gated expert multiplies, see [`ClampedUnit`]; `None` bounds nothing.
         shared_limit: the same for the shared branch.

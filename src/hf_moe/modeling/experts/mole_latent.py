@@ -30,8 +30,6 @@ class LatentExperts(Experts):
     """Gated experts on latent inputs.
 
     Args:
-        config: the outer `HfMoeConfig`.
-        spec: facts of the layer.
         latent_dim (`int`, *optional*, defaults to the experts' width): m, at most d.
         latent_group_size (`int`, *optional*, defaults to all experts): how many experts share a latent space; they
             are neighbours.

@@ -26,8 +26,6 @@ class ConditionInformation(StatisticObjective):
     """Minus the mutual information of condition and expert; the paper's coefficient is 0.0005.
 
     Args:
-        specs: the MoE layers of the model.
-        coef: coefficient of the loss, >= 0.
         condition: name of the ids in `condition_ids`.
         num_conditions: how many values they have.
 

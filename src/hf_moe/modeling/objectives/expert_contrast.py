@@ -29,7 +29,6 @@ class ExpertContrast(Objective):
 
     Args:
         specs: the MoE layers of the model; all with one slot per token.
-        coef: coefficient of the loss, >= 0.
         temperature: tau, > 0.
 
     Raises:

@@ -38,8 +38,6 @@ class LoadBalance(PopulationObjective):
     """Balance of expert loads, per layer and per gate.
 
     Args:
-        specs: the MoE layers of the model.
-        coef: coefficient of the loss, >= 0.
         scope: `"batch"` balances against the previous optimizer step, `"sequence"` every row by itself.
         per_modality: make every modality a population; otherwise every gate is one.
         per_gate: one term per population, as above.

@@ -27,8 +27,6 @@ class NullLoad(PopulationObjective):
     """Balance over real experts and the whole of the null ones, for routers with null experts.
 
     Args:
-        specs: the MoE layers of the model.
-        coef: coefficient of the loss, >= 0.
         shares: `"slots"` or `"tokens"`, of which f is the share.
 
     Raises:

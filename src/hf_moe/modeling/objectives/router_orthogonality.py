@@ -22,10 +22,6 @@ from ..routing_context import RoutingContext
 class RouterOrthogonality(Objective):
     """Squared cosines between the rows of a gate; ERNIE's coefficient is not published, 0.001 was chosen.
 
-    Args:
-        specs: the MoE layers of the model.
-        coef: coefficient of the loss, >= 0.
-
     Raises:
         ValueError: in `forward`, if no router gives the signal `gate_overlap`.
     """

@@ -20,10 +20,6 @@ from ..routing_context import RoutingContext
 class RouterZ(Objective):
     """Squared log-partition of the router logits; a usual coefficient is 0.001.
 
-    Args:
-        specs: the MoE layers of the model.
-        coef: coefficient of the loss, >= 0.
-
     Raises:
         ValueError: in `forward`, if no router gives logits and probabilities.
     """

@@ -21,8 +21,6 @@ class Signal(Objective):
     """Mean of a router's signal.
 
     Args:
-        specs: the MoE layers of the model.
-        coef: coefficient of the loss, >= 0.
         signal: the signal's name; one without a gradient is only logged.
 
     Raises:

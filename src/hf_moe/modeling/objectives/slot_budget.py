@@ -25,8 +25,6 @@ class SlotBudget(StatisticObjective):
     """Holds the mean of the signal `soft_real_slots` at a budget.
 
     Args:
-        specs: the MoE layers of the model.
-        coef: coefficient of the loss, >= 0.
         budget: K_budget, > 0; 0.9 times each layer's `num_experts_per_tok` when absent.
 
     Raises:

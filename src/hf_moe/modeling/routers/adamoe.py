@@ -31,7 +31,6 @@ class AdaMoERouter(Router):
     """Softmax gate over E real and M null experts, top-k.
 
     Args:
-        spec: facts of the layer.
         num_null_experts: M >= 1; E when `None` (the released Mixtral run has 16 for 8 experts). Without null experts,
             take the router `top_k`.
         null_router_init: `"copy"` starts the null rows as copies of the real ones, in turn, also of trained ones where

@@ -199,11 +199,7 @@ class AnyExpertsRouter(BiasBalancedRouter):
         return self.target_slots in (self.min_slots, self.max_slots) and self.min_slots < self.max_slots
 
     def check_budget(self, budget: float | None) -> None:
-        """Refuse a slot target out of range.
-
-        Raises:
-            ValueError: if it does not lie in [min_slots, max_slots].
-        """
+        """Refuse a slot target that does not lie in [min_slots, max_slots]."""
         if budget is not None and not self.min_slots <= budget <= self.max_slots:
             raise ValueError(
                 f"Layer {self.spec.layer_idx}: a budget of {budget} experts per token (target_slots, or "

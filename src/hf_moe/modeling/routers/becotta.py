@@ -28,7 +28,6 @@ class BecottaRouter(PooledRouter):
     """Noisy top-k over pooled scores, with one gate per domain.
 
     Args:
-        spec: facts of the layer.
         num_domains: D.
         condition: name of the domain ids in the call's `condition_ids`; LoRA experts take `<name>_ids` too.
         modalities, end_token_id, end, pooling: what is pooled, and how, see [`PooledRouter`]; with `"mean"`, a long

@@ -32,7 +32,6 @@ class MeoRouter(Router):
     """Top-k gate on what a row has said before a block, for experts that are merged.
 
     Args:
-        spec (`MoELayerSpec`): facts of the layer.
         block_size (`int`, *optional*, defaults to 32): how many positions share a merged expert; `None` pools the
             whole row for all of its tokens, which shows a token the later ones: for encoders.
 

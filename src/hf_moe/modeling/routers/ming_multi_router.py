@@ -30,7 +30,6 @@ class MingMultiRouter(BiasBalancedRouter):
     """G gates of equal shape, `weight` (G, E, d), of which the token's modality picks one.
 
     Args:
-        spec: facts of the layer.
         modalities: the modalities with a gate of their own, text first. Video shares the image gate unless it is
             named; any other modality without a gate shares the text gate.
         gate: `"softmax"` (version 1) or `"sigmoid_bias"` (version 2).

@@ -35,7 +35,6 @@ class MoIIERouter(Router):
     A gate's rows of the other modality's experts are never used.
 
     Args:
-        spec: facts of the layer.
         group_fractions: share of the E experts that is vision-only, inter-modality and text-only; sums to 1.
         boundary_rule: `"none"`, or `"next_token"` as above.
 

@@ -41,7 +41,6 @@ class SequenceRouter(PooledRouter):
     """Softmax gate on pooled hidden states, top-k of E; a token before the first counted one gets no expert.
 
     Args:
-        spec: facts of the layer.
         modalities, end_token_id, end, pooling: what is pooled, and how, see [`PooledRouter`].
         norm_topk_prob: divide the K weights by their sum; without effect when K = 1.
         centred: subtract what the samples of the training have in common.

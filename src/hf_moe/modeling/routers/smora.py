@@ -35,7 +35,6 @@ class SmoraRouter(BiasBalancedRouter):
     """Sigmoid gate over ranks with a balancing bias that also weighs.
 
     Args:
-        spec: facts of the layer.
         bias_update_rate: step of the bias, >= 0; 0 freezes it.
         bias_in_weights: weigh by `s + b` as in the released code; otherwise b moves the choice alone.
     """

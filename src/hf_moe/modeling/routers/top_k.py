@@ -39,7 +39,6 @@ class TopKRouter(BiasBalancedRouter):
     """Softmax or sigmoid gate, top-k of E.
 
     Args:
-        spec: facts of the layer.
         score_function: `"softmax"` over the experts, or `"sigmoid"` of every expert by itself.
         norm_topk_prob: divide the K weights by their sum; without effect when K = 1 and the choice has no bias.
         jitter_noise: while training, multiply the gate's input by uniform(1 - jitter_noise, 1 + jitter_noise).
