@@ -7,7 +7,7 @@ all of its targets: what a host lacks of them is refused.
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from copy import copy
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -32,11 +32,7 @@ BEFORE_FEED_FORWARD, USUAL_NAME = "pre_feedforward_layernorm", "post_attention_l
 
 
 def stacked_targets(model: nn.Module, config: MoeLoraConfig) -> list[str]:
-    """Return the names of the stacked weights that `target_modules` means.
-
-    Raises:
-        ValueError: if only one of two projections that a stack holds is a target.
-    """
+    """Return the names of the stacked weights that `target_modules` means."""
     if not config.target_modules or config.ffn_experts:
         return []
     if config.target_modules == ALL_LINEAR:
@@ -74,10 +70,12 @@ def is_fused_target(model: nn.Module, config: MoeLoraConfig, key: str) -> bool:
     place, _, name = key.rpartition(".")
     if name == BEFORE_FEED_FORWARD:
         return bool(check_target_module_exists(config, f"{place}.{USUAL_NAME}"))
-    parts = FUSED.get(name, ())
-    if not parts or not isinstance(_without_adapters(model.get_submodule(key)), nn.Linear):
+    if name not in FUSED:
         return False
-    return all(check_target_module_exists(config, f"{place}.{part}") for part in parts)
+    module = model.get_submodule(key)
+    if not isinstance(getattr(module, "get_base_layer", lambda: module)(), nn.Linear):
+        return False
+    return all(check_target_module_exists(config, f"{place}.{part}") for part in FUSED[name])
 
 
 def is_other_norm(model: nn.Module, key: str) -> bool:
@@ -86,16 +84,8 @@ def is_other_norm(model: nn.Module, key: str) -> bool:
     return name == USUAL_NAME and hasattr(model.get_submodule(place), BEFORE_FEED_FORWARD)
 
 
-def _without_adapters(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
-
-
 def check_all_found(model: nn.Module, adapter_name: str, config: MoeLoraConfig, names: Iterable[str]) -> None:
-    """Refuse a published system that found some of its targets alone; warn of a list of targets that did.
-
-    Raises:
-        ValueError: naming the targets, and what the model has in their place.
-    """
+    """Refuse a published system that found some of its targets alone; warn of a list of targets that did."""
     keys = [layer.key[adapter_name] for layer in tuner_layers(model) if adapter_name in layer.experts]
     if config.system is not None:
         names = (*names, *(config.target_parameters or ()))
@@ -109,7 +99,10 @@ def check_all_found(model: nn.Module, adapter_name: str, config: MoeLoraConfig, 
             stacklevel=3,
         )
         return
-    layers = {re.sub(r"\.\d+(?=\.|$)", ".*", key) for key in _linear_layers(model)}
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    layers = {
+        re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".base_layer")) for name in linear if "moe_lora_" not in name
+    }
     raise ValueError(
         f"The system {config.system!r} adapts {', '.join(missing)}, and the model has nothing of that name"
         f"{_fused_with(layers, missing)}. Its linear layers are {', '.join(sorted(layers))}. Name those that are "
@@ -123,12 +116,6 @@ def _answers(key: str, name: str) -> bool:
     others = [*FUSED.get(leaf, ()), *(part for parts in STACKED.get(leaf, ()) for part in parts)]
     others += [USUAL_NAME] if leaf == BEFORE_FEED_FORWARD else []
     return any(f".{place}.{other}".endswith(f".{name}") for other in (leaf, *others))
-
-
-def _linear_layers(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "moe_lora_" not in name:
-            yield name.removesuffix(".base_layer")
 
 
 def _fused_with(layers: set[str], missing: list[str]) -> str:

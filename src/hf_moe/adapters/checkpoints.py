@@ -37,11 +37,7 @@ def complete_saved_config(folder: str | Path) -> None:
 
 
 def check_version(version: str | None) -> None:
-    """Warn of a config that a newer version has written, whose fields may mean more than this one knows.
-
-    Raises:
-        ValueError: if it is no version.
-    """
+    """Warn of a config that a newer version has written, whose fields may mean more than this one knows."""
     try:
         newer = version is not None and Version(version) > Version(__version__)
     except InvalidVersion as error:
@@ -55,11 +51,7 @@ def check_version(version: str | None) -> None:
 
 
 def check_complete(expected: set[str], found: set[str], config: Any) -> None:
-    """Refuse weights that lack some of an adapter's, which would stay as drawn, or have others, which would be lost.
-
-    Raises:
-        ValueError: naming the keys, and the file where it is known.
-    """
+    """Refuse weights that lack some of an adapter's, which would stay as drawn, or have others, to be lost."""
     where = getattr(config, "weights_file", None) or "The adapter's weights"
     others = sorted(found - expected)
     if others:

@@ -57,11 +57,7 @@ class ConditionCollator:
 
 
 def take_conditions(model: PreTrainedModel, kwargs: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the conditions of a call, and take those out of `kwargs` that the model itself knows nothing of.
-
-    Raises:
-        ValueError: if `condition_ids` does not say which one it is.
-    """
+    """Return the conditions of a call, and take those out of `kwargs` that the model itself knows nothing of."""
     if not names and "condition_ids" not in kwargs:
         return {}
     given = kwargs.get("condition_ids")
@@ -80,15 +76,8 @@ def take_conditions(model: PreTrainedModel, kwargs: dict[str, Any], names: Colle
 
 
 def conditions_of_rows(given: dict[str, Any], read: dict[str, int], rows: int) -> dict[str, torch.Tensor]:
-    """Return the conditions (rows,) or (rows, C) of every row: those of the call, and those of [`routing_inputs`].
-
-    Args:
-        given: with the call.
-        read: see [`conditions_read`].
-        rows: B, with the beams of generation.
-
-    Raises:
-        ValueError: if they are not one for each row, or no ids that a router knows; a negative one stands for none.
+    """Return the conditions (B,) or (B, C) of every row, beams included: those `given` with the call, and the ambient
+    ones of [`routing_inputs`]; `read` says which ids routers know, see [`conditions_read`].
     """
     ambient = _CONDITIONS.get() or {}
     found = {name: torch.as_tensor(value) for name, value in {**ambient, **given}.items()}

@@ -1,6 +1,7 @@
 """Configuration of the LoRA experts."""
 
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,9 @@ from ..modeling.mechanisms import get_mechanism
 from ..modeling.registry import build, registered
 from ..modeling.routing import Router
 from .checkpoints import EARLIER_TYPE, check_version, complete_saved_config
-from .checks import check_expression, check_names
 from .experts import EXPERT_KINDS, build_kind
 from .host_router import HostRouter
-from .parts import PARTS
+from .hosts import PARTS
 from .stacks import Target
 
 
@@ -48,9 +48,6 @@ def add_peft_type(name: str) -> PeftType:
     """Return the member `name` of PEFT's enum of methods, adding it where it is missing.
 
     `register_peft_method` refuses a name that is not in the enum, and an enum with members cannot be subclassed.
-
-    Raises:
-        RuntimeError: if this version of PEFT or Python does not let a member be added.
     """
     if name not in PeftType.__members__:
         try:
@@ -68,6 +65,16 @@ def add_peft_type(name: str) -> PeftType:
 
 
 MOE_LORA = add_peft_type("MOE_LORA")
+
+
+def _option(default: Any, text: str) -> Any:
+    """Return a field with a default, or its factory, and what an error says of it."""
+    metadata = {"help": text}
+    return (
+        field(default_factory=default, metadata=metadata)
+        if callable(default)
+        else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass(frozen=True)
@@ -144,51 +151,38 @@ class MoeLoraConfig(PeftConfig):
             unknown or refuse their options.
     """
 
-    r: PositiveInt | list[PositiveInt] = field(
-        default=8, metadata={"help": "Rank of every expert, or a list of all ranks."}
+    r: PositiveInt | list[PositiveInt] = _option(8, "Rank of every expert, or a list of all ranks.")
+    lora_alpha: Positive = _option(8, "Numerator of the scaling.")
+    num_experts: PositiveInt = _option(4, "Number of experts.")
+    num_experts_per_tok: PositiveInt | None = _option(2, "Experts of a token; all when None.")
+    shared_r: NonNegativeInt = _option(0, "Rank of a plain LoRA beside the experts.")
+    target_modules: list[str] | set[str] | str | None = _option(None, "Linear layers to adapt.")
+    target_parameters: list[str] | None = _option(None, "Stacked weights to adapt.")
+    exclude_modules: list[str] | set[str] | str | None = _option(None, "Modules to leave out.")
+    model_part: str | None = _option(None, "Part of a multimodal model to adapt.")
+    experts: str | dict[str, Any] = _option("lora", "Experts: kind, or name and options.")
+    router: str | dict[str, Any] = _option("top_k", "Router: its name, or name and options.")
+    router_input: str = _option(
+        "decoder_layer", "What a router reads: the input of the decoder layer, of the model, or of the target."
     )
-    lora_alpha: Positive = field(default=8, metadata={"help": "Numerator of the scaling."})
-    num_experts: PositiveInt = field(default=4, metadata={"help": "Number of experts."})
-    num_experts_per_tok: PositiveInt | None = field(default=2, metadata={"help": "Experts of a token; all when None."})
-    shared_r: NonNegativeInt = field(default=0, metadata={"help": "Rank of a plain LoRA beside the experts."})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Linear layers to adapt."}
+    ffn_experts: bool = _option(False, "Mix whole feed-forward experts.")
+    objectives: dict[str, float | dict[str, Any]] = _option(dict, "Auxiliary losses by name.")
+    lora_dropout: Annotated[float, Interval(0, 1, open_maximum=True)] = _option(0.0, "Dropout on the experts' input.")
+    use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r).")
+    init_lora_weights: bool = _option(True, "Start with B = 0.")
+    freeze_experts: bool = _option(False, "Train the router alone.")
+    expert_names: list[str] | None = _option(None, "Names of the experts.")
+    frozen_experts: list[int] | None = _option(None, "Experts that are not trained.")
+    rank_pattern: dict[str, Any] = _option(dict, "Module name to another r.")
+    alpha_pattern: dict[str, float] = _option(dict, "Module name to another alpha.")
+    target_overrides: dict[str, dict[str, Any]] = _option(
+        dict, "Module name to other experts, router, numbers of experts, ..."
     )
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Stacked weights to adapt."})
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out."}
-    )
-    model_part: str | None = field(default=None, metadata={"help": "Part of a multimodal model to adapt."})
-    experts: str | dict[str, Any] = field(default="lora", metadata={"help": "Experts: kind, or name and options."})
-    router: str | dict[str, Any] = field(default="top_k", metadata={"help": "Router: its name, or name and options."})
-    router_input: str = field(
-        default="decoder_layer",
-        metadata={"help": "What a router reads: the input of the decoder layer, of the model, or of the target."},
-    )
-    ffn_experts: bool = field(default=False, metadata={"help": "Mix whole feed-forward experts."})
-    objectives: dict[str, float | dict[str, Any]] = field(
-        default_factory=dict, metadata={"help": "Auxiliary losses by name."}
-    )
-    lora_dropout: Annotated[float, Interval(0, 1, open_maximum=True)] = field(
-        default=0.0, metadata={"help": "Dropout on the experts' input."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
-    init_lora_weights: bool = field(default=True, metadata={"help": "Start with B = 0."})
-    freeze_experts: bool = field(default=False, metadata={"help": "Train the router alone."})
-    expert_names: list[str] | None = field(default=None, metadata={"help": "Names of the experts."})
-    frozen_experts: list[int] | None = field(default=None, metadata={"help": "Experts that are not trained."})
-    rank_pattern: dict[str, Any] = field(default_factory=dict, metadata={"help": "Module name to another r."})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module name to another alpha."})
-    target_overrides: dict[str, dict[str, Any]] = field(
-        default_factory=dict, metadata={"help": "Module name to other experts, router, numbers of experts, ..."}
-    )
-    layers_to_transform: list[NonNegativeInt] | NonNegativeInt | None = field(
-        default=None, metadata={"help": "Layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
-    system: str | None = field(default=None, metadata={"help": "Published system, all targets of which are needed."})
-    hf_moe_version: str | None = field(default=None, metadata={"help": "Version that saved the adapter."})
+    layers_to_transform: list[NonNegativeInt] | NonNegativeInt | None = _option(None, "Layers to adapt.")
+    layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers.")
+    modules_to_save: list[str] | None = _option(None, "Further modules to train and save.")
+    system: str | None = _option(None, "Published system, all targets of which are needed.")
+    hf_moe_version: str | None = _option(None, "Version that saved the adapter.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,11 +228,18 @@ class MoeLoraConfig(PeftConfig):
             check(name, getattr(self, name), hint)
         if self.peft_type not in (None, MOE_LORA, EARLIER_TYPE):
             raise ValueError(f"peft_type={self.peft_type!r}: LoRA experts are {MOE_LORA.value!r}; leave it out.")
+        expressions = [(name, getattr(self, name)) for name in NAMES if isinstance(getattr(self, name), str)]
         for name in NAMES:
-            check_names(name, getattr(self, name))
+            value = getattr(self, name)
+            if value == "" or (isinstance(value, list | set) and "" in value):
+                raise ValueError(f"{name}={value!r} has an empty name in it, which nothing has.")
         for name in ("rank_pattern", "alpha_pattern", "target_overrides"):
-            for key in getattr(self, name):
-                check_expression(name, key)
+            expressions += [(name, key) for key in getattr(self, name)]
+        for name, expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{name}: {expression!r} is no regular expression: {error}.") from error
         if self.layers_to_transform == []:
             raise ValueError("layers_to_transform=[] names no layer: leave it out for all of them.")
         if self.system is not None:
@@ -259,11 +260,7 @@ class MoeLoraConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "MoeLoraConfig":
-        """Return the config of a saved adapter.
-
-        Raises:
-            OSError: if the weights beside it are damaged.
-        """
+        """Return the config of a saved adapter; damaged weights beside it are an `OSError`."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         check_weights(folder)
@@ -287,15 +284,7 @@ class MoeLoraConfig(PeftConfig):
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
     def settings(self, key: str, num_host_experts: int | None = None) -> TargetSettings:
-        """Return what holds for the target `key`.
-
-        Args:
-            key: its name in the model.
-            num_host_experts: E of the MoE host whose routing the target follows.
-
-        Raises:
-            ValueError: if a mechanism is unknown, or the ranks are not one for each expert.
-        """
+        """Return what holds for the target `key`; `num_host_experts` is E of the MoE host whose routing it follows."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in OVERRIDABLE}
         for pattern, name in ((self.rank_pattern, "r"), (self.alpha_pattern, "lora_alpha")):
             fields[name] = pattern.get(get_pattern_key(pattern.keys(), key), fields[name])
@@ -361,11 +350,7 @@ class MoeLoraConfig(PeftConfig):
 
 
 def _named(field_name: str, value: str | dict[str, Any]) -> dict[str, Any]:
-    """Return a mechanism's `name` and options.
-
-    Raises:
-        ValueError: if there is no name.
-    """
+    """Return a mechanism's `name` and options; there must be a name."""
     options = {"name": value} if isinstance(value, str) else dict(value)
     if not isinstance(options.get("name"), str):
         raise ValueError(f"{field_name}={options} needs the key 'name', with a text.")

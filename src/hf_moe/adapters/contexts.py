@@ -17,18 +17,14 @@ def are_tokens(x: torch.Tensor, shape: torch.Size) -> bool:
     as many tokens, in another order.
     """
     found = x.shape[:-1]
-    return found == shape or found == (shape.numel(),) or _wider(found) == _wider(shape)
-
-
-def _wider(shape: torch.Size) -> list[int]:
-    return [size for size in shape if size != 1]
+    if found == shape or found == (shape.numel(),):
+        return True
+    return [size for size in found if size != 1] == [size for size in shape if size != 1]
 
 
 def unknown_tokens(hidden_states: torch.Tensor) -> RoutingContext:
-    """Return the context of tokens of which the model tells nothing: all are real, of unknown modality and rows.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(B, S, d)` or `(S, d)`).
+    """Return the context of hidden states ((B,) S, d) of which the model tells nothing: all are real, of unknown
+    modality and rows.
     """
     context = RoutingContext.all_text(hidden_states.reshape(-1, *hidden_states.shape[-2:]))
     context.modality_ids, context.condition_ids = _refuse_modality, None
@@ -47,7 +43,6 @@ class LayerCall:
     """One call of a layer with targets in it.
 
     Args:
-        context (`RoutingContext`, *optional*): what the model has passed down.
         hidden_states (`torch.Tensor` of shape `(B, S, d)`): what enters the layer.
         encoder_hidden_states: what its cross-attention reads, if it has one.
         knows_tokens (`bool`): whether the context would be about the tokens of this layer.
@@ -68,7 +63,11 @@ class LayerCall:
         # (adapter, target that has the router) -> the decision that targets in this layer share.
         self.shared: dict[tuple[str, nn.Module], SharedAssignment | SlotMixture] = {}
         if self.context is not None and self.context.token_mask.shape[1] == 0:
-            _lay_out_images(self.context, hidden_states)
+            # The number of patches of images, one a row, shows in what enters the first layer of an encoder.
+            if hidden_states.dim() == 3 and len(hidden_states) == len(self.context.token_mask):
+                seen = RoutingContext.all_text(hidden_states)
+                self.context.token_mask = seen.token_mask
+                self.context.modality_ids = seen.modality_ids + MODALITIES.index("image")
 
     def of(self, adapter: str) -> RoutingContext:
         """Return the context of an adapter."""
@@ -97,10 +96,3 @@ def active_call() -> LayerCall | None:
     """Return the call of the layer with targets that is running, if one is."""
     context = ACTIVE_CONTEXT.get()
     return None if context is None else context.layer_call
-
-
-def _lay_out_images(context: RoutingContext, hidden_states: torch.Tensor) -> None:
-    """Take the number of patches of images, one a row, from what enters the first layer of an encoder."""
-    if hidden_states.dim() == 3 and len(hidden_states) == len(context.token_mask):
-        seen = RoutingContext.all_text(hidden_states)
-        context.token_mask, context.modality_ids = seen.token_mask, seen.modality_ids + MODALITIES.index("image")

@@ -43,20 +43,10 @@ def decide(
 def decision_of_target(
     call: LayerCall, made: SharedAssignment | SlotMixture, key: tuple[str, Site], x: torch.Tensor, target: str
 ) -> SharedAssignment | SlotMixture:
-    """Return the decision that a layer's targets share, for what one of them reads.
+    """Return the decision that a layer's targets share, for what one of them reads, `x` (..., in).
 
     That is the tokens which enter the layer, or, where attention expands what it has cached of every token, the cached
-    ones and these.
-
-    Args:
-        call: of the layer.
-        made: the decision for the tokens that enter it.
-        key: adapter and site of the router.
-        x (`torch.Tensor` of shape `(..., in)`): what the target reads.
-        target: how to call it in an error.
-
-    Raises:
-        ValueError: if the target reads other tokens.
+    ones and these. `key` is adapter and site of the router; `target` names the target in an error.
     """
     index = weight = None
     if call.context is not None and isinstance(made, SharedAssignment) and x.dim() > call.hidden_states.dim():
@@ -102,11 +92,7 @@ def shared(decision: Decision, device: torch.device | None = None) -> SharedAssi
 
 
 def check_gradient(decision: Decision, router: Router) -> None:
-    """Refuse a decision that was made without a gradient where its router learns.
-
-    Raises:
-        ValueError: if it was, as reentrant checkpointing makes the decision that other layers share.
-    """
+    """Refuse a decision without a gradient where its router learns, as reentrant checkpointing makes a shared one."""
     weights = decision.combine if isinstance(decision, SlotMixture) else decision.expert_weight
     learns = any(parameter.requires_grad for parameter in router.parameters())
     if torch.is_grad_enabled() and learns and not weights.requires_grad:
@@ -117,11 +103,7 @@ def check_gradient(decision: Decision, router: Router) -> None:
 
 
 def check_decision(decision: Any, experts: ExpertKind) -> None:
-    """Refuse what the experts of a target cannot run.
-
-    Raises:
-        ValueError: if the router mixes tokens or parameters in place of assigning experts, or uses identity experts.
-    """
+    """Refuse what the experts of a target cannot run."""
     if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
         return
     if not isinstance(decision, ExpertAssignment):

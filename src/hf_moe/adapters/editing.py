@@ -49,12 +49,8 @@ def rename_expert(model: PeftModel, expert: Expert, name: str, adapter_name: str
 def freeze_experts(model: PeftModel, experts: Iterable[Expert], adapter_name: str = "default") -> None:
     """Keep these experts as they are in further training, to the bit; the others and the router train on.
 
-    They have no gradient, and neither weight decay nor momentum reaches what the model computes or saves.
-
-    Args:
-        model: the model with the adapter.
-        experts: all that are to be frozen; an empty list lets every expert train again.
-        adapter_name: the adapter.
+    They have no gradient, and neither weight decay nor momentum reaches what the model computes or saves. An empty
+    list lets every expert train again.
 
     Raises:
         ValueError: if there is no such expert, or the experts have no parameters of their own.
@@ -89,11 +85,9 @@ def add_expert(
     ones, which an optimizer from before does not train: make a new one.
 
     Args:
-        model: the model with the adapter.
         name: the expert's name; when absent its number, or the next one that is no other expert's name.
         copy_of: number or name of the expert to copy, with its rank.
         rank: of a new expert, on every target; that of the others when absent, where they have one rank.
-        adapter_name: the adapter.
 
     Raises:
         ValueError: if the name is taken, if the rank is missing or no choice, or if the adapter cannot be edited.
@@ -246,11 +240,7 @@ def _check_editable(
 
 
 def _edited_fields(config: MoeLoraConfig, sources: list[int | None], rank: int | None) -> dict[str, Any]:
-    """Return the fields of the config that change with the experts.
-
-    Raises:
-        ValueError: if a new expert needs a rank.
-    """
+    """Return the fields of the config that change with the experts."""
     number = config.num_experts
 
     def edited(r: int | list[int]) -> int | list[int]:
@@ -298,11 +288,7 @@ def _check_others(
 
 
 def _edited_router(old: Router, new: Router, sources: list[int | None]) -> Router:
-    """Fill a new router from the old one, expert by expert.
-
-    Raises:
-        ValueError: if a tensor does not tell which of its entries belong to which expert.
-    """
+    """Fill a new router from the old one, expert by expert."""
     initialize_mechanisms(new, INIT_STD)
     new.to(next((tensor.device for tensor in (*old.parameters(), *old.buffers())), torch.device("cpu")))
     before, experts = old.state_dict(), old.spec.num_experts

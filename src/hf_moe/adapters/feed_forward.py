@@ -16,8 +16,8 @@ from torch import nn
 
 from ..modeling.dispatch import compute_dtype
 from ..modeling.subclasses import is_made_by, same_name
-from .dispatched import swap_class
 from .experts.lora import LoraExperts
+from .hosts import swap_class
 from .layer import MoeLoraLayer, tuner_layers
 
 
@@ -28,10 +28,6 @@ def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
     """Give every feed-forward whose projections hold an adapter's experts a class that mixes whole experts.
 
     Layers that are adapted and have none, such as those with a MoE block, are warned of.
-
-    Raises:
-        ValueError: if no targets lie in a gated feed-forward, some of its projections are no targets, the experts are
-            not LoRA, or it is not gated.
     """
     adapted = [item for item in tuner_layers(model) if adapter_name in item.experts]
     left = {item.layer_name[adapter_name] for item in adapted}

@@ -21,13 +21,7 @@ from .stacks import RANK_DIM
 
 
 class FrozenExperts:
-    """The frozen experts of one adapter on one target, as its stacks hold them now.
-
-    Args:
-        layer: the target.
-        adapter_name: the adapter.
-        numbers: of the experts.
-    """
+    """The frozen experts of one adapter on one target, by number, as its stacks hold them now."""
 
     def __init__(self, layer: MoeLoraLayer, adapter_name: str, numbers: list[int]):
         self.adapter_name = adapter_name
@@ -96,19 +90,18 @@ def expert_stacks(layer: MoeLoraLayer, adapter_name: str) -> Iterator[tuple[str,
 
 
 def numbered_layers(model: nn.Module, adapter_name: str, config: MoeLoraConfig) -> list[MoeLoraLayer]:
-    """Return the targets whose experts are those that an adapter's config numbers and names.
+    """Return the targets whose experts an adapter's config numbers and names.
 
-    Left out are targets with another number of experts by `target_overrides`, such as a plain LoRA on attention beside
-    the experts of the feed-forwards, and those that follow a host's routing where the others do not.
+    Targets with another number by `target_overrides`, or that alone follow a host's routing, are left out.
     """
-    layers = []
-    for layer in tuner_layers(model):
-        if adapter_name in layer.experts:
-            follows_host = "call" in layer.deciding_router(adapter_name).reads
-            number = layer.num_experts(adapter_name)
-            if number == config.num_experts and follows_host == (config.router["name"] == "host"):  # type: ignore[index]
-                layers.append(layer)
-    return layers
+    host = config.router["name"] == "host"  # type: ignore[index]
+    return [
+        layer
+        for layer in tuner_layers(model)
+        if adapter_name in layer.experts
+        and layer.num_experts(adapter_name) == config.num_experts
+        and ("call" in layer.deciding_router(adapter_name).reads) == host
+    ]
 
 
 def hold_frozen(model: nn.Module, *_: Any) -> None:

@@ -14,6 +14,14 @@ from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
 
 
+def index_and_weight(args: tuple) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return index and weight (T, K) of what a stack of experts is called with; `None` where it is something else."""
+    # Our own experts; a checkpoint that carries its code has an assignment class of its own.
+    if len(args) == 1 and hasattr(args[0], "expert_index"):
+        return args[0].expert_index, args[0].expert_weight
+    return args if len(args) == 2 and all(isinstance(x, torch.Tensor) and x.dim() == 2 for x in args) else None
+
+
 class HostRouter(Router):
     """Takes the decision that the target, the host's stack of experts, is called with; no parameters."""
 
@@ -21,16 +29,10 @@ class HostRouter(Router):
     reads = frozenset({"call"})
 
     def from_call(self, *args: Any) -> ExpertAssignment:
-        """Return the decision among the arguments behind the hidden states, in the call of a stack of experts.
-
-        Raises:
-            ValueError: if the target is called with something else.
-        """
-        # Our own experts; a checkpoint that carries its code has an assignment class of its own.
-        if len(args) == 1 and hasattr(args[0], "expert_index"):
-            return ExpertAssignment(args[0].expert_index, args[0].expert_weight, self.spec.num_experts)
-        if len(args) == 2 and all(isinstance(item, torch.Tensor) and item.dim() == 2 for item in args):
-            return ExpertAssignment(args[0], args[1], self.spec.num_experts)
+        """Return the decision among the arguments behind the hidden states, in the call of a stack of experts."""
+        found = index_and_weight(args)
+        if found is not None:
+            return ExpertAssignment(*found, self.spec.num_experts)
         raise ValueError(
             "The router 'host' works on the experts module of a MoE layer, called with (hidden states, expert index "
             f"(T, K), weight (T, K)); this target was called with {[type(item).__name__ for item in args]} instead."

@@ -1,6 +1,8 @@
 """What the tuner has to know of a model that knows nothing of it."""
 
 import inspect
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,6 +10,26 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+from ..modeling.parts import HostParts, host_parts
+
+
+PARTS = ("language_model", "towers")
+
+
+def parts_of(model: nn.Module) -> HostParts | None:
+    """Return the parts of a model; `None` where all of it is one part, and of encoder-decoders."""
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return None
+    parts = host_parts(model)
+    return parts if parts.towers or parts.connectors else None
+
+
+def part_of(parts: HostParts | None, key: str) -> str | None:
+    """Return the part that module `key` lies in; `None` for a head, and where all of the model is one part."""
+    if parts is None or key in parts.embeddings:
+        return None
+    return "towers" if parts.holder(key) is not None else "language_model"
 
 
 def enclosing_layer(model: nn.Module, key: str) -> str | None:
@@ -43,7 +65,8 @@ def known_tokens(model: nn.Module, layer_name: str | None) -> str | None:
     if layer_name is None or not isinstance(model, PreTrainedModel):
         return None
     layer = model.get_submodule(layer_name)
-    if model.config.is_encoder_decoder or not _takes_kwargs(model):
+    takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    if model.config.is_encoder_decoder or not takes_kwargs:
         return None
     if reads_text(model, layer):
         return "text"
@@ -59,21 +82,15 @@ def is_bidirectional(layer: nn.Module | None) -> bool:
     return {module.is_causal for module in layer.modules() if hasattr(module, "is_causal")} == {False}
 
 
-def _takes_kwargs(model: nn.Module) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
-
-
 def layer_width(model: nn.Module, name: str) -> int:
     """Return the width of the hidden states that enter layer `name`.
 
     It is the `hidden_size` of the config around it, unless the norms in the layer have another: towers with stages,
     such as Swin's, have a width in each.
-
-    Raises:
-        ValueError: if neither tells.
     """
     width = _configured_width(model, name)
-    norms = {p.numel() for key, p in model.get_submodule(name).named_parameters() if _is_norm(key, p)}
+    weights = (p for key, p in model.get_submodule(name).named_parameters() if key.endswith("weight"))
+    norms = {weight.numel() for weight in weights if weight.dim() == 1}
     if width is not None and (width in norms or not norms):
         return width
     if len(norms) == 1:
@@ -88,10 +105,6 @@ def _configured_width(model: nn.Module, name: str) -> int | None:
     parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)] + [""]
     widths = (getattr(getattr(model.get_submodule(item), "config", None), "hidden_size", None) for item in parents)
     return next((width for width in widths if width is not None), None)
-
-
-def _is_norm(key: str, parameter: nn.Parameter) -> bool:
-    return key.endswith("weight") and parameter.dim() == 1
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -126,3 +139,17 @@ def is_expert_stack(module: nn.Module) -> bool:
 def input_name(stack: nn.Module) -> str:
     """Return the name of the stacked weight that reads the hidden states."""
     return "gate_up_proj" if stack.has_gate else "up_proj"
+
+
+def swap_class(module: nn.Module, cls: Any) -> None:
+    """Give a module another class, whose forward runs also where the old one has been bound to the module itself."""
+    bound = vars(module)  # where the hooks of Accelerate replace the forward, and keep what theirs calls
+    name = next((name for name in ("_old_forward", "forward") if name in bound), None)
+    if name is not None:
+        if getattr(bound[name], "__func__", None) is not type(module).forward:
+            raise ValueError(
+                f"A {type(module).__name__} has a forward of its own, {bound[name]!r}, in place of that of its class, "
+                "and LoRA experts cannot tell it what they need: adapt the model before its layers are changed."
+            )
+        bound[name] = MethodType(cls.forward, module)
+    module.__class__ = cls

@@ -14,14 +14,10 @@ Step = tuple[dict[str, nn.Module | None], str, nn.Module]
 
 
 class TargetIndex:
-    """The targets below one root, found once.
+    """The targets below one root, found once: the model, or the backbone below its head.
 
     Which adapters they hold and which of these are active is asked of them at every call. An index is good as long as
-    every target is where it was: a wrapper around a layer, a copy of the model or a layer that was taken out is found
-    out by following the way to each target again.
-
-    Args:
-        root: the model, or the backbone below its head.
+    every target is where it was, which following the way to each target again finds out.
     """
 
     def __init__(self, root: nn.Module):

@@ -87,7 +87,6 @@ def merge_by_mean_routing(
     """Merge the active adapters with every router replaced by its mean gates, and say what that costs.
 
     Args:
-        model: the model; `unmerge_adapter` takes the adapters out again, `unload` leaves the merged base model.
         batches: keyword arguments of the model; the means are those over their real tokens.
         measure_on: batches to compare the models on; `batches` when absent.
 

@@ -20,23 +20,20 @@ from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
 from ..modeling.subclasses import is_made_by
+from . import hosts
 from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
 from .checkpoints import check_complete
-from .checks import refusal
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
 from .contexts import unknown_tokens
 from .deciding import check_decision
-from .dispatched import swap_class
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards, whole_ffn_class
 from .frozen import FrozenExperts, numbered_layers
 from .host_router import HostRouter
-from .hosts import enclosing_layer, is_bidirectional, is_layer, is_linear, known_tokens, layer_width, reads_text
 from .index import drop_indices
 from .layer import Linear, MoeLoraLayer, tuner_layers
 from .objectives import install_hooks
-from .parts import part_of, parts_of
 from .routing import OUTPUT_EXPERTS, adapted_layer_class
 from .targets import LayerOutput, ParamWrapper, WholeModule
 
@@ -44,24 +41,13 @@ from .targets import LayerOutput, ParamWrapper, WholeModule
 # As Transformers' models start their linear layers.
 INIT_STD = 0.02
 
-MERGE_REFUSED = (
-    "cannot be merged into the base weights: {reason}. hf_moe.adapters.merging has merge_for, for one task or "
-    "modality, and merge_by_mean_routing, an approximation whose error it measures."
-)
-
 
 class TargetRefused(ValueError):
     """A target that cannot be adapted as configured, where others can."""
 
 
 class MoeLoraModel(BaseTuner):
-    """Puts a mixture of LoRA experts on the targeted linear layers of a model.
-
-    Args:
-        model: the model to adapt; it alone is changed, and `unload` or `delete_adapter` undo it.
-        config: the configuration.
-        adapter_name: name of the adapter, `"default"` unless said.
-    """
+    """Puts LoRA experts on the targeted layers of a model; `unload` or `delete_adapter` undo it."""
 
     prefix = "moe_lora_"
     tuner_layer_cls = MoeLoraLayer
@@ -74,7 +60,7 @@ class MoeLoraModel(BaseTuner):
         self._specs: list[MoELayerSpec] = []
         # Why targets cannot be adapted, and which.
         self._refused: dict[str, list[str]] = {}
-        self._parts = parts_of(model)
+        self._parts = hosts.parts_of(model)
         config = self.peft_config[adapter_name]
         # Before PEFT makes a list of names of "all-linear".
         self._named = config.target_modules if isinstance(config.target_modules, set) else set()
@@ -84,7 +70,7 @@ class MoeLoraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._refused:
-                raise ValueError(refusal(self._refused))
+                raise ValueError(_refusal(self._refused))
             self._complete(model, adapter_name, self.peft_config[adapter_name])
         except ValueError:  # no target is left adapted
             self.delete_adapter(adapter_name)
@@ -126,26 +112,19 @@ class MoeLoraModel(BaseTuner):
 
     def _is_in_part(self, peft_config: MoeLoraConfig, key: str) -> bool:
         """Whether `key` lies in the part of a multimodal model that is adapted."""
-        return peft_config.model_part is None or part_of(self._parts, key) in (None, peft_config.model_part)
+        return peft_config.model_part is None or hosts.part_of(self._parts, key) in (None, peft_config.model_part)
 
     def _check_target_module_compatiblity(self, config: MoeLoraConfig, model: nn.Module, target_name: str) -> None:
         # PEFT knows modules whose weights kernels take, and asks it of its own methods alone.
         super()._check_target_module_compatiblity(SimpleNamespace(peft_type="LORA"), model, target_name)
 
     def _create_and_replace(
-        self,
-        peft_config: MoeLoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        self, peft_config: MoeLoraConfig, *place: Any, current_key: str, parameter_name: str | None = None
     ) -> None:
         if parameter_name is not None and not self._is_in_part(peft_config, current_key):
             return
         try:
-            self._adapt_target(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+            self._adapt_target(peft_config, *place, current_key=current_key, parameter_name=parameter_name)  # type: ignore[misc]
         except TargetRefused as error:
             self._refused.setdefault(str(error), []).append(current_key)
 
@@ -159,16 +138,16 @@ class MoeLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None,
     ) -> None:
-        plain = not (isinstance(target, MoeLoraLayer) or is_linear(target))
-        if parameter_name is None and plain and is_layer(self.model, current_key):
+        plain = not (isinstance(target, MoeLoraLayer) or hosts.is_linear(target))
+        if parameter_name is None and plain and hosts.is_layer(self.model, current_key):
             layer_name: str | None = current_key
             parent, target_name = target, OUTPUT_EXPERTS
             target = target._modules.get(OUTPUT_EXPERTS) or LayerOutput(target)
         else:
-            layer_name = enclosing_layer(self.model, current_key)
+            layer_name = hosts.enclosing_layer(self.model, current_key)
         base = target.get_base_layer() if isinstance(target, MoeLoraLayer) else target
         layer = None if layer_name is None else self.model.get_submodule(layer_name)
-        linear = is_linear(base)
+        linear = hosts.is_linear(base)
         if isinstance(parent, nn.MultiheadAttention):
             raise TargetRefused("nn.MultiheadAttention reads its weight and never calls it: experts would not act.")
         if hasattr(base, "_hf_hook") and any(parameter.is_meta for parameter in base.parameters()):
@@ -178,13 +157,13 @@ class MoeLoraModel(BaseTuner):
         settings = peft_config.settings(current_key, getattr(base, "num_experts", None))
         if layer is None:  # there is nothing to share, nor a hidden state that enters
             settings = replace(settings, router_input="target")
-        tokens_known = known_tokens(self.model, layer_name)
+        tokens_known = hosts.known_tokens(self.model, layer_name)
         owner = self._owner(settings, adapter_name, layer_name)
         router = None
         if owner is None:
             width = base.weight.shape[0] if isinstance(base, Conv1D) else getattr(base, "in_features", None)
             if settings.router_input != "target" or not linear:
-                width = layer_width(self.model, layer_name)  # type: ignore[arg-type]
+                width = hosts.layer_width(self.model, layer_name)  # type: ignore[arg-type]
             router = self._new_router(peft_config, settings, width, layer, tokens_known)  # type: ignore[arg-type]
         options: dict[str, Any] = {
             "config": peft_config,
@@ -204,7 +183,7 @@ class MoeLoraModel(BaseTuner):
             elif linear:
                 new_module = Linear(target, adapter_name, **options)
             else:
-                width = layer_width(self.model, layer_name)  # type: ignore[arg-type]
+                width = hosts.layer_width(self.model, layer_name)  # type: ignore[arg-type]
                 new_module = WholeModule(target, adapter_name, width, **options)
             if adapter_name not in self.active_adapters:
                 new_module.requires_grad_(False)
@@ -212,13 +191,13 @@ class MoeLoraModel(BaseTuner):
             target = new_module
         if router is not None:
             try:
-                check_decision_of(router, target.experts[adapter_name], tokens_known)
+                _check_decision_of(router, target.experts[adapter_name], tokens_known)
             except ValueError as error:
                 raise TargetRefused(str(error)) from error
             if settings.router_input != "target" and "call" not in router.reads:
                 target.router_owner[adapter_name] = target
         if layer is not None and not is_made_by(layer, adapted_layer_class):
-            swap_class(layer, adapted_layer_class(type(layer), tokens_known is not None))
+            hosts.swap_class(layer, adapted_layer_class(type(layer), tokens_known is not None))
 
     def _check_module(
         self, config: MoeLoraConfig, base: nn.Module, layer: nn.Module | None, key: str, parameter_name: str | None
@@ -240,7 +219,7 @@ class MoeLoraModel(BaseTuner):
         if settings.router_input == "target" or settings.router["name"] == HostRouter.mechanism_name:
             return None
         shared = settings.router_input == "model"
-        if shared and known_tokens(self.model, layer_name) is None:
+        if shared and hosts.known_tokens(self.model, layer_name) is None:
             raise TargetRefused(
                 "One router cannot be shared with all layers where the model passes nothing from layer to layer: set "
                 "router_input='decoder_layer'."
@@ -263,7 +242,7 @@ class MoeLoraModel(BaseTuner):
                 f"objectives={list(config.objectives)} cannot reach where the model tells nothing of its tokens, for "
                 "padding must not count: leave the objectives out."
             )
-        bidirectional = is_bidirectional(layer)
+        bidirectional = hosts.is_bidirectional(layer)
         spec = config.spec(len(self._specs), width, settings, causal=not bidirectional)
         self._specs.append(spec)
         router = config.build_router(spec, settings)
@@ -274,7 +253,7 @@ class MoeLoraModel(BaseTuner):
                 "feed-forwards, nor for layers whose attention hides later tokens from earlier ones: adapt a vision "
                 "tower or an encoder, with ffn_experts=False."
             )
-        unknown = reads_text(self.model, layer) or (layer is not None and not bidirectional)
+        unknown = hosts.reads_text(self.model, layer) or (layer is not None and not bidirectional)
         if "sequence" in router.reads and tokens_known is None and unknown:
             raise TargetRefused(
                 f"The router {settings.router['name']!r} pools the tokens of a sequence, and the model does not "
@@ -310,7 +289,7 @@ class MoeLoraModel(BaseTuner):
         for module in self.model.modules():
             swapped = is_made_by(module, adapted_layer_class) or is_made_by(module, whole_ffn_class)
             if swapped and not any(item.experts for item in tuner_layers(module)):
-                swap_class(module, module.host_class)
+                hosts.swap_class(module, module.host_class)
                 module._modules.pop(OUTPUT_EXPERTS, None)
         if not any(item.experts for item in tuner_layers(self.model)):
             for handle in self._handles:
@@ -335,7 +314,11 @@ class MoeLoraModel(BaseTuner):
                 try:
                     merged = layer.merged_weight(adapter_name, constant_gates(layer.deciding_router(adapter_name)))
                 except RoutingVaries as error:
-                    raise ValueError(f"Adapter {adapter_name!r} {MERGE_REFUSED.format(reason=error)}") from error
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} cannot be merged into the base weights: {error}. "
+                        "hf_moe.adapters.merging has merge_for, for one task or modality, and merge_by_mean_routing, "
+                        "an approximation whose error it measures."
+                    ) from error
                 if safe_merge and not merged.isfinite().all():
                     raise ValueError(f"Merging adapter {adapter_name!r} gives weights that are not finite.")
 
@@ -367,6 +350,15 @@ class MoeLoraModel(BaseTuner):
         return re.sub(rf"(\.{cls.prefix}[^.]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
 
 
+def _refusal(refused: dict[str, list[str]]) -> str:
+    """Return the message about all targets that cannot be adapted, with `*` for the numbers of layers."""
+    lines = []
+    for reason, keys in refused.items():
+        names = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", key) for key in keys)
+        lines.append(f"{', '.join(names)}: {reason}")
+    return "\n".join([*lines, "Or leave these targets out, by target_modules or exclude_modules."])
+
+
 def _warn_of_unmatched(model: nn.Module, adapter_name: str, config: MoeLoraConfig) -> None:
     """Warn of overrides and layers for what the model does not have, as PEFT does of its patterns."""
     targets = [layer.key[adapter_name] for layer in tuner_layers(model) if adapter_name in layer.key]
@@ -389,7 +381,7 @@ def _warn_of_unmatched(model: nn.Module, adapter_name: str, config: MoeLoraConfi
 
 
 @torch.no_grad()
-def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | None) -> None:
+def _check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | None) -> None:
     """Refuse a router whose decisions the experts of a target cannot run, or that reads what is not known there."""
     if "call" in router.reads or any(parameter.is_meta for parameter in router.parameters()):
         return

@@ -9,7 +9,6 @@ one per token, as in classification, count one a row. With gradients off the los
 
 import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,10 +28,7 @@ from .routing import before_call, root_inputs
 
 
 def install_hooks(model: nn.Module) -> list[Any]:
-    """Hook the context and the objectives to the root's forward, once; return the handles of the new hooks.
-
-    The backbone below a head has the same hooks, which act where it is called by itself.
-    """
+    """Hook context and objectives to the forward of the root and of its backbone, once; return the new handles."""
     if any(hook is before_call for hook in model._forward_pre_hooks.values()):
         return []
     backbone = getattr(model, "base_model", model)
@@ -66,10 +62,6 @@ def warn_of_idle_targets(model: nn.Module, *_: Any) -> None:
 def after_call(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Hook after the forward of the root, or of its backbone: add the objectives of the active adapters to the loss,
     and leave what the routers have remembered with the key-value cache.
-
-    Raises:
-        ValueError: if there is no loss to add them to, the model drops the context on the way to its layers, or
-            reentrant checkpointing has cut the gradient.
     """
     context: RoutingContext | None = kwargs.get("moe_lora_context")
     if context is None or context.opened_by is not model:  # it is of a model around this one
@@ -80,7 +72,12 @@ def after_call(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
     learns = is_learning(model)
     if row_labels is None and not learns:
         return
-    routers = list(_deciding_routers(model, context))
+    routers = [
+        (adapter_name, router)
+        for layer in index_of(model).targets
+        for adapter_name, router in layer.moe_lora_router.items()
+        if router.spec.layer_idx in context.of(adapter_name).decisions
+    ]
     objectives = {
         name: losses
         for layer in index_of(model).active()
@@ -108,14 +105,6 @@ def after_call(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
     count_in_backward(model, output, statistics)
 
 
-def _deciding_routers(model: nn.Module, context: RoutingContext) -> Iterator[tuple[str, Router]]:
-    """Yield adapter and router of every decision of a forward pass."""
-    for layer in index_of(model).targets:
-        for adapter_name, router in layer.moe_lora_router.items():
-            if router.spec.layer_idx in context.of(adapter_name).decisions:
-                yield adapter_name, router
-
-
 def _row_labels(labels: torch.Tensor | None, output: Any, context: RoutingContext) -> torch.Tensor | None:
     """Return how many labels every row has, (B,); `None` where there are none."""
     label_mask = getattr(output, "label_mask", None)
@@ -141,15 +130,8 @@ def _check(
             f"The objectives of adapter {adapter_name!r} are added to the loss that {type(model).__name__} "
             "returns, and it returned none: call it with return_dict=True."
         )
-    _check_gradient(adapter_name, context, routers)
-
-
-def _check_gradient(adapter_name: str, context: RoutingContext, routers: list[tuple[str, Router]]) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, router in routers:
-        trained = any(parameter.requires_grad for parameter in router.parameters())
-        if name == adapter_name and trained:
+    for name, router in routers if torch.is_grad_enabled() else ():
+        if name == adapter_name and any(parameter.requires_grad for parameter in router.parameters()):
             decision = context.of(name).decisions[router.spec.layer_idx]
             probs = decision.router_probs if isinstance(decision, ExpertAssignment) else None
             if probs is not None and not probs.requires_grad:

@@ -33,11 +33,9 @@ OUTPUT_EXPERTS = "output_experts"
 
 @same_name
 def adapted_layer_class(host_class: Any, knows_tokens: bool) -> dict[str, Any]:
-    """Return the subclass of a layer's class that takes `moe_lora_context`, and runs the experts behind the layer.
+    """Return the subclass of a layer's class that takes `moe_lora_context`, and runs the experts after the layer.
 
-    Args:
-        host_class: class of the layer.
-        knows_tokens: whether the root's context is about the tokens of this layer.
+    `knows_tokens` says whether the root's context is about the tokens of this layer.
     """
     names = list(inspect.signature(host_class.forward).parameters)[1:]
     place = names.index("encoder_hidden_states") if "encoder_hidden_states" in names else None

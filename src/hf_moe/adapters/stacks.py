@@ -96,12 +96,7 @@ class Stacks(nn.ParameterDict):
 
 
 class UnequalRanks(nn.Module):
-    """The places of experts of unequal rank; no parameters, and nothing of it is saved.
-
-    Args:
-        target: the target with its experts' ranks.
-        power: p of the scaling `lora_alpha / r**p`.
-    """
+    """The places of experts of unequal rank, scaled by `lora_alpha / r**power`; no parameters, nothing saved."""
 
     def __init__(self, target: Target, power: float):
         super().__init__()

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..modeling.dispatch import Dispatch, compute_dtype, run_stacks, stack_linear
 from .config import TargetSettings
+from .host_router import index_and_weight
 from .hosts import input_name, is_expert_stack
 from .layer import MoeLoraLayer
 from .low_rank import SharedAssignment, add_experts
@@ -16,14 +17,7 @@ from .stacks import Target, Weights
 
 
 class WholeModule(nn.Module, MoeLoraLayer):
-    """A module that takes and returns hidden states, with experts around it.
-
-    Args:
-        base_layer: the module; its first argument and its result, or the first item of that, are hidden states.
-        adapter_name: the first adapter.
-        width: of the hidden states.
-        kwargs: as in `update_layer`.
-    """
+    """A module with experts around it; its first argument and its (first) result are hidden states of this `width`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, width: int, **kwargs: Any):
         nn.Module.__init__(self)
@@ -60,12 +54,9 @@ class WholeModule(nn.Module, MoeLoraLayer):
 
 
 class LayerOutput(nn.Module):
-    """Stands for what a decoder layer or encoder block returns, as the target of experts behind the whole of it.
+    """Stands for what a layer returns, as the target of experts after the whole of it.
 
     The layer itself stays where it is, for models read attributes of their layers.
-
-    Args:
-        layer: the layer.
     """
 
     def __init__(self, layer: nn.Module):
@@ -84,16 +75,8 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
 
     Expert h of the host computes `W_h x + s * sum_i g_i B_ih A_ih x` with the gates g of the token; A is stored as
     (E, H, r, in) and B as (E, H, out, r) for H host experts. Two weights of one stack have two wrappers around each
-    other; the outer one computes both.
-
-    Args:
-        base_layer: the host's experts, called with hidden states (T, d), expert index (T, K) and weight (T, K).
-        adapter_name: the first adapter.
-        parameter_name: the stacked weight.
-        kwargs: as in `update_layer`.
-
-    Raises:
-        ValueError: if the parameter is none of a stack of feed-forward experts, or the experts are not LoRA.
+    other; the outer one computes both. The stack is called with hidden states (T, d), expert index (T, K) and weight
+    (T, K).
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, **kwargs: Any):
@@ -162,7 +145,13 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
             or not any(adapter in wrapper.experts for wrapper in wrappers.values() for adapter in self.active_adapters)
         ):
             return host(hidden_states, *args)
-        index, weight = _index_and_weight(args)
+        found = index_and_weight(args)
+        if found is None:
+            raise ValueError(
+                "LoRA experts on stacked weights need a host that assigns experts to tokens, and this one calls its "
+                f"experts with {[type(item).__name__ for item in args]}."
+            )
+        index, weight = found
         dispatch = Dispatch(index, self.num_host_experts)
 
         def project(host: Any, name: str, rows: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
@@ -198,16 +187,3 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
 
     def __repr__(self) -> str:
         return "moe_lora." + super().__repr__()
-
-
-def _index_and_weight(args: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return index and weight (T, K) of what a stack of experts is called with."""
-    # Our own experts; a checkpoint that carries its code has an assignment class of its own.
-    if len(args) == 1 and hasattr(args[0], "expert_index"):
-        return args[0].expert_index, args[0].expert_weight
-    if len(args) == 2:
-        return args
-    raise ValueError(
-        "LoRA experts on stacked weights need a host that assigns experts to tokens, and this one calls its experts "
-        f"with {[type(item).__name__ for item in args]}."
-    )

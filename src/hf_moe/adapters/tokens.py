@@ -39,10 +39,7 @@ def token_context(model: PreTrainedModel, inputs: dict[str, Any], tokens: torch.
 
 
 def image_context(inputs: dict[str, Any]) -> RoutingContext | None:
-    """Return the context of images, one a row, whose patches are all real; `None` where a mask says that some are not.
-
-    How many patches there are shows in the first layer.
-    """
+    """Return the context of images, one a row, with real patches alone; `None` where a mask may hide some."""
     pixels = inputs.get("pixel_values")
     if pixels is None or any(inputs.get(name) is not None for name in ("pixel_mask", "pixel_attention_mask")):
         return None

@@ -24,11 +24,7 @@ EXPERT_KINDS: dict[str, type[ExpertKind]] = {
 
 
 def build_kind(settings: dict[str, Any], target: Target) -> ExpertKind:
-    """Return the kind of experts that `settings` (`name` and options) describes, for one target.
-
-    Raises:
-        ValueError: if the name is unknown, or the kind refuses an option or the target.
-    """
+    """Return the kind of experts that `settings` (`name` and options) describes, for one target."""
     options = dict(settings)
     name = options.pop("name")
     if name not in EXPERT_KINDS:
