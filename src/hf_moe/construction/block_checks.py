@@ -1,7 +1,7 @@
 """Whether a MoE layer, or one of its experts, computes what the host's block or feed-forward did."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,10 +32,18 @@ def check_expert(model: HfMoeForConditionalGeneration, layer: Block, ffn: nn.Mod
     spec = replace(layer.spec, num_experts=1, expert_intermediate_size=host.intermediate_size, banks=())
     weight = next(ffn.parameters())
     with torch.device(weight.device):
-        expert = FfnExperts(model.config, spec).to(weight.dtype)
+        expert = FfnExperts(model.config, spec).to(weight.dtype).eval()
     expert.take([feed_forward_state(ffn)])
-    pair = (ffn, _Alone(expert), spec.hidden_size, weight)
-    difference = torch.cat([_differences(*pair, scale) for scale in (1.0, _large(weight))]).max().item()
+
+    def ours(hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.flatten(0, -2)  # (T, d)
+        index = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
+        assignment = ExpertAssignment(index, torch.ones_like(index, dtype=rows.dtype), num_experts=1)
+        return expert(rows, assignment).view(*hidden_states.shape[:-1], -1)
+
+    with evaluation_mode(ffn):
+        found = [_differences(ffn, ours, spec.hidden_size, weight, scale) for scale in (1.0, _large(weight))]
+    difference = torch.cat(found).max().item()
     if not difference <= _tolerance(weight):
         raise ValueError(
             f"{type(ffn).__name__} cannot become a MoE layer: an expert that holds the feed-forward of layer "
@@ -56,17 +64,19 @@ def check_block(layer: Block, block: nn.Module, branches: Mapping[str, str] | No
     """
     weight = next(block.parameters())
     width = layer.spec.hidden_size
-    whole = _differences(*_of_both_kinds(block, layer), width, weight)  # (16,)
-    # In low precision hosts round the logits of their gates, which ours do not: some tokens find other experts.
-    most = whole.max() if weight.dtype == torch.float32 else whole.quantile(0.75)
-    differences = {"the block": most.item()}
-    for path, own in (branches or {}).items():
-        theirs, ours = block.get_submodule(path), layer.get_submodule(own)
-        if isinstance(ours, SharedExperts):
-            theirs, ours = theirs, _Ungated(ours)
-        else:
-            theirs, ours = _Assigned(theirs, layer.spec), _Assigned(ours, layer.spec)
-        differences[path] = _differences(theirs, ours, width, weight, _large(weight)).max().item()
+    with evaluation_mode(block), evaluation_mode(layer):
+        pair = (_half_images(block), _half_images(layer)) if layer.spec.banks else (block, layer)
+        whole = _differences(*pair, width, weight)  # (16,)
+        # In low precision hosts round the logits of their gates, which ours do not: some tokens find other experts.
+        most = whole.max() if weight.dtype == torch.float32 else whole.quantile(0.75)
+        differences = {"the block": most.item()}
+        for path, own in (branches or {}).items():
+            theirs, ours = block.get_submodule(path), layer.get_submodule(own)
+            if isinstance(ours, SharedExperts):
+                pair = theirs, ours.feed_forward  # without the gate on its output
+            else:
+                pair = _in_turn(theirs, layer.spec), _in_turn(ours, layer.spec)
+            differences[path] = _differences(*pair, width, weight, _large(weight)).max().item()
     part, difference = max(differences.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
     if not difference <= _tolerance(weight):
         raise ValueError(
@@ -76,67 +86,32 @@ def check_block(layer: Block, block: nn.Module, branches: Mapping[str, str] | No
         )
 
 
-def _of_both_kinds(block: nn.Module, layer: Block) -> tuple[nn.Module, nn.Module]:
-    """Return the two such that every other token is one of an image, where they have banks for these."""
-    return (_EveryOtherImage(block), _EveryOtherImage(layer)) if layer.spec.banks else (block, layer)
+def _half_images(block: nn.Module) -> Callable[[torch.Tensor], Any]:
+    """Return a block with a bank for text and one for vision as it runs where every other token is of an image."""
 
-
-class _EveryOtherImage(nn.Module):
-    """A block with a bank for text and one for vision: every other token is of an image."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def forward(self, hidden_states: torch.Tensor) -> Any:
+    def run(hidden_states: torch.Tensor) -> Any:
         kinds = (torch.arange(hidden_states.shape[1], device=hidden_states.device) % 2)[None]  # (1, S)
-        if not isinstance(self.block, Block):
-            return self.block(hidden_states, kinds)
+        if not isinstance(block, Block):
+            return block(hidden_states, kinds)
         token = ACTIVE_CONTEXT.set(RoutingContext(kinds, torch.ones_like(kinds, dtype=torch.bool)))
         try:
-            return self.block(hidden_states)
+            return block(hidden_states)
         finally:
             ACTIVE_CONTEXT.reset(token)
 
+    return run
 
-class _Assigned(nn.Module):
-    """A stack of experts, each of which sees some tokens."""
 
-    def __init__(self, experts: nn.Module, spec: MoELayerSpec):
-        super().__init__()
-        self.experts = experts
-        self.slots = spec.num_experts_per_tok
+def _in_turn(experts: nn.Module, spec: MoELayerSpec) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a stack of experts as it runs where tokens go to them in turn, with equal weights."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def run(hidden_states: torch.Tensor) -> torch.Tensor:
         rows = hidden_states.flatten(0, -2)  # (T, d)
-        index = torch.arange(len(rows) * self.slots, device=rows.device).view(len(rows), -1)
-        weight = torch.full_like(index, 1.0 / self.slots, dtype=rows.dtype)
-        return self.experts(rows, index % self.experts.down_proj.shape[0], weight).view_as(hidden_states)
+        index = torch.arange(len(rows) * spec.num_experts_per_tok, device=rows.device).view(len(rows), -1)
+        weight = torch.full_like(index, 1.0 / spec.num_experts_per_tok, dtype=rows.dtype)
+        return experts(rows, index % experts.down_proj.shape[0], weight).view_as(hidden_states)
 
-
-class _Ungated(nn.Module):
-    """A shared branch without the gate on its output."""
-
-    def __init__(self, shared: SharedExperts):
-        super().__init__()
-        self.shared = shared
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.shared.feed_forward(hidden_states)
-
-
-class _Alone(nn.Module):
-    """An expert as a feed-forward: every token goes to it, with weight 1."""
-
-    def __init__(self, experts: FfnExperts):
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        rows = hidden_states.flatten(0, -2)  # (T, d)
-        index = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
-        assignment = ExpertAssignment(index, torch.ones_like(index, dtype=rows.dtype), num_experts=1)
-        return self.experts(rows, assignment).view(*hidden_states.shape[:-1], -1)
+    return run
 
 
 def _tolerance(weight: torch.Tensor) -> float:
@@ -149,15 +124,14 @@ def _large(weight: torch.Tensor) -> float:
 
 
 def _differences(
-    theirs: nn.Module, ours: nn.Module, width: int, weight: torch.Tensor, scale: float = 1.0
+    theirs: Callable[..., Any], ours: Callable[..., Any], width: int, weight: torch.Tensor, scale: float = 1.0
 ) -> torch.Tensor:
-    """Return the largest difference of two modules' outputs for each of 16 random tokens, (16,).
+    """Return the largest difference of two functions' outputs for each of 16 random tokens, (16,).
 
     It is relative to the token's largest output: two kernels round in proportion to what they sum.
     """
     hidden = scale * torch.randn(1, 16, width, generator=torch.Generator().manual_seed(0)).to(weight)
-    with evaluation_mode(theirs), evaluation_mode(ours):
-        outputs = [module(hidden) for module in (theirs, ours)]
+    outputs = (theirs(hidden), ours(hidden))
     # A block may return its logits too, and its tokens as one row each.
     expected, found = (
         (output[0] if isinstance(output, tuple) else output).float().view(hidden.shape[1], -1) for output in outputs

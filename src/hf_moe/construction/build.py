@@ -52,7 +52,8 @@ def build_model(
     adopted with its experts, and with its routers unless `system` brings others. A config gives a fresh decoder.
 
     Args:
-        language_model: see [`load_language_model`]; a dict needs `tokenizer`, which decides its vocabulary.
+        language_model: see [`load_language_model`]; or the fields of a config (with `model_type`), which gives a fresh
+            decoder and needs `tokenizer`, which decides its vocabulary.
         vision_tower: see [`load_vision_tower`]; `None` for a model of text alone, which a decoder with
             weights becomes in place, see [`from_host`].
         system: a key of `hf_moe.list_systems()`; `"top_k"` for a dense decoder when absent.
@@ -90,7 +91,8 @@ def build_model(
         image_token_id = add_image_token(tokenizer, image_token) if tower is not None else None
         fields["image_token_id"] = image_token_id
         if isinstance(language_model, dict):
-            text_config = _fresh_text_config(language_model, tokenizer)
+            special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+            text_config = AutoConfig.for_model(**{**language_model, "vocab_size": len(tokenizer), **special})
             config = composed_config(text_config, system, moe_config, **fields, **places)
             model = HfMoeForConditionalGeneration._from_config(config, dtype=dtype)
             if tower is not None:
@@ -108,10 +110,8 @@ def build_model(
     model.generation_config = generation_settings(dense, tokenizer, image_token_id)
     if tower is None:
         return model.eval(), tokenizer
-    image_seq_length = model.config.image_seq_length
-    return model.eval(), HfMoeProcessor(
-        image_processor, tokenizer, image_seq_length, image_token, chat_template=template
-    )
+    length = model.config.image_seq_length
+    return model.eval(), HfMoeProcessor(image_processor, tokenizer, length, image_token, chat_template=template)
 
 
 @torch.no_grad()
@@ -167,11 +167,7 @@ def compose(decoder: PreTrainedModel, tower: PreTrainedModel | None = None, **fi
 
 
 def _side(image_processor: Any, asked: int | None) -> int | None:
-    """Return the side of the images that the tower will see, `None` where it takes any.
-
-    Raises:
-        ValueError: if it is not the one that was asked for.
-    """
+    """Return the side of the images that the tower will see, as asked for; `None` where it takes any."""
     if hasattr(image_processor, "data_config"):
         side = image_processor.data_config["input_size"][-1]
     else:
@@ -192,17 +188,6 @@ def composed_config(
     if system is not None:
         return HfMoeConfig.from_system(system, moe_config=moe_config, text_config=text_config, **fields)
     return HfMoeConfig(moe_config=moe_config or {}, text_config=text_config, **fields)
-
-
-def _fresh_text_config(source: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:
-    options = {
-        **source,
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    return AutoConfig.for_model(options.pop("model_type"), **options)
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def build_checkpoint(
     report: dict[str, Any] = {
         "processor": None if processor is None else type(processor).__name__,
         "parameters_total": sum(parameter.numel() for parameter in model.parameters()),
-        "parameters_active": probe_active_parameters(model, processor),
+        "parameters_active": _active_parameters(model, processor),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
@@ -113,10 +113,9 @@ def _return_freed_memory() -> None:
 
 
 @torch.no_grad()
-def probe_active_parameters(model: PreTrainedModel, processor: Any = None, seed: int = 0) -> dict[str, int]:
+def _active_parameters(model: PreTrainedModel, processor: Any) -> dict[str, int]:
     """Return the decoder parameters that an average token of each modality uses at random inputs."""
-    inputs = probe_inputs(model.config, seed, processor)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    inputs = {name: tensor.to(model.device) for name, tensor in probe_inputs(model.config, 0, processor).items()}
     floating = {name: tensor.to(model.dtype) for name, tensor in inputs.items() if tensor.is_floating_point()}
     statistics = RoutingStatistics()
     statistics.update(model(output_routing=True, **inputs | floating).routing)
@@ -136,12 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--system", help="a key of `hf-moe list systems`; top_k, or a MoE's own routing, when absent")
     add("-o", "--output", required=True, help="the checkpoint's folder")
     add("--overwrite", action="store_true", help="replace the checkpoint that the folder holds")
-    add(
-        "--moe-config",
-        type=json.loads,
-        metavar="JSON",
-        help="fields that override the system's: '{\"num_experts\": 8}'",
-    )
+    overrides = "fields that override the system's: '{\"num_experts\": 8}'"
+    add("--moe-config", type=json.loads, metavar="JSON", help=overrides)
     add("--connector", type=json.loads, metavar="JSON", help='default: \'{"name": "mlp"}\'')
     add("--image-size", type=int, help="side of the images in pixels, where the tower leaves it open")
     add("--feature-stage", type=int, help="stage of a packaged convolutional tower")
@@ -154,11 +149,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--noise", type=float, default=0.0, help="noise on the experts, relative to their standard deviation")
     add("--seed", type=int, default=0)
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of the weights; that of --model, or float32, when absent; routers stay float32",
-    )
+    dtype = "of the weights; that of --model, or float32, when absent; routers stay float32"
+    add("--dtype", choices=DTYPES, help=dtype)
 
 
 def name_or_options(value: str) -> Any:
@@ -203,10 +195,9 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         **source_options(args),
     )
-    active = report["parameters_active"]
     print(f"{args.output}: {report['bytes'] / 2**20:.1f} MiB of weights, {report['processor'] or 'no processor'}")
     print(f"parameters: {report['parameters_total']:,} in total")
-    for modality, count in active.items():
+    for modality, count in report["parameters_active"].items():
         print(f"decoder parameters active per {modality} token: {count:,}")
     if "logit_difference" in report:
         design = "" if report["exact"] else " (not exact by design)"

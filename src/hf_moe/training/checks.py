@@ -118,7 +118,14 @@ def check_model(recipe: Recipe, place: str) -> None:
     Raises:
         ValueError: naming the field that cannot be built.
     """
-    config = _check_host(recipe.model, place) if "host" in recipe.model else _check_parts(recipe.model, place)
+    model = recipe.model
+    if model.get("system") is not None:
+        with named(f"model.system of the {place}"):
+            load_system(model["system"]).fields("model")
+    with named(f"model.source of the {place}"):
+        build_source(model.get("source") or "copies")
+    _check_fields(model, "model", f"the {place}")
+    config = (_check_host if "host" in model else _check_parts)(model, place)
     if config is not None:
         check_stages(config, recipe, place)
     else:
@@ -137,12 +144,9 @@ def _check_host(model: dict[str, Any], place: str) -> HfMoeConfig | None:
             f"The {place} has a fresh host and no processor: add model.processor, the folder or Hub id of a processor "
             "for such models."
         )
-    _check_system(model, place)
     with named(f"model.host of the {place}"):
         config = (_fresh_config if fresh else local_config)(source)
         host = None if config is None else empty_model(host_class_of(config), config)
-    _check_source(model, place)
-    _check_fields(model, "model", f"the {place}")
     places = {name: model.get(name) for name in PLACE_FIELDS.values()}
     with named(f"model.moe_config of the {place}"):
         return None if host is None else _on_meta(plan_host(host, model.get("system"), moe_config, places).config)
@@ -155,21 +159,10 @@ def _on_meta(config: HfMoeConfig) -> HfMoeConfig:
     return config
 
 
-def _check_system(model: dict[str, Any], place: str) -> None:
-    if model.get("system") is not None:
-        with named(f"model.system of the {place}"):
-            load_system(model["system"]).fields("model")
-
-
 def _check_fields(given: Any, section: str, place: str) -> None:
     for name in ("moe_config", *PLACE_FIELDS.values()):
         with named(f"{section}.{name} of {place}"):
             MoeConfig(**deepcopy(given.get(name) or {}))
-
-
-def _check_source(model: dict[str, Any], place: str) -> None:
-    with named(f"model.source of the {place}"):
-        build_source(model.get("source") or "copies")
 
 
 def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
@@ -194,9 +187,6 @@ def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
             # Of any sizes: what is tried are the options.
             build("connector", get_mechanism("connector", connector["name"]), options, 8, 8)
     moe_config = model.get("moe_config") or {}
-    _check_system(model, place)
-    _check_source(model, place)
-    _check_fields(model, "model", f"the {place}")
     with named(f"model.moe_config of the {place}"):
         if fresh and text_config is not None:
             config = composed_config(text_config, model.get("system"), deepcopy(moe_config))
@@ -210,11 +200,7 @@ def _check_parts(model: dict[str, Any], place: str) -> HfMoeConfig | None:
 
 
 def _fresh_config(source: dict[str, Any]) -> Any:
-    """Return the config of a model from scratch.
-
-    Raises:
-        ValueError: if its type is missing or unknown, or has no such field.
-    """
+    """Return the config of a model from scratch, after a check of its type and fields."""
     options = dict(source)
     model_type = options.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 
+from ..data.text import tokenizer_or_processor
 from ..data.tokenisation import check_conversations
 from ..evaluation.report import write_report
 from ..evaluation.vqa import check_references
@@ -66,9 +67,10 @@ class Job(ABC):
     def train(self, resume: bool) -> dict[str, Any]:
         """Train, and return what the report says of it."""
 
-    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the weights and all that belongs to them."""
+        self.model.save_pretrained(folder)
+        tokenizer_or_processor(self.processor).save_pretrained(folder)
 
     @abstractmethod
     def save_settings(self, folder: Path) -> None:
@@ -103,7 +105,7 @@ def rehearse(job: Job) -> None:
     with TemporaryDirectory(prefix=".rehearsal-", dir=job.folder) as scratch:
         (checkpoint := Path(scratch) / CHECKPOINT).mkdir()
         job.save_settings(checkpoint)
-        _report(job, sample, Path(scratch), {"train_seconds": 0.0, "log_history": []}, time.perf_counter())
+        finish(job, {"train_seconds": 0.0, "log_history": []}, time.perf_counter(), sample, Path(scratch))
 
 
 def save_weights(job: Job, record: dict[str, Any], started: float) -> dict[str, Any]:
@@ -116,40 +118,54 @@ def save_weights(job: Job, record: dict[str, Any], started: float) -> dict[str, 
     (job.folder / "report.json").unlink(missing_ok=True)
     fresh.rename(target)
     record = {**record, "seconds": time.perf_counter() - started}
-    partial = job.folder / f"{RECORD_FILE}.partial"
-    partial.write_text(json.dumps({"job": trained_by(job.recipe), "record": record}), encoding="utf-8")
-    partial.replace(job.folder / RECORD_FILE)
+    write_record(job.folder / RECORD_FILE, trained_by(job.recipe), record)
     return record
 
 
-def finish(job: Job, record: dict[str, Any], started: float) -> dict[str, Any]:
+def write_record(path: Path, job: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write the record of a finished training, which is there as a whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps({"job": job, "record": record}), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_record(path: Path, job: dict[str, Any], what: str) -> dict[str, Any]:
+    """Return the record of a finished training.
+
+    Raises:
+        ValueError: if it is of another job.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name, value in job.items() if content["job"].get(name) != value]
+    if changed:
+        raise ValueError(
+            f"The finished {what} in {path.parent} was another: its {' and '.join(changed)} differ from the recipe's. "
+            "Restore the recipe, or start over without resuming."
+        )
+    return content["record"]
+
+
+def finish(job: Job, record: dict[str, Any], started: float, rows: Any, folder: Path) -> dict[str, Any]:
     """Score a trained model, write the report and the card, and return the report.
 
     Args:
         record: of the training.
         started: when this run began its part, on the clock of `time.perf_counter`.
+        rows: to score; `None` where there are none.
+        folder: of the report; it holds the checkpoint.
     """
-    return _report(job, job.rows.get("eval"), job.folder, record, started)
+    import resource  # not on Windows
 
-
-def _report(job: Job, rows: Any, folder: Path, record: dict[str, Any], started: float) -> dict[str, Any]:
     numbers = {name: value for name, value in record.items() if name != "seconds"}
     if rows is not None:
         numbers |= job.score(rows)
     numbers["parameters_total"] = sum(parameter.numel() for parameter in job.model.parameters())
-    numbers["peak_memory_gib"] = peak_memory()
+    numbers["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     numbers["total_seconds"] = round(record.get("seconds", 0.0) + time.perf_counter() - started, 1)
     recipe = job.recipe
     report = write_report(folder / "report.json", config=recipe.to_dict(), seed=recipe.seed, **numbers)
     job.describe(folder / CHECKPOINT, report)
     return report
-
-
-def peak_memory() -> float:
-    """Return the most memory that this process has had, in GiB."""
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def stage_folders(recipe: Recipe, folder: Path) -> list[Path]:
@@ -175,16 +191,12 @@ def finished_training(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     if (damage := weights_damage(folder / CHECKPOINT)) is not None:
         logger.warning("Passing over %s, which is not whole: %s.", folder / CHECKPOINT, damage)
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name, value in trained_by(recipe).items() if content["job"].get(name) != value]
-    if changed and recipe.stages:
-        return None
-    if changed:
-        raise ValueError(
-            f"The finished training in {folder} was another: its {' and '.join(changed)} differ from the recipe's. "
-            "Restore the recipe, or start over without resuming."
-        )
-    return content["record"]
+    try:
+        return read_record(path, trained_by(recipe), "training")
+    except ValueError:
+        if recipe.stages:
+            return None
+        raise
 
 
 def run_trainer(trainer: Trainer, folder: Path, resume: bool, needed: tuple[str, ...] = ()) -> dict[str, Any]:

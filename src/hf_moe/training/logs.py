@@ -4,7 +4,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from ..analysis.routing_statistics import RoutingStatistics
 from ..modeling.auxiliary import AuxiliaryLoss, is_learning
@@ -35,23 +35,17 @@ class LogRouting(TrainerCallback):
         self._labels: dict[str, torch.Tensor] = {}
         self._routing: dict[str, RoutingStatistics] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         # The root whose hooks pass the context: PEFT's wrappers stand around it.
         root = model.get_base_model() if hasattr(model, "get_base_model") else model
         if self._handle is not None:  # of a run that failed
             self._handle.remove()
         self._handle = root.register_forward_hook(self._watch, with_kwargs=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._handle.remove()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         step = state.global_step + 1
         self._watching = step == 1 or step % max(int(state.logging_steps), 1) == 0
         self._clear()
@@ -85,18 +79,11 @@ class LogRouting(TrainerCallback):
                 name = f"{prefix}objective/{name}"
                 self._evaluated[name] = self._evaluated.get(name, 0.0) + sums
 
-    def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
+    def on_predict(self, args: Any, state: TrainerState, control: Any, metrics: Any, **kwargs: Any) -> None:
         self._evaluated = {}
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         figures: dict[str, float] = {}
         measured = next((key.removesuffix("_loss") for key in logs or {} if key.endswith("_loss")), None)

@@ -103,11 +103,7 @@ def train_only(model: nn.Module, parts: Iterable[str], experts: Collection[str] 
 
 
 def _check_modalities(wanted: list[Selector], places: HostParts, model: str) -> None:
-    """Refuse `tower/audio` of a model that sees and does not hear.
-
-    Raises:
-        ValueError: naming the modalities that the model has.
-    """
+    """Refuse `tower/audio` of a model that sees and does not hear."""
     for selector in wanted:
         paths = places.towers if selector.part == "tower" else places.connectors
         known = {modality for path in paths for modality in places.modalities[path]}

@@ -94,9 +94,7 @@ def check_quantised(model: nn.Module, least_share: float = LEAST_SHARE) -> float
     return share
 
 
-def prepare_quantised(
-    model: PreTrainedModel, *, gradient_checkpointing: bool = False, least_share: float = LEAST_SHARE
-) -> PreTrainedModel:
+def prepare_quantised(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """Make a quantised base ready to train adapters on, and return it.
 
     What [`check_quantised`] and PEFT's `prepare_model_for_kbit_training` do, and one thing more: on some CPUs
@@ -106,12 +104,11 @@ def prepare_quantised(
     Args:
         model: the loaded base, which has not computed anything yet.
         gradient_checkpointing: whether to recompute layers in the backward pass.
-        least_share: as in `check_quantised`.
 
     Raises:
         ValueError: if too little is quantised, or if weights are packed for evaluation already.
     """
-    check_quantised(model, least_share)
+    check_quantised(model)
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue

@@ -49,7 +49,8 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     recipe = _checked(content, place, path.name)
     check_sources(recipe, place)
     if recipe.adapter is not None:
-        _check_adapter(recipe, place)
+        with named(f"adapter of the {place}"):
+            adapter_config(recipe.adapter)
     else:
         check_model(recipe, place)
     return recipe
@@ -110,7 +111,11 @@ def _checked(content: dict[str, Any], place: str, file: str) -> Recipe:
         raise ValueError(f"The {place} has trainable beside stages: each stage has its own.")
     recipe = Recipe(**{**fitted, "stages": [Stage(**stage) for stage in checked]})
     _check_names(recipe, place)
-    _refuse_words(recipe, place)
+    for key in ("model", "adapter"):
+        refuse_words(getattr(recipe, key), place, key)
+    for number, stage in enumerate(recipe.stages):
+        for key in ("construct", "evolve", "objectives"):
+            refuse_words(getattr(stage, key), place, f"stages.{number}.{key}")
     check_arguments(recipe.training, recipe.seed, place)
     for number, stage in enumerate(recipe.stages, start=1):
         check_arguments({**recipe.training, **stage.training}, recipe.seed, f"stage {number} of {file}")
@@ -127,25 +132,8 @@ def _check_names(recipe: Recipe, place: str) -> None:
         raise ValueError(f"The {place} has an evaluation and no data.eval to score: add it, or set evaluation={{}}.")
 
 
-def _refuse_words(recipe: Recipe, place: str) -> None:
-    options = {"model": recipe.model, "adapter": recipe.adapter}
-    for number, stage in enumerate(recipe.stages):
-        options |= {f"stages.{number}.{name}": getattr(stage, name) for name in ("construct", "evolve", "objectives")}
-    for key, value in options.items():
-        refuse_words(value, place, key)
-
-
-def _check_adapter(recipe: Recipe, place: str) -> None:
-    with named(f"adapter of the {place}"):
-        adapter_config(recipe.adapter or {})
-
-
 def _override(content: dict[str, Any], override: str) -> None:
-    """Set one value of a recipe.
-
-    Raises:
-        ValueError: if the override is not `key=value`, or leads through what is no section.
-    """
+    """Set one value of a recipe by its `key=value`."""
     key, separator, text = override.partition("=")
     names = key.split(".")
     if not separator or not all(names):

@@ -90,7 +90,7 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
     with weights_named(folder):
         refuse_strayed(record.get("strayed", []))
         say(f"{'Scoring answers, and writing' if 'eval' in job.rows else 'Writing'} the report and the card")
-        return finish(job, record, started)
+        return finish(job, record, started, job.rows.get("eval"), folder)
 
 
 def load_sources(recipe: Recipe) -> dict[str, Any]:
@@ -173,10 +173,6 @@ class ModelJob(Job):
             "train_seconds": round(sum(item["train_seconds"] for item in records), 1),
             "log_history": records[-1]["log_history"],
         }
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        tokenizer_or_processor(self.processor).save_pretrained(folder)
 
     def save_settings(self, folder: Path) -> None:
         # With the config goes the code, which not every mechanism of a user's has.

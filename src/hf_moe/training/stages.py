@@ -22,7 +22,7 @@ from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import host_parts, part_of
 from .arguments import training_arguments
 from .constructions import construct_stage, evolution_of
-from .job import STAGE_FILE, run_trainer, say, stage_folders
+from .job import STAGE_FILE, read_record, run_trainer, say, stage_folders, write_record
 from .parts import refuse_strayed, train_only, trained_parts
 from .sections import Recipe, Stage
 from .trainer import HfMoeTrainer
@@ -49,13 +49,23 @@ def run_stages(
     records: list[dict[str, Any]] = []
     previous: tuple[Stage, Path] | None = None
     for stage, own in zip(recipe.stages, stage_folders(recipe, folder), strict=True):
-        record = _finished(own, recipe, stage)
-        if record is None:
+        common = {name: getattr(recipe, name) for name in ("model", "data", "training", "seed")}
+        job = json.loads(json.dumps({"stage": asdict(stage), **common}))
+        if (own / STAGE_FILE).is_file():
+            record = read_record(own / STAGE_FILE, job, "stage")
+        else:
             say(f"Stage {stage.name}")
             if previous is not None:
                 model = load_trained(previous[1])
             model = construct(model, stage, previous, recipe.seed)
-            record = _run_stage(recipe, stage, model, processor, rows, folder, own, resume)
+            evolution = evolution_of(stage, model, recipe.seed)
+            features = kept_features(recipe, model, processor, rows, trained_parts(stage.trainable), folder)
+            record = train_model(recipe, stage, model, processor, rows["train"], features, own, resume, evolution)
+            model.save_pretrained(own / "model")
+            if evolution is not None:
+                evolution.save(own / "model")
+            record = {"name": stage.name, **record}
+            write_record(own / STAGE_FILE, job, record)
             model = None
         refuse_strayed(record.get("strayed", []))
         records.append(record)
@@ -66,48 +76,6 @@ def run_stages(
 def load_trained(folder: Path) -> HfMoeForConditionalGeneration:
     """Return a model as it was saved, in its precision."""
     return HfMoeForConditionalGeneration.from_pretrained(folder, dtype="auto")
-
-
-def _run_stage(
-    recipe: Recipe,
-    stage: Stage,
-    model: Any,
-    processor: Any,
-    rows: dict[str, Any],
-    run_folder: Path,
-    folder: Path,
-    resume: bool,
-) -> dict[str, Any]:
-    evolution = evolution_of(stage, model, recipe.seed)
-    features = kept_features(recipe, model, processor, rows, trained_parts(stage.trainable), run_folder)
-    record = train_model(recipe, stage, model, processor, rows["train"], features, folder, resume, evolution)
-    model.save_pretrained(folder / "model")
-    if evolution is not None:
-        evolution.save(folder / "model")
-    record = {"name": stage.name, **record}
-    partial = folder / f"{STAGE_FILE}.partial"
-    partial.write_text(json.dumps({"job": _job(recipe, stage), "record": record}), encoding="utf-8")
-    partial.replace(folder / STAGE_FILE)
-    return record
-
-
-def _job(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    common = {name: getattr(recipe, name) for name in ("model", "data", "training", "seed")}
-    return json.loads(json.dumps({"stage": asdict(stage), **common}))
-
-
-def _finished(folder: Path, recipe: Recipe, stage: Stage) -> dict[str, Any] | None:
-    path = folder / STAGE_FILE
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name, value in _job(recipe, stage).items() if content["job"][name] != value]
-    if changed:
-        raise ValueError(
-            f"The finished stage in {folder} was another: its {' and '.join(changed)} differ from the recipe's. "
-            "Restore the recipe, or start over without resuming."
-        )
-    return content["record"]
 
 
 def construct(model: Any, stage: Stage, previous: tuple[Stage, Path] | None, seed: int) -> Any:
@@ -166,15 +134,6 @@ def train_model(
 def kept_features(
     recipe: Recipe, model: Any, processor: Any, rows: dict[str, Any], trained: Collection[str], folder: Path
 ) -> FeatureCache | None:
-    """Return the features of all images of a run, unless the recipe says not to keep them; see [`image_features`]."""
-    if not recipe.data.get("keep_features", True):
-        return None
-    return image_features(model, processor, rows, trained, folder)
-
-
-def image_features(
-    model: Any, processor: Any, rows: dict[str, Any], trained: Collection[str], folder: Path
-) -> FeatureCache | None:
     """Return the features of all images of a run, and of all videos where the host takes them.
 
     Of a host of Transformers they are what its connector returns, of a model that is put together what its tower does.
@@ -184,8 +143,11 @@ def image_features(
         trained: parts that are trained.
 
     Returns:
-        `None` without a tower, where what the features come from is trained, and of hosts that take pixels alone.
+        `None` where the recipe keeps none, without a tower, where what the features come from is trained, and of hosts
+        that take pixels alone.
     """
+    if not recipe.data.get("keep_features", True):
+        return None
     parts, base = host_parts(model), model.base_model
     hosted = model.config.host_type is not None
     encoders = (*parts.towers, *parts.connectors) if hosted else parts.towers

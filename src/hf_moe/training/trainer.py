@@ -50,9 +50,9 @@ class HfMoeTrainer(Trainer):
             config = given["args"].accelerator_config
             if config.dispatch_batches is None and isinstance(given.get("train_dataset"), IterableDataset):
                 config.dispatch_batches = False
-        if _is_hosted(given.get("model")) and given.get("args") is not None:
-            if given["args"].ddp_find_unused_parameters is None:
-                given["args"].ddp_find_unused_parameters = True
+        hosted = getattr(getattr(given.get("model"), "config", None), "host_type", None) is not None
+        if hosted and given.get("args") is not None and given["args"].ddp_find_unused_parameters is None:
+            given["args"].ddp_find_unused_parameters = True
         super().__init__(*args, **kwargs)
         self._objective_sums: dict[str, torch.Tensor] = {}
         self._objective_steps = 0
@@ -181,8 +181,3 @@ class HfMoeTrainer(Trainer):
             "versions": versions(),
             "machine": machine(),
         }
-
-
-def _is_hosted(model: Any) -> bool:
-    """Whether a model is a host of Transformers, and not one that is put together."""
-    return getattr(getattr(model, "config", None), "host_type", None) is not None
