@@ -1,9 +1,10 @@
 """LoRA experts as a PEFT method; importing this package registers it with PEFT."""
 
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from ..data.intuition import find_centroids, intuition
-from .checkpoints import accept_earlier_type
+from .checkpoints import EARLIER_TYPE
 from .conditions import ConditionCollator, routing_inputs
 from .config import MoeLoraConfig
 from .editing import add_expert, expert_names, freeze_experts, remove_expert, rename_expert
@@ -30,4 +31,4 @@ __all__ = [
 ]
 
 register_peft_method(name="moe_lora", config_cls=MoeLoraConfig, model_cls=MoeLoraModel, prefix=MoeLoraModel.prefix)
-accept_earlier_type(MoeLoraConfig)
+PEFT_TYPE_TO_CONFIG_MAPPING[EARLIER_TYPE] = MoeLoraConfig

@@ -1,8 +1,4 @@
-"""Adapter folders that say what they need.
-
-The config records the version that wrote it and where its base lies. A folder that is damaged, that was written by a
-newer version, or whose weights and config do not belong together says so when it is loaded.
-"""
+"""What adapter folders record of their version and base, and refuse when they are loaded."""
 
 import json
 import warnings
@@ -10,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 
 from ..hub.adapter_folder import cached_commit, portable_name
@@ -19,11 +14,6 @@ from ..version import __version__
 
 # What configs that were saved before 0.1.0 have in place of the method's name.
 EARLIER_TYPE = 'MOE_LORA: run `pip install "hf-moe[train]"` and `import hf_moe.adapters`'
-
-
-def accept_earlier_type(config_cls: Any) -> None:
-    """Let PEFT find the method under what stands in earlier configs, too; safe to call again."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[EARLIER_TYPE] = config_cls
 
 
 def complete_saved_config(folder: str | Path) -> None:

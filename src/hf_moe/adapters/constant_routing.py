@@ -25,12 +25,7 @@ class RoutingVaries(ValueError):
 def constant_gates(
     router: Router, modality: str | None = None, condition_ids: dict[str, int] | None = None
 ) -> torch.Tensor:
-    """Return the gates (E,) that `router` gives to every token, by what it says that it reads.
-
-    Args:
-        router: the router.
-        modality: `"text"`, `"image"`, `"video"` or `"audio"`: ask only about tokens of this modality.
-        condition_ids: ask only about rows with these ids, such as `{"task": 1}`.
+    """Return the gates (E,) that `router` gives to every token of a modality, in rows with these ids, by its `reads`.
 
     Raises:
         RoutingVaries: if there are no such gates; the message says on what the router's decision depends.

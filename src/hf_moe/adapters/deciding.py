@@ -73,10 +73,7 @@ def decision_of_target(
 
 
 def _remembered(context: RoutingContext, router: Site, made: SharedAssignment, rows: int) -> tuple[Any, Any]:
-    """Remember a decision, and return index and weight (B, n + S, K) of the cached tokens too.
-
-    Both are `None` where the decisions for those are not remembered.
-    """
+    """Remember a decision; return index and weight (B, n + S, K) with the cached tokens', `None` where unknown."""
     parts = {"index": made.expert_index, "weight": made.expert_weight}  # (T, K) both
     if not all(context.memory.knows((name, router)) for name in parts):
         return None, None

@@ -1,11 +1,8 @@
 """Single experts of a trained adapter: added, removed, renamed, frozen.
 
-The experts of an adapter are numbered and may have names, which its config keeps. A router is rebuilt for the new
-number of experts; each of its tensors keeps the rows of the experts that stay, and what belongs to no expert. The rows
-of a new expert start as a fresh router's, or as those of the expert it copies.
-
-The experts meant are those of all targets that have as many as the config's `num_experts`. Targets to which
-`target_overrides` gives another number, such as a plain LoRA on attention, keep theirs.
+The experts meant are those of all targets that have as many as the config's `num_experts`. A router is rebuilt for
+the new number; each of its tensors keeps the rows of the experts that stay, and what belongs to no expert. The rows of
+a new expert start as a fresh router's, or as those of the expert it copies.
 """
 
 from collections.abc import Iterable

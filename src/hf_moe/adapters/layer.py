@@ -54,7 +54,7 @@ class MoeLoraLayer(BaseTunerLayer):
         "moe_lora_objectives",
     )
 
-    def __init__(self, base_layer: nn.Module):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any):
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -95,6 +95,8 @@ class MoeLoraLayer(BaseTunerLayer):
         # adapter -> the gates (E,) it was merged with, which take it out again.
         self.merged_gates: dict[str, torch.Tensor] = {}
         self.in_features, self.out_features = self.widths()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **kwargs)
 
     def widths(self) -> tuple[int, int]:
         """Return the widths of what the target reads and returns."""
@@ -113,15 +115,9 @@ class MoeLoraLayer(BaseTunerLayer):
     ) -> None:
         """Add the experts of an adapter.
 
-        Args:
-            adapter_name: the adapter.
-            config: its configuration.
-            settings: what of it holds for this target.
-            key: the target's name in the model.
-            layer_name: the decoder layer around it.
-            router: the router, if this target holds it.
-            owner: the target that holds the shared router; this one if the router is shared and its own.
-            head_dim: width of a head of the attention around it, if that tells.
+        `settings` is what of its `config` holds for this target, `key` the target's name in the model, `layer_name`
+        and `head_dim` those of the layer and the attention around it. `router` is given to the target that holds it;
+        `owner` is the target that holds the shared one.
         """
         self.head_dim = head_dim
         target = self.target(key.rpartition(".")[2], settings, config.init_lora_weights)
@@ -194,13 +190,7 @@ class MoeLoraLayer(BaseTunerLayer):
         return lora_a.flatten(0, -3), lora_b.flatten(0, -3)
 
     def adapted(self, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, args: tuple = ()) -> torch.Tensor:
-        """Return what the target computes with its active adapters.
-
-        Args:
-            call: the target without them.
-            x (`torch.Tensor` of shape `(..., in)`).
-            args: further arguments of the target's call.
-        """
+        """Return what the target, `call`, computes of x (..., in) with its active adapters; `args` go with x."""
         if not self.has_acted:
             self.has_acted = True
         for adapter_name in self.active_adapters:
@@ -291,9 +281,6 @@ class MoeLoraLayer(BaseTunerLayer):
         """Return what an adapter adds to the weight of a token with these gates (E,), float32.
 
         The shape is (out, in), or (H, out, in) on the stacked weight of H host experts.
-
-        Raises:
-            ValueError: if what the experts compute is no change of the target's weight.
         """
         kind = self.experts[adapter_name]
         if not isinstance(kind, LoraExperts) or self.ffn_experts[adapter_name]:
@@ -311,11 +298,7 @@ class MoeLoraLayer(BaseTunerLayer):
         return delta
 
     def mergeable_weight(self) -> torch.Tensor:
-        """Return the weight that adapters can be merged into.
-
-        Raises:
-            ValueError: if the target has none, or holds it quantised or distributed.
-        """
+        """Return the weight that adapters can be merged into, which is neither quantised nor distributed."""
         base = self.get_base_layer()
         weight = base.weight if isinstance(base, (nn.Linear, Conv1D)) else None
         if weight is None or type(weight.data) is not torch.Tensor or not computes_linear(base):
@@ -332,17 +315,7 @@ class MoeLoraLayer(BaseTunerLayer):
         adapter_names: list[str] | None = None,
         gates: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Add adapters to the base weight.
-
-        Args:
-            safe_merge: refuse a result that is not finite.
-            adapter_names: the adapters, the active ones when `None`.
-            gates: adapter -> gates (E,), those of its router when absent.
-
-        Raises:
-            ValueError: if no gates are given and the router has none that hold for every token, if there is no plain
-                weight to merge into, or if the result is not finite.
-        """
+        """Add adapters to the base weight, the active ones when `None`, with gates (E,) of the router when absent."""
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.experts:
                 continue
@@ -387,18 +360,11 @@ def tuner_layers(model: nn.Module) -> Iterator[MoeLoraLayer]:
 
 
 class Linear(nn.Module, MoeLoraLayer):
-    """A linear layer with LoRA experts beside it.
-
-    Args:
-        base_layer: the layer itself, `nn.Linear`, one of its quantised forms, or Transformers' `Conv1D`.
-        adapter_name: the first adapter; the rest of the arguments as in `update_layer`.
-    """
+    """A linear layer with experts beside it: `nn.Linear`, one of its quantised forms, or Transformers' `Conv1D`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any):
         nn.Module.__init__(self)
-        MoeLoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **kwargs)
+        MoeLoraLayer.__init__(self, base_layer, adapter_name, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base: Any = self._modules["base_layer"]

@@ -70,7 +70,7 @@ def merge_for(model: PeftModel, *, modality: str | None = None, condition_ids: d
         raise ValueError("merge_for needs a modality or condition_ids; merge_adapter() merges what needs neither.")
     _check_unmerged(model)
     gates: Gates = {}
-    for adapter_name, router in _active_routers(model):
+    for adapter_name, _, router in _active(model):
         try:
             gates[adapter_name, router] = constant_gates(router, modality, condition_ids)
         except RoutingVaries as error:
@@ -118,25 +118,18 @@ def merge_by_mean_routing(
     )
 
 
-def _active_layers(model: PeftModel) -> Iterator[tuple[str, MoeLoraLayer]]:
-    """Yield every active adapter of every target."""
+def _active(model: PeftModel) -> Iterator[tuple[str, MoeLoraLayer, Router]]:
+    """Yield every active adapter of every target, and the router that decides there."""
     for layer in tuner_layers(model):
         for adapter_name in layer.active_adapters:
             if adapter_name in layer.experts:
-                yield adapter_name, layer
-
-
-def _active_routers(model: PeftModel) -> Iterator[tuple[str, Router]]:
-    """Yield every router of the active adapters, once for each of its targets."""
-    for adapter_name, layer in _active_layers(model):
-        yield adapter_name, layer.deciding_router(adapter_name)
+                yield adapter_name, layer, layer.deciding_router(adapter_name)
 
 
 def _merge(model: PeftModel, gates: Gates) -> None:
     try:
-        for adapter_name, layer in list(_active_layers(model)):
-            own = gates[adapter_name, layer.deciding_router(adapter_name)]
-            layer.merge(adapter_names=[adapter_name], gates={adapter_name: own})
+        for adapter_name, layer, router in list(_active(model)):
+            layer.merge(adapter_names=[adapter_name], gates={adapter_name: gates[adapter_name, router]})
     except ValueError:
         model.unmerge_adapter()  # of the targets before the one that cannot be merged
         raise
@@ -160,7 +153,7 @@ def _mean_gates(model: PeftModel, batches: list[dict[str, Any]]) -> Gates:
         sums[key] = sums.get(key, 0) + real.sum(0)
         counts[key] = counts.get(key, 0) + len(real)
 
-    keys = set(_active_routers(model))
+    keys = {(adapter_name, router) for adapter_name, _, router in _active(model)}
     handles = [
         key[1].register_forward_hook(lambda router, args, decision, key=key: record(key, args, decision))
         for key in keys

@@ -99,9 +99,8 @@ def after_call(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: An
         for adapter_name, losses in objectives.items()
         if context.of(adapter_name).decisions
     ]
-    for adapter_name, router in routers:
-        routing = context.of(adapter_name)
-        statistics.append((router, (routing.decisions[router.spec.layer_idx], routing)))
+    contexts = ((router, context.of(adapter_name)) for adapter_name, router in routers)
+    statistics += [(router, (routing.decisions[router.spec.layer_idx], routing)) for router, routing in contexts]
     count_in_backward(model, output, statistics)
 
 

@@ -1,10 +1,8 @@
 """How the routing context enters a model that knows nothing of it, and reaches the layers with targets.
 
-A hook on the root opens the context and passes it down as a keyword argument; the backbone below a head has the same
-hook, for callers that need no head. The class of every layer with a target is swapped for a subclass that takes the
-argument and keeps it, with the hidden state that enters the layer, in the active variable while the host's own forward
-runs. As an argument of the layer the context survives every kind of recomputation; hooks on layers would not run again
-in one.
+A hook on the root, or on the backbone below its head, opens the context and passes it down as a keyword argument.
+The class of every layer with a target is swapped for a subclass that takes it, and makes it the active one while the
+host's own forward runs. An argument of the layer survives every kind of recomputation; hooks would not run again.
 """
 
 import inspect

@@ -21,26 +21,16 @@ RANK_DIM = {"A": -2, "B": -1}
 
 @dataclass(frozen=True)
 class Target:
-    """The facts of one target.
+    """The facts of one target."""
 
-    Attributes:
-        name: last part of its name, such as `"down_proj"`.
-        in_features, out_features: widths of what it reads and returns.
-        num_experts: E, or E * H on the stacked weight of H host experts, where every expert has H parts.
-        ranks: rank of every expert or part.
-        init_zero: start with experts that change nothing.
-        num_host_experts: H.
-        head_dim: width of a head, of a projection in an attention that tells.
-    """
-
-    name: str
+    name: str  # last part of its name, such as "down_proj"
     in_features: int
     out_features: int
-    num_experts: int
-    ranks: tuple[int, ...]
-    init_zero: bool = True
+    num_experts: int  # E, or E * H on the stacked weight of H host experts, where every expert has H parts
+    ranks: tuple[int, ...]  # of every expert or part
+    init_zero: bool = True  # start with experts that change nothing
     num_host_experts: int = 1
-    head_dim: int | None = None
+    head_dim: int | None = None  # width of a head, of a projection in an attention that tells
 
     @property
     def rank(self) -> int:
@@ -134,18 +124,10 @@ class UnequalRanks(nn.Module):
 
 
 class Weights(NamedTuple):
-    """The tensors of an adapter on a target, as far as its kind of experts has them.
+    """The tensors of an adapter on a target, as far as its kind of experts has them."""
 
-    Attributes:
-        a (`torch.Tensor` of shape `(E, r, in)`): twice as many rows where the activation halves them.
-        b (`torch.Tensor` of shape `(E, out, r)`).
-        vector (`torch.Tensor` of shape `(E, ...)`).
-        scaling: s.
-        ranks: where experts of unequal rank lie, in A (R, in) and in B (out, R), which holds the scaling then.
-    """
-
-    a: Any = None
-    b: Any = None
-    vector: Any = None
+    a: Any = None  # (E, r, in); twice as many rows where the activation halves them
+    b: Any = None  # (E, out, r)
+    vector: Any = None  # (E, ...)
     scaling: float = 1.0
-    ranks: UnequalRanks | None = None
+    ranks: UnequalRanks | None = None  # then A is (R, in), and B (out, R) holds the scaling

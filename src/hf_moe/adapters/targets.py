@@ -22,9 +22,7 @@ class WholeModule(nn.Module, MoeLoraLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, width: int, **kwargs: Any):
         nn.Module.__init__(self)
         self.width = width
-        MoeLoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **kwargs)
+        MoeLoraLayer.__init__(self, base_layer, adapter_name, **kwargs)
 
     def widths(self) -> tuple[int, int]:
         return self.width, self.width
@@ -82,9 +80,7 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, **kwargs: Any):
         nn.Module.__init__(self)
         self.parameter_name = parameter_name
-        MoeLoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **kwargs)
+        MoeLoraLayer.__init__(self, base_layer, adapter_name, **kwargs)
 
     def widths(self) -> tuple[int, int]:
         host = self.get_base_layer()

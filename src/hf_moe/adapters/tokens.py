@@ -12,15 +12,20 @@ from ..modeling.routing_context import RoutingContext
 
 
 def call_context(model: PreTrainedModel, inputs: dict[str, Any]) -> RoutingContext | None:
-    """Return what the inputs of a call tell of its tokens; `None` where they tell nothing."""
+    """Return what the inputs of a call tell of its tokens; `None` where they tell nothing.
+
+    Of images, one a row, all patches are real, unless a mask may hide some; their number shows in the first layer.
+    The modalities of tokens are looked for where a router asks.
+    """
     if model.main_input_name == "pixel_values":
-        return image_context(inputs)
-    given = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
-    return None if given is None else token_context(model, inputs, given)
-
-
-def token_context(model: PreTrainedModel, inputs: dict[str, Any], tokens: torch.Tensor) -> RoutingContext:
-    """Return what a call tells of its tokens (B, S, ...); their modalities are looked for where a router asks."""
+        pixels = inputs.get("pixel_values")
+        if pixels is None or any(inputs.get(name) is not None for name in ("pixel_mask", "pixel_attention_mask")):
+            return None
+        nothing = torch.zeros(len(pixels), 0, dtype=torch.long)
+        return RoutingContext(nothing, nothing.bool())
+    tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]  # (B, S, ...)
+    if tokens is None:
+        return None
     shape, cache = tokens.shape[:2], cache_of(inputs)
     for name in ("moe_mm_token_type_ids", "mm_token_type_ids"):
         ids = inputs.get(name)
@@ -36,12 +41,3 @@ def token_context(model: PreTrainedModel, inputs: dict[str, Any], tokens: torch.
         memory=TokenMemory(cache, foreign_state(inputs), hides_rows(inputs)),
         inputs=inputs,
     )
-
-
-def image_context(inputs: dict[str, Any]) -> RoutingContext | None:
-    """Return the context of images, one a row, with real patches alone; `None` where a mask may hide some."""
-    pixels = inputs.get("pixel_values")
-    if pixels is None or any(inputs.get(name) is not None for name in ("pixel_mask", "pixel_attention_mask")):
-        return None
-    nothing = torch.zeros(len(pixels), 0, dtype=torch.long)
-    return RoutingContext(nothing, nothing.bool())

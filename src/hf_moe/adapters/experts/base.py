@@ -9,21 +9,13 @@ from ..stacks import Target, Weights
 
 
 class TargetCall(NamedTuple):
-    """One call of a target with an adapter.
+    """One call of a target with an adapter."""
 
-    Attributes:
-        run: computes the target without the adapter.
-        x (`torch.Tensor` of shape `(..., in)`): what it reads.
-        prepare: casts and drops out what the experts read.
-        weights: of the experts.
-        decision: of the router, a `SharedAssignment`; for kinds that take mixed slots a `SlotMixture` too.
-    """
-
-    run: Callable[[torch.Tensor], torch.Tensor]
-    x: torch.Tensor
-    prepare: Callable[[torch.Tensor], torch.Tensor]
+    run: Callable[[torch.Tensor], torch.Tensor]  # computes the target without the adapter
+    x: torch.Tensor  # (..., in)
+    prepare: Callable[[torch.Tensor], torch.Tensor]  # casts and drops out what the experts read
     weights: Weights
-    decision: Any
+    decision: Any  # a `SharedAssignment`; for kinds that take mixed slots a `SlotMixture` too
 
 
 class ExpertKind:
