@@ -21,6 +21,7 @@ HOSTED = str(Path(__file__).with_name("hosted.yaml"))
 SECTIONS = {
     "": (sections.Recipe, MODEL),
     "model.": (sections.Model, MODEL),
+    "model. of either kind": (sections.Upcycled, HOSTED),
     "model. on a host": (sections.Host, HOSTED),
     "data.": (sections.Data, MODEL),
     "evaluation.": (sections.Evaluation, MODEL),

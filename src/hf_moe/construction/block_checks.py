@@ -18,6 +18,11 @@ from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.routing_context import ACTIVE_CONTEXT, RoutingContext
 from ..modeling.shared_experts import SharedExperts
 from .expert_sources import feed_forward_state
+from .step_zero import tolerance
+
+
+# What is compared: the host's module, and what takes its place.
+Pair = tuple[Callable[[torch.Tensor], Any], Callable[[torch.Tensor], Any]]
 
 
 @torch.no_grad()
@@ -44,7 +49,7 @@ def check_expert(model: HfMoeForConditionalGeneration, layer: Block, ffn: nn.Mod
     with evaluation_mode(ffn):
         found = [_differences(ffn, ours, spec.hidden_size, weight, scale) for scale in (1.0, _large(weight))]
     difference = torch.cat(found).max().item()
-    if not difference <= _tolerance(weight):
+    if not difference <= tolerance(weight.dtype):
         raise ValueError(
             f"{type(ffn).__name__} cannot become a MoE layer: an expert that holds the feed-forward of layer "
             f"{spec.layer_idx} differs from it by {difference:.1e}; it does more than its projections and activation."
@@ -65,7 +70,7 @@ def check_block(layer: Block, block: nn.Module, branches: Mapping[str, str] | No
     weight = next(block.parameters())
     width = layer.spec.hidden_size
     with evaluation_mode(block), evaluation_mode(layer):
-        pair = (_half_images(block), _half_images(layer)) if layer.spec.banks else (block, layer)
+        pair: Pair = (_half_images(block), _half_images(layer)) if layer.spec.banks else (block, layer)
         whole = _differences(*pair, width, weight)  # (16,)
         # In low precision hosts round the logits of their gates, which ours do not: some tokens find other experts.
         most = whole.max() if weight.dtype == torch.float32 else whole.quantile(0.75)
@@ -78,7 +83,7 @@ def check_block(layer: Block, block: nn.Module, branches: Mapping[str, str] | No
                 pair = _in_turn(theirs, layer.spec), _in_turn(ours, layer.spec)
             differences[path] = _differences(*pair, width, weight, _large(weight)).max().item()
     part, difference = max(differences.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
-    if not difference <= _tolerance(weight):
+    if not difference <= tolerance(weight.dtype):
         raise ValueError(
             f"{type(block).__name__} cannot be adopted: the MoE layer that holds the weights of layer "
             f"{layer.layer_idx} differs from it by {difference:.1e} in {part}; it does more than a top-k gate and "
@@ -112,10 +117,6 @@ def _in_turn(experts: nn.Module, spec: MoELayerSpec) -> Callable[[torch.Tensor],
         return experts(rows, index % experts.down_proj.shape[0], weight).view_as(hidden_states)
 
     return run
-
-
-def _tolerance(weight: torch.Tensor) -> float:
-    return 1e-4 if weight.dtype == torch.float32 else 1e-1
 
 
 def _large(weight: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration import HfMoeConfig
 from ..configuration.composed_config import ComposedConfig
+from ..modeling.block import Block
 from ..modeling.initialisation import initializer_std
 from ..modeling.mechanisms import get_mechanism
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
@@ -19,7 +20,7 @@ from .block_checks import check_expert
 from .expert_sources import ExpertSource, build_source, feed_forward_state, fill_layer
 from .generation import generation_settings
 from .host_plan import plan_host, system_source
-from .in_place import become_moe, block_paths
+from .in_place import become_moe, paths_of
 from .materialisation import check_materialised, empty_model, materialise
 from .pretrained import load_language_model, load_vision_tower
 from .step_zero import StepZero, logit_difference, random_text, tolerance
@@ -57,18 +58,14 @@ def build_model(
         vision_tower: see [`load_vision_tower`]; `None` for a model of text alone, which a decoder with
             weights becomes in place, see [`from_host`].
         system: a key of `hf_moe.list_systems()`; `"top_k"` for a dense decoder when absent.
-        moe_config: fields that override the system's.
         connector: the connector's name and options; a two-layer MLP when absent.
-        vision_moe_config, connector_moe_config: see [`HfMoeConfig`]; the tower's experts start as copies too.
         tokenizer: instead of the decoder's own.
         chat_template: instead of [`default_chat_template`].
         image_token: the placeholder, added to the tokenizer if it is new there.
         image_size, feature_stage: see [`load_vision_tower`].
-        source: what the experts of a dense decoder are made of, see [`from_host`].
-        noise_std: noise on the experts, relative to the standard deviation of each matrix.
-        seed: of everything that is drawn at random.
         dtype: of the weights; routers stay float32.
-        on_check: called with the comparison with the decoder's own output, where it had weights.
+        moe_config, vision_moe_config, connector_moe_config, source, seed, on_check: see [`from_host`].
+        noise_std: noise on the experts, relative to the standard deviation of each matrix.
 
     Raises:
         ValueError: if the parts do not fit together, or the decoder cannot host MoE layers.
@@ -123,7 +120,7 @@ def _put_tower(model: HfMoeForConditionalGeneration, tower: PreTrainedModel, sou
             part.config = model.config.vision_config
     model.model.vision_tower = tower
     model.install_place("vision")
-    for path, block in block_paths(tower).items():
+    for path, block in paths_of(tower, Block).items():
         check_expert(model, block, dense[path])
         materialise(block, initializer_std(model.config), next(dense[path].parameters()).device)
         fill_layer(block, [feed_forward_state(dense[path])], source)

@@ -31,16 +31,13 @@ from .gate_forms import starting_options
 def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int = 0, **options: Any) -> None:
     """Give every MoE layer of a model another router, in place.
 
-    The new router starts from the gate of the old one, see [`Router.start_from`]; what it has more is fresh. To a
-    router with top-k choice the model's outputs stay as they are, and the options that are absent are chosen for that;
-    for `"anyexperts"` K_target = K, K_min 2 (1 where K = 2), K_max 1.5 K. A router that chooses by rules of its own
-    starts from the rows of a softmax gate, and the outputs change. See `gate_forms.py`.
+    The new router starts from the gate of the old one, see [`Router.start_from`]; what it has more is fresh. Options
+    that are absent are chosen such that the outputs stay as they are, where the table says that they can; for
+    `"anyexperts"` K_target = K, K_min 2 (1 where K = 2), K_max 1.5 K.
 
     Args:
         model: of any routers; its `config` is changed with it.
-        name: of the new router.
-        seed: of its fresh parameters.
-        options: of the new router.
+        name, options: of the new router; `seed` of its fresh parameters.
 
     Raises:
         ValueError: if the router cannot be built, or cannot start as the routers that are there, with the reason.
@@ -84,10 +81,9 @@ def convert_experts(
 
     Args:
         model: its `config` is changed with it.
-        name: of the new kind.
+        name, options: of the new kind.
         batch (`Mapping[str, Any]`, *optional*): keyword arguments of a forward pass; kinds that approximate the old
             experts do so for the tokens that then reach the layers.
-        options: of the new kind.
 
     Raises:
         ValueError: if the kind cannot be built, cannot start as feed-forwards, or the old experts are none.

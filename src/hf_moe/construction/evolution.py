@@ -34,7 +34,7 @@ from ..modeling.host_layers import decoder_layers, ffn_name, read_ffn
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import text_decoder
 from .expert_sources import State, build_source, feed_forward_state, ffn_state, fill_layer
-from .in_place import block_paths
+from .in_place import paths_of
 
 
 BETA_RANGES = ((0.9, 0.99), (0.8, 0.89), (0.7, 0.79))
@@ -173,11 +173,7 @@ class ExpertEvolution(TrainerCallback):
         return [ffn_state(weights, layout) for weights in own]
 
     def save(self, folder: str | Path, model: nn.Module | None = None) -> None:
-        """Write the experts and the state of the draws to `expert_evolution.safetensors`.
-
-        Args:
-            model: of expert 1, *optional*: its digest tells later whose experts these are.
-        """
+        """Write the experts and the state of the draws; the digest of the `model`'s expert 1 tells whose they are."""
         tensors = {
             f"{expert}.{name}": theta for expert, held in enumerate(self.experts) for name, theta in held.items()
         }
@@ -307,7 +303,7 @@ def assemble(
     if evolution is not None and evolution.layers != sorted(moe_layers):
         raise ValueError(f"Experts evolved in the layers {evolution.layers}, the MoE has {sorted(moe_layers)}.")
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
-    blocks = block_paths(model)
+    blocks = paths_of(model, Block)
     replaced = tuple(f"{path}." for path in blocks)
     differing = [*loaded.missing_keys, *loaded.unexpected_keys]
     differing = [name for name in differing if not name.startswith((*replaced, "objectives."))]
@@ -319,15 +315,12 @@ def assemble(
         parents = [feed_forward_state(ffn)]
         if evolution is not None and not moe_layer.spec.place:
             parents += evolution.states(moe_layer.layer_idx, ffn)
-            _check_fit(moe_layer, parents)
+            widths = [state["down_proj"].shape[-1] for state in parents]
+            if moe_layer.experts.widths != widths or moe_layer.shared_expert is not None:
+                raise ValueError(
+                    f"Evolved experts are {len(parents)} whole feed-forwards a layer; layer {moe_layer.layer_idx} of "
+                    f"the MoE is not: set num_experts={len(parents)}, num_shared_experts=0, granularity=1 and no "
+                    "expert_banks."
+                )
         fill_layer(moe_layer, parents, method)
     return model.eval()
-
-
-def _check_fit(moe_layer: Block, parents: list[State]) -> None:
-    widths = [state["down_proj"].shape[-1] for state in parents]
-    if moe_layer.experts.widths != widths or moe_layer.shared_expert is not None:
-        raise ValueError(
-            f"Evolved experts are {len(parents)} whole feed-forwards a layer; layer {moe_layer.layer_idx} of the MoE "
-            f"is not: set num_experts={len(parents)}, num_shared_experts=0, granularity=1 and no expert_banks."
-        )

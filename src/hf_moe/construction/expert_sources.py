@@ -79,12 +79,7 @@ def build_source(source: str | Mapping[str, Any], seed: int = 0, noise_std: floa
 
 
 def ffn_state(weights: Mapping[str, torch.Tensor], layout: FfnLayout) -> State:
-    """Return a dense feed-forward as one expert.
-
-    Args:
-        weights (`Mapping[str, torch.Tensor]`): its parameters by name, as its `state_dict()` or a checkpoint has them.
-        layout (`FfnLayout`): how they are named, see [`read_ffn`].
-    """
+    """Return a dense feed-forward, by the names that its `state_dict()` or a checkpoint has, as one expert."""
 
     def of(projection: str, kind: str) -> torch.Tensor:
         tensor = weights[f"{projection}.{kind}"]

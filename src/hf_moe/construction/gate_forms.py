@@ -116,7 +116,9 @@ def starting_options(name: str, router: Router, spec: MoELayerSpec) -> dict[str,
     own_kind = router.mechanism_name == name
     place = f"Layer {spec.layer_idx}: {name!r} cannot start as this {type(router).__name__}"
     if name not in EXPRESSES:
-        if not own_kind and name in OWN_RULES and not _has_softmax_rows(router):
+        scores = getattr(router, "score_function", "softmax")
+        softmax_rows = scores != "sigmoid" and not isinstance(router, Llama4Router | Ernie45VLRouter)
+        if not own_kind and name in OWN_RULES and not softmax_rows:
             raise ValueError(f"{place}: it takes over the rows of a gate with softmax scores. {_remedy(form, spec)}")
         return {}
     if form is None:
@@ -129,13 +131,6 @@ def starting_options(name: str, router: Router, spec: MoELayerSpec) -> dict[str,
     if missing:
         raise ValueError(f"{place}, which has {' and '.join(missing)}. {_remedy(form, spec)}")
     return OPTIONS[name](form, spec)
-
-
-def _has_softmax_rows(router: Router) -> bool:
-    """Whether a router's rows are trained for softmax scores among all experts."""
-    if isinstance(router, Llama4Router | Ernie45VLRouter):
-        return False
-    return getattr(router, "score_function", "softmax") != "sigmoid"
 
 
 def _remedy(form: GateForm | None, spec: MoELayerSpec) -> str:
@@ -200,9 +195,5 @@ def _open_experts(form: GateForm, spec: MoELayerSpec) -> int:
     return smallest if form.banks else spec.num_experts // n_group * topk_group
 
 
-OPTIONS = {
-    "top_k": top_k_options,
-    "ming_multi_router": ming_options,
-    "anyexperts": anyexperts_options,
-}
+OPTIONS = {"top_k": top_k_options, "ming_multi_router": ming_options, "anyexperts": anyexperts_options}
 OWN_RULES = ("moiie", "adamoe", "ernie45_vl", "dynamic_moe_top_p", "evomoe_dtr", "llama4")

@@ -55,10 +55,8 @@ def plan_host(
 
     Args:
         host: also on the meta device.
-        system: a key of `hf_moe.list_systems()`.
-        moe_config: fields that override the system's.
+        system, moe_config, source: see [`~hf_moe.HfMoeForConditionalGeneration.from_host`].
         places: the fields of the config with the MoE layers of towers and connectors, which override the system's.
-        source: what the experts of a dense host are made of, in place of the system's source.
 
     Raises:
         ValueError: if a block cannot be adopted, or other experts than the host's are asked for.

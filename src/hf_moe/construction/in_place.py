@@ -83,7 +83,15 @@ def from_host(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(host, Mapping):
-            return _fresh(host, system, moe_config, places, dtype, seed)
+            options = dict(host)
+            config = host_config_class(options.pop("model_type", None))(**options)
+            plan = plan_host(empty_model(host_class_of(config), config), system, moe_config, places)
+            model = HfMoeForConditionalGeneration._from_config(plan.config, dtype=dtype or torch.float32).eval()
+            for block in model.moe_blocks().values():
+                block.gate.float()
+            if plan.readings:
+                _convert(model, plan, seed)
+            return model
         keep = isinstance(host, PreTrainedModel)
         if not isinstance(host, PreTrainedModel):
             host = load_host(host, dtype, revision)
@@ -104,7 +112,7 @@ def become_moe(
 ) -> Any:
     """Return a loaded host as a MoE, see [`from_host`]; its feed-forwards are taken away where `keep` is false."""
     model, inputs, reference = _around(host, plan.config, keep)
-    feed_forwards = {path: host.get_submodule(path) for path in block_paths(model)}
+    feed_forwards = {path: host.get_submodule(path) for path in paths_of(model, Block)}
     if not keep:  # else they would stay in memory
         for path in feed_forwards:
             parent, _, name = path.rpartition(".")
@@ -118,26 +126,6 @@ def become_moe(
         check = compare_at_step_zero(model, inputs, reference, exact and equal, adopted=True)
     if on_check is not None:
         on_check(check)
-    return model
-
-
-def _fresh(
-    fields: Mapping[str, Any],
-    system: str | None,
-    moe_config: Mapping[str, Any] | None,
-    places: Mapping[str, Any],
-    dtype: torch.dtype | None,
-    seed: int,
-) -> HfMoeForConditionalGeneration:
-    """Return a MoE on a host without weights."""
-    options = dict(fields)
-    host_config = host_config_class(options.pop("model_type", None))(**options)
-    plan = plan_host(empty_model(host_class_of(host_config), host_config), system, moe_config, places)
-    model = HfMoeForConditionalGeneration._from_config(plan.config, dtype=dtype or torch.float32).eval()
-    for block in model.moe_blocks().values():
-        block.gate.float()
-    if plan.readings:
-        _convert(model, plan, seed)
     return model
 
 
@@ -167,7 +155,7 @@ def _around(
     attention = {name: part._attn_implementation for name, part in parts.items() if part is not None}
     model = empty_model(HfMoeForConditionalGeneration, config, host.dtype, attention)
     take_over(model, host, keep)
-    for path, module in replacements(model).items():
+    for path, module in paths_of(model, Replacement).items():
         materialise(module, initializer_std(config), host.device)
         module.start_from(host.get_submodule(path))
     model.generation_config = savable(deepcopy(host.generation_config))
@@ -188,7 +176,7 @@ def take_over(model: Any, host: PreTrainedModel, keep: bool) -> None:
         return taken.get(id(tensor), tensor)
 
     shared = model.base_model.shared_routing
-    outside = (*model.moe_blocks().values(), *replacements(model).values(), model.objectives, shared)
+    outside = (*model.moe_blocks().values(), *paths_of(model, Replacement).values(), model.objectives, shared)
     own = {id(part) for module in outside for part in module.modules()}
     theirs = dict(host.named_modules(remove_duplicate=False))
     for path, module in model.named_modules():
@@ -222,7 +210,7 @@ def _replace_feed_forwards(
     materialise(model.objectives, std, model.device)
     materialise(model.base_model.shared_routing, std, model.device)
     exact = True
-    for path, layer in block_paths(model).items():
+    for path, layer in paths_of(model, Block).items():
         ffn = feed_forwards.pop(path)
         if not layer.spec.place and layer.layer_idx in plan.readings:
             equal = _adopt(layer, ffn, plan.readings[layer.layer_idx], keep, std)
@@ -254,7 +242,7 @@ def _check_host(
     model: Any, feed_forwards: dict[str, nn.Module], inputs: dict[str, torch.Tensor], reference: torch.Tensor
 ) -> None:
     """Refuse a host that this library would change, whatever the router does: by its own feed-forwards in the MoE."""
-    blocks = block_paths(model)
+    blocks = paths_of(model, Block)
     try:
         put_modules(model, feed_forwards)
         with torch.no_grad():
@@ -268,14 +256,9 @@ def _check_host(
         )
 
 
-def block_paths(model: nn.Module) -> dict[str, Block]:
-    """Return the MoE layers of a model by their paths, where the host has its feed-forwards."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Block)}
-
-
-def replacements(model: nn.Module) -> dict[str, Replacement]:
-    """Return what stands in the places of other modules of the host than feed-forwards, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Replacement)}
+def paths_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+    """Return the modules of a kind by their paths: MoE layers, say, where the host has its feed-forwards."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, kind)}
 
 
 def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -49,10 +49,7 @@ def host_class_of(config: PreTrainedConfig) -> Any:
 
 
 def refuse_host(config: PreTrainedConfig) -> None:
-    """Refuse a model whose config tells that it cannot become a MoE.
-
-    Args:
-        config: the whole model's, not that of its decoder.
+    """Refuse a model whose config, not that of its decoder, tells that it cannot become a MoE.
 
     Raises:
         ValueError: with the reason and what to take instead.

@@ -8,18 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a type of model is no host.
-
-    Attributes:
-        reason: completes "it cannot become a MoE, because ...".
-        instead: what to take, types of models that can.
-    """
+    """Why a type of model is no host: "it cannot become a MoE, because `reason`", and which types can `instead`."""
 
     reason: str
     instead: str
 
     def message(self, model_type: str) -> str:
-        """Return the error that a user gets who asks for it."""
         return f"{model_type} cannot become a MoE: {self.reason}. Take {self.instead}."
 
 

@@ -56,22 +56,19 @@ class TestTimeAdapter:
     def step(self, **inputs: Any) -> torch.Tensor:
         """Predict, learn from what the model is sure of, and return the predictions made before (N, classes)."""
         with evaluation_mode(self.model):
-            return self._step(inputs)
-
-    def _step(self, inputs: dict[str, Any]) -> torch.Tensor:
-        logits = self._real(self.model(**inputs).logits.float(), inputs)
-        with torch.no_grad():
-            output = functional_call(self.model, self.source, (), inputs)
-            reference = self._real(output.logits.float(), inputs).softmax(-1)
-            probs = logits.softmax(-1)
-            best, label = probs.max(-1)
-            sure = (best > self.confidence) & (best >= reference.gather(-1, label[..., None]).squeeze(-1) - 1e-6)
-        if sure.any():
-            F.cross_entropy(logits[sure], label[sure]).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self._restore()
-        return logits.detach()
+            logits = self._real(self.model(**inputs).logits.float(), inputs)
+            with torch.no_grad():
+                output = functional_call(self.model, self.source, (), inputs)
+                reference = self._real(output.logits.float(), inputs).softmax(-1)
+                probs = logits.softmax(-1)
+                best, label = probs.max(-1)
+                sure = (best > self.confidence) & (best >= reference.gather(-1, label[..., None]).squeeze(-1) - 1e-6)
+            if sure.any():
+                F.cross_entropy(logits[sure], label[sure]).backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self._restore()
+            return logits.detach()
 
     @staticmethod
     def _real(logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 The base is a decoder of text, or a checkpoint of this library, which may see.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,11 @@ class AdapterJob(Job):
             processing_class=tokenizer_or_processor(processor),
             callbacks=[LogRouting()],
         )
-        parameters = trainable_parameters(self.model)
-        return {"trainable_parameters": parameters, **run_trainer(trainer, self.folder, resume)}
+        parameters: Counter[str] = Counter()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameters["routers" if "moe_lora_router" in name else "experts"] += parameter.numel()
+        return {"trainable_parameters": dict(parameters), **run_trainer(trainer, self.folder, resume)}
 
     # An adapter is small: it is written as it will be.
     save_settings = Job.save
@@ -120,13 +124,3 @@ def load_base(options: dict[str, Any]) -> tuple[Any, AnyProcessor]:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = default_chat_template(tokenizer, image_token=None)
     return base, TextProcessor(tokenizer)
-
-
-def trainable_parameters(model: PeftModel) -> dict[str, int]:
-    """Return the number of trainable parameters, of `experts` and `routers`."""
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "routers" if "moe_lora_router" in name else "experts"
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts

@@ -39,11 +39,7 @@ RANGES = {
 
 
 def check_training(options: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return a recipe's `training` with every value as `TrainingArguments` declares it.
-
-    Args:
-        options: as they were read.
-        place: of the options, for errors: `"recipe x.yaml"`.
+    """Return a recipe's `training` with every value as `TrainingArguments` declares it; errors name the `place`.
 
     Raises:
         ValueError: if a field is unknown, is not for recipes, or has a value that it does not take.

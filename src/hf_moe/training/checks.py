@@ -49,11 +49,7 @@ REFUSALS = (
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Say in every error what it is about.
-
-    Raises:
-        ValueError: for any error of what is tried inside.
-    """
+    """Make a `ValueError` that says what it is about of every error of what is tried inside."""
     try:
         yield
     except REFUSALS as error:

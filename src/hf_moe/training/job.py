@@ -40,13 +40,7 @@ def say(what: str) -> None:
 
 
 class Job(ABC):
-    """What a recipe trains, and what the end of its run needs to know of it.
-
-    Args:
-        recipe: the job.
-        rows: `train` and, *optional*, `eval`.
-        folder: of the run.
-    """
+    """What a recipe trains on the rows `train`, and what the end of its run, which may score `eval`, needs to know."""
 
     def __init__(self, recipe: Recipe, rows: dict[str, Any], folder: Path):
         self.recipe = recipe
@@ -203,9 +197,8 @@ def run_trainer(trainer: Trainer, folder: Path, resume: bool, needed: tuple[str,
     """Train, and return `train_seconds`, `log_history` and what moved and should not have, or the other way round.
 
     Args:
-        folder: of the trainer's checkpoints.
-        resume: continue from the newest whole one.
-        needed: files that each of them has to hold besides the trainer's own.
+        resume: continue from the newest whole checkpoint in `folder`.
+        needed: files that each has to hold besides the trainer's own.
     """
     last = newest_whole_checkpoint(folder, needed) if resume else None
     before = fingerprints(trainer.model)

@@ -93,7 +93,7 @@ def get_lora_model(
             "lora_targets(model, parts) returns for a LoraConfig of your own."
         )
     config = LoraConfig(**lora_targets(model, parts), **options)
-    check_lora_config(config)
+    _check_config(config)
     wanted = [name for part in parts for name in _parameters_of(model, part)]
     peft_model = get_peft_model(model, config, adapter_name)
     check_lora_covers(peft_model, wanted, adapter_name)
@@ -104,12 +104,8 @@ def get_lora_model(
     return peft_model
 
 
-def check_lora_config(config: LoraConfig) -> None:
-    """Refuse what PEFT's LoRA cannot do on stacked parameters.
-
-    Raises:
-        ValueError: naming the option and the value that works.
-    """
+def _check_config(config: LoraConfig) -> None:
+    """Refuse what PEFT's LoRA cannot do on stacked parameters."""
     if not config.target_parameters:
         return
     for field in fields(config):

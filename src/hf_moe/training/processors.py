@@ -17,12 +17,7 @@ def as_processor(processor: Any) -> AnyProcessor:
 
 
 def load_processor(model: Any, source: str, **options: Any) -> AnyProcessor:
-    """Return the processor of a checkpoint, of a model of text alone its tokenizer.
-
-    Args:
-        model: of the checkpoint.
-        options: of `from_pretrained`.
-    """
+    """Return the processor of a model's checkpoint, of a model of text alone its tokenizer."""
     parts = host_parts(model)
     if not (parts.towers or parts.connectors):
         return as_processor(AutoTokenizer.from_pretrained(source, **options))

@@ -94,11 +94,7 @@ def run_recipe(recipe: Recipe, output_dir: str | Path | None = None, resume: boo
 
 
 def load_sources(recipe: Recipe) -> dict[str, Any]:
-    """Return the rows of a recipe: `train` and, *optional*, `eval`.
-
-    Raises:
-        ValueError, FileNotFoundError: as [`load_rows`], with the name of the source.
-    """
+    """Return the rows of a recipe: `train` and, *optional*, `eval`. Errors name the source."""
     rows = {}
     for part, split in {"train": "train", "eval": "test"}.items():
         if recipe.data.get(part) is None:
@@ -187,12 +183,9 @@ class ModelJob(Job):
     def describe(self, folder: Path, report: dict[str, Any]) -> None:
         pictures = []
         if "routing" in report and self.statistics.tables:
-            draw_routing(
-                self.statistics,
-                folder.parent / "routing.png",
-                title=f"Routing of {self.recipe.name} on its evaluation data",
-            )
-            shutil.copyfile(folder.parent / "routing.png", folder / "routing.png")
+            picture = folder.parent / "routing.png"
+            draw_routing(self.statistics, picture, title=f"Routing of {self.recipe.name} on its evaluation data")
+            shutil.copyfile(picture, folder / "routing.png")
             pictures.append("routing.png")
         recipe = self.recipe
         write_card(folder, model=self.model, report=report, recipe=recipe.to_dict(), pictures=pictures, **recipe.card)

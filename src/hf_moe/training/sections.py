@@ -10,27 +10,32 @@ Seed = Annotated[int, Interval(0, 2**32 - 1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class Model(TypedDict, total=False):
-    """Arguments of [`build_model`] as YAML has them; `tokenizer: words` trains one on the data's text."""
+class Upcycled(TypedDict, total=False):
+    """What both kinds of model may say: MoE layers, what their experts are made of, chat template and precision."""
 
-    language_model: Required[str | dict[str, Any]]
-    vision_tower: str | dict[str, Any] | None
     system: str | None
     moe_config: dict[str, Any] | None
-    connector: dict[str, Any] | None
     vision_moe_config: dict[str, Any] | None
     connector_moe_config: dict[str, Any] | None
-    tokenizer: Literal["words"]
     chat_template: str | None
-    image_token: str
-    image_size: PositiveInt | None
-    feature_stage: Annotated[int, Interval(0, 4)] | None
     source: str | dict[str, Any] | None
     noise_std: NonNegative
     dtype: Dtype
 
 
-class Host(TypedDict, total=False):
+class Model(Upcycled, total=False):
+    """Arguments of [`build_model`] as YAML has them; `tokenizer: words` trains one on the data's text."""
+
+    language_model: Required[str | dict[str, Any]]
+    vision_tower: str | dict[str, Any] | None
+    connector: dict[str, Any] | None
+    tokenizer: Literal["words"]
+    image_token: str
+    image_size: PositiveInt | None
+    feature_stage: Annotated[int, Interval(0, 4)] | None
+
+
+class Host(Upcycled, total=False):
     """A model of Transformers that becomes a MoE in place, see [`~hf_moe.HfMoeForConditionalGeneration.from_host`].
 
     `host` is a Hub id, a folder, or the fields of a config with `model_type`, which give fresh weights. The processor
@@ -39,15 +44,7 @@ class Host(TypedDict, total=False):
 
     host: Required[str | dict[str, Any]]
     processor: str
-    system: str | None
-    moe_config: dict[str, Any] | None
-    vision_moe_config: dict[str, Any] | None
     audio_moe_config: dict[str, Any] | None
-    connector_moe_config: dict[str, Any] | None
-    chat_template: str | None
-    source: str | dict[str, Any] | None
-    noise_std: NonNegative
-    dtype: Dtype
 
 
 class Base(TypedDict, total=False):

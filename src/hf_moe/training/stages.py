@@ -34,9 +34,7 @@ def run_stages(
     """Run a recipe's stages, or those that are left.
 
     Args:
-        model: what the first stage starts from.
         rows: `train` and, for their images, `eval`.
-        folder: of the run.
         resume: continue within the stage that was stopped; finished ones are not run again, as long as they are there.
 
     Returns:
@@ -79,11 +77,7 @@ def load_trained(folder: Path) -> HfMoeForConditionalGeneration:
 
 
 def construct(model: Any, stage: Stage, previous: tuple[Stage, Path] | None, seed: int) -> Any:
-    """Return the model that a stage trains, made from `model`, the one before; see [`construct_stage`].
-
-    Args:
-        previous: the stage before, and the folder of its model.
-    """
+    """Return the model that a stage trains, made from that of the stage and folder before; see [`construct_stage`]."""
     evolution = None
     if previous is not None and "assemble" in (stage.construct or {}):
         evolution = evolution_of(previous[0], model, seed)
@@ -103,18 +97,7 @@ def train_model(
     resume: bool,
     evolution: ExpertEvolution | None = None,
 ) -> dict[str, Any]:
-    """Train a model as a stage says, and record what moved.
-
-    Args:
-        rows: of the training.
-        features: of their images, where the tower is not trained.
-        folder: for the trainer's checkpoints.
-        resume: continue from the newest whole one, if there is one.
-        evolution: experts that evolve beside the training.
-
-    Returns:
-        `trainable_parameters` by part, and what [`run_trainer`] returns.
-    """
+    """Train a model as a stage says, and return `trainable_parameters` by part and what [`run_trainer`] does."""
     first = set() if evolution is None else evolution.first_names(model)
     trainable = train_only(model, stage.trainable, first)
     callbacks: list[TrainerCallback] = [] if evolution is None else [evolution]
@@ -137,10 +120,6 @@ def kept_features(
     """Return the features of all images of a run, and of all videos where the host takes them.
 
     Of a host of Transformers they are what its connector returns, of a model that is put together what its tower does.
-
-    Args:
-        rows: of the training and of the evaluation.
-        trained: parts that are trained.
 
     Returns:
         `None` where the recipe keeps none, without a tower, where what the features come from is trained, and of hosts
