@@ -103,9 +103,14 @@ def check_all_found(model: nn.Module, adapter_name: str, config: MoeLoraConfig, 
     layers = {
         re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".base_layer")) for name in linear if "moe_lora_" not in name
     }
+    fused = (
+        f" alone: {name} holds {', '.join(parts)} in one, and takes the same experts for all"
+        for name, parts in FUSED.items()
+        if any(key.endswith(f".{name}") for key in layers) and set(parts) & set(missing)
+    )
     raise ValueError(
         f"The system {config.system!r} adapts {', '.join(missing)}, and the model has nothing of that name"
-        f"{_fused_with(layers, missing)}. Its linear layers are {', '.join(sorted(layers))}. Name those that are "
+        f"{next(fused, '')}. Its linear layers are {', '.join(sorted(layers))}. Name those that are "
         "meant in target_modules, and system=None if it is to be without the others."
     )
 
@@ -116,11 +121,3 @@ def _answers(key: str, name: str) -> bool:
     others = [*FUSED.get(leaf, ()), *(part for parts in STACKED.get(leaf, ()) for part in parts)]
     others += [USUAL_NAME] if leaf == BEFORE_FEED_FORWARD else []
     return any(f".{place}.{other}".endswith(f".{name}") for other in (leaf, *others))
-
-
-def _fused_with(layers: set[str], missing: list[str]) -> str:
-    """Return a note on missing targets that a linear layer holds together with others."""
-    for fused, parts in FUSED.items():
-        if any(key.endswith(f".{fused}") for key in layers) and set(parts) & set(missing):
-            return f" alone: {fused} holds {', '.join(parts)} in one, and takes the same experts for all"
-    return ""

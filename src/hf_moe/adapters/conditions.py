@@ -82,10 +82,9 @@ def conditions_of_rows(given: dict[str, Any], read: dict[str, int], rows: int) -
     ambient = _CONDITIONS.get() or {}
     found = {name: torch.as_tensor(value) for name, value in {**ambient, **given}.items()}
     for name, value in found.items():
-        if name in given:
-            fits = value.dim() > 0 and len(value) == rows
-        else:  # `generate` repeats the rows, and not these
-            fits = value.dim() > 0 and len(value) > 0 and rows % len(value) == 0
+        length = len(value) if value.dim() else 0
+        # `generate` repeats the rows, and not the ambient conditions.
+        fits = length > 0 and (length == rows if name in given else rows % length == 0)
         if not fits or value.dim() > (1 if read.get(name) else 2):
             raise ValueError(
                 f"The condition {name!r} needs one value for each of {rows} rows, and has the shape "

@@ -303,8 +303,8 @@ class MoeLoraConfig(PeftConfig):
 
     def spec(self, number: int, hidden_size: int, settings: TargetSettings, causal: bool = True) -> MoELayerSpec:
         """Return the facts of router `number`, which reads hidden states of width `hidden_size`."""
-        experts, slots = settings.num_experts, settings.num_experts_per_tok
-        return MoELayerSpec(number, hidden_size, experts, slots, max(settings.ranks), causal=causal)
+        sizes = hidden_size, settings.num_experts, settings.num_experts_per_tok, max(settings.ranks)
+        return MoELayerSpec(number, *sizes, causal=causal)
 
     def build_router(self, spec: MoELayerSpec, settings: TargetSettings) -> Router:
         """Return a router as configured; its parameters are not initialised."""

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..modeling.decisions import Decision, ExpertAssignment, SlotMixture
+from ..modeling.decisions import Decision, SlotMixture
 from ..modeling.layer_spec import Site
 from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
 from .contexts import LayerCall, are_tokens, unknown_tokens
-from .experts import ExpertKind
 from .low_rank import SharedAssignment
 
 
@@ -83,9 +82,7 @@ def _remembered(context: RoutingContext, router: Site, made: SharedAssignment, r
 
 def shared(decision: Decision, device: torch.device | None = None) -> SharedAssignment | SlotMixture:
     """Return a decision in the form that experts take, on `device` if it is given."""
-    if isinstance(decision, SlotMixture):
-        return decision
-    return SharedAssignment.of(decision, device)  # type: ignore[arg-type]
+    return decision if isinstance(decision, SlotMixture) else SharedAssignment.of(decision, device)  # type: ignore[arg-type]
 
 
 def check_gradient(decision: Decision, router: Router) -> None:
@@ -96,19 +93,4 @@ def check_gradient(decision: Decision, router: Router) -> None:
         raise ValueError(
             "Reentrant gradient checkpointing cuts the gradient of a router that all layers share: pass "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or set router_input='decoder_layer'."
-        )
-
-
-def check_decision(decision: Any, experts: ExpertKind) -> None:
-    """Refuse what the experts of a target cannot run."""
-    if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
-        return
-    if not isinstance(decision, ExpertAssignment):
-        raise ValueError(
-            f"LoRA experts need a router that assigns experts to tokens, this one returns a {type(decision).__name__}."
-        )
-    if decision.identity_weight is not None:
-        raise ValueError(
-            "LoRA experts cannot run a router with experts that return their input: the input and the output of a "
-            "linear layer differ in width. Choose another router."
         )

@@ -133,9 +133,7 @@ def _layers(model: PeftModel, adapter_name: str) -> list[MoeLoraLayer]:
     config = _config(model, adapter_name)
     layers = numbered_layers(model, adapter_name, config)
     if not layers:
-        found = {
-            layer.key[adapter_name]: layer.num_experts(adapter_name) for layer in _all_layers(model, adapter_name)
-        }
+        found = {item.key[adapter_name]: item.num_experts(adapter_name) for item in _all_layers(model, adapter_name)}
         raise ValueError(
             f"No target of adapter {adapter_name!r} has the num_experts={config.num_experts} experts that its config "
             f"numbers; the targets have {found}: set num_experts to the number that is meant."

@@ -29,8 +29,7 @@ def adapt_feed_forwards(model: nn.Module, adapter_name: str) -> None:
 
     Layers that are adapted and have none, such as those with a MoE block, are warned of.
     """
-    adapted = [item for item in tuner_layers(model) if adapter_name in item.experts]
-    left = {item.layer_name[adapter_name] for item in adapted}
+    left = {item.layer_name[adapter_name] for item in tuner_layers(model) if adapter_name in item.experts}
     found = set()
     for name, module in model.named_modules():
         projections: list[Any] = [getattr(module, projection, None) for projection in PROJECTIONS]

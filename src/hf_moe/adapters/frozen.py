@@ -1,10 +1,8 @@
 """Single experts that stay as they are, to the bit, while the rest of their stacks trains.
 
-A slice of a parameter has no `requires_grad` of its own, and with a gradient of zero, weight decay and momentum still
-move it. So what is frozen is kept aside, and put back before the model computes, is merged or is saved.
-
-What is kept is taken when the experts are frozen and when weights are loaded: behind `load_state_dict`, or when a
-stack is another parameter than before, which is how Transformers loads. An optimizer changes parameters in place.
+Weight decay and momentum move a slice of a parameter with a gradient of zero, too. So what is frozen is kept aside
+when the experts are frozen and when weights are loaded: after `load_state_dict`, or when a stack is another parameter
+than before, which is how Transformers loads. It is put back before the model computes, is merged or is saved.
 """
 
 from collections.abc import Iterator

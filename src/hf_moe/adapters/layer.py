@@ -63,7 +63,6 @@ class MoeLoraLayer(BaseTunerLayer):
         self.experts: dict[str, ExpertKind] = {}
         # Which tensors the kind of an adapter's experts has here, `("A", "B")` or `("vector",)`.
         self.containers: dict[str, tuple[str, ...]] = {}
-        # The kind of an adapter's experts says which of the three it has; LoRA has A and B.
         self.moe_lora_A = Stacks()  # (E, r, in), or (R, in) of experts of unequal rank
         self.moe_lora_B = Stacks()  # (E, out, r), or (out, R)
         self.moe_lora_vector = Stacks()  # (E, width)
@@ -78,22 +77,17 @@ class MoeLoraLayer(BaseTunerLayer):
         self.router_owner: dict[str, MoeLoraLayer | None] = {}
         # The name of the target in the model, by which the config sets its own ranks and overrides.
         self.key: dict[str, str] = {}
-        # The decoder layer around the target.
-        self.layer_name: dict[str, str | None] = {}
-        # Whether the feed-forward around the target mixes whole experts.
-        self.ffn_experts: dict[str, bool] = {}
-        # What targets must have in common to share a router.
-        self.router_group: dict[str, str] = {}
+        self.layer_name: dict[str, str | None] = {}  # of the decoder layer around the target
+        self.ffn_experts: dict[str, bool] = {}  # whether the feed-forward around the target mixes whole experts
+        self.router_group: dict[str, str] = {}  # what targets must have in common to share a router
         self.frozen_experts: dict[str, Any] = {}  # see `frozen.py`
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # Whether the target has been called: a host may read its weight, and leave its forward and the experts out.
         self.has_acted = False
-        # Of the attention around the target.
-        self.head_dim: int | None = None
-        # adapter -> the gates (E,) it was merged with, which take it out again.
-        self.merged_gates: dict[str, torch.Tensor] = {}
+        self.head_dim: int | None = None  # of the attention around the target
+        self.merged_gates: dict[str, torch.Tensor] = {}  # (E,), which take a merged adapter out again
         self.in_features, self.out_features = self.widths()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **kwargs)
@@ -274,8 +268,7 @@ class MoeLoraLayer(BaseTunerLayer):
 
     def deciding_router(self, adapter_name: str) -> Router:
         """Return the router of an adapter that decides for this target, its own or the shared one."""
-        owner = self.router_owner[adapter_name] or self
-        return owner.moe_lora_router[adapter_name]
+        return (self.router_owner[adapter_name] or self).moe_lora_router[adapter_name]
 
     def get_delta_weight(self, adapter_name: str, gates: torch.Tensor) -> torch.Tensor:
         """Return what an adapter adds to the weight of a token with these gates (E,), float32.

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling.context import closing_class
+from ..modeling.decisions import ExpertAssignment, SlotMixture
 from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.routing import Router
@@ -26,7 +27,6 @@ from .checkpoints import check_complete
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
 from .contexts import unknown_tokens
-from .deciding import check_decision
 from .experts import ExpertKind
 from .feed_forward import adapt_feed_forwards, whole_ffn_class
 from .frozen import FrozenExperts, numbered_layers
@@ -392,4 +392,15 @@ def _check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | 
     if tokens_known == "text":
         context = RoutingContext.all_text(probe)
         context.input_ids = context.modality_ids
-    check_decision(router(probe[0], context), experts)
+    decision = router(probe[0], context)
+    if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
+        return
+    if not isinstance(decision, ExpertAssignment):
+        raise ValueError(
+            f"LoRA experts need a router that assigns experts to tokens, this one returns a {type(decision).__name__}."
+        )
+    if decision.identity_weight is not None:
+        raise ValueError(
+            "LoRA experts cannot run a router with experts that return their input: the input and the output of a "
+            "linear layer differ in width. Choose another router."
+        )

@@ -45,9 +45,9 @@ def install_hooks(model: nn.Module) -> list[Any]:
 
 def warn_of_idle_targets(model: nn.Module, *_: Any) -> None:
     """Hook after the root's forward: warn, after the first one that is trained, of targets that were not called."""
-    if not is_learning(model) or index_of(model).asked_for_idle:
-        return
     index = index_of(model)
+    if not is_learning(model) or index.asked_for_idle:
+        return
     index.asked_for_idle = True
     idle = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", key) for layer in index.idle() for key in layer.key.values()})
     if idle:

@@ -52,11 +52,7 @@ class Target:
 
 
 def low_rank_pair(target: Target, inner: int = 1) -> dict[str, torch.Tensor]:
-    """Return A, started as `nn.Linear` starts, which is how LoRA starts, and B, zero.
-
-    A is (E, inner * r, in) and B (E, out, r); of unequal ranks with the sum R, A is (R, in), or (inner, R, in), and B
-    (out, R).
-    """
+    """Return A, started as `nn.Linear` starts, which is how LoRA starts, with `inner` times r rows, and B, zero."""
     width, bound = target.in_features, target.in_features**-0.5
     if target.unequal_ranks:
         total = sum(target.ranks)
