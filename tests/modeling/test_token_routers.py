@@ -29,6 +29,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from hf_moe.configuration.configuration_hf_moe import MoeConfig
 from hf_moe.modeling.configured_parts import build_block
 from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.gating import select_experts
 from hf_moe.modeling.routing import Router
 
 
@@ -38,6 +39,26 @@ def seed():
 
 
 # top_k
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": torch.arange(EXPERTS) % 3}, {"n_group": 2}])
+def test_an_open_choice_is_the_one_among_finite_logits(options):
+    spec, found = make_spec(), []
+    for logits in (None, torch.zeros(6, EXPERTS)):
+        scores = torch.linspace(-3, 3, 6 * EXPERTS).sin().view(6, EXPERTS).softmax(-1).requires_grad_()
+        index, weight = select_experts(scores, logits, spec, **options)
+        (weight * torch.arange(1, SLOTS + 1)).sum().backward()
+        found.append((index, weight, scores.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_padding_of_a_mask_that_came_later_is_dropped():
+    context = text_context(1, 4)
+    assert context.all_real
+    context.token_mask = torch.tensor([[True, True, False, True]])
+    decision = ExpertAssignment(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), EXPERTS)
+    assert context.drop_padding(decision).expert_index.flatten().tolist() == [0, 0, EXPERTS, 0]
 
 
 @pytest.mark.parametrize("family, norm", [("mixtral", True), ("qwen3_moe", True), ("qwen3_moe", False)])

@@ -26,8 +26,10 @@ class TargetIndex:
         self.knows_tokens = False
         # Whether a training step has shown which targets act.
         self.asked_for_idle = False
-        # The children of a parent, a name and that child, on the way from the root to the targets.
-        self._steps: list[Step] = []
+        # On the way from the root to the targets: the children of each parent, by name, the name and the child.
+        self._parents: list[dict[str, nn.Module | None]] = []
+        self._names: list[str] = []
+        self._children: list[nn.Module] = []
         # Of routers that are the model's own.
         self._others: list[Router] = []
         self._walk(root, set(), [])
@@ -40,7 +42,10 @@ class TargetIndex:
             self._others.append(module)
         if isinstance(module, MoeLoraLayer):
             self.targets.append(module)
-            self._steps += way
+            for parent, name, child in way:
+                self._parents.append(parent)
+                self._names.append(name)
+                self._children.append(child)
             way.clear()  # which the targets that follow below share
         children: Any = {"base_layer": module.base_layer} if isinstance(module, MoeLoraLayer) else module._modules
         for name, child in children.items():
@@ -53,22 +58,19 @@ class TargetIndex:
 
     def is_current(self, root: nn.Module) -> bool:
         """Whether this is the index of `root`, and every target is where it was."""
-        if self.root is not root:
-            return False
-        for children, name, child in self._steps:  # noqa: SIM110  (every call of the model pays for it)
-            if children.get(name) is not child:
-                return False
-        return True
+        # Not in a loop of Python's: every call of the model pays for it.
+        return self.root is root and list(map(dict.get, self._parents, self._names)) == self._children
 
     def active(self) -> Iterator[MoeLoraLayer]:
         """Yield the targets that compute with their adapters."""
-        return (layer for layer in self.targets if not (layer.disable_adapters or layer.merged))
+        return (layer for layer in self.targets if not (layer._disable_adapters or layer.merged_adapters))
 
     def hold_frozen(self) -> None:
         """Put all frozen experts back."""
         for layer in self.targets:
-            for frozen in layer.frozen_experts.values():
-                frozen.hold(layer)
+            if layer.frozen_experts:
+                for frozen in layer.frozen_experts.values():
+                    frozen.hold(layer)
 
     def idle(self) -> Iterator[MoeLoraLayer]:
         """Yield the active targets that have not been called yet; of stacked weights the outer one is."""

@@ -218,8 +218,8 @@ class MoeLoraLayer(BaseTunerLayer):
     def prepare(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Return what the experts of an adapter read of `x`: in their dtype, after dropout."""
         held: Any = self._modules
-        stacks = held[f"moe_lora_{self.containers[adapter_name][0]}"]
-        x = self._cast_input_dtype(x, getattr(stacks, adapter_name).dtype)
+        dtype = held[f"moe_lora_{self.containers[adapter_name][0]}"].without_hook(adapter_name).dtype
+        x = x if x.dtype == dtype else self._cast_input_dtype(x, dtype)
         dropout = self.moe_lora_dropout[adapter_name]
         return F.dropout(x, dropout, self.training) if dropout else x
 

@@ -36,10 +36,12 @@ class SharedAssignment(ExpertAssignment):
     @classmethod
     def of(cls, assignment: ExpertAssignment, device: torch.device | None = None) -> "SharedAssignment":
         """Return an assignment, with what scales the inputs in its weights, on `device` if it is given."""
-        weight = assignment.expert_weight
+        index, weight = assignment.expert_index, assignment.expert_weight
         if assignment.input_scale is not None:
             weight = weight * assignment.input_scale[:, None]
-        return cls(assignment.expert_index.to(device), weight.to(device), assignment.num_experts)
+        if device is not None:
+            index, weight = index.to(device), weight.to(device)
+        return cls(index, weight, assignment.num_experts)
 
     @made_once
     def gates(self) -> torch.Tensor:
@@ -52,11 +54,12 @@ class SharedAssignment(ExpertAssignment):
         """The filled slots sorted by expert."""
         return Dispatch(self.expert_index, self.num_experts)
 
-    def row_gates(self, rank: int, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-        """Return `gates` times the scaling, each for all rows of its expert, (T, E * r)."""
-        key = rank, scaling, dtype
+    def row_gates(self, rank: int, scaling: float, inner: torch.Tensor) -> torch.Tensor:
+        """Return `gates` times the scaling, each for all rows of its expert, as the states `inner` (..., E * r)."""
+        key = rank, scaling, inner.dtype, inner.shape
         if self._row_gates is None or self._row_gates[0] != key:
-            self._row_gates = key, (self.gates.to(dtype) * scaling).repeat_interleave(rank, dim=1)
+            gates = (self.gates.to(inner.dtype) * scaling).repeat_interleave(rank, dim=1)  # (T, E * r)
+            self._row_gates = key, gates.view(inner.shape)
         return self._row_gates[1]
 
     def rows(self, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -128,9 +131,9 @@ def _add_dense(
         inner = activation(inner if ranks is not None else inner.unflatten(-1, a.shape[:2]))
         inner = inner if ranks is not None else inner.flatten(-2)
     if ranks is not None:
-        gates = assignment.gates.to(inner.dtype).index_select(1, ranks.expert)
+        gates = assignment.gates.to(inner.dtype).index_select(1, ranks.expert).view_as(inner)
     else:
-        gates = assignment.row_gates(b.shape[2], weights.scaling, inner.dtype)
+        gates = assignment.row_gates(b.shape[2], weights.scaling, inner)
         b = b.transpose(0, 1).flatten(1)
-    output = F.linear(inner * gates.view_as(inner), b)
+    output = F.linear(inner * gates, b)
     return result + (output if output.dtype is result.dtype else output.to(result.dtype))

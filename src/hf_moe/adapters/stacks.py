@@ -74,8 +74,12 @@ class Stacks(nn.ParameterDict):
         # Offloaded weights are brought in by the call of their module; the others are spared it.
         if "_hf_hook" in self.__dict__:
             return nn.Module.__call__(self, adapter_name)
-        found = self._parameters.get(adapter_name)  # sharding may put a tensor in the place of a parameter
-        return getattr(self, adapter_name) if found is None else found
+        return self.without_hook(adapter_name)
+
+    def without_hook(self, adapter_name: str) -> torch.Tensor:
+        """Return the parameter of an adapter where it is, or what sharding has put in its place."""
+        parameter = self._parameters.get(adapter_name)  # an attribute would be looked for in three places
+        return getattr(self, adapter_name) if parameter is None else parameter
 
     def forward(self, adapter_name: str) -> torch.Tensor:
         return self[adapter_name]
