@@ -40,10 +40,6 @@ class ConditionCollator:
     The data keep them in columns `<name>_ids`, which `remove_unused_columns=False` leaves there:
 
         SFTTrainer(..., data_collator=ConditionCollator(DataCollatorForLanguageModeling(pad_token_id), ["task"]))
-
-    Args:
-        collator: makes a batch of everything else.
-        names: of the conditions.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]], names: Sequence[str]):

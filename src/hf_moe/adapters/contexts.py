@@ -45,7 +45,7 @@ class LayerCall:
     Args:
         hidden_states (`torch.Tensor` of shape `(B, S, d)`): what enters the layer.
         encoder_hidden_states: what its cross-attention reads, if it has one.
-        knows_tokens (`bool`): whether the context would be about the tokens of this layer.
+        knows_tokens: whether the context would be about the tokens of this layer.
     """
 
     def __init__(
