@@ -55,12 +55,15 @@ class _Files(NamedTuple):
     header: Callable[[str], SafetensorsFileMetadata]
 
 
-def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+def inspect_checkpoint(
+    source: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> dict[str, Any]:
     """Describe a checkpoint without loading it.
 
     Args:
         source (`str` or `Path`): a folder, or the name of a repository.
         revision (`str`, *optional*): of the repository.
+        token (`str` or `bool`, *optional*): as in `huggingface_hub`.
 
     Returns:
         `commit`, `host` (its class in Transformers; `None` where decoder, tower and connector were put together),
@@ -78,7 +81,7 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> di
         OSError: if the Hub refuses or cannot be reached.
     """
     try:
-        files = _local(Path(source)) if is_path(str(source)) else _remote(str(source), revision)
+        files = _local(Path(source)) if is_path(str(source)) else _remote(str(source), revision, token)
         return {"source": str(source), "commit": files.commit, **_describe(str(source), files)}
     except httpx.TransportError as error:
         reason = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error})"
@@ -143,8 +146,8 @@ def _local(folder: Path) -> _Files:
     )
 
 
-def _remote(repo_id: str, revision: str | None) -> _Files:
-    api = HfApi()
+def _remote(repo_id: str, revision: str | None, token: str | bool | None) -> _Files:
+    api = HfApi(token=token)
     info = api.model_info(repo_id, revision=revision)
     return _Files(
         names=sorted(sibling.rfilename for sibling in info.siblings or []),

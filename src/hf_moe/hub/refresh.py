@@ -47,16 +47,19 @@ class RefreshResult:
     commit: str | None = None  # of the repository, after a push
 
 
-def refresh_checkpoint(source: str | Path, *, revision: str | None = None, push: bool = False) -> RefreshResult:
+def refresh_checkpoint(
+    source: str | Path, *, revision: str | None = None, push: bool = False, token: str | bool | None = None
+) -> RefreshResult:
     """Write the code of a checkpoint anew, after a check that the model answers as before.
 
     The check runs the code of the checkpoint: refresh what you trust.
 
     Args:
         source (`str` or `Path`): a checkpoint's folder, which is replaced as a whole; or the name of a repository.
-        revision (`str`, *optional*): branch of the repository, *optional*.
+        revision (`str`, *optional*): branch of the repository.
         push (`bool`, *optional*, defaults to `False`): commit the result to the repository; without it nothing is
             changed there.
+        token (`str` or `bool`, *optional*): as in `huggingface_hub`.
 
     Raises:
         FileNotFoundError: if there is no such folder, or something is missing in it.
@@ -67,7 +70,7 @@ def refresh_checkpoint(source: str | Path, *, revision: str | None = None, push:
         if push:
             raise ValueError(f"push is for a repository: run `hf-moe push {source} user/name` after the refresh.")
         return _refresh_folder(Path(source))
-    return _refresh_repository(str(source), revision, push)
+    return _refresh_repository(str(source), revision, push, token)
 
 
 def _refresh_folder(source: Path) -> RefreshResult:
@@ -88,8 +91,8 @@ def _refresh_folder(source: Path) -> RefreshResult:
     return result
 
 
-def _refresh_repository(repo_id: str, revision: str | None, push: bool) -> RefreshResult:
-    api = HfApi()
+def _refresh_repository(repo_id: str, revision: str | None, push: bool, token: str | bool | None) -> RefreshResult:
+    api = HfApi(token=token)
     with told_failures(api, repo_id, "Nothing has been changed."):
         commit = str(api.model_info(repo_id, revision=revision).sha)
         snapshot = Path(api.snapshot_download(repo_id, revision=commit))
