@@ -24,8 +24,7 @@ class FrozenExperts:
     def __init__(self, layer: MoeLoraLayer, adapter_name: str, numbers: list[int]):
         self.adapter_name = adapter_name
         self.numbers = numbers
-        # container -> the stack and its slices.
-        self.kept: dict[str, tuple[nn.Parameter, torch.Tensor]] = {}
+        self.kept: dict[str, tuple[nn.Parameter, torch.Tensor]] = {}  # container -> the stack and its slices
         self.take(layer)
 
     def take(self, layer: MoeLoraLayer) -> None:

@@ -24,14 +24,12 @@ class TargetIndex:
         self.root = root
         self.targets: list[MoeLoraLayer] = []
         self.knows_tokens = False
-        # Whether a training step has shown which targets act.
-        self.asked_for_idle = False
+        self.asked_for_idle = False  # whether a training step has shown which targets act
         # On the way from the root to the targets: the children of each parent, by name, the name and the child.
         self._parents: list[dict[str, nn.Module | None]] = []
         self._names: list[str] = []
         self._children: list[nn.Module] = []
-        # Of routers that are the model's own.
-        self._others: list[Router] = []
+        self._others: list[Router] = []  # the model's own
         self._walk(root, set(), [])
         self.conditions = conditions_read(self.routers())
 

@@ -52,14 +52,12 @@ class MoeLoraModel(BaseTuner):
     prefix = "moe_lora_"
     tuner_layer_cls = MoeLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    # Of the hooks on the root.
-    _handles: list[Any] = []
+    _handles: list[Any] = []  # of the hooks on the root
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Not in `_post_injection_hook`, which a second adapter does not reach.
         self._specs: list[MoELayerSpec] = []
-        # Why targets cannot be adapted, and which.
-        self._refused: dict[str, list[str]] = {}
+        self._refused: dict[str, list[str]] = {}  # why targets cannot be adapted, and which
         self._parts = hosts.parts_of(model)
         config = self.peft_config[adapter_name]
         # Before PEFT makes a list of names of "all-linear".
