@@ -29,11 +29,8 @@ class ImageGenerationMixin(GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": images}
         # What a model drafts for another comes without the images, which the other has seen.
         drafts = getattr(kwargs.get("generation_config"), "is_assistant", None)
-        if (
-            self.config.vision_config is not None
-            and not drafts
-            and all(kwargs.get(name) is None for name in IMAGE_INPUTS)
-        ):
+        text_alone = all(kwargs.get(name) is None for name in IMAGE_INPUTS)
+        if self.config.vision_config is not None and not drafts and text_alone:
             cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
             miss_images(self.config, kwargs.get("input_ids", inputs), cache, refuse=True)
         return super().generate(inputs, **kwargs)

@@ -275,9 +275,8 @@ def check_mask_and_positions(
     batch, positions = tokens.shape[:2]
     seen = cache.get_seq_length() if cache is not None and not torch.compiler.is_compiling() else 0
     length = positions + seen if isinstance(seen, int) else None
-    if isinstance(attention_mask, torch.Tensor):
-        if attention_mask.dim() == 2:
-            _check_2d_mask(attention_mask, batch, length)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        _check_2d_mask(attention_mask, batch, length)
     if position_ids is not None:
         # Those of several dimensions, as of images, are fractions in some hosts.
         given_positions = isinstance(position_ids, torch.Tensor) and position_ids.dim() >= 1

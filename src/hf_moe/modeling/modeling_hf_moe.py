@@ -5,6 +5,7 @@ head. All that the host does (towers, connectors, positions, masks, generation) 
 MoE layers, the routing context and the objectives.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -373,21 +374,15 @@ def add_objectives(model: Any, args: tuple, kwargs: dict[str, Any], output: Any)
     model.count(context, output)
 
 
-_HOSTED: dict[tuple[type, type], type] = {}
-
-
 def hosted_class(base: Any, host: Any) -> Any:
     """Return the class of a host's models with MoE layers: `base` before the host's own class.
 
     It has the name of `base`, and a `forward` with the arguments of the host's and those of the routing.
     """
-    if hasattr(base, "hf_moe_host"):
-        return base
-    if (base, host) not in _HOSTED:
-        _HOSTED[base, host] = _make_hosted_class(base, host)
-    return _HOSTED[base, host]
+    return base if hasattr(base, "hf_moe_host") else _make_hosted_class(base, host)
 
 
+@functools.cache
 def _make_hosted_class(base: Any, host: Any) -> Any:
     signature = inspect.signature(host.forward)
     given = list(signature.parameters.values())

@@ -36,12 +36,7 @@ class ComposedModelOutput(MoeModelOutput):
 
 @dataclass
 class ComposedCausalLMOutput(MoeCausalLMOutput):
-    """
-    Output of a composed model.
-
-    Args:
-        image_hidden_states (`list[torch.Tensor]`, *optional*): the connected features of every image, (P', d) each.
-    """
+    """Output of a composed model, with `image_hidden_states` as in [`ComposedModelOutput`]."""
 
     image_hidden_states: list[torch.Tensor] | None = None
 

@@ -43,39 +43,20 @@ def register(kind: str, name: str) -> Callable[[type], type]:
     return decorate
 
 
-def register_router(name: str) -> Callable[[type], type]:
-    """Register a `Router` under `name`."""
-    return register("router", name)
+def _registrar(kind: str) -> Callable[[str], Callable[[type], type]]:
+    # A function of this file, by whose module a bundle finds what travels.
+    return lambda name: register(kind, name)
 
 
-def register_experts(name: str) -> Callable[[type], type]:
-    """Register a kind of `Experts` under `name`."""
-    return register("experts", name)
-
-
-def register_block(name: str) -> Callable[[type], type]:
-    """Register a `Block`, which takes the place of a feed-forward, under `name`."""
-    return register("block", name)
-
-
-def register_attention(name: str) -> Callable[[type], type]:
-    """Register what mixes experts within an attention under `name`."""
-    return register("attention", name)
-
-
-def register_layer(name: str) -> Callable[[type], type]:
-    """Register what surrounds or changes a whole layer of a host under `name`."""
-    return register("layer", name)
-
-
-def register_objective(name: str) -> Callable[[type], type]:
-    """Register an `Objective` under `name`."""
-    return register("objective", name)
-
-
-def register_connector(name: str) -> Callable[[type], type]:
-    """Register a `Connector` under `name`."""
-    return register("connector", name)
+# Each takes a name, and returns a decorator: of a `Router`, a kind of `Experts`, a `Block` in the place of a
+# feed-forward, what mixes experts within an attention, what changes a whole layer, an `Objective`, a `Connector`.
+register_router = _registrar("router")
+register_experts = _registrar("experts")
+register_block = _registrar("block")
+register_attention = _registrar("attention")
+register_layer = _registrar("layer")
+register_objective = _registrar("objective")
+register_connector = _registrar("connector")
 
 
 def registered(kind: str) -> dict[str, type]:

@@ -1,11 +1,13 @@
-"""What stands in the place of a module of the host, other than a feed-forward."""
+"""What stands in the place of a module of the host, other than a feed-forward.
 
-from typing import Any, Protocol
+A mechanism of the kind `attention` or `layer` is a class whose constructor, `(spec, parts, layer, **options)`, changes
+a layer of the host in place. It puts a [`Replacement`] where it takes a projection or a norm away, so that the host's
+attention, positions and cache stay its own. `parts` makes routers and experts, as the config names them; MoE layers
+are in the places of the feed-forwards already.
+"""
 
 from torch import nn
 
-from .block import Parts
-from .layer_spec import MoELayerSpec
 from .routing import Router
 
 
@@ -29,18 +31,3 @@ class Replacement(nn.Module):
 
     def initialize(self, std: float) -> None:
         """Initialise the module's own parameters; those of its parts are initialised by themselves."""
-
-
-class LayerChange(Protocol):
-    """A mechanism of the kind `attention` or `layer`: its constructor changes a layer of the host in place.
-
-    It puts a [`Replacement`] where it takes a projection or a norm away, so that the host's attention, positions and
-    cache stay its own. Options are keyword arguments.
-
-    Args:
-        spec (`MoELayerSpec`): facts of the place.
-        parts (`Parts`): makes routers and experts, as the config names them.
-        layer (`nn.Module`): the host's layer; the MoE layers are in place of its feed-forwards.
-    """
-
-    def __init__(self, spec: MoELayerSpec, parts: Parts, layer: nn.Module, **options: Any): ...

@@ -15,13 +15,7 @@ class SharedExperts(nn.Module):
     over its gated `unit`, which is clamped where theirs is.
     """
 
-    def __init__(
-        self,
-        spec: MoELayerSpec,
-        intermediate_size: int,
-        gate: bool,
-        unit: ClampedUnit,
-    ):
+    def __init__(self, spec: MoELayerSpec, intermediate_size: int, gate: bool, unit: ClampedUnit):
         super().__init__()
         if spec.gated:
             self.gate_proj = nn.Linear(spec.hidden_size, intermediate_size, bias=spec.bias)

@@ -34,7 +34,7 @@ class AttentionHeads:
     """Routed query heads over one key and value head.
 
     Args:
-        spec, parts, layer: see [`LayerChange`]; the router is that of the `moe_config`.
+        spec, parts, layer: see `replacement.py`; the router is that of the `moe_config`.
         num_experts (`int`, *optional*, defaults to 16): E, the heads to choose from.
 
     Raises:

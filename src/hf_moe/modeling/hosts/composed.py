@@ -73,12 +73,6 @@ class ComposedModel(ComposedPreTrainedModel):
         self.cache_argument = cache_argument(type(self.language_model))
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -186,22 +180,6 @@ class ComposedForConditionalGeneration(ComposedPreTrainedModel, ImageGenerationM
         name = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
-
-    @property
-    def base_model(self) -> ComposedModel:
-        return self.model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
         return self.model.get_image_features(*args, **kwargs)

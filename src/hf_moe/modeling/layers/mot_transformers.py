@@ -30,7 +30,7 @@ class MixtureOfTransformers:
     """Unties the projections and norms of a layer by modality.
 
     Args:
-        spec, parts, layer: see [`LayerChange`].
+        spec, parts, layer: see `replacement.py`.
         modalities (`list[str]`, *optional*, defaults to `["text", "image"]`): those with weights of their own. Video
             shares those of images unless it is named; any other modality those of text.
         untie (`list[str]`, *optional*, defaults to all): which weights, of `"ffn"`, `"attention"` and `"norm"`.

@@ -142,7 +142,12 @@ class AnyExpertsRouter(BiasBalancedRouter):
             # A target at an end could not be trained.
             min_slots = 2 if self.target_slots > 2 else 1
         self.min_slots = min_slots
-        self._check_slots()
+        if not 1 <= min_slots <= self.max_slots <= spec.num_experts:
+            raise ValueError(
+                f"Layer {spec.layer_idx}: min_slots={min_slots} and max_slots={self.max_slots} must satisfy 1 <= "
+                f"min_slots <= max_slots <= num_experts={spec.num_experts}."
+            )
+        self.check_budget(self.target_slots)
         if target_slots is None and self.target_is_an_end():
             raise ValueError(
                 f"Layer {spec.layer_idx}: num_experts_per_tok={spec.num_experts_per_tok}, the slot target where "
@@ -184,15 +189,6 @@ class AnyExpertsRouter(BiasBalancedRouter):
             self.virtual_weight = nn.Parameter(torch.empty(self.num_virtual, spec.hidden_size))
             self.virtual_bias = nn.Parameter(torch.empty(self.num_virtual))
             self.gamma = nn.Parameter(torch.empty(1))
-
-    def _check_slots(self) -> None:
-        spec, low, high = self.spec, self.min_slots, self.max_slots
-        if not 1 <= low <= high <= spec.num_experts:
-            raise ValueError(
-                f"Layer {spec.layer_idx}: min_slots={low} and max_slots={high} must satisfy 1 <= min_slots <= "
-                f"max_slots <= num_experts={spec.num_experts}."
-            )
-        self.check_budget(self.target_slots)
 
     def target_is_an_end(self) -> bool:
         """Whether all tokens get the same number of slots although more and fewer are allowed."""

@@ -24,7 +24,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt
 from ..decisions import Decision, ExpertAssignment
-from ..gating import apply_overrides, check_slots, gate_logits, renormalise, router_scores, select_experts
+from ..gating import assign, check_slots, gate_logits
 from ..layer_spec import MoELayerSpec
 from ..pooling import PooledRouter
 from ..registry import register_router
@@ -85,13 +85,7 @@ class SequenceRouter(PooledRouter):
         logits, known = self.pool(gate_logits(directions, self.weight), context)  # (T, E)
         if self.centred:
             logits = logits - gate_logits(self.mean[None], self.weight)
-        logits = apply_overrides(logits, self.spec, context)
-        scores, probs = router_scores(logits, "softmax")
-        limits = None if context.overrides is None else logits
-        index, weight = select_experts(scores, limits, self.spec)  # (T, K) both
-        weight = renormalise(weight) if self.norm_topk_prob else weight
-        decision = ExpertAssignment(index, weight, self.spec.num_experts, router_logits=logits, router_probs=probs)
-        return decision.drop(~known)
+        return assign(logits, self.spec, context, norm=self.norm_topk_prob, masked=False).drop(~known)
 
     def _leave_pooled(self, directions: torch.Tensor, context: RoutingContext) -> None:
         """Leave the sum of the samples' pooled states and their number, (d + 1,), for the end of the forward."""
