@@ -174,7 +174,8 @@ def _enter(backbone: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
     if context is None:
         context = kwargs.get("routing_context")
         if context is None:
-            inputs = {**dict(zip(positional, args, strict=False)), **kwargs}
+            # The composed host takes its cache by position too, after the others.
+            inputs = {**dict(zip((*positional, "past_key_values"), args, strict=False)), **kwargs}
             context = build_context(backbone, inputs, progress=1.0)
         open_call(backbone, context)
     if context.opened_by is backbone:
