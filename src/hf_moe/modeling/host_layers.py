@@ -2,11 +2,12 @@
 
 import inspect
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class FfnLayout:
         down: the projection back.
         gate: the gate's projection, if it has one of its own.
         fused: whether `up` holds gate and up.
-        transposed: whether weights are stored (in, out), as GPT-2's `Conv1D` does.
+        transposed: whether weights are stored (in, out), as GPT-2's `Conv1D` does; read from the feed-forward.
     """
 
     up: str
@@ -38,7 +39,7 @@ LAYOUTS = (
     FfnLayout(up="linear_1", down="linear_2"),
     FfnLayout(up="0", down="1"),
     FfnLayout(up="0", down="2"),
-    FfnLayout(up="c_fc", down="c_proj", transposed=True),
+    FfnLayout(up="c_fc", down="c_proj"),
     FfnLayout(gate="w1", up="w3", down="w2"),
 )
 
@@ -140,6 +141,7 @@ def read_ffn(ffn: nn.Module) -> HostFfn:
                 if extra
                 else f"{name} cannot become a MoE layer: only some of its projections {projections} have a bias."
             )
+        layout = replace(layout, transposed=isinstance(getattr(ffn, layout.up), Conv1D))
         in_dim = 0 if layout.transposed else 1
         up, down = (getattr(ffn, item).weight.shape for item in (layout.up, layout.down))
         activations = (ACTIVATION_CLASSES.get(type(child)) for child in ffn.children())
