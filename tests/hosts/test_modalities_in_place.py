@@ -29,7 +29,7 @@ WITH_PLACEHOLDERS = [name for name in SEEING_OR_HEARING if name != "idefics"]
 OWN_ROUTERS = ["ernie4_5_vl_moe", "llama4"]
 WITH_GATES = [name for name in WITH_PLACEHOLDERS if name not in OWN_ROUTERS]
 # Its positions are absolute, and a call that names none counts the padding.
-COUNTS_PADDING = ["gpt2"]
+COUNTS_PADDING = ["gpt2", "gpt_bigcode"]
 TYPE_IDS = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids")
 GENERATE = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": SPECIAL}
 

@@ -10,6 +10,13 @@ def text(class_name: str, model_type: str, **fields) -> NativeHost:
     return NativeHost(class_name, decoder(model_type, **fields), rows=ROWS)
 
 
+def gpt(host_class: str, model_type: str) -> NativeHost:
+    """Return a host whose config has the names of GPT-2's; GPT-2 stores its matrices the other way round."""
+    sizes = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 512}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return NativeHost(host_class, {"model_type": model_type, **sizes, **special}, rows=ROWS)
+
+
 HOSTS = {
     "llama": text("LlamaForCausalLM", "llama"),
     "gemma2": text(
@@ -25,22 +32,8 @@ HOSTS = {
     ),
     "cohere": text("CohereForCausalLM", "cohere", logit_scale=0.25),
     "gpt_neox": text("GPTNeoXForCausalLM", "gpt_neox", use_parallel_residual=True),
-    "gpt2": NativeHost(
-        "GPT2LMHeadModel",
-        {
-            "model_type": "gpt2",
-            "vocab_size": 128,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_inner": 48,
-            "n_positions": 512,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        rows=ROWS,
-    ),
+    "gpt2": gpt("GPT2LMHeadModel", "gpt2"),
+    "gpt_bigcode": gpt("GPTBigCodeForCausalLM", "gpt_bigcode"),
     "qwen3": text("Qwen3ForCausalLM", "qwen3"),
     "phi3": text("Phi3ForCausalLM", "phi3"),
 }
