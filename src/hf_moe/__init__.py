@@ -3,7 +3,7 @@
 Importing the package stays light; the model classes load on first use.
 """
 
-import importlib
+import importlib.util
 from typing import Any
 
 from .configuration import HfMoeConfig, MoeConfig
@@ -29,6 +29,7 @@ _LAZY = {
     "SharedPart": "modeling.routing",
     "SlotMixture": "modeling.decisions",
     "list_systems": "configuration.systems",
+    "register": "hub.registration",
     "register_attention": "modeling.registry",
     "register_block": "modeling.registry",
     "register_connector": "modeling.registry",
@@ -38,7 +39,7 @@ _LAZY = {
     "register_router": "modeling.registry",
 }
 
-__all__ = ["HfMoeConfig", "MoeConfig", "__version__", "from_system", "list_mechanisms", "register", *_LAZY]
+__all__ = ["HfMoeConfig", "MoeConfig", "__version__", "from_system", "list_mechanisms", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
@@ -95,36 +96,17 @@ def from_system(key: str, *, host: Any = None, variant: str | None = None, **opt
     return from_host(host, system=key, **options)
 
 
-def register() -> None:
-    """Make the installed classes win over those a checkpoint carries, for every Auto class; safe to call again."""
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForMultimodalLM,
-        AutoProcessor,
-    )
-
-    from .configuration.configuration_hf_moe import hosted_config_class, on_config_class
-    from .modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-    from .modeling.processing_hf_moe import HfMoeProcessor
-
-    def register_hosted(config_class: type) -> None:
-        for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-            auto_class.register(config_class, HfMoeForConditionalGeneration, exist_ok=True)
-
-    AutoConfig.register(HfMoeConfig.model_type, HfMoeConfig, exist_ok=True)
-    # The processors of other hosts are Transformers' own.
-    AutoProcessor.register(hosted_config_class(HfMoeConfig, None), HfMoeProcessor, exist_ok=True)
-    on_config_class(register_hosted)
-
-
 def _from_host(host: Any, **options: Any) -> Any:
     from .construction.in_place import from_host
 
     return from_host(host, **options)
 
 
+def _announce_adapters() -> None:
+    if importlib.util.find_spec("peft") is not None:  # else Transformers says that it is missing
+        from . import adapters  # noqa: F401
+
+
 _install_bundle()
+_PACKAGE.announce_adapters = _announce_adapters
 _PACKAGE.from_host = _from_host

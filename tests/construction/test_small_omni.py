@@ -9,7 +9,8 @@ from transformers import AutoProcessor, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from hf_moe.construction import pretrained, small_omni
-from hf_moe.construction.pretrained import host_processor, load_host, packaged_file
+from hf_moe.construction.packaged import packaged_file
+from hf_moe.construction.pretrained import host_processor, load_host
 from hf_moe.construction.small_omni import (
     small_omni_config,
     small_omni_processor,

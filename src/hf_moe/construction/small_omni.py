@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ..data.speech_and_sight import DIRECTIONS, QUESTIONS, SPOKEN_DIGITS
-from .pretrained import packaged_file
+from .packaged import packaged_file
 from .tokenizer import learn_words
 
 

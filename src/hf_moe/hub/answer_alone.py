@@ -29,7 +29,7 @@ class Blocked(importlib.abc.MetaPathFinder):
 
 def main(folder: str, inputs_file: str, answer_file: str, *options: str) -> int:
     if "--installed" in options:
-        from hf_moe import register
+        from hf_moe.hub.registration import register
 
         register()
     else:

@@ -1,6 +1,5 @@
 """The base of the model's classes: initialisation, loading and saving."""
 
-import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,12 +70,8 @@ class HfMoePreTrainedModel(MechanismInitialisation, PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # LoRA experts are a PEFT method of the package, which PEFT knows once it is imported; no model needs it.
-        try:
-            importlib.import_module("hf_moe.adapters")
-        except ModuleNotFoundError as error:
-            if error.name not in ("hf_moe", "hf_moe.adapters", "peft"):
-                raise
+        if PACKAGE.announce_adapters is not None:
+            PACKAGE.announce_adapters()
         try:
             loaded = super().load_adapter(peft_model_id, *args, **kwargs)
         except SafetensorError as error:

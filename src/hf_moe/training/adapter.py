@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig, Trainer
 
 from ..adapters.index import index_of
 from ..configuration.configuration_hf_moe import HfMoeConfig
-from ..construction.pretrained import PACKAGED, load_language_model
+from ..construction.packaged import PACKAGED
+from ..construction.pretrained import load_language_model
 from ..construction.tokenizer import default_chat_template
 from ..data import FeatureCache, TextProcessor, VisionLanguageCollator, tokenize_rows
 from ..data.chat_template import AnyProcessor

@@ -25,7 +25,8 @@ from ..construction.evolution import ExpertEvolution
 from ..construction.expert_sources import build_source
 from ..construction.host_plan import plan_host
 from ..construction.materialisation import empty_model
-from ..construction.pretrained import PACKAGED, local_config
+from ..construction.packaged import PACKAGED
+from ..construction.pretrained import local_config
 from ..construction.refusals import host_class_of
 from ..data.sources import DATASETS, check_source
 from ..modeling.mechanisms import get_mechanism
