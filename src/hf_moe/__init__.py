@@ -3,7 +3,7 @@
 Importing the package stays light; the model classes load on first use.
 """
 
-import importlib.util
+import importlib
 from typing import Any
 
 from .configuration import HfMoeConfig, MoeConfig
@@ -102,11 +102,5 @@ def _from_host(host: Any, **options: Any) -> Any:
     return from_host(host, **options)
 
 
-def _announce_adapters() -> None:
-    if importlib.util.find_spec("peft") is not None:  # else Transformers says that it is missing
-        from . import adapters  # noqa: F401
-
-
 _install_bundle()
-_PACKAGE.announce_adapters = _announce_adapters
 _PACKAGE.from_host = _from_host

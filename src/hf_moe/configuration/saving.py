@@ -22,13 +22,11 @@ class Package:
         before_save: called as `before_save(saved_object, folder)` before a config or a processor is written, so that a
             refused save leaves the old checkpoint whole; what it returns is called afterwards.
         push: called as `push(model, repo_id, **options)` in place of Transformers' own upload of a model.
-        announce_adapters: called before an adapter is loaded, so that PEFT knows LoRA experts.
         from_host: called as `from_host(host, **options)` to turn a model of Transformers into a MoE.
     """
 
     before_save: Callable[[Any, str], Callable[[], None]] | None = None
     push: Callable[..., Any] | None = None
-    announce_adapters: Callable[[], None] | None = None
     from_host: Callable[..., Any] | None = None
 
 

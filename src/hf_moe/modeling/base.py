@@ -1,11 +1,13 @@
 """The base of the model's classes: initialisation, loading and saving."""
 
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.saving import PACKAGE
@@ -19,6 +21,10 @@ from .loading import (
     damaged_weights,
     refuse_edited_code,
 )
+
+
+# The group of entry points under which a package names a module that registers methods with PEFT.
+PEFT_METHODS = "hf_moe.peft_methods"
 
 
 class HfMoePreTrainedModel(MechanismInitialisation, PreTrainedModel):
@@ -70,8 +76,10 @@ class HfMoePreTrainedModel(MechanismInitialisation, PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if PACKAGE.announce_adapters is not None:
-            PACKAGE.announce_adapters()
+        if is_peft_available():
+            # PEFT knows the methods of other packages, such as LoRA experts, only once they are imported.
+            for method in entry_points(group=PEFT_METHODS):
+                method.load()
         try:
             loaded = super().load_adapter(peft_model_id, *args, **kwargs)
         except SafetensorError as error:
