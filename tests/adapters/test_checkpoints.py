@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -224,9 +225,7 @@ def test_a_broken_dependency_is_no_missing_package(own_model, own_adapter, monke
     model.load_adapter(own_adapter)
     model = own_model()
 
-    def broken(name):
-        raise ImportError("cannot import name 'x' from 'peft'")
-
-    monkeypatch.setattr("hf_moe.modeling.base.importlib.import_module", broken)
-    with pytest.raises(ImportError, match="cannot import name"):
+    broken = EntryPoint("broken", "peft:missing", "hf_moe.peft_methods")
+    monkeypatch.setattr("hf_moe.modeling.base.entry_points", lambda group: [broken])
+    with pytest.raises(AttributeError, match="missing"):
         model.load_adapter(own_adapter)

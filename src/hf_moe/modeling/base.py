@@ -7,7 +7,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.saving import PACKAGE
@@ -76,10 +75,13 @@ class HfMoePreTrainedModel(MechanismInitialisation, PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if is_peft_available():
-            # PEFT knows the methods of other packages, such as LoRA experts, only once they are imported.
-            for method in entry_points(group=PEFT_METHODS):
+        # PEFT knows the methods of other packages, such as LoRA experts, only once they are imported.
+        for method in entry_points(group=PEFT_METHODS):
+            try:
                 method.load()
+            except ModuleNotFoundError as error:  # the package is gone, or PEFT is, which Transformers says best
+                if error.name not in (method.module, method.module.partition(".")[0], "peft"):
+                    raise
         try:
             loaded = super().load_adapter(peft_model_id, *args, **kwargs)
         except SafetensorError as error:
