@@ -35,7 +35,7 @@ from hf_moe.modeling.block import Block
 from hf_moe.training.parts import train_only
 from hf_moe.training.recipe import Recipe, load_recipe
 from hf_moe.training.run import collect_routing, run_recipe
-from hf_moe.training.stages import image_features
+from hf_moe.training.stages import kept_features
 
 
 RECIPE = "evomoe_easyvqa"
@@ -150,7 +150,7 @@ def load_run(recipe: Recipe, folder: Path) -> tuple[HfMoeForConditionalGeneratio
     model = HfMoeForConditionalGeneration.from_pretrained(folder / "checkpoint").eval()
     processor = HfMoeProcessor.from_pretrained(folder / "checkpoint", trust_remote_code=False)
     rows = {part: load_rows(recipe.data[part], split) for part, split in {"train": "train", "eval": "test"}.items()}
-    features = image_features(model, processor, rows, [], folder)
+    features = kept_features(recipe, model, processor, rows, [], folder)
     return model, VisionLanguageCollator(processor, feature_cache=features), rows["eval"]
 
 
