@@ -1,7 +1,7 @@
 """The scripts that a user copies, through their command lines, on small models and rows made on the spot."""
 
 import json
-import runpy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.hosts.processors import HOSTS
+from helpers.hub.checkpoints import hub_settings
 from helpers.hub.server import running_hub
 from peft import PeftModel
 from PIL import Image
@@ -32,9 +33,17 @@ TRAINER = (
 )
 
 
-def run_script(name: str, monkeypatch, output: Path, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments), "--output_dir", str(output), *TRAINER.split()])
-    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+def run_script(name: str, output: Path, *arguments: object, hub=None) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own: it registers classes for all that is loaded after it."""
+    command = [sys.executable, SCRIPTS / name, *arguments, "--output_dir", output, *TRAINER.split()]
+    settings = {} if hub is None else hub_settings(hub.url, output.parent / "home")
+    environment = {**os.environ, **settings}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+
+
+def assert_runs(*arguments: object, hub=None) -> None:
+    done = run_script(*arguments, hub=hub)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -82,36 +91,27 @@ def moved_parts(model, before) -> set[str]:
     return {part_of(name, parts) for name in changed}
 
 
-def test_a_host_becomes_a_moe_is_pushed_and_trained_further(host_folder, rows_folder, tmp_path, monkeypatch):
+def test_a_host_becomes_a_moe_is_pushed_and_trained_further(host_folder, rows_folder, tmp_path):
     output = tmp_path / "moe"
     with running_hub(tmp_path) as hub:
         model = ["--model_name_or_path", host_folder, "--system", "moiie", "--moe_config", '{"num_experts": 4}']
         push = ["--trainable", "routers", "experts", "--eval_strategy", "steps", "--eval_steps", 2, "--push_to_hub"]
-        run_script(
-            "finetune.py",
-            monkeypatch,
-            output,
-            *model,
-            "--dataset_name",
-            rows_folder,
-            *push,
-            "--hub_model_id",
-            "owner/moe",
-        )
+        push += ["--hub_model_id", "owner/moe"]
+        assert_runs("finetune.py", output, *model, "--dataset_name", rows_folder, *push, hub=hub)
         assert {"README.md", "router_moiie.py", "model.safetensors"} <= set(hub.files("owner/moe"))
     trained = HfMoeForConditionalGeneration.from_pretrained(output)
     logs = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_loss" in entry for entry in logs) and any("objective/load_balance" in entry for entry in logs)
     further = tmp_path / "further"
     rows = ["--dataset_name", rows_folder / "train.jsonl", "--trainable", "routers"]
-    run_script("finetune.py", monkeypatch, further, "--model_name_or_path", output, *rows)
+    assert_runs("finetune.py", further, "--model_name_or_path", output, *rows)
     before = dict(trained.named_parameters())
     assert moved_parts(HfMoeForConditionalGeneration.from_pretrained(further), before) == {"routers"}
 
 
-def test_a_decoder_and_a_tower_are_put_together_and_trained(parts, rows_folder, tmp_path, monkeypatch):
+def test_a_decoder_and_a_tower_are_put_together_and_trained(parts, rows_folder, tmp_path):
     moe = ["--moe_config", '{"num_experts": 3, "num_experts_per_tok": 2}', "--dataset_name", rows_folder]
-    run_script("finetune.py", monkeypatch, tmp_path, *parts, *moe)
+    assert_runs("finetune.py", tmp_path, *parts, *moe)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
     assert model.config.moe_config.num_experts == 3
 
@@ -119,12 +119,12 @@ def test_a_decoder_and_a_tower_are_put_together_and_trained(parts, rows_folder, 
 @pytest.mark.parametrize(
     "arguments", [[], ["--model_name_or_path", "a", "--language_model", "b"]], ids=["none", "both"]
 )
-def test_one_source_of_a_model_is_asked_for(arguments, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="one of --model_name_or_path and --language_model"):
-        run_script("finetune.py", monkeypatch, tmp_path, *arguments, "--dataset_name", "easy_vqa")
+def test_one_source_of_a_model_is_asked_for(arguments, tmp_path):
+    done = run_script("finetune.py", tmp_path, *arguments, "--dataset_name", "easy_vqa")
+    assert "one of --model_name_or_path and --language_model" in done.stderr
 
 
-def test_lora_experts_on_a_base_of_the_hub_are_pushed(rows_folder, tmp_path, monkeypatch):
+def test_lora_experts_on_a_base_of_the_hub_are_pushed(rows_folder, tmp_path):
     output = tmp_path / "experts"
     with running_hub(tmp_path) as hub:
         host = HOSTS["llava"]()
@@ -134,9 +134,7 @@ def test_lora_experts_on_a_base_of_the_hub_are_pushed(rows_folder, tmp_path, mon
         system = ["--system", "octavius", "--adapter_config", '{"r": 2, "router": {"end_token_id": 256}}']
         data = ["--dataset_name", rows_folder, "--eval_strategy", "steps", "--eval_steps", 2]
         push = ["--push_to_hub", "--hub_model_id", "owner/experts"]
-        run_script(
-            "finetune_lora.py", monkeypatch, output, "--model_name_or_path", "owner/base", *system, *data, *push
-        )
+        assert_runs("finetune_lora.py", output, "--model_name_or_path", "owner/base", *system, *data, *push, hub=hub)
         pushed = hub.files("owner/experts")
     assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "owner/base"
     model = PeftModel.from_pretrained(base, output)
@@ -145,12 +143,12 @@ def test_lora_experts_on_a_base_of_the_hub_are_pushed(rows_folder, tmp_path, mon
     assert trained and any(tensor.abs().sum() > 0 for tensor in trained)
 
 
-def test_fields_of_experts_come_from_the_command_line(parts, tmp_path, monkeypatch):
+def test_fields_of_experts_come_from_the_command_line(parts, tmp_path):
     rows = [{"question": "what colour ?", "answer": "red", "task_ids": task} for task in (0, 1, 0, 1)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     fields = {"target_modules": ["q_proj"], "num_experts": 2, "router": {"name": "condition", "condition": "task"}}
     given = ["--adapter_config", json.dumps(fields), "--dataset_name", tmp_path / "rows.jsonl"]
-    run_script("finetune_lora.py", monkeypatch, tmp_path / "experts", "--model_name_or_path", parts[1], *given)
+    assert_runs("finetune_lora.py", tmp_path / "experts", "--model_name_or_path", parts[1], *given)
     assert MoeLoraConfig.from_pretrained(tmp_path / "experts").num_experts == 2
 
 

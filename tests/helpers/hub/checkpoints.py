@@ -81,9 +81,9 @@ def open_without_package(folders: list[Path], modules_cache: Path, python: str =
     return {Path(folder).name: found for folder, found in json.loads(last_line(opening)).items()}
 
 
-def start_with_hub(program: str, argument, endpoint: str, home: Path, **options) -> subprocess.Popen:
-    """Start a program with the Hub at `endpoint`, everything cached in `home`."""
-    settings = {
+def hub_settings(endpoint: str, home: Path) -> dict[str, str]:
+    """Return the environment of a process that works with the Hub at `endpoint` and caches everything in `home`."""
+    return {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_TOKEN": OWNER_TOKEN,
@@ -91,4 +91,8 @@ def start_with_hub(program: str, argument, endpoint: str, home: Path, **options)
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "0",
     }
-    return start(f"hub.{program}", argument, **{**settings, **options})
+
+
+def start_with_hub(program: str, argument, endpoint: str, home: Path, **options) -> subprocess.Popen:
+    """Start a program with the Hub at `endpoint`, everything cached in `home`."""
+    return start(f"hub.{program}", argument, **{**hub_settings(endpoint, home), **options})
