@@ -4,7 +4,6 @@
 """
 
 import argparse
-import importlib
 import inspect
 import json
 import sys
@@ -111,12 +110,19 @@ def page(record: SystemRecord) -> str:
 
 def mechanism_class(kind: str, name: str) -> type:
     """Return the class of a mechanism, also of those that adapters alone can run."""
+    # Imported where they are asked for: PEFT takes seconds, and an environment may not have it.
     if kind == SOURCE:
-        return importlib.import_module("hf_moe.construction.expert_sources").source_class(name)
+        from .construction.expert_sources import source_class
+
+        return source_class(name)
     if kind == ADAPTER_EXPERTS:
-        return importlib.import_module("hf_moe.adapters.experts").EXPERT_KINDS[name]
+        from .adapters.experts import EXPERT_KINDS
+
+        return EXPERT_KINDS[name]
     if (kind, name) == HOST_ROUTER:
-        return importlib.import_module("hf_moe.adapters.host_router").HostRouter
+        from .adapters.host_router import HostRouter
+
+        return HostRouter
     return get_mechanism(kind, name)
 
 

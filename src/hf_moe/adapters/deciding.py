@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..modeling.decisions import Decision, SlotMixture
+from ..modeling.decisions import Decision, ExpertAssignment, SlotMixture
 from ..modeling.layer_spec import Site
 from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
 from .contexts import LayerCall, are_tokens, unknown_tokens
+from .experts import ExpertKind
 from .low_rank import SharedAssignment
 
 
@@ -93,4 +94,30 @@ def check_gradient(decision: Decision, router: Router) -> None:
         raise ValueError(
             "Reentrant gradient checkpointing cuts the gradient of a router that all layers share: pass "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or set router_input='decoder_layer'."
+        )
+
+
+@torch.no_grad()
+def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | None) -> None:
+    """Refuse a router whose decisions the experts of a target cannot run, or that reads what is not known there."""
+    if "call" in router.reads or any(parameter.is_meta for parameter in router.parameters()):
+        return
+    probe = torch.zeros(1, 1, router.spec.hidden_size)
+    context = unknown_tokens(probe)
+    if tokens_known is not None and router.condition is not None:
+        return  # what it reads comes with the call
+    if tokens_known == "text":
+        context = RoutingContext.all_text(probe)
+        context.input_ids = context.modality_ids
+    decision = router(probe[0], context)
+    if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
+        return
+    if not isinstance(decision, ExpertAssignment):
+        raise ValueError(
+            f"LoRA experts need a router that assigns experts to tokens, this one returns a {type(decision).__name__}."
+        )
+    if decision.identity_weight is not None:
+        raise ValueError(
+            "LoRA experts cannot run a router with experts that return their input: the input and the output of a "
+            "linear layer differ in width. Choose another router."
         )

@@ -15,19 +15,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling.context import closing_class
-from ..modeling.decisions import ExpertAssignment, SlotMixture
 from ..modeling.initialisation import initialize_mechanisms
 from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.routing import Router
-from ..modeling.routing_context import RoutingContext
 from ..modeling.subclasses import is_made_by
 from . import hosts
 from .aliases import check_all_found, is_fused_target, is_other_norm, stacked_targets
 from .checkpoints import check_complete
 from .config import MoeLoraConfig, TargetSettings
 from .constant_routing import RoutingVaries, constant_gates
-from .contexts import unknown_tokens
-from .experts import ExpertKind
+from .deciding import check_decision_of
 from .feed_forward import adapt_feed_forwards, whole_ffn_class
 from .frozen import FrozenExperts, numbered_layers
 from .host_router import HostRouter
@@ -189,7 +186,7 @@ class MoeLoraModel(BaseTuner):
             target = new_module
         if router is not None:
             try:
-                _check_decision_of(router, target.experts[adapter_name], tokens_known)
+                check_decision_of(router, target.experts[adapter_name], tokens_known)
             except ValueError as error:
                 raise TargetRefused(str(error)) from error
             if settings.router_input != "target" and "call" not in router.reads:
@@ -344,7 +341,7 @@ class MoeLoraModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # The name stands right behind the container, also where a router or an objective has parts of its own.
+        # The name follows the container, also where a router or an objective has parts of its own.
         return re.sub(rf"(\.{cls.prefix}[^.]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
 
 
@@ -376,29 +373,3 @@ def _warn_of_unmatched(model: nn.Module, adapter_name: str, config: MoeLoraConfi
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-
-@torch.no_grad()
-def _check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | None) -> None:
-    """Refuse a router whose decisions the experts of a target cannot run, or that reads what is not known there."""
-    if "call" in router.reads or any(parameter.is_meta for parameter in router.parameters()):
-        return
-    probe = torch.zeros(1, 1, router.spec.hidden_size)
-    context = unknown_tokens(probe)
-    if tokens_known is not None and router.condition is not None:
-        return  # what it reads comes with the call
-    if tokens_known == "text":
-        context = RoutingContext.all_text(probe)
-        context.input_ids = context.modality_ids
-    decision = router(probe[0], context)
-    if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
-        return
-    if not isinstance(decision, ExpertAssignment):
-        raise ValueError(
-            f"LoRA experts need a router that assigns experts to tokens, this one returns a {type(decision).__name__}."
-        )
-    if decision.identity_weight is not None:
-        raise ValueError(
-            "LoRA experts cannot run a router with experts that return their input: the input and the output of a "
-            "linear layer differ in width. Choose another router."
-        )

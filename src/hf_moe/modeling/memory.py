@@ -84,7 +84,7 @@ class TokenMemory:
         return found
 
     def remember(self, site: Hashable, values: torch.Tensor) -> torch.Tensor:
-        """Return `values` (B, S, ...) behind what is remembered, (B, n + S, ...), which the cache keeps, detached."""
+        """Return `values` (B, S, ...) after what is remembered, (B, n + S, ...), which the cache keeps, detached."""
         past = self.past(site)
         if past is not None:
             values = torch.cat([past.to(values), values], 1)
