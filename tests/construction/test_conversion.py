@@ -138,3 +138,13 @@ def test_a_router_that_all_layers_share_brings_its_part():
     convert_router(model, "omni_router")
     assert list(model.base_model.shared_routing) == ["omni_router"]
     assert model(input_ids=torch.arange(2, 12)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("width", "kept"), [(8, True), (4, False)])
+def test_a_shared_part_is_kept_where_it_fits(width, kept):
+    moe = {"num_experts": 4, "router": {"name": "rmoe_layerwise", "router_state_dim": 8}}
+    model = HfMoeForConditionalGeneration(HfMoeConfig(text_config=LlamaConfig(**SIZES), moe_config=moe))
+    before = model.base_model.shared_routing["rmoe_layerwise"].state_weight
+    convert_router(model, "rmoe_layerwise", router_state_dim=width)
+    after = model.base_model.shared_routing["rmoe_layerwise"].state_weight
+    assert torch.equal(after, before) if kept else after.shape == (3 * width, width)

@@ -17,6 +17,7 @@ OPTIONS = {"ming_multi_router": {"modalities": ["text", "image", "audio"], "gate
 # EvoMoE's gate scores what a hypernetwork makes of a token, and the rest have no gate over hidden states of their own:
 # no row of another gate has a meaning there.
 WITHOUT_GATE = ["becotta", "condition", "constant", "evomoe_dtr", "intuition_mor1e", "modality", "omni_router"]
+WITHOUT_GATE += ["rmoe_layerwise"]
 WITH_GATE = sorted({*mechanism_names("router")} - {*WITHOUT_GATE})
 
 
@@ -36,7 +37,7 @@ def test_a_router_starts_from_the_gate_of_a_plain_one(name):
     assert torch.equal(new.gate_rows(), old.weight.expand(NUM_MODALITIES, -1, -1))
 
 
-@pytest.mark.parametrize("name", ["becotta", "evomoe_dtr", "omni_router"])
+@pytest.mark.parametrize("name", ["becotta", "evomoe_dtr", "omni_router", "rmoe_layerwise"])
 def test_a_router_without_a_plain_gate_stays_fresh(name):
     new = router_of(name)
     before = {key: value.clone() for key, value in new.state_dict().items()}

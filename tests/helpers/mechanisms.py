@@ -87,6 +87,8 @@ CASES: dict[str, dict[str, Case]] = {
         "sequence": Case(),
         "sequence-instruction": Case({"end_token_id": 7, "centred": True}),
         "omni_router": Case(),
+        "rmoe_layerwise": Case({"router_state_dim": 8}),
+        "rmoe_layerwise-rnn": Case({"router_state_dim": 8, "router_cell": "rnn"}),
         "smora": Case(),
         "soft_moe": Case(moe=NO_LOSS, place="vision"),
         "soft_moe-normalized": Case({"slots_per_expert": 2, "normalize": True}, NO_LOSS, "vision"),

@@ -59,14 +59,25 @@ def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int
                 router.start_from(old)
                 router.to(next(layer.parameters()).device).float().train(old.training)
             layer.put_routers(fresh)
-        shared = shared_parts(model)
-        if shared.keys() != model.base_model.shared_routing.keys():
-            initialize_mechanisms(shared, std)
-            model.base_model.shared_routing = shared.to(model.device)
+        put_shared_parts(model, std)
     first = next(iter(chosen.values()), {"name": name, **options})
     config: Any = model.config
     config.moe_config.router = first if all(item == first for item in chosen.values()) else chosen
     config.system = None
+
+
+def put_shared_parts(model: HfMoeForConditionalGeneration, std: float) -> None:
+    """Give a model what its routers share: the parts that it has, where they fit, and fresh ones."""
+    old, shared = model.base_model.shared_routing, shared_parts(model)
+    for name, part in shared.items():
+        initialize_mechanisms(part, std)
+        if name in old and _shapes(old[name]) == _shapes(part):
+            part.load_state_dict(old[name].state_dict())
+    model.base_model.shared_routing = shared.to(model.device).train(model.training)
+
+
+def _shapes(part: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in part.state_dict().items()}
 
 
 @torch.no_grad()
