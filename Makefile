@@ -98,6 +98,7 @@ mutation: $(TESTS)
 # Regenerates every table under benchmarks/.
 bench: $(TESTS) $(SMOLLM2)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/dispatch.py
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/routers.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/lora_experts.py
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/lora_tasks.py --seeds 3
 	$(RUN) benchmarks/easyvqa.py --recipe easyvqa_demo --seeds 3
