@@ -95,6 +95,7 @@ CASES: dict[str, dict[str, Case]] = {
         "top_k": Case(),
         "top_k-sigmoid": Case({"score_function": "sigmoid", "routed_scaling_factor": 2.0}),
         "top_k-capacity": Case({"capacity_factor": 1.0}),
+        "top_k-priority": Case({"capacity_factor": 1.0, "capacity_order": "score"}),
         "top_k-bias": Case({"score_function": "sigmoid", "bias_update_rate": 0.001, "n_group": 2, "topk_group": 1}),
     },
     "experts": {
@@ -105,6 +106,7 @@ CASES: dict[str, dict[str, Case]] = {
     "objective": {
         "condition_information": Case({"condition": "domain", "num_conditions": 3}),
         "expert_contrast": Case(moe=ONE_SLOT),
+        "global_entropy": Case({"min_experts": {"text": 4, "image": 4}}),
         "load_balance": Case(),
         "load_balance-sequence": Case({"scope": "sequence"}),
         "local_entropy": Case(),

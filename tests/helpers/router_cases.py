@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_moe.configuration.names import without_alias
+from hf_moe.modeling.auxiliary import AuxiliaryLosses
 from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
@@ -93,3 +94,32 @@ def fit(forward, parameters, batch, steps: int, lr: float = 1e-2) -> float:
 
 def moe(router: Router, experts, context: RoutingContext):
     return lambda hidden: experts(hidden, router(hidden, context))
+
+
+def make_losses(objectives: dict, spec: MoELayerSpec) -> AuxiliaryLosses:
+    """Return the objectives of a model with one MoE layer."""
+    config = SimpleNamespace(moe_config=SimpleNamespace(objectives=objectives))
+    losses = AuxiliaryLosses(config, [spec])
+    for objective in losses.by_name.values():
+        objective.initialize(0.02)
+    return losses
+
+
+def train_on(losses: AuxiliaryLosses, forward, parameters, batch, steps: int, lr: float = 1e-2) -> None:
+    """Train with Adam on auxiliary losses; every step is one batch, all of whose tokens are labels.
+
+    Args:
+        forward: returns the decision, and a loss beside the auxiliary ones, of what `batch` returns: a context and the
+            hidden states of its tokens.
+    """
+    (spec,) = next(iter(losses.by_name.values())).specs
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for _ in range(steps):
+        context, hidden = batch()
+        context.decisions[spec.site], loss = forward(hidden, context)
+        loss = loss + losses(context, context.token_mask.sum(-1)).total()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.accumulate(context)
+        losses.end_step()

@@ -14,7 +14,10 @@ ROWS, POSITIONS, EXPERTS, NULLS, LAYERS = 4, 6, 4, 2, (1, 3)
 NAMES = [
     name for name in mechanism_names("objective") if get_mechanism("objective", name).__module__.startswith("hf_moe.")
 ]
-OPTIONS = {"condition_information": {"condition": "domain", "num_conditions": 3}}
+OPTIONS = {
+    "condition_information": {"condition": "domain", "num_conditions": 3},
+    "global_entropy": {"min_experts": {"text": 4, "image": 4}},
+}
 
 
 def make_objective(name: str):
@@ -29,7 +32,9 @@ def make_call(seed: int = 0, other_padding: bool = False) -> tuple[dict, Routing
     generator = torch.Generator().manual_seed(seed)
     mask = torch.ones(ROWS, POSITIONS, dtype=torch.bool)
     mask[0, :2], mask[2, :1] = False, False
-    context = RoutingContext(mask.long() * 0, mask, condition_ids={"domain": torch.tensor([0, 1, 2, 0])})
+    modality = torch.zeros(ROWS, POSITIONS, dtype=torch.long)
+    modality[:3, 3:] = 1
+    context = RoutingContext(modality, mask, condition_ids={"domain": torch.tensor([0, 1, 2, 0])})
     padding = ~mask.flatten()
     for layer in LAYERS:
         logits = 2 * torch.randn(ROWS * POSITIONS, EXPERTS + NULLS, generator=generator)

@@ -123,6 +123,18 @@ def test_capacity_empties_the_last_positions_of_an_overfull_expert(name):
     assert (router.eval()(make_hidden(context).abs() + 0.1, context).expert_index == 0).all()
 
 
+def test_a_capacity_by_score_admits_the_highest_first():
+    spec = make_spec(num_experts_per_tok=1)
+    router = make_router("top_k", {"capacity_factor": 2.0, "capacity_order": "score"}, spec).train()
+    router.weight.data.zero_()[0, 0] = 1.0
+    context = text_context(2, 8)
+    hidden = torch.zeros(16, HIDDEN)
+    hidden[:, 0] = torch.tensor([1.0, 5, 2, 6, 3, 7, 4, 8]).repeat(2)  # all want expert 0, which has two places
+    context.token_mask[1, 7] = False
+    admitted = (router(hidden, context).expert_index < EXPERTS).view(2, 8) & context.token_mask
+    assert admitted.nonzero().tolist() == [[0, 5], [0, 7], [1, 3], [1, 5]]
+
+
 def test_capacity_does_not_count_padding():
     spec = make_spec(num_experts=4, num_experts_per_tok=1)
     router = collapsed(make_router("top_k", {"capacity_factor": 1.0}, spec)).train()

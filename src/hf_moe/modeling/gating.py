@@ -257,24 +257,32 @@ def assign(
 
 
 def limit_capacity(
-    assignment: ExpertAssignment, capacity_factor: float | None, spec: MoELayerSpec, context: RoutingContext
+    assignment: ExpertAssignment,
+    capacity_factor: float | None,
+    spec: MoELayerSpec,
+    context: RoutingContext,
+    order: str = "position",
 ) -> ExpertAssignment:
-    """Empty the slots that an expert has no room for; earlier positions go first.
+    """Empty the slots that an expert has no room for.
 
     An expert takes `ceil(capacity_factor * n * K / E)` slots of a sequence with n real tokens; `None` is dropless. The
+    first tokens in `order` go first: by `"position"`, or by the `"score"` of their best expert, highest first. The
     weights that remain keep their size, the signal `dropped` is the share of a token's slots that was emptied.
     """
     if capacity_factor is None:
         return assignment
     mask = context.token_mask.to(assignment.expert_index.device)  # (B, S)
-    slots = assignment.expert_index.view(mask.shape[0], -1)  # (B, S * K)
-    real = mask.repeat_interleave(spec.num_experts_per_tok, dim=1)
-    queued = F.one_hot(slots.masked_fill(~real, spec.num_experts), spec.num_experts + 1)  # (B, S * K, E + 1)
-    place = queued.cumsum(1).gather(2, slots[..., None]).squeeze(-1)  # from 1
+    index = assignment.expert_index.view(*mask.shape, -1).masked_fill(~mask[..., None], spec.num_experts)  # (B, S, K)
+    queue = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, S), the first token first
+    if order == "score":
+        queue = assignment.router_probs.amax(-1).view_as(mask).argsort(dim=1, descending=True, stable=True)
+    queued = index.gather(1, queue[..., None].expand_as(index)).flatten(1)  # (B, S * K)
+    place = F.one_hot(queued, spec.num_experts + 1).cumsum(1).gather(2, queued[..., None])  # from 1
+    place = place.view_as(index).gather(1, queue.argsort(dim=1)[..., None].expand_as(index))  # (B, S, K)
     # The margin keeps a product such as 1.1 * 10 from rounding up past the integer it stands for.
     share = capacity_factor * spec.num_experts_per_tok / spec.num_experts
-    capacity = (mask.sum(-1, keepdim=True) * share - 1e-4).ceil()  # (B, 1)
-    overflow = (place > capacity).view_as(assignment.expert_index) & (assignment.expert_index < spec.num_experts)
+    capacity = (mask.sum(-1) * share - 1e-4).ceil()  # (B,)
+    overflow = ((place > capacity[:, None, None]) & (index < spec.num_experts)).view_as(assignment.expert_index)
     assignment.chosen_index = assignment.expert_index
     assignment.expert_index = assignment.expert_index.masked_fill(overflow, spec.num_experts)
     assignment.expert_weight = assignment.expert_weight.masked_fill(overflow, 0.0)

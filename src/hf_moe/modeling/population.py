@@ -6,6 +6,7 @@ import torch
 from transformers import initialization as init
 
 from .decisions import Decision, ExpertAssignment
+from .gating import renormalise
 from .layer_spec import MoELayerSpec, Site, buffer_name
 from .routing import Objective
 from .routing_context import NUM_MODALITIES, RoutingContext
@@ -109,3 +110,67 @@ class PopulationObjective(StatisticObjective):
     def accumulate(self, decisions: dict[Site, Decision], context: RoutingContext) -> None:
         for site, decision in self.assignments(decisions).items():
             self.add(site, self.row_counts(decision, context).sum(0))
+
+
+class PopulationMean(StatisticObjective):
+    """Base of the losses on the mean routing distribution m_g of every group g of tokens: a penalty on the means.
+
+    m_g is that of the previous optimizer step, of the distributions over the real experts; a group that the step did
+    not hold keeps its mean of an earlier one. Every row has the value `penalty(m)`, and a token P_t in it the gradient
+    that it would have in that population:
+
+        d value / d P_t = (d penalty / d m_g) * N / (N_g * tokens of the row)        N_g of the N tokens are of group g
+
+    This is linear in the tokens, and over all rows the gradient of the penalty. Before a step has ended no group is
+    present.
+
+    Args:
+        num_groups: G: one for each modality, 1 for all tokens together, or as many as an own `group` tells apart.
+    """
+
+    def __init__(self, specs: list[MoELayerSpec], coef: float, num_groups: int = NUM_MODALITIES):
+        super().__init__(specs, coef)
+        self.num_groups = num_groups
+        # By group the sums of the probabilities and, last, the number of tokens, which may pass the 2^24 of a float32.
+        self.keep(lambda spec: torch.zeros(num_groups, spec.num_experts + 1, dtype=torch.float64))
+
+    def penalty(self, mean: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Return the loss (B,) of the means (B, G, E) of the groups that are `present` (G,); the others are 0."""
+        raise NotImplementedError(f"{type(self).__name__} must define penalty(mean, present).")
+
+    def group(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
+        """Return the group (T,) of every token."""
+        if self.num_groups == 1:
+            return torch.zeros_like(decision.expert_index[:, 0])
+        return context.tokens("modality_ids", decision.expert_index.device)
+
+    def seen(self, accumulated: torch.Tensor) -> torch.Tensor:
+        return accumulated[:, -1:] > 0
+
+    def row_sums(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
+        """Return the sums of the probabilities of every row and, last, its tokens, by group, (B, G, E + 1)."""
+        probs = renormalise(decision.router_probs[:, : decision.num_experts])  # (T, E)
+        counted = torch.cat([probs, torch.ones_like(probs[:, :1])], dim=-1)
+        counted = counted.masked_fill(~context.tokens("token_mask", probs.device)[:, None], 0.0)
+        rows, positions = context.token_mask.shape
+        row = torch.arange(rows, device=probs.device).repeat_interleave(positions)  # (T,)
+        cell = row * self.num_groups + self.group(decision, context)
+        table = counted.new_zeros(rows * self.num_groups, counted.shape[-1])
+        return table.index_add(0, cell, counted).view(rows, self.num_groups, -1)
+
+    def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
+        values = []
+        for site, decision in self.assignments(decisions).items():
+            own = self.row_sums(decision, context)  # (B, G, E + 1)
+            population = self.population(site, own.device)
+            count = population[:, -1:]  # (G, 1)
+            mean = (population[:, :-1] / count.clamp(min=1)).float()
+            weight = (count.sum() / count.clamp(min=1)).float()
+            tokens = own[..., -1].sum(-1).clamp(min=1)  # (B,)
+            moved = own[..., :-1] * weight / tokens[:, None, None]
+            values.append(self.penalty(mean + (moved - moved.detach()), count[:, 0] > 0))
+        return self.reduce_layers(values)
+
+    def accumulate(self, decisions: dict[Site, Decision], context: RoutingContext) -> None:
+        for site, decision in self.assignments(decisions).items():
+            self.add(site, self.row_sums(decision, context).detach().sum(0))

@@ -2,11 +2,10 @@
 
     L = mean over tokens of -sum_i p_i log p_i
 
-Alone it lets the router collapse: it goes with a balance loss.
+Alone it lets the router collapse: it goes with a balance loss, or with `global_entropy`.
 
 Sources: Multimodal Contrastive Learning with LIMoE: the Language-Image Mixture of Experts, arXiv:2206.02770 (its local
-loss; the global one, the entropy of the mean distribution, is none of this file's); Harder Tasks Need More Experts,
-arXiv:2403.07652 (its dynamic loss).
+loss, of text tokens: `modalities: [text]`); Harder Tasks Need More Experts, arXiv:2403.07652 (its dynamic loss).
 """
 
 import torch

@@ -7,6 +7,7 @@ The base router that every other one is measured against. With K = 1 the weight 
 renormalised weight of 1 would give the gate no gradient.
 
 - Switch Transformer: K = 1, a capacity, and a gate of small first values.
+- V-MoE and LIMoE: the capacity is filled by score, highest first.
 - DeepSeekMoE: weights as they are. The rest of that design is not the router's: `granularity` m divides the width of
   an expert, `num_shared_experts` adds the branch that every token uses, so that (E, K) becomes (m E - shared, m K -
   shared) at equal cost.
@@ -15,9 +16,9 @@ renormalised weight of 1 would give the gate no gradient.
   a token chooses among the `topk_group` best of `n_group` expert groups; a group's score is the sum of its two best
   experts, in DeepSeek-V2 it was that of the best one.
 
-Sources: GShard, arXiv:2006.16668; Switch Transformers, arXiv:2101.03961; Mixtral of Experts, arXiv:2401.04088;
-DeepSeekMoE, arXiv:2401.06066; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3 Technical Report, arXiv:2412.19437;
-Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664.
+Sources: GShard, arXiv:2006.16668; Switch Transformers, arXiv:2101.03961; V-MoE, arXiv:2106.05974; Mixtral of Experts,
+arXiv:2401.04088; DeepSeekMoE, arXiv:2401.06066; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3 Technical Report,
+arXiv:2412.19437; Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664.
 """
 
 from typing import Literal
@@ -44,9 +45,10 @@ class TopKRouter(BiasBalancedRouter):
         jitter_noise: while training, multiply the gate's input by uniform(1 - jitter_noise, 1 + jitter_noise).
         routed_scaling_factor: multiplies the weights (2.5 in DeepSeek-V3).
         capacity_factor: while training, an expert takes at most `ceil(capacity_factor * n * K / E)` slots of a
-            sequence of n tokens, earlier positions first; `None` drops nothing. Weights are renormalised before
-            slots are emptied. At inference nothing is dropped: a token's output must not depend on how many came
-            before it.
+            sequence of n tokens; `None` drops nothing. Weights are renormalised before slots are emptied. At
+            inference nothing is dropped: a token's output must not depend on how many came before it.
+        capacity_order: who goes first: `"position"`, the earlier tokens; `"score"`, those with the highest score of
+            their best expert (batch priority routing).
         bias_update_rate: step of the bias on the choice, >= 0; 0 freezes it, `None` leaves it out.
         n_group: number of expert groups (8 in DeepSeek-V3); must divide E.
         topk_group: groups that a token may choose from (4 in DeepSeek-V3).
@@ -67,6 +69,7 @@ class TopKRouter(BiasBalancedRouter):
         jitter_noise: Share = 0.0,
         routed_scaling_factor: Positive = 1.0,
         capacity_factor: Positive | None = None,
+        capacity_order: Literal["position", "score"] = "position",
         bias_update_rate: NonNegative | None = None,
         n_group: PositiveInt = 1,
         topk_group: PositiveInt = 1,
@@ -81,6 +84,7 @@ class TopKRouter(BiasBalancedRouter):
         self.jitter_noise = jitter_noise
         self.routed_scaling_factor = routed_scaling_factor
         self.capacity_factor = capacity_factor
+        self.capacity_order = capacity_order
         self.groups = (n_group, topk_group, group_score)
         self.init_scale = init_scale
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
@@ -107,4 +111,5 @@ class TopKRouter(BiasBalancedRouter):
             groups=self.groups,
             masked=False,
         )
-        return limit_capacity(assignment, self.capacity_factor if self.training else None, self.spec, context)
+        capacity_factor = self.capacity_factor if self.training else None
+        return limit_capacity(assignment, capacity_factor, self.spec, context, self.capacity_order)
