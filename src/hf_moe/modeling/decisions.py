@@ -37,6 +37,12 @@ class ExpertAssignment:
     identity_weight: torch.Tensor | None = None
     signals: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def expert_probs(self) -> torch.Tensor:
+        """`router_probs` as a distribution over the real experts alone, (T, E)."""
+        probs = self.router_probs[:, : self.num_experts]
+        return probs / probs.sum(-1, keepdim=True).clamp(min=1e-20)
+
     def drop(self, dropped: torch.Tensor) -> "ExpertAssignment":
         """Return the assignment with every slot of the `dropped` (T,) bool tokens emptied."""
         self.expert_index = self.expert_index.masked_fill(dropped[:, None], self.num_experts)

@@ -6,7 +6,6 @@ import torch
 from transformers import initialization as init
 
 from .decisions import Decision, ExpertAssignment
-from .gating import renormalise
 from .layer_spec import MoELayerSpec, Site, buffer_name
 from .routing import Objective
 from .routing_context import NUM_MODALITIES, RoutingContext
@@ -149,7 +148,7 @@ class PopulationMean(StatisticObjective):
 
     def row_sums(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
         """Return the sums of the probabilities of every row and, last, its tokens, by group, (B, G, E + 1)."""
-        probs = renormalise(decision.router_probs[:, : decision.num_experts])  # (T, E)
+        probs = decision.expert_probs  # (T, E)
         counted = torch.cat([probs, torch.ones_like(probs[:, :1])], dim=-1)
         counted = counted.masked_fill(~context.tokens("token_mask", probs.device)[:, None], 0.0)
         rows, positions = context.token_mask.shape

@@ -14,7 +14,6 @@ import torch
 
 from ...configuration.checks import PositiveInt
 from ..decisions import Decision
-from ..gating import renormalise
 from ..layer_spec import MoELayerSpec, Site
 from ..population import StatisticObjective
 from ..registry import register_objective
@@ -54,7 +53,7 @@ class ConditionInformation(StatisticObjective):
     def forward(self, decisions: dict[Site, Decision], context: RoutingContext) -> torch.Tensor:
         values = []
         for site, decision in self.assignments(decisions).items():
-            probs = renormalise(decision.router_probs[:, : decision.num_experts])  # (T, E)
+            probs = decision.expert_probs  # (T, E)
             table = self.population(site, probs.device)
             joint = table / table.sum().clamp(min=1e-20)
             independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
@@ -66,7 +65,7 @@ class ConditionInformation(StatisticObjective):
 
     def accumulate(self, decisions: dict[Site, Decision], context: RoutingContext) -> None:
         for site, decision in self.assignments(decisions).items():
-            probs = renormalise(decision.router_probs.detach()[:, : decision.num_experts])
+            probs = decision.expert_probs.detach()
             mask = context.token_mask.to(probs.device)
             per_row = probs.view(*mask.shape, -1).masked_fill(~mask[..., None], 0.0).sum(1)  # (B, E)
             table = per_row.new_zeros(self.num_conditions, decision.num_experts)

@@ -26,7 +26,6 @@ import torch
 
 from ...configuration.checks import PositiveInt
 from ..decisions import Decision, ExpertAssignment
-from ..gating import renormalise
 from ..layer_spec import MoELayerSpec, Site
 from ..population import PopulationObjective
 from ..registry import register_objective
@@ -96,7 +95,7 @@ class LoadBalance(PopulationObjective):
             counts = counts[..., :experts]  # empty slots were chosen by nobody
         share = self.shares(counts, decision, self.share_of)[..., :experts]  # (B, NUM_MODALITIES, E)
         share = self.per_token(share, decision, context)  # (T, E)
-        probs = renormalise(decision.router_probs[:, :experts])  # (T, E)
+        probs = decision.expert_probs  # (T, E)
         allowed = decision.router_logits[:, :experts] != float("-inf")  # (T, E)
         if self.expert_groups is not None:
             share, probs = (table.unflatten(-1, (self.expert_groups, -1)).sum(-1) for table in (share, probs))
