@@ -209,7 +209,7 @@ class MoeLoraConfig(PeftConfig):
         specs: list[MoELayerSpec] = []
         for key in ("", *self.rank_pattern, *self.alpha_pattern, *self.target_overrides):
             settings = self.settings(key)
-            specs.append(self.spec(len(specs), 64, settings))
+            specs.append(self.spec(len(specs), 64, settings, vocab_size=64))
             self.build_router(specs[-1], settings)
             build_kind(settings.experts, Target(key, 0, 0, settings.num_experts, settings.ranks, head_dim=1))
         if "outputs" in self.build_objectives(specs).reads:
@@ -301,10 +301,10 @@ class MoeLoraConfig(PeftConfig):
             raise ValueError(f"r={ranks} must name the rank of each of num_experts={experts} experts.")
         return TargetSettings(**fields)
 
-    def spec(self, number: int, hidden_size: int, settings: TargetSettings, causal: bool = True) -> MoELayerSpec:
+    def spec(self, number: int, hidden_size: int, settings: TargetSettings, **facts: Any) -> MoELayerSpec:
         """Return the facts of router `number`, which reads hidden states of width `hidden_size`."""
         sizes = hidden_size, settings.num_experts, settings.num_experts_per_tok, max(settings.ranks)
-        return MoELayerSpec(number, *sizes, causal=causal)
+        return MoELayerSpec(number, *sizes, **facts)
 
     def build_router(self, spec: MoELayerSpec, settings: TargetSettings) -> Router:
         """Return a router as configured; its parameters are not initialised."""

@@ -188,7 +188,8 @@ def _rebuild(model: PeftModel, adapter_name: str, sources: list[int | None], ran
     for layer in layers:
         if adapter_name in layer.moe_lora_router:
             old = layer.moe_lora_router[adapter_name]
-            spec = edited.spec(old.spec.layer_idx, old.spec.hidden_size, settings[layer], old.spec.causal)
+            facts = {"causal": old.spec.causal, "vocab_size": old.spec.vocab_size}
+            spec = edited.spec(old.spec.layer_idx, old.spec.hidden_size, settings[layer], **facts)
             routers[layer] = _edited_router(old, edited.build_router(spec, settings[layer]), sources)
     kinds = {layer: _edited_kind(layer, adapter_name, settings[layer], sources) for layer in layers}
     for layer, (kind, stacks) in kinds.items():

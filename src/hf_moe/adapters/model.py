@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modeling.context import closing_class
 from ..modeling.initialisation import initialize_mechanisms
+from ..modeling.inputs import vocabulary
 from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.routing import Router
 from ..modeling.subclasses import is_made_by
@@ -238,7 +239,8 @@ class MoeLoraModel(BaseTuner):
                 "padding must not count: leave the objectives out."
             )
         bidirectional = hosts.is_bidirectional(layer)
-        spec = config.spec(len(self._specs), width, settings, causal=not bidirectional)
+        vocab_size = vocabulary(self.model.config) if tokens_known == "text" else None
+        spec = config.spec(len(self._specs), width, settings, causal=not bidirectional, vocab_size=vocab_size)
         self._specs.append(spec)
         router = config.build_router(spec, settings)
         initialize_mechanisms(router, INIT_STD)

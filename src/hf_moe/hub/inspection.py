@@ -21,6 +21,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 
 from ..configuration.layer_maps import at_layer
 from ..configuration.reading import is_path, read_text
+from ..modeling.inputs import vocabulary
 from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.parts import HostParts, host_parts
@@ -189,6 +190,7 @@ def _router(config: Any, shapes: Shapes, parts: HostParts, layer: int) -> Router
         num_experts_per_tok=at_layer(moe.num_experts_per_tok, layer),
         expert_intermediate_size=width,
         banks=tuple((bank, fields["num_experts"], width) for bank, fields in banks.items()),
+        vocab_size=vocabulary(config),
     )
     with torch.device("meta"):
         return build("router", get_mechanism("router", name), options, spec)

@@ -212,4 +212,6 @@ def _hand_down(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         given = (kwargs.get("attention_mask"), kwargs.get("position_ids"), cache, decoder.max_positions)
         check_mask_and_positions(tokens, *given)
+    embeddings = kwargs.get("inputs_embeds")
+    context.embeddings = None if embeddings is None else embeddings.detach()
     return args, {**kwargs, "routing_context": context}

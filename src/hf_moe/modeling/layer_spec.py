@@ -26,6 +26,7 @@ class MoELayerSpec:
         part: which of several decisions in the layer, such as `"attention"` or `"step1"`.
         place: the part of the model outside of the decoder, such as `"vision"` or `"connector"`.
         causal: whether a token may depend on earlier tokens alone; patches of a tower see each other.
+        vocab_size: how many token ids there are; `None` where tokens have none, as in towers.
     """
 
     layer_idx: int
@@ -42,6 +43,7 @@ class MoELayerSpec:
     part: str = ""
     place: str = ""
     causal: bool = True
+    vocab_size: int | None = None
 
     @property
     def site(self) -> Site:

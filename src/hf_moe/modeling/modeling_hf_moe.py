@@ -38,7 +38,7 @@ from .context import (
 )
 from .host import install_blocks, install_in_connector
 from .host_layers import decoder_layers, tower_layers
-from .inputs import check_labels
+from .inputs import check_labels, vocabulary
 from .language_loss import token_balanced_loss
 from .layer_spec import Site
 from .mechanisms import get_mechanism
@@ -127,7 +127,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         decoder = text_decoder(self)
         self.cache_argument = cache_argument(type(decoder))
         text = config.get_text_config(decoder=True)
-        install_blocks(decoder_layers(decoder), config, config.moe_config, text)
+        install_blocks(decoder_layers(decoder), config, config.moe_config, text, vocab_size=vocabulary(config))
         for place in PLACE_FIELDS:
             self.install_place(place)
         if config.host_type is None:

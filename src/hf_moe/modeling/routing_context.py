@@ -84,6 +84,8 @@ class RoutingContext:
         self.parts: dict[str, RoutingContext] = {}
         # The row of the batch that each row of a part belongs to; `None` where they are the same.
         self.row_index: torch.Tensor | None = None
+        # What enters the decoder, (B, S, d) without a gradient, where features are among the embeddings of tokens.
+        self.embeddings: torch.Tensor | None = None
         # The modality of every placeholder, (B, S), where `modality_ids` count more tokens to an image than these.
         self.placeholders: torch.Tensor | None = None
         # Modules that the routers of all layers share, by the router's name; the model owns them.
