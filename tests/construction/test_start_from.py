@@ -119,3 +119,10 @@ def test_gates_per_modality_leave_a_moe_decoder_as_it_was(mixtral):
     model, _ = build_model(mixtral, None)
     built, _ = build_model(mixtral, None, "ming_multi_router", moe_config={"num_experts_per_tok": 2})
     assert logit_gap(built, model) < 1e-5
+
+
+def test_speechmoe_learns_to_read_the_embedding_after_it_has_started():
+    old, new, again = router_of("top_k"), router_of("speechmoe"), router_of("speechmoe")
+    again.start_from(new)
+    new.start_from(old)
+    assert again.embedding_weight.all() and not new.embedding_weight.any()

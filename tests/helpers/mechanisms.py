@@ -59,6 +59,7 @@ ONE_SLOT = {"num_experts_per_tok": 1}
 BANKS = {"text": {"num_experts": 2}, "vision": {"num_experts": 2, "intermediate_size": 16}}
 
 NO_LOSS: dict[str, Any] = {"objectives": {}}
+EMBEDDED = {"embedding": {"name": "signal", "signal": "embedding_loss", "coef": 0.1}, "load_balance": 0.01}
 WHOLE_PROMPT = {name: "the experts are merged for the whole prompt" for name in ("causality", "decoding")}
 NO_CHOICE = {"disabled": "its experts are not chosen"}
 LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality of the next"}
@@ -95,6 +96,7 @@ CASES: dict[str, dict[str, Case]] = {
         "smora": Case(),
         "soft_moe": Case(moe=NO_LOSS, place="vision"),
         "soft_moe-normalized": Case({"slots_per_expert": 2, "normalize": True}, NO_LOSS, "vision"),
+        "speechmoe": Case({"route_embedding_dim": 8, "embedding_classes": 48}, {**ONE_SLOT, "objectives": EMBEDDED}),
         "top_k": Case(),
         "top_k-sigmoid": Case({"score_function": "sigmoid", "routed_scaling_factor": 2.0}),
         "top_k-capacity": Case({"capacity_factor": 1.0}),
@@ -113,10 +115,12 @@ CASES: dict[str, dict[str, Case]] = {
         "load_balance": Case(),
         "load_balance-sequence": Case({"scope": "sequence"}),
         "local_entropy": Case(),
+        "mean_importance": Case(),
         "null_load": Case(moe={"router": "adamoe"}),
         "router_orthogonality": Case(moe={"router": "ernie45_vl"}),
         "router_z": Case(),
         "signal": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
+        "sparsity_l1": Case(),
         "slot_budget": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
     },
     "block": {
