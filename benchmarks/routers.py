@@ -1,4 +1,4 @@
-"""Every registered router alone: its time against `top_k`, parameters, FLOPs, waits for a GPU, and whether it compiles.
+"""Every registered router alone: its time against `top_k`, parameters, FLOPs, waits for a GPU, whether it compiles.
 
     python benchmarks/routers.py            # a minute
     python benchmarks/routers.py --quick    # small sizes
@@ -72,7 +72,8 @@ class Subject:
 
     def __init__(self, name: str, size: Size):
         facts = {"num_experts": size.experts, "num_experts_per_tok": size.slots, **LAYERS.get(name, {})}
-        spec = MoELayerSpec(layer_idx=1, hidden_size=size.hidden, expert_intermediate_size=4 * size.hidden, **facts)
+        widths = {"hidden_size": size.hidden, "expert_intermediate_size": 4 * size.hidden, "vocab_size": VOCABULARY}
+        spec = MoELayerSpec(layer_idx=1, **widths, **facts)
         router = build("router", get_mechanism("router", name), {}, spec)
         assert isinstance(router, Router)
         self.router = router.train()

@@ -113,10 +113,19 @@ def test_becotta_is_noisy_in_training_alone_by_a_softplus_of_the_second_half():
     )
     added = (noise * scale * context.token_mask[..., None]).cumsum(1).flatten(0, 1)
     torch.testing.assert_close(noisy - clean, added, atol=1e-4, rtol=1e-4)
-    for domain in (-1, 4):
-        context.condition_ids["domain"] = torch.tensor([0, domain, 1])
-        with pytest.raises(ValueError, match=r"must lie in \[0, 4\)"):
-            router(hidden, context)
+
+
+def test_becotta_tells_tokens_apart_as_it_does_rows():
+    router, context = make_router("becotta"), make_context()
+    hidden = torch.randn(ROWS * POSITIONS, WIDTH)
+    context.condition_ids["domain"] = torch.tensor([2, 0, -1])
+    by_row = router(hidden, context)
+    context.condition_ids["domain"] = torch.tensor([2, 0, -1])[:, None].expand(ROWS, POSITIONS)
+    by_token = router(hidden, context)
+    torch.testing.assert_close(by_row.router_logits, by_token.router_logits)
+    assert torch.equal(by_row.expert_index, by_token.expert_index)
+    # A row without a domain gets no expert, nor does padding before the first token.
+    assert [len(row) for row in found(by_row)] == [0] * 2 + [2] * (2 * POSITIONS - 2) + [0] * POSITIONS
 
 
 def test_condition():

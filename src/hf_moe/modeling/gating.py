@@ -1,5 +1,7 @@
 """Gate arithmetic shared by the routers, in float32 whatever the model's dtype."""
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -8,7 +10,7 @@ from ..configuration.configuration_hf_moe import MODALITIES
 from .decisions import Decision, ExpertAssignment
 from .layer_spec import MoELayerSpec
 from .routing import Router
-from .routing_context import RoutingContext
+from .routing_context import RoutingContext, is_one_of
 from .running_statistics import sum_over_ranks
 
 
@@ -34,6 +36,17 @@ def per_gate_logits(hidden_states: torch.Tensor, weight: torch.Tensor, gate_inde
     logits = gate_logits(hidden_states, weight.reshape(num_gates * candidates, width))  # (T, G * C)
     index = gate_index[:, None, None].expand(-1, 1, candidates)
     return logits.view(-1, num_gates, candidates).gather(1, index).squeeze(1)  # (T, C)
+
+
+def per_row_logits(hidden_states: torch.Tensor, weight: torch.Tensor, gate_of_row: torch.Tensor) -> torch.Tensor:
+    """Return the logits (T, C) of the gate that each row uses, from stacked gates (G, C, d) and `gate_of_row` (B,).
+
+    Only these gates are evaluated.
+    """
+    device = hidden_states.device.type
+    with torch.autocast(device, enabled=False):
+        rows = hidden_states.float().view(len(gate_of_row), -1, hidden_states.shape[-1])  # (B, S, d)
+        return torch.bmm(rows, weight.float()[gate_of_row].transpose(1, 2)).flatten(0, 1)
 
 
 def gate_overlap(weight: torch.Tensor) -> torch.Tensor:
@@ -147,8 +160,20 @@ def check_groups(spec: MoELayerSpec, n_group: int, topk_group: int, name: str) -
 
 def is_vision(context: RoutingContext, device: torch.device) -> torch.Tensor:
     """Return True for image and video tokens, (T,) bool."""
+    return is_one_of(context.tokens("modality_ids", device), (1, 2))
+
+
+def by_modality(values: Sequence[int], context: RoutingContext, device: torch.device) -> torch.Tensor:
+    """Return `values[m]` for the modality m of every token, (T,) int64.
+
+    A table in a tensor would be copied from the host at every call, which then waits for the device.
+    """
     modality = context.tokens("modality_ids", device)
-    return (modality == 1) | (modality == 2)
+    found = torch.full_like(modality, values[0])
+    for number, value in enumerate(values):
+        if value != values[0]:
+            found = found.masked_fill(modality == number, value)
+    return found
 
 
 def bank_sizes(spec: MoELayerSpec, name: str) -> list[int]:

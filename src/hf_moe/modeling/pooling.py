@@ -20,7 +20,7 @@ from .decisions import Decision
 from .gating import check_choice
 from .layer_spec import MoELayerSpec
 from .routing import Router
-from .routing_context import RoutingContext
+from .routing_context import RoutingContext, is_one_of
 
 
 # After so many rows whose instructions are all the same, their end is not where it was thought to be.
@@ -126,8 +126,7 @@ class PooledRouter(Router):
         documents = None if documents is None else documents.to(device)
         past = context.past(self.spec.site)  # (B, n, C + 2)
         if self.modalities is not None:
-            wanted = torch.tensor(self.modalities, device=device)
-            counted = counted & torch.isin(context.modality_ids.to(device), wanted)
+            counted = counted & is_one_of(context.modality_ids.to(device), self.modalities)
         ends = torch.zeros_like(mask)
         if self.end_token_id is not None:
             if context.input_ids is None:

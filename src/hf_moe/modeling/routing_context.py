@@ -1,7 +1,7 @@
 """The routing context: what a router may know of a forward pass, and how the layer that runs finds it."""
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +23,14 @@ NUM_MODALITIES = len(MODALITIES)
 KEPT_INPUTS = ("labels", "position_ids", "seq_idx", "cu_seq_lens_q", "pixel_attention_mask")
 
 Made = TypeVar("Made")
+
+
+def is_one_of(ids: torch.Tensor, values: Iterable[int]) -> torch.Tensor:
+    """Return which of the `ids` are among a few `values`, bool; these need not be copied to the ids' device."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for value in values:
+        found = found | (ids == value)
+    return found
 
 
 class made_once(Generic[Made]):  # noqa: N801
@@ -171,6 +179,15 @@ class RoutingContext:
         ids = ids[:, None].expand(self.token_mask.shape) if ids.dim() == 1 else ids  # (B, S)
         return ids.reshape(-1).long().to(device)
 
+    def row_condition(self, name: str, device: torch.device) -> torch.Tensor | None:
+        """Return the condition `name` of every row, (B,); `None` where every token has one of its own.
+
+        Raises:
+            ValueError: if the call did not give it.
+        """
+        ids = self._given_condition(name, "of shape (B,) or (B, S)")
+        return ids.long().to(device) if ids.dim() == 1 else None
+
     def condition_features(self, name: str, device: torch.device) -> torch.Tensor:
         """Return the features that a condition has in place of ids, for every token, (T, C).
 
@@ -256,9 +273,9 @@ class RoutingContext:
 
     def of_modalities(self, names: Sequence[str]) -> "RoutingContext":
         """Return the same context in which the tokens of these modalities alone are real."""
-        ids = torch.tensor([MODALITIES.index(name) for name in names], device=self.modality_ids.device)
         part = copy.copy(self)
-        part.token_mask = self.token_mask & torch.isin(self.modality_ids, ids).to(self.token_mask.device)
+        chosen = is_one_of(self.modality_ids, [MODALITIES.index(name) for name in names])
+        part.token_mask = self.token_mask & chosen.to(self.token_mask.device)
         return part
 
     def contexts(self) -> "list[RoutingContext]":

@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt, PositiveInt
 from ..decisions import ExpertAssignment
-from ..gating import apply_overrides, check_slots, per_gate_logits
+from ..gating import apply_overrides, check_slots, per_gate_logits, per_row_logits
 from ..layer_spec import MoELayerSpec
 from ..pooling import PooledRouter
 from ..registry import register_router
@@ -28,13 +28,13 @@ class BecottaRouter(PooledRouter):
     """Noisy top-k over pooled scores, with one gate per domain.
 
     Args:
-        num_domains: D.
+        num_domains: D. A row without a domain, whose id is negative, gets no expert.
         condition: name of the domain ids in the call's `condition_ids`; LoRA experts take `<name>_ids` too.
         modalities, end_token_id, end, pooling: what is pooled, and how, see [`PooledRouter`]; with `"mean"`, a long
             sample has no sharper gate than a short one.
 
     Raises:
-        ValueError: if K does not lie in [1, E]; in `forward`, if a domain does not lie in [0, D).
+        ValueError: if K does not lie in [1, E]; when the model is called, if a domain is not less than D.
     """
 
     reads = frozenset({"hidden_states", "sequence", "condition"})
@@ -63,10 +63,14 @@ class BecottaRouter(PooledRouter):
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         domain = context.condition(self.condition, hidden_states.device)  # (T,)
-        if bool(((domain < 0) | (domain >= self.num_domains)).any()):
-            raise ValueError(f"The {self.condition}_ids must lie in [0, {self.num_domains}), one gate for each.")
-        logits, raw = per_gate_logits(hidden_states, self.weight, domain).chunk(2, dim=-1)  # (T, E) both
+        of_row = context.row_condition(self.condition, hidden_states.device)  # (B,)
+        gates = self.weight if self.training else self.weight[:, : self.spec.num_experts]
+        if of_row is None:
+            logits = per_gate_logits(hidden_states, gates, domain.clamp(min=0))  # (T, 2E), or (T, E)
+        else:
+            logits = per_row_logits(hidden_states, gates, of_row.clamp(min=0))
         if self.training:
+            logits, raw = logits.chunk(2, dim=-1)  # (T, E) both
             logits = logits + torch.randn_like(logits) * (F.softplus(raw) + 0.01)
         logits, known = self.pool(logits, context)
         logits = apply_overrides(logits, self.spec, context)
@@ -78,4 +82,4 @@ class BecottaRouter(PooledRouter):
             router_logits=logits,
             router_probs=logits.softmax(-1),
         )
-        return decision.drop(~known)
+        return decision.drop(~known | (domain < 0))

@@ -19,7 +19,7 @@ from ..decisions import ExpertAssignment
 from ..gating import BiasBalancedRouter, assign, bank_sizes, gate_logits, gate_overlap, is_vision, mask_other_bank
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing_context import RoutingContext
+from ..routing_context import RoutingContext, is_one_of
 
 
 @register_router("ernie45_vl")
@@ -71,8 +71,7 @@ class Ernie45VLRouter(BiasBalancedRouter):
                 "Router 'ernie45_vl' has boundary_token_ids and finds the tokens by input_ids: pass input_ids, not "
                 "inputs_embeds, or leave the option out."
             )
-        boundary = torch.tensor(self.boundary_token_ids, device=device)
-        return vision | torch.isin(context.input_ids.reshape(-1).to(device), boundary)
+        return vision | is_one_of(context.input_ids.reshape(-1).to(device), self.boundary_token_ids)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         device = hidden_states.device

@@ -31,7 +31,7 @@ from transformers import initialization as init
 from ...configuration.checks import PositiveInt
 from ..decisions import ExpertAssignment
 from ..dispatch import Dispatch
-from ..gating import assign, check_slots, gate_logits, gates_of, per_gate_logits
+from ..gating import assign, by_modality, check_slots, gate_logits, gates_of, per_gate_logits
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing import Router
@@ -150,8 +150,7 @@ class EvoMoEDtrRouter(Router):
         return torch.empty_like(adapted).index_copy(0, dispatch.token, adapted)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
-        table = torch.tensor(self.gate_of_modality, device=hidden_states.device)
-        network = table[context.tokens("modality_ids", hidden_states.device)]  # (T,)
+        network = by_modality(self.gate_of_modality, context, hidden_states.device)  # (T,)
         if self.generator == "linear":
             logits = per_gate_logits(hidden_states, self.weight, network)  # (T, E)
         else:

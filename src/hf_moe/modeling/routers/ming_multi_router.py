@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, Positive, PositiveInt
 from ..decisions import ExpertAssignment
-from ..gating import BiasBalancedRouter, assign, check_groups, check_slots, gates_of, per_gate_logits
+from ..gating import BiasBalancedRouter, assign, by_modality, check_groups, check_slots, gates_of, per_gate_logits
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing_context import RoutingContext
@@ -76,8 +76,7 @@ class MingMultiRouter(BiasBalancedRouter):
             init.normal_(self.weight, mean=0.0, std=std)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
-        table = torch.tensor(self.gate_of_modality, device=hidden_states.device)
-        gate_index = table[context.tokens("modality_ids", hidden_states.device)]  # (T,)
+        gate_index = by_modality(self.gate_of_modality, context, hidden_states.device)  # (T,)
         return assign(
             per_gate_logits(hidden_states, self.weight, gate_index),  # (T, E)
             self.spec,

@@ -4,7 +4,7 @@ import torch
 
 from ...configuration.configuration_hf_moe import MODALITIES
 from ..decisions import ExpertAssignment
-from ..gating import check_choice
+from ..gating import by_modality, check_choice
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing import Router
@@ -42,6 +42,5 @@ class ModalityRouter(Router):
         return 1
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
-        table = torch.tensor(self.expert_of_modality, device=hidden_states.device)
-        index = table[context.tokens("modality_ids", hidden_states.device)][:, None]  # (T, 1)
+        index = by_modality(self.expert_of_modality, context, hidden_states.device)[:, None]  # (T, 1)
         return ExpertAssignment(index, (index < self.spec.num_experts).float(), self.spec.num_experts)
