@@ -101,6 +101,8 @@ CASES: dict[str, dict[str, Case]] = {
         "top_k-sigmoid": Case({"score_function": "sigmoid", "routed_scaling_factor": 2.0}),
         "top_k-capacity": Case({"capacity_factor": 1.0}),
         "top_k-priority": Case({"capacity_factor": 1.0, "capacity_order": "score"}),
+        "top_k-modality": Case({"modality_bias": "logits"}),
+        "top_k-embedding": Case({"modality_bias": "input"}),
         "top_k-bias": Case({"score_function": "sigmoid", "bias_update_rate": 0.001, "n_group": 2, "topk_group": 1}),
     },
     "experts": {
@@ -121,6 +123,7 @@ CASES: dict[str, dict[str, Case]] = {
         "router_z": Case(),
         "signal": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
         "sparsity_l1": Case(),
+        "smar": Case(moe={"router": {"name": "top_k", "modality_bias": "logits"}}),
         "slot_budget": Case(moe={"router": {"name": "anyexperts", "min_slots": 1, "max_slots": 4}}),
     },
     "block": {

@@ -8,6 +8,8 @@ renormalised weight of 1 would give the gate no gradient.
 
 - Switch Transformer: K = 1, a capacity, and a gate of small first values.
 - V-MoE and LIMoE: the capacity is filled by score, highest first.
+- SMAR: every modality m adds a bias of its own to the logits, W x + beta_m; EVE: an embedding to what the gate reads,
+  W (x + b_m). The experts see x, and both choice and weight follow the sum.
 - DeepSeekMoE: weights as they are. The rest of that design is not the router's: `granularity` m divides the width of
   an expert, `num_shared_experts` adds the branch that every token uses, so that (E, K) becomes (m E - shared, m K -
   shared) at equal cost.
@@ -18,7 +20,8 @@ renormalised weight of 1 would give the gate no gradient.
 
 Sources: GShard, arXiv:2006.16668; Switch Transformers, arXiv:2101.03961; V-MoE, arXiv:2106.05974; Mixtral of Experts,
 arXiv:2401.04088; DeepSeekMoE, arXiv:2401.06066; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3 Technical Report,
-arXiv:2412.19437; Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664.
+arXiv:2412.19437; Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664; EVE,
+arXiv:2308.11971; SMAR, arXiv:2506.06406.
 """
 
 from typing import Literal
@@ -32,7 +35,7 @@ from ..decisions import ExpertAssignment
 from ..gating import BiasBalancedRouter, assign, check_groups, check_slots, gate_logits, jitter, limit_capacity
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
-from ..routing_context import RoutingContext
+from ..routing_context import NUM_MODALITIES, RoutingContext
 
 
 @register_router("top_k")
@@ -55,6 +58,8 @@ class TopKRouter(BiasBalancedRouter):
         group_score: `"best_two"`: a group scores the sum of its two best experts; `"best"`: its best one.
         init_scale: the gate starts from a truncated normal with variance `init_scale / d`; from the model's
             `initializer_range` when `None`.
+        modality_bias: what every modality adds: a trained bias to the `"logits"`, `modality_bias` (M, E), or a trained
+            embedding to the `"input"` of the gate, (M, d); `None` for a gate that sees the hidden states alone.
 
     Raises:
         ValueError: if K does not lie in [1, E], or the groups do not fit.
@@ -75,6 +80,7 @@ class TopKRouter(BiasBalancedRouter):
         topk_group: PositiveInt = 1,
         group_score: Literal["best_two", "best"] = "best_two",
         init_scale: Positive | None = None,
+        modality_bias: Literal["logits", "input"] | None = None,
     ):
         super().__init__(spec, None if bias_update_rate is None else (spec.num_experts,), bias_update_rate or 0.0)
         check_slots(spec, spec.num_experts, "top_k")
@@ -88,20 +94,36 @@ class TopKRouter(BiasBalancedRouter):
         self.groups = (n_group, topk_group, group_score)
         self.init_scale = init_scale
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
+        self.bias_of = modality_bias
+        self.modality_bias: nn.Parameter | None = None
+        if modality_bias is not None:
+            width = spec.num_experts if modality_bias == "logits" else spec.hidden_size
+            self.modality_bias = nn.Parameter(torch.empty(NUM_MODALITIES, width))
+            self.reads |= {"modality"}
         if spec.num_experts == 1 and score_function == "softmax":
             self.reads = frozenset()  # the one expert always has all of it
 
     def initialize(self, std: float) -> None:
         super().initialize(std)
+        if self.modality_bias is not None:
+            init.normal_(self.modality_bias, mean=0.0, std=std)
         if self.init_scale is None:
             init.normal_(self.weight, mean=0.0, std=std)
         else:
             std = (self.init_scale / self.spec.hidden_size) ** 0.5
             init.trunc_normal_(self.weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
 
+    def idle_parameters(self) -> int:
+        return 0 if self.modality_bias is None else self.modality_bias[1:].numel()
+
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
+        logits = gate_logits(jitter(hidden_states, self.jitter_noise, self.training), self.weight)  # (T, E)
+        if self.modality_bias is not None:
+            bias = self.modality_bias.float()
+            bias = gate_logits(bias, self.weight) if self.bias_of == "input" else bias  # (M, E)
+            logits = logits + bias[context.tokens("modality_ids", logits.device)]
         assignment = assign(
-            gate_logits(jitter(hidden_states, self.jitter_noise, self.training), self.weight),  # (T, E)
+            logits,
             self.spec,
             context,
             scores=self.score_function,
