@@ -72,6 +72,8 @@ CASES: dict[str, dict[str, Case]] = {
         "becotta": Case(exempt={name: "a batch draws its noise at once" for name in ("micro_batches", "padding")}),
         "condition": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "constant": Case(moe=NO_LOSS, exempt=NO_CHOICE),
+        "dselect_k": Case(),
+        "dselect_k-condition": Case({"conditioning": "condition", "condition": "domain", "num_conditions": 3}),
         "dynamic_moe_top_p": Case(),
         "ernie45_vl": Case(moe={"num_experts_per_tok": 1}),
         "ernie45_vl-banks": Case(moe={"expert_banks": BANKS, "num_experts": None}),
