@@ -62,6 +62,7 @@ NO_LOSS: dict[str, Any] = {"objectives": {}}
 EMBEDDED = {"embedding": {"name": "signal", "signal": "embedding_loss", "coef": 0.1}, "load_balance": 0.01}
 WHOLE_PROMPT = {name: "the experts are merged for the whole prompt" for name in ("causality", "decoding")}
 NO_CHOICE = {"disabled": "its experts are not chosen"}
+CHOICE_OF_A_BATCH = {"micro_batches": "while training, experts choose among the tokens of a batch"}
 LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality of the next"}
 
 # Kind -> name -> case; a second case of one mechanism is called `name-variant`.
@@ -81,6 +82,10 @@ CASES: dict[str, dict[str, Case]] = {
         "hash_layers": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "hash_layers-bigram": Case({"hash_of": "bigram", "num_rows": 97}, NO_LOSS, exempt=NO_CHOICE),
         "hash_layers-previous": Case({"hash_of": "previous", "codebook_size": 4}, NO_LOSS, exempt=NO_CHOICE),
+        "expert_choice": Case(moe=NO_LOSS),
+        "expert_choice-capped": Case({"group": "sequence", "capacity_factor": 0.75, "max_experts_per_tok": 2}),
+        "expert_choice-batch": Case({"group": "batch", "decode_mode": "token_choice"}, exempt=CHOICE_OF_A_BATCH),
+        "expert_choice-vision": Case(moe=NO_LOSS, place="vision"),
         "intuition_mor1e": Case({"num_clusters": 3}),
         "llama4": Case(moe=ONE_SLOT),
         "meo": Case({"block_size": 3}, NO_LOSS),

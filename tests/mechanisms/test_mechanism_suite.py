@@ -181,8 +181,8 @@ def test_padding(subject):
             assert_near((found.logits[:, 3:], found.loss), (plain.logits, plain.loss), 1e-5)
             for name, value in (plain.objective_values or {}).items():
                 assert_near(found.objective_values[name], value, 1e-5)
-    for decision in decisions(found).values():
-        if isinstance(decision, ExpertAssignment):
+    for site, decision in decisions(found).items():
+        if isinstance(decision, ExpertAssignment) and not str(site).startswith("vision"):  # patches are not padded
             slots = decision.expert_index.view(len(found.logits), -1, decision.expert_index.shape[-1])
             assert (slots[:, :3] == decision.num_experts).all()
 

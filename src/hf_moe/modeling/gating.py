@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from .admission import room, take_best
 from .decisions import Decision, ExpertAssignment
 from .layer_spec import MoELayerSpec
 from .routing import Router
@@ -297,6 +298,25 @@ def assign(
     )
 
 
+def from_mask(
+    chosen: torch.Tensor, weight: torch.Tensor, most: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return index and weight, (T, K) both, of the experts that each token has in a mask.
+
+    Args:
+        chosen (`torch.Tensor` of shape `(T, E)`, bool): any number of experts for a token.
+        weight (`torch.Tensor` of shape `(T, E)`): of every expert.
+        most (`int`, *optional*): K; of more chosen experts those of the largest weight are kept. E when `None`.
+    """
+    num_experts = chosen.shape[1]
+    if most is None or most >= num_experts:
+        experts = torch.arange(num_experts, device=chosen.device).expand_as(chosen)
+        return experts.masked_fill(~chosen, num_experts), weight.masked_fill(~chosen, 0.0)
+    value, index = weight.detach().masked_fill(~chosen, float("-inf")).topk(most, dim=-1)  # (T, K) both
+    empty = value == float("-inf")
+    return index.masked_fill(empty, num_experts), weight.gather(1, index).masked_fill(empty, 0.0)
+
+
 def limit_capacity(
     assignment: ExpertAssignment,
     capacity_factor: float | None,
@@ -313,17 +333,16 @@ def limit_capacity(
     if capacity_factor is None:
         return assignment
     mask = context.token_mask.to(assignment.expert_index.device)  # (B, S)
-    index = assignment.expert_index.view(*mask.shape, -1).masked_fill(~mask[..., None], spec.num_experts)  # (B, S, K)
-    queue = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, S), the first token first
-    if order == "score":
-        queue = assignment.router_probs.amax(-1).view_as(mask).argsort(dim=1, descending=True, stable=True)
-    queued = index.gather(1, queue[..., None].expand_as(index)).flatten(1)  # (B, S * K)
-    place = F.one_hot(queued, spec.num_experts + 1).cumsum(1).gather(2, queued[..., None])  # from 1
-    place = place.view_as(index).gather(1, queue.argsort(dim=1)[..., None].expand_as(index))  # (B, S, K)
-    # The margin keeps a product such as 1.1 * 10 from rounding up past the integer it stands for.
+    index = assignment.expert_index.masked_fill(~mask.view(-1, 1), spec.num_experts)  # (T, K)
+    row = torch.arange(len(mask), device=mask.device).repeat_interleave(index.numel() // len(mask))  # (T * K,)
+    scores = torch.zeros_like(index[:, 0]) if order == "position" else assignment.router_probs.amax(-1)  # (T,)
     share = capacity_factor * spec.num_experts_per_tok / spec.num_experts
-    capacity = (mask.sum(-1) * share - 1e-4).ceil()  # (B,)
-    overflow = ((place > capacity[:, None, None]) & (index < spec.num_experts)).view_as(assignment.expert_index)
+    kept = take_best(
+        scores.repeat_interleave(index.shape[1]),
+        row * (spec.num_experts + 1) + index.flatten(),
+        room(mask.sum(-1), share)[row],
+    )
+    overflow = ~kept.view_as(index) & (index < spec.num_experts)
     assignment.chosen_index = assignment.expert_index
     assignment.expert_index = assignment.expert_index.masked_fill(overflow, spec.num_experts)
     assignment.expert_weight = assignment.expert_weight.masked_fill(overflow, 0.0)
