@@ -93,6 +93,7 @@ CASES: dict[str, dict[str, Case]] = {
         "ming_multi_router": Case(),
         "ming_multi_router-v2": Case({"gate": "sigmoid_bias"}),
         "modality": Case(moe={"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
+        "modality-share": Case({"share": True}, {"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
         "moiie": Case(),
         "moiie-next_token": Case({"boundary_rule": "next_token"}, exempt=LOOKS_AHEAD),
         "sequence": Case(),

@@ -246,3 +246,12 @@ def test_moiie_refuses_fractions_that_do_not_split_the_experts(fractions, expert
 def test_moiie_refuses_more_slots_than_a_token_sees():
     with pytest.raises(ValueError, match=r"num_experts_per_tok=7 must lie in \[1, 6\]"):
         make_router("moiie", spec=make_spec(num_experts_per_tok=7))
+
+
+@pytest.mark.parametrize(("share", "experts"), [(True, [0, 1, 1, 0]), (False, [0, 1, 2, 2])])
+def test_modalities_without_an_expert_share_one_or_have_none(share, experts):
+    router = make_router("modality", {"share": share}, make_spec(num_experts=2))
+    context = RoutingContext(torch.arange(4)[None], torch.ones(1, 4).bool())
+    decision = router(make_hidden(context), context)
+    assert decision.expert_index[:, 0].tolist() == experts
+    assert decision.expert_weight[:, 0].tolist() == [float(expert < 2) for expert in experts]

@@ -22,11 +22,12 @@ class Selector:
         tower               all towers, whatever the host calls them
         tower/audio         the tower that hears; connectors go by modality as well
         routers/importance_*  the parameters of routers whose own name fits the pattern
+        experts/text.*      those of the bank `text`: a pattern with dots is for as many modules around them
 
     Attributes:
         part: of [`PARTS`].
         modality: of the tower or the connector; `None` for all.
-        pattern: of the last component of a parameter's name.
+        pattern: of the end of a parameter's name, as many components as it has.
     """
 
     part: str
@@ -55,7 +56,8 @@ class Selector:
 
     def selects(self, name: str, part: str, parts: HostParts) -> bool:
         """Whether a parameter of that part is meant."""
-        if part != self.part or not fnmatchcase(name.rpartition(".")[2], self.pattern):
+        end = ".".join(name.split(".")[-1 - self.pattern.count(".") :])
+        if part != self.part or not fnmatchcase(end, self.pattern):
             return False
         holder = parts.holder(name)
         # A parameter on its own, such as LLaVA-NeXT's `image_newline`, serves whatever the connectors do.
