@@ -43,8 +43,8 @@ class MoeConfig(PreTrainedConfig):
         layers (`str` or `list[int]`, defaults to `"all"`):
             Decoder layers whose feed-forward becomes a MoE: `"all"`, `"every_N"` (the last of each N layers: `every_2`
             gives 1, 3, 5, ...), `"sparse"` (0, 2, 4, ..., as MoE-LLaVA counts), `"first_half"`, `"second_half"`,
-            `"from_N"` (all from layer N on: the first N stay dense), `"except_last_N"` (the last N stay dense) or a
-            list of layer indices.
+            `"from_N"` (all from layer N on: the first N stay dense), `"except_last_N"` (the last N stay dense, in
+            decoders of more than N layers; the first is a MoE in any) or a list of layer indices.
         num_experts (`int`, *optional*):
             Routed experts E of a layer. Derived when absent: the sum over `expert_banks`, else the host's own number
             if the host is a MoE, else 8.
@@ -264,7 +264,7 @@ def _named_layers(layers: str, num_hidden_layers: int) -> slice:
     forms = {
         "every": slice(number - 1, None, number),
         "from": slice(number, None),
-        "except_last": slice(max(num_hidden_layers - number, 0)),
+        "except_last": slice(max(num_hidden_layers - number, 1)),
     }
     return forms[form[1]]
 
