@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_moe import list_mechanisms
 from hf_moe.modeling.decisions import Decision
-from hf_moe.modeling.inputs import conditions_read
 from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
@@ -89,10 +88,10 @@ class Subject:
         self.token_mask = torch.ones(shape, dtype=torch.bool)
         self.token_mask[0, : size.positions // 8] = False
         self.input_ids = torch.randint(0, VOCABULARY, shape)
-        self.condition_ids = {
-            name: torch.arange(size.rows) % count if count else torch.rand(size.rows, 16)
-            for name, count in conditions_read([self.router]).items()
-        }
+        condition = torch.arange(size.rows) % max(router.num_conditions, 1)
+        features = torch.rand(size.rows, router.num_condition_features)
+        known = condition if router.num_conditions else features
+        self.condition_ids = {} if router.condition is None else {router.condition: known}
         self.upstream: dict[str, torch.Tensor] = {}
 
     def context(self) -> RoutingContext:

@@ -114,7 +114,8 @@ def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | N
         return
     if not isinstance(decision, ExpertAssignment):
         raise ValueError(
-            f"LoRA experts need a router that assigns experts to tokens, this one returns a {type(decision).__name__}."
+            f"The router {router.mechanism_name!r} returns a {type(decision).__name__}, and these experts need one "
+            "that assigns experts to tokens: choose another, such as 'top_k', or 'sequence' for one gate per sample."
         )
     if decision.identity_weight is not None:
         raise ValueError(

@@ -250,6 +250,12 @@ class MoeLoraModel(BaseTuner):
                 "feed-forwards, nor for layers whose attention hides later tokens from earlier ones: adapt a vision "
                 "tower or an encoder, with ffn_experts=False."
             )
+        if type(router).shared_part([router]) is not None:
+            raise TargetRefused(
+                f"The router {settings.router['name']!r} is in part a module of the whole model, where LoRA experts "
+                "have no place: choose one whose layers stand for themselves, such as 'top_k', with "
+                "router_input='model' for one decision in all of them."
+            )
         unknown = hosts.reads_text(self.model, layer) or (layer is not None and not bidirectional)
         if "sequence" in router.reads and tokens_known is None and unknown:
             raise TargetRefused(

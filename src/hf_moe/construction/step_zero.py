@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling.blocks.moe import MoELayer
+from ..modeling.context import routers_of
 from ..modeling.decisions import Decision, ExpertAssignment
 from ..modeling.inputs import placeholder_ids
 
@@ -47,6 +48,17 @@ def random_text(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
+def first_conditions(model: Any, rows: int) -> dict[str, torch.Tensor]:
+    """Return the conditions that the routers of a model read: of every row the first id, or features of 0."""
+    reading = (router for router in routers_of(model).values() if router.condition is not None)
+    return {
+        router.condition: torch.zeros(rows, dtype=torch.long, device=model.device)
+        if router.num_conditions
+        else torch.zeros(rows, router.num_condition_features, device=model.device)
+        for router in reading
+    }
+
+
 def _special_tokens(config: Any) -> set[int]:
     """Return the tokens that a config and its parts name."""
     found = set()
@@ -84,7 +96,8 @@ def compare_at_step_zero(
     Raises:
         ValueError: if the two are equal by design, and differ.
     """
-    output = model(**inputs, output_routing=True)
+    conditions = first_conditions(model, len(inputs["input_ids"]))
+    output = model(**inputs, condition_ids=conditions, output_routing=True)
     layers = model.moe_layers()
     plain = all(type(layer) is MoELayer for layer in layers.values())  # other blocks compute something else
     # Layers of cross-attention do not run without images.

@@ -41,9 +41,10 @@ class Router(KeepsBufferTypes):
     # experts. One that depends on less than all of them says so, and can be merged for what it does depend on.
     reads: frozenset[str] = frozenset({"hidden_states"})
 
-    # The condition of the rows that it reads, and how many ids of it it tells apart; 0 where it takes features.
+    # The condition of the rows that it reads, and how many ids of it it tells apart, or how many features it takes.
     condition: str | None = None
     num_conditions: int = 0
+    num_condition_features: int = 0
 
     # Whether a decision depends on later tokens, which no token of a causal layer may know.
     looks_ahead = False
@@ -85,7 +86,7 @@ class Router(KeepsBufferTypes):
         if self.shared_name not in context.shared:
             raise ValueError(
                 f"The router {self.shared_name!r} of layer {self.spec.layer_idx} is in part a module of the model, "
-                "and this call has none: call the whole model, not a layer alone; LoRA experts need another router."
+                "and this call has none: call the whole model, not a layer alone."
             )
         return context.shared[self.shared_name]
 

@@ -87,7 +87,8 @@ class TokenTableRouter(Router):
         """Return what enters the decoder, (T, d) float32."""
         if context.embeddings is None:
             raise ValueError(
-                f"codebook_size={self.codebook_size} is for images among the embeddings that enter the decoder, which "
-                "models without a tower and LoRA experts do not tell: set codebook_size=1, one row for each modality."
+                f"codebook_size={self.codebook_size} of the router {self.mechanism_name!r} is for images among the "
+                "embeddings that enter the decoder, which models without a tower and LoRA experts do not tell: set "
+                "codebook_size=1, one row for each modality."
             )
         return context.embeddings.flatten(0, 1).float()

@@ -45,7 +45,7 @@ class IntuitionRouter(Router):
         pool = isqrt(spec.num_experts)
         if pool**2 != spec.num_experts:
             raise ValueError(f"num_experts={spec.num_experts} must be a square: the experts are pairs of two pools.")
-        self.condition = "intuition" if num_clusters else None
+        self.condition, self.num_condition_features = "intuition" if num_clusters else None, num_clusters
         # Up vectors first, then down vectors.
         self.weight = nn.Parameter(torch.empty(2 * pool, spec.hidden_size))
         if num_clusters:
