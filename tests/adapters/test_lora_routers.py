@@ -361,9 +361,3 @@ def test_routing_and_objectives_are_logged_by_name_in_any_trainer(llama, tmp_pat
         assert entry["routing/text/early/active"] == 2.0
         assert 0.9 < entry["objective/load_balance"] < 4 and entry["objective/router_z"] > 0
     assert not [h for h in model.base_model.model._forward_hooks.values() if getattr(h, "__self__", None)]
-
-
-@pytest.mark.parametrize("router", ["omni_router", "rmoe_layerwise"])
-def test_a_router_that_is_in_part_the_models_is_refused_by_name(llama, router):
-    with pytest.raises(ValueError, match=f"'{router}' .* LoRA experts need another router"):
-        adapt(llama(), router=router)

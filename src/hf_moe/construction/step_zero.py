@@ -50,13 +50,13 @@ def random_text(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor
 
 def first_conditions(model: Any, rows: int) -> dict[str, torch.Tensor]:
     """Return the conditions that the routers of a model read: of every row the first id, or features of 0."""
-    reading = (router for router in routers_of(model).values() if router.condition is not None)
-    return {
-        router.condition: torch.zeros(rows, dtype=torch.long, device=model.device)
-        if router.num_conditions
-        else torch.zeros(rows, router.num_condition_features, device=model.device)
-        for router in reading
-    }
+    conditions = {}
+    for router in routers_of(model).values():
+        if router.condition is not None:
+            ids = torch.zeros(rows, dtype=torch.long, device=model.device)
+            features = ids.new_zeros(rows, router.num_condition_features, dtype=torch.float32)
+            conditions[router.condition] = ids if router.num_conditions else features
+    return conditions
 
 
 def _special_tokens(config: Any) -> set[int]:
