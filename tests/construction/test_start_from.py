@@ -16,7 +16,7 @@ SPEC = MoELayerSpec(layer_idx=0, hidden_size=16, num_experts=8, num_experts_per_
 OPTIONS = {"ming_multi_router": {"modalities": ["text", "image", "audio"], "gate": "sigmoid_bias"}}
 # EvoMoE's gate scores what a hypernetwork makes of a token, and the rest have no gate over hidden states of their own:
 # no row of another gate has a meaning there.
-WITHOUT_GATE = ["becotta", "condition", "constant", "evomoe_dtr", "intuition_mor1e", "modality", "omni_router"]
+WITHOUT_GATE = ["becotta", "condition", "constant", "evomoe_dtr", "grap", "intuition_mor1e", "modality", "omni_router"]
 WITHOUT_GATE += ["rmoe_layerwise"]
 WITH_GATE = sorted({*mechanism_names("router")} - {*WITHOUT_GATE})
 

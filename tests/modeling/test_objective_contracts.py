@@ -16,6 +16,7 @@ NAMES = [
 ]
 OPTIONS = {
     "condition_information": {"condition": "domain", "num_conditions": 3},
+    "locality": {"condition": "domain", "num_nodes": 4},
     "global_entropy": {"min_experts": {"text": 4, "image": 4}},
 }
 

@@ -7,7 +7,10 @@ import torch
 from helpers.router_cases import make_losses, make_spec
 
 from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.mechanisms import get_mechanism
+from hf_moe.modeling.objectives import locality
 from hf_moe.modeling.objectives.global_entropy import GlobalEntropy
+from hf_moe.modeling.registry import build
 from hf_moe.modeling.routing_context import RoutingContext
 
 
@@ -51,3 +54,14 @@ def test_more_experts_than_there_are_is_refused():
         GlobalEntropy([SPEC], 1.0, min_experts={"text": 9})
     with pytest.raises(ValueError, match="'txt'"):
         GlobalEntropy([SPEC], 1.0, min_experts={"txt": 2})
+
+
+def test_locality_knows_the_node_of_a_process(monkeypatch):
+    objective = build("objective", get_mechanism("objective", "locality"), {"num_nodes": 2}, [SPEC], 1.0)
+    decision = ExpertAssignment(torch.zeros(4, 1).long(), torch.ones(4, 1), 8, router_probs=torch.full((4, 8), 1 / 8))
+    for process, node in enumerate((0, 0, 1, 1)):
+        monkeypatch.setattr(locality, "place_of_process", lambda process=process: (process, 4))
+        assert objective.group(decision, context_of(4, 0, rows=1)).tolist() == [node] * 4
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="num_nodes=2, and 1 processes train, not as many"):
+        objective.accumulate({SPEC.site: decision}, context_of(4, 0, rows=1))
