@@ -245,22 +245,6 @@ def select_experts(
     return index.masked_fill(empty, spec.num_experts), weight.masked_fill(empty, 0.0)
 
 
-def from_mask(chosen: torch.Tensor, weight: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return slots of those experts that every token has chosen: how many may differ from token to token.
-
-    Args:
-        chosen (`torch.Tensor` of shape `(T, E)`, bool).
-        weight (`torch.Tensor` of shape `(T, E)`): non-negative.
-        slots: K, at most E; where a token has chosen more, the heaviest are kept.
-
-    Returns:
-        Index (T, K) and weight (T, K), the heaviest first, empty slots (index E, weight 0) last.
-    """
-    value, index = weight.detach().masked_fill(~chosen, -1.0).topk(slots, dim=-1)
-    empty = value < 0.0
-    return index.masked_fill(empty, weight.shape[-1]), weight.gather(1, index).masked_fill(empty, 0.0)
-
-
 def assign(
     logits: torch.Tensor,
     spec: MoELayerSpec,
