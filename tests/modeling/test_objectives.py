@@ -215,10 +215,27 @@ def test_group_balance_ignores_imbalance_within_a_group():
 
 
 @pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ([0, 1, 0, 1], 1.0),  # one group alone, and even in it
+        ([0, 0, 2, 2], 2.0),  # both groups, and one expert of each
+        ([0, 0, 2, 3], 1.5),
+        ([0, 4, 4, 4], 0.5),  # three tokens have no group
+    ],
+)
+def test_balance_within_groups_ignores_imbalance_between_them(chosen, expected):
+    objective, context = make_objective("load_balance", within_groups=2), make_context(1, 4)
+    value = objective({0: assign(chosen, certain(torch.tensor(chosen) % 4))}, context)
+    torch.testing.assert_close(value, torch.tensor([expected]))
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
         ({"scope": "layer"}, "scope='layer' must be one of 'batch', 'sequence'"),
         ({"expert_groups": 3}, "expert_groups=3"),
+        ({"within_groups": 3}, "within_groups=3"),
+        ({"expert_groups": 2, "within_groups": 2}, "give two entries"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

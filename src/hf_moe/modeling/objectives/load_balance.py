@@ -13,6 +13,10 @@ Every token weighs the same, so a gate weighs as much as it has tokens. With `pe
 in MoIIE: the mean over the gate's tokens of the row, and the row's value is their sum. A gate of few tokens is then
 balanced as strongly as one of many.
 
+With `expert_groups` f and P are summed over groups of neighbouring experts, as for the devices of DeepSeekMoE. With
+`within_groups` the experts are balanced inside of each group: f and P are divided by their sums there, and a token's
+value is the mean over the groups that it chose.
+
 Taking f from the previous optimizer step makes the value linear in the tokens: rows may be split over micro-batches
 and processes at will, and domains may specialise within the batch.
 
@@ -23,9 +27,11 @@ DeepSeek-V3, arXiv:2412.19437 (sequence-wise); CuMo, arXiv:2405.05949 (first cho
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from ...configuration.checks import PositiveInt
 from ..decisions import Decision, ExpertAssignment
+from ..gating import renormalise
 from ..layer_spec import MoELayerSpec, Site
 from ..population import PopulationObjective
 from ..registry import register_objective
@@ -43,10 +49,11 @@ class LoadBalance(PopulationObjective):
         shares: `"slots"`, `"tokens"` or `"first_choices"`, of which f is the share.
         expert_groups: balance this many groups of neighbouring experts (the devices of DeepSeekMoE) in place of single
             experts; must divide the number of experts of every layer.
+        within_groups: balance the experts inside of each of this many groups of neighbours; must divide E too.
 
     Raises:
-        ValueError: if `expert_groups` does not divide E; in `forward`, if no router gives
-            probabilities.
+        ValueError: if both kinds of groups are given, or a number of groups does not divide E; in `forward`, if no
+            router gives probabilities.
     """
 
     def __init__(
@@ -59,20 +66,26 @@ class LoadBalance(PopulationObjective):
         per_gate: bool = False,
         shares: Literal["slots", "tokens", "first_choices"] = "slots",
         expert_groups: PositiveInt | None = None,
+        within_groups: PositiveInt | None = None,
     ):
         super().__init__(specs, coef)
-        for spec in specs:
-            if expert_groups is not None and spec.num_experts % expert_groups:
-                raise ValueError(
-                    f"expert_groups={expert_groups} must divide num_experts={spec.num_experts} of layer "
-                    f"{spec.layer_idx}."
-                )
+        groups = {"expert_groups": expert_groups, "within_groups": within_groups}
+        given = {name: number for name, number in groups.items() if number is not None}
+        if len(given) > 1:
+            raise ValueError(f"{groups}: one entry balances groups or within them; give two entries, with labels.")
+        for name, number in given.items():
+            for spec in specs:
+                if spec.num_experts % number:
+                    raise ValueError(
+                        f"{name}={number} must divide num_experts={spec.num_experts} of layer {spec.layer_idx}."
+                    )
         self.scope = scope
         self.per_modality = per_modality
         self.per_gate = per_gate
         self.share_of = shares
         self.slots = 1 if shares == "first_choices" else None
         self.expert_groups = expert_groups
+        self.within_groups = within_groups
 
     def group(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
         if self.per_modality:
@@ -100,9 +113,22 @@ class LoadBalance(PopulationObjective):
         if self.expert_groups is not None:
             share, probs = (table.unflatten(-1, (self.expert_groups, -1)).sum(-1) for table in (share, probs))
             allowed = allowed.unflatten(-1, (self.expert_groups, -1)).any(-1)  # (T, groups)
-        value = (share * probs).sum(-1) * allowed.sum(-1)  # (T,)
+        if self.within_groups is not None:
+            value = self.value_within(self.within_groups, decision, share, probs, allowed)
+        else:
+            value = (share * probs).sum(-1) * allowed.sum(-1)  # (T,)
         if self.per_gate:
             of_gate = self.row_counts(decision, context).sum(-1, keepdim=True)  # (B, NUM_MODALITIES, 1)
             weight = of_gate.sum(1, keepdim=True) / of_gate.clamp(min=1)
             value = value * self.per_token(weight, decision, context).squeeze(-1)
         return context.row_mean(value)
+
+    def value_within(
+        self, groups: int, decision: ExpertAssignment, share: torch.Tensor, probs: torch.Tensor, allowed: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the value (T,) of the balance inside of the groups, from tables (T, E)."""
+        share, probs, allowed = (table.unflatten(-1, (groups, -1)) for table in (share, probs, allowed))  # (T, G, M)
+        value = (renormalise(share) * renormalise(probs)).sum(-1) * allowed.sum(-1)  # (T, G)
+        group = decision.expert_index // share.shape[-1]  # (T, K), G at empty slots
+        chosen = F.one_hot(group, groups + 1).amax(1)[:, :groups]  # (T, G)
+        return (value * chosen).sum(-1) / chosen.sum(-1).clamp(min=1)

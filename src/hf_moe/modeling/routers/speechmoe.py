@@ -4,7 +4,8 @@
 
 One network (U_1, U_2), a module of the model, makes e (T, de) once per token, from what reaches the first MoE layer:
 with a decoder's first layer that is the token and what its attention has read, and it is known in every host. The
-paper's network reads the acoustic features. Training and inference are the same, and a token reads no later one.
+paper's network reads the acoustic features. That layer takes d de + de^2 multiply-adds more for a token, and every one
+E de more than a plain gate. Training and inference are the same, and a token reads no later one.
 
 The network has a task of its own, so that e stays informative. With `embedding_classes` C, a head (C, de) predicts the
 next label's id modulo C, which is the next token where C covers the vocabulary and costs less than a second language
