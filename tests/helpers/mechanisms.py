@@ -76,6 +76,7 @@ CASES: dict[str, dict[str, Case]] = {
         "dselect_k": Case(),
         "dselect_k-condition": Case({"conditioning": "condition", "condition": "domain", "num_conditions": 3}),
         "dynamic_moe_top_p": Case(),
+        "dynmoe": Case(),
         "ernie45_vl": Case(moe={"num_experts_per_tok": 1}),
         "ernie45_vl-banks": Case(moe={"expert_banks": BANKS, "num_experts": None}),
         "evomoe_dtr": Case(),

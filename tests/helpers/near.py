@@ -17,5 +17,8 @@ def assert_near(
     if expected is None or found is None:
         assert found is expected
         return
+    if isinstance(expected, torch.Tensor) and expected.dtype is torch.bool:
+        assert torch.equal(found, expected)
+        return
     scale = max(1.0, float(torch.as_tensor(expected).abs().max())) if torch.as_tensor(expected).numel() else 1.0
     torch.testing.assert_close(found, expected, atol=share * scale, rtol=0)

@@ -14,6 +14,9 @@ def test_slots_of_a_mask_hold_the_heaviest_chosen_experts():
     torch.testing.assert_close(found, torch.tensor([[0.4, 0.3, 0.2], [0.1, 0.0, 0.0], [0.3, 0.1, 0.0]]))
     found.sum().backward()
     assert weight.grad.tolist() == [[0, 1, 1, 1], [1, 0, 0, 0], [1, 0, 1, 1]]
+    index, found = from_mask(chosen, weight)
+    assert index.tolist() == [[0, 1, 2, 3], [0, 4, 4, 4], [0, 4, 2, 3]]
+    assert torch.equal(found, weight * chosen)
 
 
 # dselect_k

@@ -290,7 +290,8 @@ def from_mask(
     Args:
         chosen (`torch.Tensor` of shape `(T, E)`, bool): any number of experts for a token.
         weight (`torch.Tensor` of shape `(T, E)`): of every expert.
-        most (`int`, *optional*): K; of more chosen experts those of the largest weight are kept. E when `None`.
+        most (`int`, *optional*): K; of more chosen experts those of the largest weight are kept, the largest first. E
+            when `None`: slot i is then that of expert i, or empty.
     """
     num_experts = chosen.shape[1]
     if most is None or most >= num_experts:

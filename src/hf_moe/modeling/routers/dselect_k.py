@@ -124,8 +124,8 @@ class DSelectKRouter(Router):
             share, entropy, unused = share[group], entropy[group], unused[group]
         logits = apply_overrides(share.clamp(min=1e-20).log(), self.spec, context)  # (T, E)
         weight = logits.exp()
-        slots = self.spec.num_experts if self.training else self.spec.num_experts_per_tok
-        index, weight = from_mask((share > 0.0) & (weight > 0.0), weight, slots)  # (T, slots) both
+        most = None if self.training else self.spec.num_experts_per_tok
+        index, weight = from_mask((share > 0.0) & (weight > 0.0), weight, most)  # (T, E) both, or (T, K)
         decision = ExpertAssignment(
             index,
             weight if self.training else renormalise(weight),
