@@ -62,6 +62,7 @@ NO_LOSS: dict[str, Any] = {"objectives": {}}
 EMBEDDED = {"embedding": {"name": "signal", "signal": "embedding_loss", "coef": 0.1}, "load_balance": 0.01}
 WHOLE_PROMPT = {name: "the experts are merged for the whole prompt" for name in ("causality", "decoding")}
 NO_CHOICE = {"disabled": "its experts are not chosen"}
+CHOICE_LOSS = {"objectives": {"signal": {"coef": 1.0, "signal": "choice_loss"}}}
 CHOICE_OF_A_BATCH = {"micro_batches": "while training, experts choose among the tokens of a batch"}
 LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality of the next"}
 
@@ -102,6 +103,12 @@ CASES: dict[str, dict[str, Case]] = {
         "moiie-next_token": Case({"boundary_rule": "next_token"}, exempt=LOOKS_AHEAD),
         "sequence": Case(),
         "sequence-instruction": Case({"end_token_id": 7, "centred": True}),
+        "moma": Case(moe=CHOICE_LOSS, exempt=CHOICE_OF_A_BATCH),
+        "moma-gumbel": Case(
+            {"gumbel_noise": True},
+            CHOICE_LOSS,
+            exempt={**CHOICE_OF_A_BATCH, "padding": "a batch draws its noise at once"},
+        ),
         "omni_router": Case(),
         "rmoe_layerwise": Case({"router_state_dim": 8}),
         "rmoe_layerwise-rnn": Case({"router_state_dim": 8, "router_cell": "rnn"}),

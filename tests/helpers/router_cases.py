@@ -72,6 +72,12 @@ def copy_experts(spec: MoELayerSpec, source: nn.Module):
     return experts
 
 
+def weight_table(decision) -> torch.Tensor:
+    """Return the weight of every expert for every token, (T, E)."""
+    table = decision.expert_weight.new_zeros(len(decision.expert_index), decision.num_experts + 1)
+    return table.scatter_add(1, decision.expert_index, decision.expert_weight)[:, :-1]
+
+
 def collapsed(router: Router, expert: int = 0) -> Router:
     """Send every token whose first feature is positive to one expert."""
     router.weight.data.zero_()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.router_cases import EXPERTS, HIDDEN, make_context, make_router
+from helpers.router_cases import EXPERTS, HIDDEN, make_context, make_router, weight_table
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +32,8 @@ def test_every_expert_takes_its_share_of_each_group(std, factor, cap):
     groups = [~text & (row == 1), ~text & (row == 2) & ~second, ~text & second, *(text & (row == r) for r in range(3))]
     for group, size in zip(groups, (4, 4, 2, 6, 8, 6), strict=True):  # two of the first row are padding
         assert loads(decision, group) == [math.ceil(factor * size * 2 / EXPERTS)] * EXPERTS
-    chosen = decision.expert_index < EXPERTS
-    assert torch.equal(decision.expert_weight, decision.router_probs.masked_fill(~chosen, 0.0))
+    weight = weight_table(decision)
+    assert torch.equal(weight, decision.router_probs.where(weight > 0, 0.0))
 
 
 @pytest.mark.parametrize("group", ["image", "batch"])
