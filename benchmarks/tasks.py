@@ -298,18 +298,26 @@ def shape_rows(counts: tuple[int, int]) -> Iterator[Dataset]:
         yield rows.select(range(count)).select_columns([*ROW_FEATURES, "image_id"])
 
 
-def emoji_rows() -> tuple[Dataset, Dataset]:
-    """Return the question for the category of every emoji, for training and of held-out ones."""
+def emoji_rows(held_out: int = HELD_OUT, groups: bool = False) -> tuple[Dataset, Dataset]:
+    """Return questions about every emoji, for training and of held-out ones.
+
+    Args:
+        held_out: how manieth emoji is held out.
+        groups: ask for the group as well, of which a category has several, not for the category alone.
+    """
     with tarfile.open(fetch("emoji-datasource-google")) as archive:
         contents = {member.name: archive.extractfile(member) for member in archive if member.isfile()}
         entries = json.load(contents["package/emoji.json"])
         entries = [item for item in entries if item["has_img_google"] and item["category"] != "Component"]
         pictures = [on_white(contents[f"package/img/google/64/{item['image']}"].read()) for item in entries]
-    items = [
-        (f"emoji/{item['unified']}", picture, "which category is this?", item["category"].split()[0].lower())
-        for item, picture in zip(entries, pictures, strict=True)
-    ]
-    return rows_of([item for index, item in enumerate(items) if index % HELD_OUT]), rows_of(items[::HELD_OUT])
+    questions = {"which category is this?": lambda item: item["category"].split()[0].lower()}
+    if groups:
+        questions["which group is this?"] = lambda item: item["subcategory"].replace("-", "_")
+    parts: tuple[list, list] = [], []
+    for index, (item, picture) in enumerate(zip(entries, pictures, strict=True)):
+        asked = [(f"emoji/{item['unified']}", picture, words, answer(item)) for words, answer in questions.items()]
+        parts[index % held_out == 0].extend(asked)
+    return rows_of(parts[0]), rows_of(parts[1])
 
 
 def on_white(content: bytes) -> bytes:

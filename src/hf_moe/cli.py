@@ -1,4 +1,4 @@
-"""The command line: `hf-moe build`, `train`, `inspect`, `refresh`, `push`, `space`, `demo`, `list` and `show`."""
+"""The command line: `hf-moe build`, `train`, `compare`, `inspect`, `push`, `list`, `show` and others."""
 
 import argparse
 import importlib
@@ -15,6 +15,7 @@ from .configuration.systems import systems_by_family
 # needs packages that the others do not.
 COMMANDS = {
     "build": ("hf_moe.construction.command", "make a checkpoint from a decoder, a vision tower and a system"),
+    "compare": ("hf_moe.training.comparison", "train systems on the same start, data and active parameters"),
     "demo": ("hf_moe.hub.demo", "open a page that asks a checkpoint and shows its routing"),
     "inspect": ("hf_moe.hub.inspection", "show what a checkpoint is, without loading it"),
     "push": ("hf_moe.hub.push", "upload a checkpoint to the Hub, in one commit"),

@@ -161,7 +161,7 @@ def shuffle_test(model: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, 
         `loss`, `shuffled_loss` and `change`, their relative difference.
     """
     batches = list(batches)
-    loss = _mean_loss(model, batches)
+    loss = mean_loss(model, batches)
     generator = torch.Generator().manual_seed(0)
     shuffled = 0.0
     for _ in range(SHUFFLES):
@@ -173,7 +173,7 @@ def shuffle_test(model: Any, batches: Iterable[dict[str, Tensor]]) -> dict[str, 
                 target = torch.empty(experts + 1, dtype=torch.long)
                 target[order], target[experts] = order.roll(1), experts
                 hooks.enter_context(layer.gate.register_forward_hook(_exchange(target)))
-            shuffled += _mean_loss(model, batches) / SHUFFLES
+            shuffled += mean_loss(model, batches) / SHUFFLES
     return {"loss": loss, "shuffled_loss": shuffled, "change": shuffled / loss - 1.0}
 
 
@@ -187,11 +187,20 @@ def _exchange(target: Tensor) -> Any:
     return hook
 
 
-def _mean_loss(model: Any, batches: list[dict[str, Tensor]]) -> float:
-    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+@torch.no_grad()
+def mean_loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Return the mean language loss of a labelled token.
+
+    Args:
+        batches (`Iterable[dict[str, torch.Tensor]]`): keyword arguments of forward passes, with labels.
+    """
+    total, labelled = 0.0, 0
     with evaluation_mode(model):
-        total = sum(model(**batch).loss.item() * count for batch, count in zip(batches, counts, strict=True))
-    return total / max(sum(counts), 1)
+        for batch in batches:
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            total += model(**batch).loss.item() * count
+            labelled += count
+    return total / max(labelled, 1)
 
 
 def _run_expert(experts: Any, num_experts: int, takes_assignment: bool, hidden_states: Tensor, expert: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What a model's routers did: slot counts by layer, modality and expert, and the figures read off them."""
 
+import math
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class RoutingStatistics:
         """Return the mean number of filled slots of a token, (NUM_MODALITIES,) float32."""
         return self.tables[site][:, :-1].sum(-1).float() / self.tokens[site].clamp(min=1)
 
+    def entropy(self, site: Site) -> torch.Tensor:
+        """Return the entropy of the expert shares over log E, (NUM_MODALITIES,) float32 in 0..1."""
+        shares = self.shares(site)
+        return torch.special.entr(shares).sum(-1) / math.log(max(shares.shape[1], 2))
+
     def figures(self) -> dict[str, float]:
         """Return a small fixed set of figures per modality and third of the MoE layers.
 
@@ -94,14 +100,11 @@ class RoutingStatistics:
         return figures
 
     def _row(self, site: Site, modality: int) -> dict[str, float]:
-        share = self.shares(site)[modality]
-        experts = max(share.numel(), 2)
-        entropy = -(share * share.clamp(min=1e-12).log()).sum() / torch.tensor(float(experts)).log()
         table = self.tables[site][modality].float()
         return {
             "active": self.active_experts(site)[modality].item(),
-            "entropy": entropy.item(),
-            "largest": share.max().item(),
+            "entropy": self.entropy(site)[modality].item(),
+            "largest": self.shares(site)[modality].max().item(),
             "empty": (table[-1] / table.sum().clamp(min=1)).item(),
             **{name: self.signal_means(site, name)[modality].item() for name in self.signals.get(site, {})},
         }

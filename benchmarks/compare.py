@@ -1,0 +1,80 @@
+"""Routers against each other on two small tasks, by `hf-moe compare`.
+
+    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3    # an hour or two on one core
+    python benchmarks/compare.py --quick                        # two systems, two steps
+
+`shapes`: the shape or the colour of what a picture of easy-VQA shows. `emoji`: the category and the group of a Noto
+emoji, of which every third is held out. The recipes are in `benchmarks/recipes`. Every finished run lies under
+`--runs` and is read when the same is asked again, so that systems can be added.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from common import FOLDER, commit, make_parser, publish
+from datasets import DatasetDict
+from tasks import emoji_rows, shape_rows
+
+from hf_moe.training.comparison import Comparison, compare
+from hf_moe.training.comparison_report import comparison_table, conditions, draw_comparison
+
+
+# The first is what the others are measured against.
+SYSTEMS = (
+    "top_k", "moiie", "ming_multi_router", "ernie45_vl", "evomoe_dtr", "anyexperts", "adamoe", "dynamic_moe_top_p",
+    "deepseek_v3", "llama4", "switch_transformer", "chain_of_experts", "omni_router",
+)  # fmt: skip
+# All have two of eight experts per token, except where another number is what the system is about.
+SLOTS = {
+    "adamoe": ["num_experts_per_tok=4"],  # half of them on null experts
+    "anyexperts": ["router={name: anyexperts, min_slots: 1, max_slots: 4, max_virtual_share: 0.2}"],
+    **{name: ["num_experts_per_tok=1"] for name in ("evomoe_dtr", "llama4", "switch_transformer", "omni_router")},
+}
+TASKS = ("shapes", "emoji")
+QUICK = ["training.max_steps=2", "data.train.limit=32", "data.eval.limit=16"]
+
+
+def write_rows(task: str, folder: Path, quick: bool) -> None:
+    """Write the rows of a task, unless they are there."""
+    if not (folder / "dataset_dict.json").is_file():
+        train, test = (
+            shape_rows((64, 32) if quick else (3000, 1000)) if task == "shapes" else emoji_rows(3, groups=True)
+        )
+        DatasetDict(train=train, test=test).save_to_disk(str(folder))
+
+
+def compare_on(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the comparison of a task."""
+    rows = arguments.runs / "rows" / f"{task}{'-quick' if arguments.quick else ''}"
+    write_rows(task, rows, arguments.quick)
+    systems = arguments.systems.split(",") if arguments.systems else list(SYSTEMS[: 2 if arguments.quick else None])
+    return compare(
+        Comparison(
+            recipe=str(FOLDER / "recipes" / f"compare_{task}.yaml"),
+            systems=systems,
+            folder=arguments.runs / f"{task}{'-quick' if arguments.quick else ''}",
+            seeds=arguments.seeds,
+            overrides=[f"data.{part}={{path: {rows}}}" for part in ("train", "eval")] + QUICK * arguments.quick,
+            overrides_of={name: given for name, given in SLOTS.items() if name in systems},
+            provenance={"commit": commit()},
+        )
+    )
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="folder of the runs")
+    parser.add_argument("--systems", help="names of systems, separated by commas (default: all of this file)")
+    arguments = parser.parse_args()
+    found, tables = {}, []
+    for task in TASKS[: 1 if arguments.quick else None]:
+        found[task] = compare_on(task, arguments)
+        tables.append(f"### Systems, {task}\n\n{conditions(found[task])}\n\n{comparison_table(found[task])}")
+        pictures = FOLDER / "results" if arguments.json is None and not arguments.quick else arguments.runs
+        draw_comparison(found[task], pictures / f"compare_{task}.png")
+    publish("compare", arguments, found, "\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()

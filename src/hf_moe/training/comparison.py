@@ -1,0 +1,536 @@
+"""Systems against each other in one command, `hf-moe compare`: same start, data order, steps and active parameters.
+
+A contestant is what `hf-moe train RECIPE --set model.system=KEY` would build, so what the recipe's `moe_config` says
+holds for all of them, and the rest is each system's own. Then what would favour one of them is made equal:
+
+- **Start.** Per seed, every parameter outside of the routers that the first system has too, under the same name and in
+  the same shape, starts from its value there. Routers start as their paper says, and experts of another width from
+  values of their own. Each run records how many parameters of each part that are.
+- **Data order and steps** are those of the recipe; the digest of all token ids, in the order in which the model saw
+  them, has to be the same for all systems of a seed.
+- **Active parameters.** The width of the experts, in steps of `WIDTH_STEP`, is the one at which the decoder parameters
+  that work on a mean token at the start are nearest to the first system's. Where a router uses more or fewer experts
+  as it learns, the table says where it ended.
+
+A run that is finished is read again by the fingerprint of what ran, so that a comparison goes on where it was stopped,
+and systems can be added to it.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from ..analysis.experts import mean_loss
+from ..analysis.routing_statistics import RoutingStatistics, active_parameters
+from ..configuration.checks import unknown_name_message
+from ..configuration.configuration_hf_moe import MODALITIES
+from ..configuration.systems import list_systems, load_system
+from ..data import VisionLanguageCollator
+from ..evaluation.report import machine, versions
+from ..evaluation.vqa import batches
+from ..modeling.mechanisms import mechanism_names
+from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
+from ..modeling.parts import host_parts, part_of
+from .checks import named
+from .comparison_report import comparison_table, plan_table, write_comparison
+from .job import autocast, say
+from .parts import refuse_strayed
+from .recipe import load_recipe
+from .run import ModelJob, collect_routing, evaluate, load_sources
+from .sections import Recipe
+
+
+# Rows of experts that are a multiple of 8 numbers long suit every backend.
+WIDTH_STEP = 8
+TOLERANCE = 0.03
+# Rows on which the active parameters at the start are counted.
+COUNTED_ROWS = 256
+# Steps whose time is not counted: the first ones allocate.
+WARM_UP_STEPS = 2
+# What every system of a comparison would get in place of its own.
+OF_THE_SYSTEM = ("router", "experts", "block", "attention", "layer", "expert_banks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        recipe: see [`load_recipe`]; with a model, `data.eval` and `training.max_steps`, and without stages.
+        systems: keys of systems that have the form `model`, or names of routers; the first is what the others are
+            measured against.
+        folder: of the runs and the results.
+        seeds: how many, from 0 on.
+        overrides: `key=value` over the recipe.
+        overrides_of: system -> `key=value` over its `moe_config`; an `expert_intermediate_size` is kept as given.
+        tolerance: by how much the active parameters at the start may differ, relative to the first system's.
+        provenance: kept with every run that is trained now, such as the commit.
+    """
+
+    recipe: str
+    systems: list[str]
+    folder: Path
+    seeds: int = 3
+    overrides: list[str] = field(default_factory=list)
+    overrides_of: dict[str, list[str]] = field(default_factory=dict)
+    tolerance: float = TOLERANCE
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("systems", len(self.systems)), ("seeds", self.seeds)):
+            if value < 1:
+                raise ValueError(f"A comparison has at least one of {name}, got {value}.")
+        twice = sorted({name for name in self.systems if self.systems.count(name) > 1})
+        if twice:
+            raise ValueError(f"The systems {', '.join(twice)} are named twice.")
+        for name in self.overrides_of:
+            if name not in self.systems:
+                raise ValueError(unknown_name_message("system of --set-for", name, self.systems))
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A system in the recipe, with the width of its experts.
+
+    Attributes:
+        name: of the system or router.
+        recipe: of seed 0.
+        content: what decides a run besides: the fields of the record.
+        facts: what is known before any training: `width`, `active` by modality, `mean_active`, `parameters`,
+            `num_experts`, `num_experts_per_tok`, `layers`.
+    """
+
+    name: str
+    recipe: Recipe
+    content: dict[str, Any]
+    facts: dict[str, Any]
+
+    def seeded(self, seed: int) -> Recipe:
+        return replace(self.recipe, seed=seed)
+
+
+def compare(comparison: Comparison) -> dict[str, Any]:
+    """Run what is missing of a comparison, write table and picture, and return what `comparison.json` holds.
+
+    Raises:
+        ValueError: if a system cannot be compared; it is named, and nothing is trained.
+        RuntimeError: if systems saw other data, or a frozen parameter moved.
+    """
+    contestants, rows = plan(comparison)
+    runs: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in contestants}
+    steps = contestants[0].recipe.training["max_steps"]
+    with tqdm(total=len(contestants) * comparison.seeds * steps, unit="step", desc="Comparing") as progress:
+        for seed in range(comparison.seeds):
+            start: dict[str, torch.Tensor] = {}
+            for contestant in contestants:
+                progress.set_postfix_str(f"{contestant.name}, seed {seed}")
+                path, fingerprint = _run_file(comparison, contestants, contestant, seed)
+                run = _kept(path, fingerprint)
+                if run is None:
+                    start = start or initial_state(contestants[0].seeded(seed), rows, comparison.folder)
+                    try:
+                        run = train_contestant(contestant.seeded(seed), rows, comparison.folder, start, progress)
+                    except BaseException as error:
+                        error.add_note(f"This was {contestant.name} with seed {seed}; the same command goes on there.")
+                        raise
+                    run = {"seed": seed, **run, "versions": versions(), **comparison.provenance}
+                    _keep(path, fingerprint, run)
+                else:
+                    progress.update(steps)
+                runs[contestant.name].append(run)
+            _refuse_other_data(seed, runs)
+    result = {
+        "recipe": contestants[0].recipe.to_dict(),
+        "baseline": contestants[0].name,
+        "tolerance": comparison.tolerance,
+        "seeds": comparison.seeds,
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "systems": {
+            contestant.name: {**contestant.facts, "moe_config": contestant.content, "runs": runs[contestant.name]}
+            for contestant in contestants
+        },
+    }
+    write_comparison(comparison.folder, result)
+    return result
+
+
+def plan(comparison: Comparison) -> tuple[list[Contestant], dict[str, Any]]:
+    """Return the contestants with their widths fitted, and the rows, after all that can refuse one of them.
+
+    Raises:
+        ValueError: naming every system that cannot be compared, and why; or what the recipe lacks.
+    """
+    recipe = load_recipe(comparison.recipe, comparison.overrides)
+    _check_recipe(recipe, comparison.recipe)
+    rows = load_sources(recipe)
+    read, refusals = {}, []
+    for name in comparison.systems:
+        try:
+            read[name] = _read(comparison, name)
+        except ValueError as error:
+            refusals.append(f"{name}: {error}")
+    contestants: list[Contestant] = []
+    for name, (recipe, content) in read.items():
+        first = contestants[0] if contestants else None
+        if first is None and name != comparison.systems[0]:
+            break  # nothing to fit to
+        job = {"recipe": recipe.to_dict(), "record": content, "tolerance": comparison.tolerance}
+        fingerprint = _fingerprint({**job, "first": None if first is None else first.recipe.to_dict()})
+        path = comparison.folder / name / "plan.json"
+        facts = _kept(path, fingerprint)
+        if facts is None:
+            say(f"Fitting the experts of {name}")
+            fixed = first is None or "expert_intermediate_size" in _own_names(comparison, name)
+            target = None if first is None else first.facts["mean_active"]
+            try:
+                facts = fit(recipe, rows, comparison, target, fixed)
+            except ValueError as error:
+                refusals.append(f"{name}: {error}")
+                continue
+            _keep(path, fingerprint, facts)
+        contestants.append(Contestant(name, _with_width(recipe, facts["width"]), content, facts))
+    if refusals:
+        raise ValueError("Not all of these can be compared. " + " ".join(refusals))
+    return contestants, rows
+
+
+def fit(
+    recipe: Recipe, rows: dict[str, Any], comparison: Comparison, target: float | None, fixed: bool
+) -> dict[str, Any]:
+    """Return the facts of a contestant, with the width at which `target` parameters are active on a mean token.
+
+    Args:
+        target: of the first system; `None` for that itself.
+        fixed: keep the width that there is.
+
+    Raises:
+        ValueError: if the active parameters cannot be counted, or not be brought near enough.
+    """
+    with named("its model on this recipe"):
+        job = build(recipe, rows, comparison.folder)
+    blocks = job.model.moe_blocks()
+    config = job.model.config
+    elsewhere = sorted(str(site) for site, block in blocks.items() if block.spec.place)
+    if elsewhere or config.moe_config.attention is not None or config.moe_config.layer is not None:
+        raise ValueError("it mixes experts outside of the decoder's feed-forwards, whose parameters are not counted.")
+    collator = VisionLanguageCollator(job.processor, feature_cache=job.features, config=config)
+    with named("its routing on this recipe"), autocast(job.model, recipe.evaluation):
+        statistics = collect_routing(job.model, collator, rows["eval"], limit=COUNTED_ROWS)
+    sites = {router.spec.site for block in blocks.values() for router in block.routers}
+    if not sites <= set(statistics.tables):
+        raise ValueError("it mixes experts instead of choosing some, so that no number of active parameters is known.")
+
+    def active_at(width: int) -> dict[str, int]:
+        trial = deepcopy(config)
+        trial.moe_config.expert_intermediate_size = width
+        with torch.device("meta"):
+            model = HfMoeForConditionalGeneration._from_config(trial)
+        return active_parameters(model, statistics)
+
+    spec = next(iter(blocks.values())).spec
+    width = spec.expert_intermediate_size
+    active = active_parameters(job.model, statistics)
+    if not fixed and target is not None:
+        here = mean_active(active, statistics)
+        slope = (mean_active(active_at(width + WIDTH_STEP), statistics) - here) / WIDTH_STEP
+        if slope <= 0:
+            raise ValueError("its experts have widths of their own, which cannot be fitted to the first system's.")
+        width = max(WIDTH_STEP, WIDTH_STEP * round((width + (target - here) / slope) / WIDTH_STEP))
+        active = active_at(width)
+        reached = mean_active(active, statistics) / target
+        if abs(reached - 1) > comparison.tolerance:
+            raise ValueError(
+                f"with experts of width {width} its active parameters are {reached:.3f} times {target:,.0f}, those of "
+                f"{comparison.systems[0]}: allow it by --tolerance, or choose its sizes by --set-for."
+            )
+    return {
+        "layers": sorted(job.model.moe_layers()),
+        "num_experts": spec.num_experts,
+        "num_experts_per_tok": spec.num_experts_per_tok,
+        "width": width,
+        "active": active,
+        "mean_active": mean_active(active, statistics),
+        "entropy": entropies(statistics),
+    }
+
+
+def mean_active(active: dict[str, int], statistics: RoutingStatistics) -> float:
+    """Return the active parameters of a mean token, of whatever modality."""
+    tokens = next(iter(statistics.tokens.values())).tolist()
+    weighted = sum(active[name] * count for name, count in zip(MODALITIES, tokens, strict=True) if count)
+    return weighted / sum(tokens)
+
+
+def entropies(statistics: RoutingStatistics) -> dict[str, float]:
+    """Return, by modality, the entropy of the expert shares over log E, 0 to 1, as a mean over the layers."""
+    found = {}
+    for row, name in enumerate(MODALITIES):
+        values = [statistics.entropy(site)[row].item() for site, n in statistics.tokens.items() if n[row] > 0]
+        if values:
+            found[name] = sum(values) / len(values)
+    return found
+
+
+def experts_per_token(statistics: RoutingStatistics, layers: int) -> dict[str, float]:
+    """Return, by modality, how many experts work on a mean token of a layer, in all of its rounds together."""
+    found = {}
+    for row, name in enumerate(MODALITIES):
+        values = [statistics.active_experts(site)[row].item() for site, n in statistics.tokens.items() if n[row] > 0]
+        if values:
+            found[name] = sum(values) / layers
+    return found
+
+
+def initial_state(recipe: Recipe, rows: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+    """Return the parameters from which all contestants of a seed start, see [`take_start`]."""
+    return {name: value.detach().clone() for name, value in build(recipe, rows, folder).model.named_parameters()}
+
+
+@torch.no_grad()
+def take_start(model: Any, start: dict[str, torch.Tensor]) -> dict[str, dict[str, int]]:
+    """Give a model the values that it shares with the first system, and return how many parameters of each part do.
+
+    Returns:
+        part, of [`PARTS`], -> `equal` and `own`, numbers of parameters.
+    """
+    parts = host_parts(model)
+    counts: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        part, known = part_of(name, parts), start.get(name)
+        equal = part != "routers" and known is not None and known.shape == parameter.shape
+        if equal:
+            parameter.copy_(known)
+        counts.setdefault(part, {"equal": 0, "own": 0})["equal" if equal else "own"] += parameter.numel()
+    return counts
+
+
+class Watch:
+    """Watches a training through the forward passes of its model: what it sees, and the time of the process.
+
+    Attributes:
+        digest: of all token ids, in order.
+        times: CPU seconds of the process, all its threads, when each forward pass began.
+    """
+
+    def __init__(self, progress: Any, batches_per_step: int):
+        self.digest = blake2b(digest_size=16)
+        self.times: list[float] = []
+        self.progress = progress
+        self.batches_per_step = batches_per_step
+
+    @contextmanager
+    def of(self, model: torch.nn.Module) -> Iterator[None]:
+        """Watch a model for the duration of the context."""
+        hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _note(self, model: torch.nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
+        self.times.append(time.process_time())
+        self.digest.update(inputs["input_ids"].cpu().numpy().tobytes())
+        if len(self.times) % self.batches_per_step == 0:
+            self.progress.update(1)
+
+    def step_seconds(self) -> float | None:
+        """Return the median CPU seconds from step to step; `None` of a training that is too short."""
+        starts = self.times[:: self.batches_per_step][WARM_UP_STEPS:]
+        steps = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+        return float(torch.tensor(steps).median()) if steps else None
+
+
+def train_contestant(
+    recipe: Recipe, rows: dict[str, Any], folder: Path, start: dict[str, torch.Tensor], progress: Any
+) -> dict[str, Any]:
+    """Train a recipe from a given start, score it, and return what is kept of the run."""
+    job = build(recipe, rows, folder)
+    shared = take_start(job.model, start)
+    watch = Watch(progress, recipe.training.get("gradient_accumulation_steps", 1))
+    with watch.of(job.model):
+        record = job.train(resume=False)
+    refuse_strayed(record["strayed"])
+    report, statistics = evaluate(recipe, job.model, job.processor, rows["eval"], job.features)
+    collator = VisionLanguageCollator(job.processor, feature_cache=job.features, config=job.model.config)
+    with autocast(job.model, recipe.evaluation):
+        loss = mean_loss(job.model, map(collator, batches(rows["eval"], recipe.evaluation.get("batch_size", 64))))
+    active = report["parameters_active"]
+    return {
+        **{name: report[name] for name in ("accuracy", "accuracy_by_question_type", "evaluated")},
+        "loss": loss,
+        "active": active,
+        "mean_active": mean_active(active, statistics),
+        "experts_per_token": experts_per_token(statistics, len(job.model.moe_layers())),
+        "entropy": entropies(statistics),
+        "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+        "step_cpu_seconds": watch.step_seconds(),
+        "train_seconds": record["train_seconds"],
+        "train_loss": [round(float(entry["loss"]), 4) for entry in record["log_history"] if "loss" in entry],
+        "data_order": watch.digest.hexdigest(),
+        "start": shared,
+    }
+
+
+def _read(comparison: Comparison, name: str) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe of a system, and the fields of its record.
+
+    Raises:
+        ValueError: if there is no such system, or it has no form that can be compared.
+    """
+    keys, routers = [record.key for record in list_systems()], mechanism_names("router")
+    if name in keys:
+        content = load_system(name).fields("model")
+        if content.get("layers") == []:
+            raise ValueError("it has no routed feed-forwards in the decoder, so there is nothing of it to compare.")
+        chosen = [f"model.system={name}"]
+    elif name in routers:
+        content = {"router": {"name": name}}
+        chosen = ["model.system=null", f"model.moe_config.router={name}"]
+    else:
+        raise ValueError(unknown_name_message("system or router", name, list(dict.fromkeys([*keys, *routers]))))
+    own = [f"model.moe_config.{override}" for override in comparison.overrides_of.get(name, ())]
+    recipe = load_recipe(comparison.recipe, [*comparison.overrides, *chosen, *own])
+    # One line of log a run, and nothing that a finished run does not need.
+    training = {**recipe.training, "save_strategy": "no", "logging_steps": recipe.training["max_steps"]}
+    evaluation = {key: value for key, value in recipe.evaluation.items() if key in ("batch_size", "bf16")}
+    return replace(recipe, training=training, evaluation=evaluation, seed=0, card={}), content
+
+
+def _check_recipe(recipe: Recipe, source: str) -> None:
+    if recipe.adapter is not None or recipe.stages:
+        what = "trains an adapter" if recipe.adapter is not None else "has stages"
+        raise ValueError(f"The recipe {source} {what}: a comparison needs one that trains a model in one go.")
+    if recipe.data.get("eval") is None or recipe.training.get("max_steps", -1) < 1:
+        raise ValueError(f"The recipe {source} needs data.eval, to score, and training.max_steps, equal for all.")
+    taken = [name for name in OF_THE_SYSTEM if name in (recipe.model.get("moe_config") or {})]
+    if taken:
+        raise ValueError(
+            f"The recipe {source} sets {', '.join(taken)} in its moe_config, which every system would get in place of "
+            "its own: take it out."
+        )
+
+
+def _own_names(comparison: Comparison, name: str) -> list[str]:
+    return [override.partition("=")[0] for override in comparison.overrides_of.get(name, ())]
+
+
+def _with_width(recipe: Recipe, width: int) -> Recipe:
+    moe_config = {**(recipe.model.get("moe_config") or {}), "expert_intermediate_size": width}
+    return replace(recipe, model={**recipe.model, "moe_config": moe_config})
+
+
+def build(recipe: Recipe, rows: dict[str, Any], folder: Path) -> ModelJob:
+    """Return the job of a contestant with its model, as `hf-moe train` begins it."""
+    set_seed(recipe.seed)
+    job = ModelJob(recipe, rows, folder)
+    job.build()
+    return job
+
+
+def _refuse_other_data(seed: int, runs: dict[str, list[dict[str, Any]]]) -> None:
+    orders = {name: done[seed]["data_order"] for name, done in runs.items()}
+    first = next(iter(orders.values()))
+    others = [name for name, order in orders.items() if order != first]
+    if others:
+        raise RuntimeError(
+            f"With seed {seed}, {', '.join(others)} saw other data than {next(iter(orders))}, or in another order: the"
+            " data have changed since. Compare in a new folder."
+        )
+
+
+def _run_file(
+    comparison: Comparison, contestants: list[Contestant], contestant: Contestant, seed: int
+) -> tuple[Path, str]:
+    """Return where a run is kept, and the fingerprint of what decides it."""
+    job = {"recipe": contestant.seeded(seed).to_dict(), "record": contestant.content}
+    first = {"recipe": contestants[0].seeded(seed).to_dict(), "record": contestants[0].content}
+    return comparison.folder / contestant.name / f"seed{seed}.json", _fingerprint({**job, "first": first})
+
+
+def _fingerprint(job: dict[str, Any]) -> str:
+    return blake2b(json.dumps(job, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _kept(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return what an earlier call has left of the same; `None` where there is nothing."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["result"] if content["fingerprint"] == fingerprint else None
+
+
+def _keep(path: Path, fingerprint: str, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps({"fingerprint": fingerprint, "result": result}, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `hf-moe compare`."""
+    parser.add_argument(
+        "--systems", required=True, metavar="A,B,...", help="keys of `hf-moe list systems`, or names of routers; the "
+        "others are measured against the first",
+    )  # fmt: skip
+    parser.add_argument("--recipe", required=True, help="a YAML file or a name, as of `hf-moe train`")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default: 3)")
+    parser.add_argument("--output-dir", help="of runs and results; default: runs/compare-<name of the recipe>")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="for all systems: training.max_steps=10",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set-for", dest="overrides_of", action="append", default=[], metavar="SYSTEM:KEY=VALUE",
+        help="in the moe_config of one system: adamoe:num_experts_per_tok=4",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, metavar="SHARE",
+        help=f"by how much active parameters may differ at the start (default: {TOLERANCE})",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="show what would run, with its parameters; train nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `hf-moe compare`."""
+    overrides_of: dict[str, list[str]] = {}
+    for given in args.overrides_of:
+        name, separator, override = given.partition(":")
+        if not separator:
+            raise ValueError(f"--set-for {given!r}: expected SYSTEM:KEY=VALUE, as in adamoe:num_experts_per_tok=4.")
+        overrides_of.setdefault(name, []).append(override)
+    folder = args.output_dir or Path("runs") / f"compare-{load_recipe(args.recipe, args.overrides).name}"
+    comparison = Comparison(
+        recipe=args.recipe,
+        systems=[name.strip() for name in args.systems.split(",")],
+        folder=Path(folder),
+        seeds=args.seeds,
+        overrides=args.overrides,
+        overrides_of=overrides_of,
+        tolerance=args.tolerance,
+    )
+    if args.list:
+        contestants, _ = plan(comparison)
+        finished = {
+            contestant.name: sum(
+                _kept(*_run_file(comparison, contestants, contestant, seed)) is not None for seed in range(args.seeds)
+            )
+            for contestant in contestants
+        }
+        print(plan_table({item.name: item.facts for item in contestants}, finished, args.seeds))
+        return 0
+    result = compare(comparison)
+    print(comparison_table(result))
+    say(f"Table, numbers and picture: {folder}/comparison.md, .json and .png")
+    return 0

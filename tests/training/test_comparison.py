@@ -1,0 +1,213 @@
+"""`hf-moe compare`: what is equal between systems, what a stopped comparison keeps, what it writes and refuses."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from hf_moe.cli import main
+from hf_moe.training import comparison as module
+from hf_moe.training.comparison import Comparison, compare, plan
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOWER = {**SIZES, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+COLOURS = ["red", "blue", "green", "black"]
+# The third has four experts per token and a shared one, the last four slots, half of them on nulls.
+SYSTEMS = ["top_k", "moiie", "deepseek_v3", "adamoe"]
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    rows = []
+    for number, colour in enumerate(COLOURS * 4):
+        Image.new("RGB", (16, 16), colour).save(folder / f"{number}.png")
+        rows.append({"question": "<image> which colour ?", "answer": colour, "image": f"{number}.png"})
+    for split, chosen in {"train": rows, "test": rows[:4]}.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    content = {
+        "name": "tiny",
+        "model": {
+            "language_model": {**SIZES, "model_type": "llama", "max_position_embeddings": 64},
+            "tokenizer": "words",
+            "vision_tower": TOWER,
+            "moe_config": {"layers": "all", "num_experts": 4, "granularity": 1, "expert_intermediate_size": 64},
+        },
+        "data": {"train": {"path": str(folder / "train.jsonl")}, "eval": {"path": str(folder / "test.jsonl")}},
+        "training": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
+        "evaluation": {"batch_size": 4},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
+    return str(folder / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def compared(recipe_file, tmp_path_factory):
+    comparison = Comparison(
+        recipe=recipe_file, systems=SYSTEMS, folder=tmp_path_factory.mktemp("compared"), seeds=2, tolerance=0.05
+    )
+    return comparison, compare(comparison)
+
+
+def runs_of(result, name):
+    return result["systems"][name]["runs"]
+
+
+def test_systems_of_a_seed_see_the_same_rows_in_one_order(compared):
+    _, result = compared
+    orders = [[run["data_order"] for run in runs_of(result, name)] for name in SYSTEMS]
+    assert orders == [orders[0]] * len(SYSTEMS) and orders[0][0] != orders[0][1]
+
+
+def test_active_parameters_are_within_the_tolerance(compared):
+    _, result = compared
+    systems = result["systems"]
+    reached = {name: systems[name]["mean_active"] / systems["top_k"]["mean_active"] for name in SYSTEMS}
+    assert all(abs(ratio - 1) <= 0.05 for ratio in reached.values()), reached
+    assert [systems[name]["width"] for name in SYSTEMS] == [64, 64, 24, 64]
+    # Where no slot is empty, the trained model has as many as the one that was planned.
+    assert runs_of(result, "deepseek_v3")[0]["active"] == systems["deepseek_v3"]["active"]
+
+
+def test_all_but_routers_and_other_widths_start_equal(compared):
+    _, result = compared
+    for name in SYSTEMS:
+        start = runs_of(result, name)[0]["start"]
+        own = {part for part, count in start.items() if count["own"]}
+        assert own == ({"routers", "experts"} if name == "deepseek_v3" else {"routers"})
+
+
+def test_the_start_is_that_of_the_first_system(recipe_file, tmp_path):
+    systems = ["top_k", "deepseek_v3"]
+    contestants, rows = plan(Comparison(recipe=recipe_file, systems=systems, folder=tmp_path, tolerance=0.1))
+    start = module.initial_state(contestants[0].recipe, rows, tmp_path)
+    model = module.build(contestants[1].recipe, rows, tmp_path).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    module.take_start(model, start)
+    own = {name for name, value in model.named_parameters() if not torch.equal(value, start.get(name, value + 1))}
+    assert {name.split(".")[5] for name in own} == {"gate", "experts", "shared_expert"}
+
+
+def test_what_is_kept_is_not_run_again_and_what_is_missing_is(compared, monkeypatch):
+    comparison, result = compared
+    ran = []
+    train = module.train_contestant
+
+    def watched(recipe, *args):
+        ran.append((recipe.model["system"], recipe.seed))
+        return train(recipe, *args)
+
+    monkeypatch.setattr(module, "train_contestant", watched)
+    (comparison.folder / "moiie" / "seed1.json").unlink()
+    again = compare(comparison)
+    assert ran == [("moiie", 1)]
+    timed = ("step_cpu_seconds", "train_seconds")
+    old, new = ({k: v for k, v in runs_of(r, "moiie")[1].items() if k not in timed} for r in (result, again))
+    assert old == new
+    compare(Comparison(**{**vars(comparison), "systems": [*SYSTEMS, "switch_transformer"], "seeds": 1}))
+    assert ran[1:] == [("switch_transformer", 0)]
+
+
+def test_another_recipe_is_another_run(compared, monkeypatch):
+    comparison, _ = compared
+    monkeypatch.setattr(module, "train_contestant", lambda recipe, *args: pytest.fail(f"seed {recipe.seed}"))
+    compare(comparison)
+    with pytest.raises(pytest.fail.Exception, match="seed 0"):
+        compare(Comparison(**{**vars(comparison), "overrides": ["training.learning_rate=0.01"]}))
+
+
+def test_a_run_that_fails_says_which_it_was(recipe_file, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(module, "train_contestant", broken)
+    with pytest.raises(RuntimeError) as caught:
+        compare(Comparison(recipe=recipe_file, systems=["top_k"], folder=tmp_path))
+    assert "top_k with seed 0; the same command goes on" in caught.value.__notes__[0]
+
+
+def test_other_data_than_before_are_refused(compared):
+    comparison, _ = compared
+    path = comparison.folder / "adamoe" / "seed0.json"
+    kept = path.read_text()
+    content = json.loads(kept)
+    content["result"]["data_order"] = "another"
+    path.write_text(json.dumps(content))
+    with pytest.raises(RuntimeError, match="adamoe saw other data than top_k"):
+        compare(comparison)
+    path.write_text(kept)
+
+
+def test_table_numbers_and_picture_hold_every_system(compared):
+    comparison, result = compared
+    table = (comparison.folder / "comparison.md").read_text()
+    named = ("accuracy", "active, text", "active, image", "CPU ms per step", "entropy, image", "experts per token")
+    assert all(f"| {words}" in table.splitlines()[0] for words in named)
+    assert all(f"| `{name}` |" in table for name in SYSTEMS)
+    assert "experts: deepseek_v3 " in table and "same order" in table and "not interleaved" in table
+    assert json.loads((comparison.folder / "comparison.json").read_text())["recipe"] == result["recipe"]
+    with Image.open(comparison.folder / "comparison.png") as picture:
+        assert picture.format == "PNG" and picture.width > picture.height
+    for name in SYSTEMS:
+        for run in runs_of(result, name):
+            assert 0 <= run["accuracy"] <= 1 and run["loss"] > 0 and run["step_cpu_seconds"] > 0
+            assert set(run["entropy"]) == set(run["active"]) == {"text", "image"}
+            assert all(0 <= value <= 1 for value in run["entropy"].values())
+
+
+def test_a_list_trains_nothing_and_shows_sizes(recipe_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "train_contestant", lambda *args: pytest.fail("trained"))
+    arguments = ["compare", "--systems", "top_k, adamoe", "--recipe", recipe_file, "--output-dir", str(tmp_path)]
+    options = ["--tolerance", "0.1", "--set-for", "adamoe:num_experts_per_tok=2", "--seeds", "2", "--list"]
+    assert main([*arguments, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| `top_k` | 0, 1 | 4 | 2 | 64 |" in lines[2] and lines[2].endswith("| 1.000 | 0 of 2 |")
+    assert "| `adamoe` | 0, 1 | 4 | 2 |" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("system", "reason"),
+    [
+        ("llava", "llava: it has no routed feed-forwards in the decoder"),
+        ("becotta", "becotta: The system 'becotta' has no form 'model': use hf_moe.MoeLoraConfig"),
+        ("mot_transformers", "mot_transformers: it has no routed feed-forwards"),
+        ("cumo", "cumo: it mixes experts outside of the decoder's feed-forwards"),
+        ("top_kk", "top_kk: .*'top_k'"),
+        ("condition", "condition: its routing on this recipe is refused"),
+        ("anyexperts", r"anyexperts: .*moe_config.*max_slots"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(recipe_file, tmp_path, system, reason):
+    with pytest.raises(ValueError, match=f"Not all of these can be compared.*{reason}"):
+        compare(Comparison(recipe=recipe_file, systems=["top_k", system], folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["training.max_steps=-1"], "needs data.eval, to score, and training.max_steps"),
+        (["model.moe_config.router=top_k"], "sets router in its moe_config, which every system would get"),
+        (["stages=[{name: one, trainable: [experts]}]"], "has stages"),
+    ],
+)
+def test_a_recipe_that_cannot_compare_says_what_it_lacks(recipe_file, tmp_path, overrides, reason):
+    with pytest.raises(ValueError, match=reason):
+        compare(Comparison(recipe=recipe_file, systems=["top_k"], folder=tmp_path, overrides=overrides))
+
+
+def test_a_width_that_is_given_stays(recipe_file, tmp_path):
+    own = {"moiie": ["expert_intermediate_size=40"]}
+    given = Comparison(recipe=recipe_file, systems=["top_k", "moiie"], folder=tmp_path, overrides_of=own)
+    assert [item.facts["width"] for item in plan(given)[0]] == [64, 40]
+    with pytest.raises(ValueError, match="system of --set-for.*'moiie'"):
+        Comparison(**{**vars(given), "overrides_of": {"moie": ["num_experts=2"]}})
+
+
+def test_a_difference_beyond_the_tolerance_is_refused(recipe_file, tmp_path):
+    with pytest.raises(ValueError, match="moiie: with experts of width 64 .* times .*--tolerance"):
+        plan(Comparison(recipe=recipe_file, systems=["top_k", "moiie"], folder=tmp_path, tolerance=0.0))
