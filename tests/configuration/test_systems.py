@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, MoeConfig, MoeLoraConfig, from_system, list_systems
 from hf_moe.configuration.moe_config import objective_entry
 from hf_moe.configuration.systems import load_system, merge_fields, read_record
+from hf_moe.construction.step_zero import first_conditions
 from hf_moe.modeling.mechanisms import get_mechanism
 
 
@@ -142,7 +143,8 @@ def test_a_record_builds_a_model_that_trains(key):
         input_ids, images = input_ids.masked_fill(modality == 1, 63), {"pixel_values": torch.randn(2, 3, 16, 16)}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
-        output = model(input_ids=input_ids, mm_token_type_ids=modality, labels=input_ids, **images)
+        inputs = {"input_ids": input_ids, "mm_token_type_ids": modality, "condition_ids": first_conditions(model, 2), **images}
+        output = model(**inputs, labels=input_ids)
         output.loss.backward()
         optimizer.step()
         for name, parameter in model.named_parameters():
