@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, MixtralConfig
 
 from hf_moe import HfMoeConfig, MoeConfig
+from hf_moe.configuration.layer_maps import at_layer
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 4}
@@ -240,6 +241,21 @@ def test_a_preset_takes_overrides_in_both_forms(given):
     config = HfMoeConfig.from_system("moiie", text_config=host(), moe_config=given)
     assert config.moe_config.num_experts == 12
     assert config.moe_config.router == HfMoeConfig.from_system("moiie", text_config=host()).moe_config.router
+
+
+def test_the_last_layers_have_names():
+    moe = {
+        "num_experts": {"default": 2, "last_1": 6, "last_3": 4, "1": 8},
+        "router": {
+            "default": {"name": "top_k"},
+            "last_9": {"name": "top_k", "capacity_factor": {"default": 1.0, "last_2": 2.0}},
+        },
+        "expert_banks": {"last_1": {"a": {"num_experts": 2}, "b": {"num_experts": 4}}, "default": None},
+    }
+    config = HfMoeConfig(text_config=host(), moe_config=moe).moe_config
+    assert [at_layer(config.num_experts, layer) for layer in range(4)] == [2, 8, 4, 6]
+    assert [at_layer(config.router, layer)["capacity_factor"] for layer in range(4)] == [1.0, 1.0, 2.0, 2.0]
+    assert [bool(at_layer(config.expert_banks, layer)) for layer in range(4)] == [False, False, False, True]
 
 
 def test_banks_may_differ_between_layers():

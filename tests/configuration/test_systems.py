@@ -7,6 +7,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, MoeConfig, MoeLoraConfig, from_system, list_systems
+from hf_moe.configuration.layer_maps import layer_values
 from hf_moe.configuration.moe_config import objective_entry
 from hf_moe.configuration.systems import load_system, merge_fields, read_record
 from hf_moe.construction.step_zero import first_conditions
@@ -100,11 +101,12 @@ def test_what_a_form_returns_is_the_callers_own():
 def test_options_of_a_record_are_those_of_its_mechanisms(key):
     moe = MoeConfig(**load_system(key).fields("model"))
     objectives = [objective_entry(label, value) for label, value in moe.objectives.items()]
-    used = [("router", moe.router), ("experts", moe.experts)]
+    used = [(kind, value) for kind in ("router", "experts") for value in layer_values(getattr(moe, kind))]
     used += [("objective", {"name": name, **options}) for name, _, options in objectives]
     for kind, value in used:
         cls = get_mechanism(kind, value["name"])
-        assert set(value) - {"name", "layer_reduction"} <= set(inspect.signature(cls).parameters), (kind, value)
+        of_all = {"name", "layer_reduction", "modalities"} if kind == "objective" else {"name"}
+        assert set(value) - of_all <= set(inspect.signature(cls).parameters), (kind, value)
 
 
 @pytest.mark.parametrize("layers", [2, 5])

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from .checks import Interval, NonNegative, PositiveInt, checked, strict, unknown_name_message
-from .layer_maps import at_layer, is_layer_map, layer_values, layers_named, map_layers, per_layer
+from .layer_maps import at_layer, is_layer_map, layer_values, layers_named, map_layers, per_layer, spell_out
 from .names import without_alias
 
 
@@ -173,8 +173,7 @@ class MoeConfig(PreTrainedConfig):
             return total(self.expert_banks)
         sizes: dict[str | int, int] = {}
         for layer in sorted(layers):
-            # No layer has the index -1: what it gets is the default.
-            banks = at_layer(self.expert_banks, -1 if layer == "default" else int(layer))
+            banks = at_layer(self.expert_banks, layer)
             if banks is not None:
                 sizes[layer] = total(banks)
         return sizes
@@ -191,6 +190,8 @@ class MoeConfig(PreTrainedConfig):
 
     def check_layers(self, num_hidden_layers: int) -> None:
         """Refuse what contradicts itself, or names layers beyond those of a decoder or tower."""
+        for name in MoeConfig.__annotations__:
+            setattr(self, name, spell_out(getattr(self, name), num_hidden_layers))
         # The numbers of experts are derived from the banks.
         for name in ("expert_banks", *MoeConfig.__annotations__):
             outside = {key for key in layers_named(getattr(self, name)) if key != "default"}
