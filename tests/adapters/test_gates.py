@@ -13,6 +13,7 @@ from hf_moe import HfMoeForConditionalGeneration, MoeLoraConfig
 ROUTERS = {
     "dselect_k": {"conditioning": "token"},
     "dynmoe": {"init_experts": 3},
+    "grin": {"jitter_eps": 0.5},
 }
 each = pytest.mark.parametrize("router", [{"name": name, **options} for name, options in ROUTERS.items()], ids=ROUTERS)
 

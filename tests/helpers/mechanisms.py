@@ -64,6 +64,7 @@ WHOLE_PROMPT = {name: "the experts are merged for the whole prompt" for name in 
 NO_CHOICE = {"disabled": "its experts are not chosen"}
 CHOICE_LOSS = {"objectives": {"signal": {"coef": 1.0, "signal": "choice_loss"}}}
 CHOICE_OF_A_BATCH = {"micro_batches": "while training, experts choose among the tokens of a batch"}
+NOISY_BATCH = {name: "a batch draws its noise at once" for name in ("micro_batches", "padding")}
 LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality of the next"}
 
 # Kind -> name -> case; a second case of one mechanism is called `name-variant`.
@@ -71,7 +72,7 @@ CASES: dict[str, dict[str, Case]] = {
     "router": {
         "adamoe": Case({"num_null_experts": 2}),
         "anyexperts": Case({"min_slots": 1, "max_slots": 4}),
-        "becotta": Case(exempt={name: "a batch draws its noise at once" for name in ("micro_batches", "padding")}),
+        "becotta": Case(exempt=NOISY_BATCH),
         "condition": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "constant": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "dselect_k": Case(),
@@ -91,6 +92,8 @@ CASES: dict[str, dict[str, Case]] = {
         "grap": Case(),
         "hmoe_hierarchical": Case({"num_groups": 2}),
         "hmoe_hierarchical-softmax": Case({"num_groups": 2, "top_k_groups": 1, "gate_level1": "softmax"}),
+        "grin": Case({"sample_in_training": False}),
+        "grin-sampled": Case({"jitter_eps": 0.5}, exempt=NOISY_BATCH),
         "intuition_mor1e": Case({"num_clusters": 3}),
         "llama4": Case(moe=ONE_SLOT),
         "meo": Case({"block_size": 3}, NO_LOSS),

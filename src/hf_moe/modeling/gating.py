@@ -81,6 +81,11 @@ def jitter(hidden_states: torch.Tensor, eps: float, training: bool) -> torch.Ten
     return hidden_states * torch.empty_like(hidden_states).uniform_(1.0 - eps, 1.0 + eps)
 
 
+def gumbel_noise(logits: torch.Tensor) -> torch.Tensor:
+    """Return standard Gumbel noise of the shape of logits: the argmax of their sum is a draw from their softmax."""
+    return -torch.empty_like(logits).exponential_().log()
+
+
 def renormalise(weight: torch.Tensor, minimum: float = 1e-20) -> torch.Tensor:
     """Divide the slot weights (T, K) by their sum, at least `minimum`."""
     return weight / weight.sum(-1, keepdim=True).clamp(min=minimum)
