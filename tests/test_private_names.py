@@ -24,7 +24,7 @@ UNLISTED = {
     "called": ("def f(model):\n    model.base._init_weights(model)", "_init_weights"),
     "set": ("def f(config):\n    config._attn_implementation_internal = 'eager'", "_attn_implementation_internal"),
     "deleted": ("def f(model):\n    del model._hooks", "_hooks"),
-    "getattr": ("def f(model):\n    return getattr(model, '_version', None)", "_version"),
+    "getattr": ("def f(model):\n    return getattr(model, '_origin', None)", "_origin"),
     "setattr": ("def f(model):\n    setattr(model, '_no_split_modules', [])", "_no_split_modules"),
     "names in a tuple": ("def f(m):\n    return [getattr(m, n) for n in ('_forward_hooks', 'x')]", "_forward_hooks"),
     "keyword": ("def f(load):\n    return load('x', _commit_hash=None)", "_commit_hash"),

@@ -104,6 +104,7 @@ CASES: dict[str, dict[str, Case]] = {
         "modality-share": Case({"share": True}, {"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
         "moiie": Case(),
         "moiie-next_token": Case({"boundary_rule": "next_token"}, exempt=LOOKS_AHEAD),
+        "nexus": Case({"domain_embedding_dim": 6, "projection_hidden": 12}),
         "sequence": Case(),
         "sequence-instruction": Case({"end_token_id": 7, "centred": True}),
         "moma": Case(moe=CHOICE_LOSS, exempt=CHOICE_OF_A_BATCH),

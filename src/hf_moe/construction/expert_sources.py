@@ -34,6 +34,8 @@ class ExpertSource:
 
     # Whether an expert as wide as its feed-forward computes what that does, without noise.
     exact = False
+    # Whether routed experts and a shared branch give half of the output each, so that they add up to a feed-forward.
+    halves = True
 
     def __init__(self, seed: int = 0, noise_std: float = 0.0):
         self.generator = torch.Generator().manual_seed(seed)
@@ -137,7 +139,8 @@ def take_neurons(state: State, width: int, start: int = 0) -> State:
 def fill_layer(layer: Block, parents: Sequence[State], source: ExpertSource) -> bool:
     """Fill a MoE layer from the feed-forwards of one layer; its shared branch is a copy of the first of them.
 
-    With a shared branch, that and the routed experts give half of the output each, unless a residual mix weighs them.
+    With a shared branch, that and the routed experts give half of the output each, unless a residual mix weighs them
+    or the source wants them whole.
 
     Returns:
         Whether the experts and the branch compute what the feed-forward did.
@@ -145,7 +148,8 @@ def fill_layer(layer: Block, parents: Sequence[State], source: ExpertSource) -> 
     Raises:
         ValueError: if the experts are of a kind that cannot start as feed-forwards.
     """
-    branch = 1.0 if layer.shared_expert is None or layer.residual_mix is not None else 0.5
+    whole = layer.shared_expert is None or layer.residual_mix is not None or not source.halves
+    branch = 1.0 if whole else 0.5
     equal = layer.experts.take(_states(layer.experts.widths, parents, source, branch))
     widths = list(layer.experts.widths)
     if layer.shared_expert is not None:
