@@ -106,6 +106,7 @@ bench: $(TESTS) $(SMOLLM2)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/anyexperts.py --seeds 3
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/evomoe.py --seeds 3
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/hosts.py --seeds 3
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/modality_claims.py --seeds 3
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/compare.py --seeds 3
 
 # Regenerates the cards in model_cards/ from the runs of the recipes, which are run where they are missing.

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Idefics3Config
+from transformers import CLIPVisionConfig, Idefics3Config, LlamaConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
 
@@ -43,6 +44,22 @@ def test_pool_averages_neighbouring_patches():
     features = torch.randn(1, 16, FEATURES)
     pooled = features[:, [2, 3, 6, 7]].mean(1)  # the upper right block of the 4 x 4 grid
     torch.testing.assert_close(connector(features)[:, 1], connector.layers[0](pooled))
+
+
+@pytest.mark.parametrize("connector", [{"name": "mlp", "pool": 2}, "pixel_shuffle"])
+def test_text_alone_reaches_a_pooling_connector(connector):
+    config = HfMoeConfig(
+        text_config=LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32),
+        vision_config=CLIPVisionConfig(hidden_size=16, num_attention_heads=2, image_size=16, patch_size=4),
+        connector=connector,
+        image_token_id=31,
+    )
+    model = HfMoeForConditionalGeneration(config).train()
+    model.model.vision_tower.requires_grad_(False)
+    ids = torch.arange(3, 9)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    gradients = [parameter.grad for parameter in model.model.connector.parameters()]
+    assert gradients and all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_norm_makes_the_output_independent_of_the_scale_of_the_features():

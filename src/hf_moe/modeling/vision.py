@@ -224,7 +224,9 @@ def insert_images(
     return inputs_embeds.masked_scatter(placeholders[..., None], features)
 
 
-def touch_vision(tower: PreTrainedModel, connector: nn.Module, config, inputs_embeds: torch.Tensor) -> torch.Tensor:
+def touch_vision(
+    tower: PreTrainedModel, connector: nn.Module, config, num_patches: int, inputs_embeds: torch.Tensor
+) -> torch.Tensor:
     """Return `inputs_embeds`, depending on the connector, and on a trainable tower, by a zero.
 
     A batch of text alone must leave a gradient of zeros on them, or distributed training waits for ever.
@@ -232,5 +234,6 @@ def touch_vision(tower: PreTrainedModel, connector: nn.Module, config, inputs_em
     if any(parameter.requires_grad for parameter in tower.parameters()):
         features = tower_features(tower, config, **dummy_pixels(config, inputs_embeds.device, tower.dtype))
     else:
-        features = inputs_embeds.new_zeros(1, 1, config.vision_feature_size)
+        # A whole image: connectors that pool take no part of one.
+        features = inputs_embeds.new_zeros(1, num_patches, config.vision_feature_size)
     return inputs_embeds + 0.0 * connector(features).sum()

@@ -57,8 +57,9 @@ class ComposedModel(ComposedPreTrainedModel):
             connector = get_mechanism("connector", options.pop("name"))
             sizes = (config.vision_feature_size, config.text_config.hidden_size)
             self.connector = build("connector", connector, options, *sizes)
-            num_tokens = self.connector.num_tokens(probe.num_patches)
-            if takes_packed_patches(config.vision_config) and num_tokens != probe.num_patches:
+            self.num_patches = probe.num_patches
+            num_tokens = self.connector.num_tokens(self.num_patches)
+            if takes_packed_patches(config.vision_config) and num_tokens != self.num_patches:
                 raise ValueError(
                     f"The tower {config.vision_config.model_type} takes images of any grid, and the connector "
                     f"{config.connector} merges patches of a square one: choose a connector that keeps every patch."
@@ -142,7 +143,8 @@ class ComposedModel(ComposedPreTrainedModel):
         elif self.connector is not None:
             miss_images(self.config, input_ids, cache, refuse=empty or is_learning(self))
             if self.training and cache is None:
-                inputs_embeds = touch_vision(self.vision_tower, self.connector, self.config, inputs_embeds)
+                parts = (self.vision_tower, self.connector, self.config, self.num_patches)
+                inputs_embeds = touch_vision(*parts, inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
