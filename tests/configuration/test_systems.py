@@ -145,7 +145,12 @@ def test_a_record_builds_a_model_that_trains(key):
         input_ids, images = input_ids.masked_fill(modality == 1, 63), {"pixel_values": torch.randn(2, 3, 16, 16)}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
-        inputs = {"input_ids": input_ids, "mm_token_type_ids": modality, "condition_ids": first_conditions(model, 2), **images}
+        inputs = {
+            "input_ids": input_ids,
+            "mm_token_type_ids": modality,
+            "condition_ids": first_conditions(model, 2),
+            **images,
+        }
         output = model(**inputs, labels=input_ids)
         output.loss.backward()
         optimizer.step()

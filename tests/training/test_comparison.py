@@ -202,8 +202,9 @@ def test_a_recipe_that_cannot_compare_says_what_it_lacks(recipe_file, tmp_path, 
 
 def test_a_width_that_is_given_stays(recipe_file, tmp_path):
     own = {"moiie": ["expert_intermediate_size=40"]}
-    given = Comparison(recipe=recipe_file, systems=["top_k", "moiie"], folder=tmp_path, overrides_of=own)
-    assert [item.facts["width"] for item in plan(given)[0]] == [64, 40]
+    given = Comparison(recipe=recipe_file, systems=["top_k", "moiie", "meo"], folder=tmp_path, overrides_of=own)
+    # Merged experts run as one, which is as wide as two.
+    assert [item.facts["width"] for item in plan(given)[0]] == [64, 40, 128]
     with pytest.raises(ValueError, match="system of --set-for.*'moiie'"):
         Comparison(**{**vars(given), "overrides_of": {"moie": ["num_experts=2"]}})
 

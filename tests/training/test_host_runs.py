@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcess
 
 from hf_moe import HfMoeForConditionalGeneration
 from hf_moe.modeling.parts import host_parts, part_of
+from hf_moe.training.comparison import Comparison, compare
 from hf_moe.training.recipe import load_recipe
 from hf_moe.training.run import run_recipe
 
@@ -76,3 +77,14 @@ def test_frozen_towers_and_connectors_are_run_once(recipe_file, tmp_path):
     assert list((tmp_path / "kept" / "features").glob("*.safetensors"))
     assert not (tmp_path / "computed" / "features").exists()
     assert kept["log_history"][-1]["train_loss"] == pytest.approx(computed["log_history"][-1]["train_loss"], abs=2e-3)
+
+
+def test_systems_are_compared_on_a_host(recipe_file, tmp_path):
+    systems = ["moiie", "top_k"]
+    own = [*SHORT, "model.moe_config={layers: all, num_experts: 8}"]
+    comparison = Comparison(recipe=str(recipe_file), systems=systems, folder=tmp_path / "compared", overrides=own)
+    found = compare(comparison)["systems"]
+    for system in found.values():
+        assert [run["seed"] for run in system["runs"]] == [0, 1, 2] and system["width"] == 48
+        # Routers are their own, everything else is the host's and copies of it.
+        assert {part for part, count in system["runs"][0]["start"].items() if count["own"]} == {"routers"}

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
-from ..modeling.decisions import ExpertAssignment
+from ..modeling.decisions import ExpertAssignment, ParameterMixture, SlotMixture
 from ..modeling.layer_spec import Site
 from ..modeling.parts import host_parts, part_of
 from ..modeling.routing_context import NUM_MODALITIES, RoutingContext
@@ -21,6 +21,8 @@ class RoutingStatistics:
 
     Attributes:
         tables: site -> (NUM_MODALITIES, E + 1) int64; the last column counts empty slots.
+        mixtures: site -> (NUM_MODALITIES, E) float64, how often experts ran where they are mixed instead of chosen: a
+            merged expert once per token, in the shares of its parts; a slot once, in the shares of its tokens.
         tokens: site -> (NUM_MODALITIES,) int64 real tokens.
         signals: site -> name -> (NUM_MODALITIES,) float64, a router's signal summed over real tokens.
         slot_histograms: site -> (NUM_MODALITIES, most slots + 1) int64, the tokens by their number of slots, of
@@ -29,16 +31,19 @@ class RoutingStatistics:
 
     def __init__(self) -> None:
         self.tables: dict[Site, torch.Tensor] = {}
+        self.mixtures: dict[Site, torch.Tensor] = {}
         self.tokens: dict[Site, torch.Tensor] = {}
         self.signals: dict[Site, dict[str, torch.Tensor]] = {}
         self.slot_histograms: dict[Site, torch.Tensor] = {}
 
     def update(self, context: RoutingContext) -> None:
-        """Add the decisions of one forward pass; decisions that assign no experts are passed over."""
+        """Add the decisions of one forward pass."""
         for part in context.contexts():
             for site, decision in part.decisions.items():
                 if isinstance(decision, ExpertAssignment):
                     self._add(site, decision, part)
+                else:
+                    self._add_mixture(site, decision, part)
 
     def _add(self, site: Site, decision: ExpertAssignment, context: RoutingContext) -> None:
         device = decision.expert_index.device
@@ -63,18 +68,35 @@ class RoutingStatistics:
             counts, known = (F.pad(part, (0, widest - part.shape[1])) for part in (counts, known))
             self.slot_histograms[site] = counts + known
 
+    def _add_mixture(self, site: Site, decision: SlotMixture | ParameterMixture, context: RoutingContext) -> None:
+        if isinstance(decision, SlotMixture):
+            slots = decision.dispatch.detach().flatten(0, 1)  # (T, E * slots)
+            runs = slots.unflatten(-1, (decision.num_experts, -1)).sum(-1)  # (T, E)
+        else:
+            runs = decision.expert_weight.detach()[decision.group_index]  # (T, E)
+        mask = context.tokens("token_mask", runs.device)
+        modality = context.tokens("modality_ids", runs.device)[mask]
+        total = torch.zeros(NUM_MODALITIES, decision.num_experts, dtype=torch.float64, device=runs.device)
+        total.index_add_(0, modality, runs.double()[mask])
+        self.mixtures[site] = self.mixtures.get(site, 0) + total.cpu()
+        self.tokens[site] = self.tokens.get(site, 0) + torch.bincount(modality, minlength=NUM_MODALITIES).cpu()
+
+    def runs(self, site: Site) -> torch.Tensor:
+        """Return how often every expert ran for the tokens of each modality, (NUM_MODALITIES, E) float64."""
+        return self.tables[site][:, :-1].double() if site in self.tables else self.mixtures[site]
+
     def signal_means(self, site: Site, name: str) -> torch.Tensor:
         """Return the mean of a signal over the tokens of each modality, (NUM_MODALITIES,) float64."""
         return self.signals[site][name] / self.tokens[site].clamp(min=1)
 
     def shares(self, site: Site) -> torch.Tensor:
-        """Return each expert's share of the filled slots, (NUM_MODALITIES, E) float32; rows without slots are 0."""
-        counts = self.tables[site][:, :-1].float()
-        return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        """Return each expert's share of the runs, (NUM_MODALITIES, E) float32; rows without any are 0."""
+        runs = self.runs(site)
+        return (runs / runs.sum(-1, keepdim=True).clamp(min=1e-12)).float()
 
     def active_experts(self, site: Site) -> torch.Tensor:
-        """Return the mean number of filled slots of a token, (NUM_MODALITIES,) float32."""
-        return self.tables[site][:, :-1].sum(-1).float() / self.tokens[site].clamp(min=1)
+        """Return the mean number of experts that run for a token, (NUM_MODALITIES,) float32."""
+        return self.runs(site).sum(-1).float() / self.tokens[site].clamp(min=1)
 
     def entropy(self, site: Site) -> torch.Tensor:
         """Return the entropy of the expert shares over log E, (NUM_MODALITIES,) float32 in 0..1."""
@@ -129,8 +151,8 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
     """Return the decoder parameters that work on an average token of each modality the statistics saw.
 
     Everything of the language side outside the routed experts counts in full, except what a router keeps for other
-    modalities than the token's; an expert counts by the share of tokens that used it. Towers and connectors work per
-    image, video or sound, not per token, and are left out.
+    modalities than the token's; an expert counts by the share of tokens that used it, and merged experts count as one.
+    Towers and connectors work per image, video or sound, not per token, and are left out.
     """
     layers = model.moe_layers()
     experts = {layer: _expert_sizes(module) for layer, module in layers.items()}
@@ -147,7 +169,7 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
         routed = 0.0
         for layer, router in routers:
             site = router.spec.site
-            used = (statistics.tables[site][row, :-1].double() * experts[layer]).sum()
+            used = (statistics.runs(site)[row] * experts[layer]).sum()
             # A router of sub-tokens decides several times for a token, each time for a piece of its width.
             pieces = layers[layer].spec.hidden_size // router.spec.hidden_size
             routed += float(pieces * used / statistics.tokens[site][row].clamp(min=1))

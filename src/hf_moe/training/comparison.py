@@ -228,9 +228,6 @@ def fit(
     collator = VisionLanguageCollator(job.processor, feature_cache=job.features, config=config)
     with named("its routing on this recipe"), autocast(job.model, recipe.evaluation):
         statistics = collect_routing(job.model, collator, rows["eval"], limit=COUNTED_ROWS)
-    sites = {router.spec.site for block in blocks.values() for router in block.routers}
-    if not sites <= set(statistics.tables):
-        raise ValueError("it mixes experts instead of choosing some, so that no number of active parameters is known.")
 
     def active_at(width: int) -> dict[str, int]:
         trial = deepcopy(config)
@@ -248,6 +245,8 @@ def fit(
         if slope <= 0:
             raise ValueError("its experts have widths of their own, which cannot be fitted to the first system's.")
         width = max(WIDTH_STEP, WIDTH_STEP * round((width + (target - here) / slope) / WIDTH_STEP))
+        with named(f"its model with experts of width {width}"):
+            build(_with_width(recipe, width), rows, comparison.folder)
         active = active_at(width)
         reached = mean_active(active, statistics) / target
         if abs(reached - 1) > comparison.tolerance:
