@@ -73,6 +73,11 @@ CASES: dict[str, dict[str, Case]] = {
         "adamoe": Case({"num_null_experts": 2}),
         "anyexperts": Case({"min_slots": 1, "max_slots": 4}),
         "becotta": Case(exempt=NOISY_BATCH),
+        "base_layers": Case(
+            moe={**ONE_SLOT, **NO_LOSS},
+            exempt={"micro_batches": "while training, tokens and experts of a batch are matched"},
+        ),
+        "becotta": Case(exempt={name: "a batch draws its noise at once" for name in ("micro_batches", "padding")}),
         "condition": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "constant": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "dselect_k": Case(),
