@@ -14,6 +14,7 @@ ROUTERS = {
     "dselect_k": {"conditioning": "token"},
     "dynmoe": {"init_experts": 3},
     "grin": {"jitter_eps": 0.5},
+    "moec": {"num_clusters": 2},
 }
 each = pytest.mark.parametrize("router", [{"name": name, **options} for name, options in ROUTERS.items()], ids=ROUTERS)
 

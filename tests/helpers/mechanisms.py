@@ -107,6 +107,7 @@ CASES: dict[str, dict[str, Case]] = {
         "ming_multi_router-v2": Case({"gate": "sigmoid_bias"}),
         "modality": Case(moe={"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
         "modality-share": Case({"share": True}, {"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
+        "moec": Case(),
         "moiie": Case(),
         "moiie-next_token": Case({"boundary_rule": "next_token"}, exempt=LOOKS_AHEAD),
         "nexus": Case({"domain_embedding_dim": 6, "projection_hidden": 12}),
