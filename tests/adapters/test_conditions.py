@@ -60,7 +60,7 @@ WRONG = [
     (torch.tensor([1]), "one value for each of 2 rows"),
     (torch.tensor([0, 1, 2, 0]), "one value for each of 2 rows"),
     (torch.tensor(1), "one value for each of 2 rows"),
-    (torch.tensor([[0], [1]]), "one value for each of 2 rows"),
+    (torch.tensor([[0], [1]]), "values for 1 tokens, and the call has 9"),
     (torch.tensor([0.0, 1.0]), "must be integers"),
     (torch.tensor([0, 3]), "must be less than 3"),
 ]

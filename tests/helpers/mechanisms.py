@@ -79,6 +79,7 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "becotta": Case(exempt={name: "a batch draws its noise at once" for name in ("micro_batches", "padding")}),
         "condition": Case(moe=NO_LOSS, exempt=NO_CHOICE),
+        "condition-rule": Case({"rule": [3, -1, 0, 1, 2]}, NO_LOSS, exempt=NO_CHOICE),
         "constant": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "dselect_k": Case(),
         "dselect_k-condition": Case({"conditioning": "condition", "condition": "domain", "num_conditions": 3}),

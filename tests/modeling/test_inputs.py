@@ -41,8 +41,8 @@ MALFORMED = {
     ),
     "negative modality": ({"mm_token_type_ids": torch.full((2, 11), -1)}, "mm_token_type_ids must be 0 to 3"),
     "conditions as a tensor": ({"condition_ids": torch.zeros(2).long()}, "condition_ids must be a dict"),
-    "a condition per token": (
-        {"condition_ids": {"task": torch.zeros(2, 11).long()}},
+    "a condition of three dimensions": (
+        {"condition_ids": {"task": torch.zeros(2, 11, 3).long()}},
         r"condition_ids\['task'\] must have the shape \(2,\) of the rows",
     ),
     "conditions of other rows": ({"condition_ids": {"task": torch.zeros(3).long()}}, r"condition_ids\['task'\]"),

@@ -25,7 +25,8 @@ def routing_inputs(**conditions: Any) -> Iterator[None]:
             model.generate(**inputs)
 
     Args:
-        conditions: name -> ids (B,), or features (B, C), of the rows; beams of a row share them.
+        conditions: name -> ids (B,), or features (B, C), of the rows, or one for each of their tokens, (B, S) and
+            (B, S, C); beams of a row share them.
     """
     token = _CONDITIONS.set({**(_CONDITIONS.get() or {}), **conditions})
     try:
@@ -72,8 +73,9 @@ def take_conditions(model: PreTrainedModel, kwargs: dict[str, Any], names: Colle
 
 
 def conditions_of_rows(given: dict[str, Any], read: dict[str, int], rows: int) -> dict[str, torch.Tensor]:
-    """Return the conditions (B,) or (B, C) of every row, beams included: those `given` with the call, and the ambient
-    ones of [`routing_inputs`]; `read` says which ids routers know, see [`conditions_read`].
+    """Return the conditions of every row, beams included: those `given` with the call, and the ambient ones of
+    [`routing_inputs`]; `read` says which ids routers know, see [`conditions_read`]. Ids are (B,), or (B, S) of tokens,
+    features (B, C) or (B, S, C).
     """
     ambient = _CONDITIONS.get() or {}
     found = {name: torch.as_tensor(value) for name, value in {**ambient, **given}.items()}
@@ -81,7 +83,7 @@ def conditions_of_rows(given: dict[str, Any], read: dict[str, int], rows: int) -
         length = len(value) if value.dim() else 0
         # `generate` repeats the rows, and not the ambient conditions.
         fits = length > 0 and (length == rows if name in given else rows % length == 0)
-        if not fits or value.dim() > (1 if read.get(name) else 2):
+        if not fits or value.dim() > (2 if read.get(name) else 3):
             raise ValueError(
                 f"The condition {name!r} needs one value for each of {rows} rows, and has the shape "
                 f"{tuple(value.shape)}."

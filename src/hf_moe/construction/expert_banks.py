@@ -19,7 +19,7 @@ from .conversion import set_objectives
 
 
 @torch.no_grad()
-def edit_banks(model: HfMoeForConditionalGeneration, sources: Mapping[str, str]) -> None:
+def edit_banks(model: HfMoeForConditionalGeneration, sources: Mapping[str, str], **options: Any) -> None:
     """Give every MoE layer of the decoder the banks of `sources`, in this order, and no others; in place.
 
     Ids and modalities count the experts in the order of their banks.
@@ -29,6 +29,7 @@ def edit_banks(model: HfMoeForConditionalGeneration, sources: Mapping[str, str])
     Args:
         model: its `config` is changed with it.
         sources: name of a bank -> name of the bank that it starts as a copy of, to the bit.
+        options: of the router, where those change with the banks, such as the `rule` of `"condition"`.
 
     Raises:
         ValueError: if the model has no such banks, or its routers learn, or cannot be built for that many experts.
@@ -47,9 +48,10 @@ def edit_banks(model: HfMoeForConditionalGeneration, sources: Mapping[str, str])
             f"The routers {sorted(learning)} learn one row for each expert, which edit_banks does not change: it is "
             "for routers that choose by rule, such as 'condition'."
         )
-    before = {name: deepcopy(getattr(moe, name)) for name in ("expert_banks", "num_experts")}
+    before = {name: deepcopy(getattr(moe, name)) for name in ("expert_banks", "num_experts", "router")}
     moe.expert_banks = {name: deepcopy(banks[source]) for name, source in sources.items()}
     moe.num_experts = sum(bank["num_experts"] for bank in moe.expert_banks.values())
+    moe.router = {**moe.router, **options}
     try:
         made = {index: _with_banks(model, block, sources) for index, block in model.moe_layers().items()}
     except ValueError:

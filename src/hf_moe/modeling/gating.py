@@ -170,15 +170,19 @@ def is_vision(context: RoutingContext, device: torch.device) -> torch.Tensor:
 
 
 def by_modality(values: Sequence[int], context: RoutingContext, device: torch.device) -> torch.Tensor:
-    """Return `values[m]` for the modality m of every token, (T,) int64.
+    """Return `values[m]` for the modality m of every token, (T,) int64."""
+    return looked_up(values, context.tokens("modality_ids", device))
+
+
+def looked_up(values: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
+    """Return `values[i]` for every id i of a few, (T,) int64; the first of the values for other ids.
 
     A table in a tensor would be copied from the host at every call, which then waits for the device.
     """
-    modality = context.tokens("modality_ids", device)
-    found = torch.full_like(modality, values[0])
+    found = torch.full_like(ids, values[0])
     for number, value in enumerate(values):
         if value != values[0]:
-            found = found.masked_fill(modality == number, value)
+            found = found.masked_fill(ids == number, value)
     return found
 
 

@@ -255,10 +255,14 @@ def check_ids(tokens: torch.Tensor, mm_token_type_ids: Any, condition_ids: Any, 
     for name, ids in condition_ids.items():
         label, known = f"condition_ids[{name!r}]", read.get(name)
         if known == 0:
-            if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != shape[0]:
-                raise ValueError(f"{label} must hold features (B, C) of the {shape[0]} rows, got {given(ids)}.")
+            if not isinstance(ids, torch.Tensor) or ids.dim() not in (2, 3) or len(ids) != shape[0]:
+                raise ValueError(
+                    f"{label} must hold features (B, C) of the {shape[0]} rows or (B, S, C) of their tokens, got "
+                    f"{given(ids)}."
+                )
             continue
-        check_integers(label, ids, shape[:1], "rows")
+        by_token = isinstance(ids, torch.Tensor) and ids.dim() == 2
+        check_integers(label, ids, (shape[0], ids.shape[1]) if by_token else shape[:1], "rows")
         _check_range(label, ids, 0, known, "the ids that a router knows")
 
 

@@ -60,7 +60,7 @@ class RoutingContext:
         token_mask (`torch.Tensor` of shape `(B, S)`, bool): True where a token is real.
         input_ids (`torch.Tensor` of shape `(B, S)`, *optional*): the tokens, for routers that look at the word.
         condition_ids: name -> `(B,)` or `(B, S)` task, domain or language ids, where the data names them; `None` where
-            the rows of the call are not those of these tokens.
+            the rows of the call are not those of these tokens. Tokens after a prompt have the id of its last one.
         progress: how far training is, 0 to 1; 1 at inference.
         overrides: test-time control, see [`RoutingOverrides`].
         memory: what the routers know of the tokens before these, see [`TokenMemory`].
@@ -176,8 +176,9 @@ class RoutingContext:
             ValueError: if the call did not give it.
         """
         ids = self._given_condition(name, "of shape (B,) or (B, S)")
-        ids = ids[:, None].expand(self.token_mask.shape) if ids.dim() == 1 else ids  # (B, S)
-        return ids.reshape(-1).long().to(device)
+        if ids.dim() == 1:
+            ids = ids[:, None].expand(self.token_mask.shape)
+        return self._of_tokens(name, ids).reshape(-1).long().to(device)
 
     def row_condition(self, name: str, device: torch.device) -> torch.Tensor | None:
         """Return the condition `name` of every row, (B,); `None` where every token has one of its own.
@@ -194,8 +195,25 @@ class RoutingContext:
         Raises:
             ValueError: if the call did not give it.
         """
-        features = self._given_condition(name, "features of shape (B, C)")
-        return features.to(device).repeat_interleave(self.token_mask.shape[1], dim=0)
+        features = self._given_condition(name, "features of shape (B, C) or (B, S, C)")
+        if features.dim() == 2:
+            return features.to(device).repeat_interleave(self.token_mask.shape[1], dim=0)
+        return self._of_tokens(name, features).flatten(0, 1).to(device)
+
+    def _of_tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return `values` (B, L, ...) of the tokens of this call, (B, S, ...): after those of a prompt, its last one.
+
+        Raises:
+            ValueError: if they are of other tokens, and nothing is cached.
+        """
+        length, given = self.token_mask.shape[1], values.shape[1]
+        if given == length:
+            return values
+        start = self.memory.cached_tokens
+        if not start:
+            raise ValueError(f"The condition {name!r} has values for {given} tokens, and the call has {length}.")
+        columns = torch.arange(start, start + length, device=values.device)
+        return values[:, columns.clamp(max=given - 1)]
 
     def _given_condition(self, name: str, form: str) -> torch.Tensor:
         if self.condition_ids is None:
