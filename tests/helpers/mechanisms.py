@@ -58,6 +58,7 @@ class Case:
 ONE_SLOT = {"num_experts_per_tok": 1}
 BANKS = {"text": {"num_experts": 2}, "vision": {"num_experts": 2, "intermediate_size": 16}}
 
+CONTRAST: dict[str, Any] = {"objectives": {"signal": {"coef": 0.1, "signal": "prototype_contrast"}}}
 NO_LOSS: dict[str, Any] = {"objectives": {}}
 EMBEDDED = {"embedding": {"name": "signal", "signal": "embedding_loss", "coef": 0.1}, "load_balance": 0.01}
 WHOLE_PROMPT = {name: "the experts are merged for the whole prompt" for name in ("causality", "decoding")}
@@ -112,6 +113,8 @@ CASES: dict[str, dict[str, Case]] = {
         "moiie": Case(),
         "moiie-next_token": Case({"boundary_rule": "next_token"}, exempt=LOOKS_AHEAD),
         "nexus": Case({"domain_embedding_dim": 6, "projection_hidden": 12}),
+        "promoe_prototypical": Case(moe=CONTRAST),
+        "promoe_prototypical-reserved": Case({"reserved_modalities": ["image"], "score": "sigmoid"}, CONTRAST),
         "sequence": Case(),
         "sequence-instruction": Case({"end_token_id": 7, "centred": True}),
         "moma": Case(moe=CHOICE_LOSS, exempt=CHOICE_OF_A_BATCH),

@@ -111,21 +111,21 @@ def make_losses(objectives: dict, spec: MoELayerSpec) -> AuxiliaryLosses:
     return losses
 
 
-def train_on(losses: AuxiliaryLosses, forward, parameters, batch, steps: int, lr: float = 1e-2) -> None:
-    """Train with Adam on auxiliary losses; every step is one batch, all of whose tokens are labels.
+def train_on(losses: AuxiliaryLosses, router: Router, batch, steps: int, lr: float = 1e-2) -> None:
+    """Train a router with Adam on auxiliary losses alone; a step is one batch, all of whose tokens are labels.
 
     Args:
-        forward: returns the decision, and a loss beside the auxiliary ones, of what `batch` returns: a context and the
-            hidden states of its tokens.
+        batch: returns a context and the hidden states of its tokens.
     """
-    (spec,) = next(iter(losses.by_name.values())).specs
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = torch.optim.Adam(router.parameters(), lr=lr)
     for _ in range(steps):
         context, hidden = batch()
-        context.decisions[spec.site], loss = forward(hidden, context)
-        loss = loss + losses(context, context.token_mask.sum(-1)).total()
+        decision = context.decisions[router.spec.site] = router(hidden, context)
+        loss = losses(context, context.token_mask.sum(-1)).total()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.accumulate(context)
+        router.accumulate(decision, context)
         losses.end_step()
+        router.end_step()
