@@ -47,13 +47,12 @@ from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.training.parts import train_only
 
 
-MODEL = {**LANGUAGE_MODEL, "num_hidden_layers": 3}
 PARTS = ("connector", "routers", "experts", "embeddings", "backbone")
 # Rows of an image and of prose in a step; `tuning` has one row of prose to 40 of images, as SMAR's.
-ROWS = {"both": (16, 16), "image": (32, 0), "text": (0, 32), "tuning": (39, 1)}
+ROWS = {"both": (12, 12), "image": (24, 0), "text": (0, 24), "tuning": (39, 1)}
 SETTINGS = {
-    **{"steps": 150, "learning_rate": 2e-3, "length": 32, "pictures": 2000, "test_rows": 400, "experts": 8},
-    "model": MODEL,
+    **{"steps": 120, "learning_rate": 2e-3, "length": 32, "pictures": 2000, "test_rows": 200, "experts": 8},
+    **{"model": LANGUAGE_MODEL, "rows": ROWS},
 }
 QUICK = {**SETTINGS, "steps": 2, "pictures": 32, "test_rows": 16}
 DENSE: dict[str, Any] = {"layers": []}
@@ -83,12 +82,29 @@ def system(key: str, **fields: Any) -> dict[str, Any]:
 
 EXPERTS = SETTINGS["experts"]
 # Two of eight experts of half the width, or one of the whole width: as much as the dense feed-forward.
-PAIR = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "expert_intermediate_size": MODEL["intermediate_size"] // 2}
-ONE = {"num_experts": EXPERTS, "num_experts_per_tok": 1, "expert_intermediate_size": MODEL["intermediate_size"]}
+PAIR = {
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "expert_intermediate_size": LANGUAGE_MODEL["intermediate_size"] // 2,
+}
+ONE = {
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 1,
+    "expert_intermediate_size": LANGUAGE_MODEL["intermediate_size"],
+}
 # A quarter and six tenths of the experts, as of the paper's 32.
 LIMOE_MINIMA = {"text": 2, "image": 5}
 LIMOE = system("limoe", **ONE)
 SMAR = system("smar", **PAIR)
+
+# A feed-forward for each modality below, eight experts for both at the top.
+EVE = {**load_system("eve").fields("model"), **ONE, "num_experts": {"default": 2, "last_1": EXPERTS}}
+
+
+def eve_router(options: dict[str, Any]) -> dict[str, Any]:
+    hard = {"name": "modality", "modalities": ["text", "image"]}
+    return {"default": hard, "last_1": {"name": "top_k", **options}}
+
 
 ARMS: dict[str, Arm] = {
     "limoe": Arm({**LIMOE, "objectives": {**LIMOE["objectives"], "global_entropy": {
@@ -98,6 +114,11 @@ ARMS: dict[str, Arm] = {
     "prose, top_k": Arm({"layers": "all", "objectives": {"load_balance": 0.01}, **PAIR}, "text"),
     "smar": Arm(SMAR, "tuning", "prose, top_k"),
     "smar, no band": Arm({**SMAR, "objectives": {"load_balance": 0.01}}, "tuning", "prose, top_k"),
+    "dense": Arm(DENSE),
+    "eve": Arm({**EVE, "router": eve_router({"modality_bias": "input"})}),
+    "eve, blind gate": Arm({**EVE, "router": eve_router({})}),
+    "moma": Arm(system("moma", **ONE)),
+    "expert_choice": Arm(system("expert_choice", **ONE)),
     "prose, vlmo": Arm(system("vlmo", layers="except_last_1"), "text"),
     "vlmo": Arm(system("vlmo", layers="except_last_1"), "image", "prose, vlmo", ("connector", "experts/image.*")),
     "vlmo, all trained": Arm(system("vlmo", layers="except_last_1"), "image", "prose, vlmo"),
@@ -170,6 +191,17 @@ CLAIMS = [
           ("vlmo", "vlmo, all trained"), forgotten, False),
     Claim("vlmo", "and images are learnt all the same", "accuracy on images",
           ("vlmo", "prose, vlmo"), figure("image_accuracy"), True),
+    Claim("eve", "modality-aware experts learn images better than one feed-forward", "accuracy on images",
+          ("eve", "dense"), figure("image_accuracy"), True),
+    Claim("eve", "and prose", "loss on prose", ("eve", "dense"), figure("text_loss"), False),
+    Claim("eve", "a gate that is told the modality parts them further", "divergence of the top layer, nats",
+          ("eve", "eve, blind gate"), figure("divergence", "1"), True),
+    Claim("moma", "experts of a modality beat mixed ones on images", "accuracy on images",
+          ("moma", "expert_choice"), figure("image_accuracy"), True),
+    Claim("moma", "and on prose", "loss on prose", ("moma", "expert_choice"), figure("text_loss"), False),
+    Claim("moma", "and a dense model on images", "accuracy on images",
+          ("moma", "dense"), figure("image_accuracy"), True),
+    Claim("moma", "and on prose", "loss on prose", ("moma", "dense"), figure("text_loss"), False),
 ]  # fmt: skip
 
 
@@ -216,7 +248,7 @@ class Data:
 
     def build(self, moe_config: dict[str, Any], seed: int) -> tuple[Any, Any]:
         tokenizer = train_byte_tokenizer(self.tokenizer_texts)
-        return build_model(MODEL, tokenizer=tokenizer, moe_config=moe_config, seed=seed, **IMAGE_MODEL)
+        return build_model(LANGUAGE_MODEL, tokenizer=tokenizer, moe_config=moe_config, seed=seed, **IMAGE_MODEL)
 
     def batch(self, split: dict[str, dict[str, torch.Tensor]], rows: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return the rows of these indices, images first."""

@@ -249,8 +249,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in ordered
     ]
     slow = [row for row in ordered if row["both_ratio"] > LIMIT]
-    names = ", ".join(f"`{row['router']}`" for row in slow) or "none"
-    return f"{markdown_table(lines)}\n\nMore than {LIMIT:.0f} times as long as `{REFERENCE}`: {names}."
+    names = [f"`{row['router']}` ({row['flops'] / reference['flops']:.1f} times the FLOPs)" for row in slow]
+    return f"{markdown_table(lines)}\n\nOver {LIMIT:.0f} times as long as `{REFERENCE}`: {', '.join(names) or 'none'}."
 
 
 def main() -> None:

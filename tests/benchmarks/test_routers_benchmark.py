@@ -28,7 +28,7 @@ def test_every_router_of_the_registry_is_measured(benchmark, name):
     subject = benchmark.Subject(name, benchmark.QUICK)
     subject.both()
     assert all(value.isfinite().all() for value in subject.upstream.values())
-    assert bool(subject.upstream) == (subject.parameters() > 0)
+    assert subject.upstream or not subject.parameters()
     assert benchmark.waits(name, benchmark.QUICK) is not None
 
 
