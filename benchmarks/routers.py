@@ -47,6 +47,7 @@ ONEDNN = {torch.ops.mkldnn._linear_pointwise: lambda rows, weight, *_, **__: 2 *
 # What a router needs of the layer, where it does not fit 64 experts and 2 slots.
 LAYERS: dict[str, dict[str, Any]] = {
     "llama4": {"num_experts_per_tok": 1},
+    "mixer_reconstructors": {"num_experts_per_tok": 1},
     "modality": {"num_experts": 2},
     "soft_moe": {"causal": False},
 }

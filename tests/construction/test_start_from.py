@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.hosts.composed import logit_gap
+from helpers.mechanisms import CASES
 
 from hf_moe.construction.build import build_model
 from hf_moe.construction.conversion import convert_router
@@ -15,12 +16,12 @@ from hf_moe.modeling.routing_context import NUM_MODALITIES
 
 
 SPEC = MoELayerSpec(0, 16, num_experts=16, num_experts_per_tok=2, expert_intermediate_size=8, vocab_size=64)
-SPECS = {"llama4": {"num_experts_per_tok": 1}, "modality": {"num_experts": 2}}
 OPTIONS = {"ming_multi_router": {"modalities": ["text", "image", "audio"], "gate": "sigmoid_bias"}}
 
 
 def router_of(name, **options):
-    spec = replace(SPEC, **SPECS.get(name, {}))
+    own = {field: value for field, value in CASES["router"][name].moe.items() if field in vars(SPEC)}
+    spec = replace(SPEC, **own)
     router = build("router", get_mechanism("router", name), {**OPTIONS.get(name, {}), **options}, spec)
     torch.manual_seed(sum(map(ord, name)))
     router.initialize(0.5)

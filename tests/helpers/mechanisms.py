@@ -107,6 +107,7 @@ CASES: dict[str, dict[str, Case]] = {
         "meo-whole": Case({"block_size": None}, NO_LOSS, exempt=WHOLE_PROMPT),
         "ming_multi_router": Case(),
         "ming_multi_router-v2": Case({"gate": "sigmoid_bias"}),
+        "mixer_reconstructors": Case({"refit_every": 1, "reservoir_size": 8}, {**ONE_SLOT, **NO_LOSS}),
         "modality": Case(moe={"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
         "modality-share": Case({"share": True}, {"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
         "moec": Case(),

@@ -8,6 +8,8 @@ Source: Intuition-aware Mixture-of-Rank-1-Experts for Parameter Efficient Finetu
 import torch
 from torch.nn import functional as F
 
+from ..modeling.clustering import farthest_points, k_means
+
 
 ITERATIONS = 25
 
@@ -21,17 +23,8 @@ def find_centroids(embeddings: torch.Tensor, num_clusters: int) -> torch.Tensor:
     if len(embeddings) < num_clusters:
         raise ValueError(f"{num_clusters} clusters need at least as many embeddings, got {len(embeddings)}.")
     points = F.normalize(embeddings.float(), dim=-1)
-    generator = torch.Generator().manual_seed(0)
-    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    for _ in range(num_clusters - 1):  # the farthest from those chosen so far
-        chosen.append(int((points @ points[chosen].T).amax(1).argmin()))
-    centroids = points[chosen]
-    for _ in range(ITERATIONS):
-        nearest = (points @ centroids.T).argmax(1)
-        sums = torch.zeros_like(centroids).index_add(0, nearest, points)
-        filled = torch.bincount(nearest, minlength=num_clusters) > 0
-        centroids = torch.where(filled[:, None], F.normalize(sums, dim=-1), centroids)
-    return centroids
+    first = torch.randint(len(points), (1,), generator=torch.Generator().manual_seed(0)).item()
+    return k_means(points, farthest_points(points, num_clusters, int(first)), ITERATIONS, spherical=True)
 
 
 def intuition(embeddings: torch.Tensor, centroids: torch.Tensor, *, tau: float = 0.1) -> torch.Tensor:

@@ -155,6 +155,31 @@ class PooledRouter(Router):
         after = spans.ended & ~spans.ends
         return after if labelled is None else after & labelled.to(after.device)
 
+    def leave_samples(self, values: torch.Tensor, context: RoutingContext) -> None:
+        """Leave the pooled `values` (T, C) of every sample for the end of a training forward.
+
+        A sample is a row: the mean over the tokens of its answer, whose gates have read its instruction, or its last
+        token where there is no end.
+        """
+        # Not where a sample goes on behind what is cached, as in the generation of a model in training mode.
+        if not self.training or context.memory.cached_tokens:
+            return
+        pooled, known = (part.view(*context.token_mask.shape, -1) for part in self.pool(values.detach(), context))
+        known = known.squeeze(-1)  # (B, S)
+        read = torch.zeros_like(known)
+        read[:, -1] = True
+        if self.end_token_id is not None:
+            answers = self.answers(self.spans(context, known.device), context)
+            read = torch.where(answers.any(1, keepdim=True), answers, read)
+        read = read & known
+        number = read.sum(1, keepdim=True)  # (B, 1)
+        samples = pooled.masked_fill(~read[..., None], 0.0).sum(1) / number.clamp(min=1)  # (B, C)
+        context.carry.setdefault("pooled_samples", {})[self.spec.site] = (samples, number[:, 0] > 0)
+
+    def left_samples(self, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the samples (B, C) that a forward has left, and which rows have one, (B,) bool."""
+        return context.carry.get("pooled_samples", {}).get(self.spec.site)
+
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
         """Warn if the instructions of all rows of a training are the same, so that the gate tells no rows apart."""
         if self._same_rows is None or context.input_ids is None or context.memory.cached_tokens:

@@ -31,6 +31,21 @@ def sum_over_ranks(counts: torch.Tensor) -> torch.Tensor:
     return counts
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows (n, C) of all processes of a distributed run, in their order, or `rows` in a single process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    own = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(counts, own)
+    sizes = torch.cat(counts).tolist()
+    padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    padded[: len(rows)] = rows
+    parts = [torch.zeros_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
 def finite(sums: torch.Tensor) -> torch.Tensor:
     """Return the sums of a micro-batch, or zeros where it overflowed: `GradScaler` skips its step, and a population
     that is not finite would make every later loss so."""

@@ -79,34 +79,20 @@ class SequenceRouter(PooledRouter):
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         directions = F.rms_norm(hidden_states.float(), hidden_states.shape[-1:])  # (T, d)
-        # Not where a sample goes on behind what is cached, as in the generation of a model in training mode.
-        if self.centred and self.training and not context.memory.cached_tokens:
-            self._leave_pooled(directions.detach(), context)
+        if self.centred:
+            self.leave_samples(directions, context)
         logits, known = self.pool(gate_logits(directions, self.weight), context)  # (T, E)
         if self.centred:
             logits = logits - gate_logits(self.mean[None], self.weight)
         return assign(logits, self.spec, context, norm=self.norm_topk_prob, masked=False).drop(~known)
 
-    def _leave_pooled(self, directions: torch.Tensor, context: RoutingContext) -> None:
-        """Leave the sum of the samples' pooled states and their number, (d + 1,), for the end of the forward."""
-        pooled, known = (part.view(*context.token_mask.shape, -1) for part in self.pool(directions, context))
-        known = known.squeeze(-1)  # (B, S)
-        # The gates of an answer read its instruction; without an end, those of the last token read everything.
-        read = torch.zeros_like(known)
-        read[:, -1] = True
-        if self.end_token_id is not None:
-            answers = self.answers(self.spans(context, known.device), context)
-            read = torch.where(answers.any(1, keepdim=True), answers, read)
-        read = read & known
-        number = read.sum(1, keepdim=True)  # (B, 1)
-        samples = pooled.masked_fill(~read[..., None], 0.0).sum(1) / number.clamp(min=1)  # (B, d)
-        summed = torch.cat([samples, torch.ones_like(samples[:, :1])], dim=-1).masked_fill(number == 0, 0.0).sum(0)
-        context.carry.setdefault("pooled_samples", {})[self.spec.site] = summed
-
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
         super().accumulate(decision, context)
-        summed = context.carry.get("pooled_samples", {}).get(self.spec.site)
-        if summed is not None:
+        left = self.left_samples(context)
+        if left is not None:
+            samples, known = left
+            counted = torch.cat([samples, torch.ones_like(samples[:, :1])], dim=-1)  # (B, d + 1)
+            summed = counted.masked_fill(~known[:, None], 0.0).sum(0)
             self.accumulated += finite(sum_over_ranks(summed)).to(self.accumulated)
 
     def end_step(self) -> None:
