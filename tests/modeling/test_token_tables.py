@@ -11,7 +11,7 @@ from hf_moe.construction.token_tables import fit_token_tables
 from hf_moe.modeling.routing_context import RoutingContext
 
 
-ROUTERS = ["hash_layers"]
+ROUTERS = ["hash_layers", "maskmoe"]
 VOCAB = 96
 by_router = pytest.mark.parametrize("name", ROUTERS)
 
