@@ -34,6 +34,15 @@ def test_a_slot_runs_once_in_the_shares_of_its_tokens():
     assert found.runs(0).sum().item() == 2
 
 
+def test_tokens_in_another_order_keep_their_modality():
+    dispatch = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]]])  # two groups of two places
+    mixed = SlotMixture(
+        dispatch, dispatch, 2, order=torch.tensor([2, 0, 1, 4])
+    )  # token 3 is padding, a place is empty
+    found = statistics_of(mixed, [[0, 0, 1, 1]], [[1, 1, 1, 0]])
+    assert found.runs(0)[:2].tolist() == [[1.0, 2.0], [1.0, 0.0]]
+
+
 def test_several_passes_add_up():
     merged = ParameterMixture(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), 2)
     found = statistics_of(merged, [[0]], [[1]])

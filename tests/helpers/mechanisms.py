@@ -118,11 +118,12 @@ CASES: dict[str, dict[str, Case]] = {
         "promoe_prototypical-reserved": Case({"reserved_modalities": ["image"], "score": "sigmoid"}, CONTRAST),
         "sequence": Case(),
         "sequence-instruction": Case({"end_token_id": 7, "centred": True}),
+        "mixture_of_tokens": Case(moe=NO_LOSS, exempt={"micro_batches": "while training, rows of a batch are mixed"}),
         "moma": Case(moe=CHOICE_LOSS, exempt=CHOICE_OF_A_BATCH),
         "moma-gumbel": Case(
             {"gumbel_noise": True},
             CHOICE_LOSS,
-            exempt={**CHOICE_OF_A_BATCH, "padding": "a batch draws its noise at once"},
+            exempt=NOISY_BATCH,
         ),
         "omni_router": Case(),
         "rmoe_layerwise": Case({"router_state_dim": 8}),

@@ -110,11 +110,12 @@ def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | N
         context = RoutingContext.all_text(probe)
         context.input_ids = context.modality_ids
     decision = router(probe[0], context)
-    if isinstance(decision, SlotMixture) and experts.takes_mixed_slots:
+    if router.mixes_slots and experts.takes_mixed_slots:
         return
-    if not isinstance(decision, ExpertAssignment):
+    if router.mixes_slots or not isinstance(decision, ExpertAssignment):
+        kind = SlotMixture if router.mixes_slots else type(decision)
         raise ValueError(
-            f"The router {router.mechanism_name!r} returns a {type(decision).__name__}, and these experts need one "
+            f"The router {router.mechanism_name!r} returns a {kind.__name__}, and these experts need one "
             "that assigns experts to tokens: choose another, such as 'top_k', or 'sequence' for one gate per sample."
         )
     if decision.identity_weight is not None:

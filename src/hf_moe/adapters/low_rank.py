@@ -104,7 +104,8 @@ def add_experts(
 
     if isinstance(decision, SlotMixture):
         take, give = (part.to(inputs.device) for part in (decision.dispatch, decision.combine))
-        output = mix_slots(compute, inputs.reshape(-1, inputs.shape[-1]), take, give, decision.num_experts)
+        order = None if decision.order is None else decision.order.to(inputs.device)
+        output = mix_slots(compute, inputs.reshape(-1, inputs.shape[-1]), take, give, decision.num_experts, order)
         return result + output.view(result.shape).to(result.dtype)
     rows = compute(decision.rows(inputs, compute_dtype(inputs)), decision.dispatch)  # (M, out)
     return decision.dispatch.add(result.reshape(-1, result.shape[-1]), rows).view(result.shape)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
 from ..modeling.decisions import ExpertAssignment, ParameterMixture, SlotMixture
+from ..modeling.dispatch import out_of_order
 from ..modeling.layer_spec import Site
 from ..modeling.parts import host_parts, part_of
 from ..modeling.routing_context import NUM_MODALITIES, RoutingContext
@@ -70,7 +71,8 @@ class RoutingStatistics:
 
     def _add_mixture(self, site: Site, decision: SlotMixture | ParameterMixture, context: RoutingContext) -> None:
         if isinstance(decision, SlotMixture):
-            slots = decision.dispatch.detach().flatten(0, 1)  # (T, E * slots)
+            places = decision.dispatch.detach().flatten(0, 1)
+            slots = out_of_order(places, decision.order, context.token_mask.numel())  # (T, E * slots)
             runs = slots.unflatten(-1, (decision.num_experts, -1)).sum(-1)  # (T, E)
         else:
             runs = decision.expert_weight.detach()[decision.group_index]  # (T, E)

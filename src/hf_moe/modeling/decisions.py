@@ -67,17 +67,20 @@ class ExpertAssignment:
 
 @dataclass
 class SlotMixture:
-    """Mixed slots within one sequence, as in Soft MoE.
+    """Mixed slots within groups of tokens: B sequences of S as in Soft MoE, or B groups of S places given by `order`.
 
     Attributes:
         dispatch (`torch.Tensor` of shape `(B, S, N)`): weights of the tokens in each of the N = E * slots inputs.
         combine (`torch.Tensor` of shape `(B, S, N)`): weights of the slot outputs in each token.
         num_experts: E.
+        order (`torch.Tensor` of shape `(B * S,)`, *optional*): which of the T tokens has a place in the groups, T for
+            none. Tokens without a place get 0. `None` where all tokens have theirs, in order.
     """
 
     dispatch: torch.Tensor
     combine: torch.Tensor
     num_experts: int
+    order: torch.Tensor | None = None
     router_logits: torch.Tensor | None = None
     signals: dict[str, torch.Tensor] = field(default_factory=dict)
 

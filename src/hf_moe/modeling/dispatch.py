@@ -272,32 +272,47 @@ def run_rows(
     return dispatch.combine(rows, weight).to(hidden_states.dtype)
 
 
+def out_of_order(values: torch.Tensor, order: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """Return `values` of the places in groups, (P, ...), as those of the tokens, (T, ...): 0 for one without a place.
+
+    Args:
+        order (`torch.Tensor` of shape `(P,)`): the token of every place, T for none; `None` for all of them in order.
+        tokens (`int`): T.
+    """
+    if order is None:
+        return values
+    return values.new_zeros(tokens + 1, *values.shape[1:]).index_add(0, order, values)[:tokens]
+
+
 def mix_slots(
     compute: Callable[[torch.Tensor, Dispatch], torch.Tensor],
     hidden_states: torch.Tensor,
     take: torch.Tensor,
     give: torch.Tensor,
     num_experts: int,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run every expert on its mixed slots: inputs `take^T x`, outputs `give y`, both within one sequence.
+    """Run every expert on its mixed slots: inputs `take^T x`, outputs `give y`, both within one group of tokens.
 
     Args:
         compute (`Callable`): as of [`run_rows`].
-        hidden_states (`torch.Tensor` of shape `(B * S, d)`).
+        hidden_states (`torch.Tensor` of shape `(T, d)`).
         take, give (`torch.Tensor` of shape `(B, S, N)`): weights of the N slots, those of an expert side by side.
         num_experts (`int`): E, which divides N.
+        order (`torch.Tensor` of shape `(B * S,)`, *optional*): see [`SlotMixture`].
 
     Returns:
-        `torch.Tensor` of shape `(B * S, out)`.
+        `torch.Tensor` of shape `(T, out)`.
     """
     dtype = compute_dtype(hidden_states)
     batch, positions, slots = take.shape
-    tokens = hidden_states.reshape(batch, positions, -1).to(dtype)  # (B, S, d)
+    placed = hidden_states if order is None else F.pad(hidden_states, (0, 0, 0, 1)).index_select(0, order)
+    tokens = placed.reshape(batch, positions, -1).to(dtype)  # (B, S, d)
     inputs = torch.einsum("bsn,bsd->nbd", take.to(dtype), tokens)  # (N, B, d)
     dispatch = EvenDispatch(num_experts, slots * batch, tokens.device)
     outputs = compute(inputs.reshape(slots * batch, -1), dispatch).view(slots, batch, -1)
-    mixed = torch.einsum("bsn,nbd->bsd", give.to(dtype), outputs)
-    return mixed.flatten(0, 1).to(hidden_states.dtype)
+    mixed = torch.einsum("bsn,nbd->bsd", give.to(dtype), outputs).flatten(0, 1)
+    return out_of_order(mixed, order, len(hidden_states)).to(hidden_states.dtype)
 
 
 @torch.compiler.disable

@@ -49,6 +49,9 @@ class Router(KeepsBufferTypes):
     # Whether a decision depends on later tokens, which no token of a causal layer may know.
     looks_ahead = False
 
+    # Whether it mixes tokens in slots, at least while training: then experts must take a `SlotMixture`.
+    mixes_slots = False
+
     # The mean number of slots that a router with a budget of them aims at; it then has `min_slots`, `max_slots` and
     # `check_budget`.
     target_slots: float | None = None
@@ -181,7 +184,8 @@ class Experts(nn.Module):
             ValueError: if the decision merges experts, which only stacked ones can.
         """
         if isinstance(decision, SlotMixture):
-            return mix_slots(self.compute, hidden_states, decision.dispatch, decision.combine, decision.num_experts)
+            mixture = (decision.dispatch, decision.combine, decision.num_experts, decision.order)
+            return mix_slots(self.compute, hidden_states, *mixture)
         if isinstance(decision, ParameterMixture):
             raise ValueError(
                 f"{type(self).__name__} cannot be merged into one expert, as this router asks: choose the experts "

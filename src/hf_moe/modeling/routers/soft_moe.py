@@ -36,6 +36,7 @@ class SoftMoeRouter(Router):
 
     reads = frozenset({"hidden_states", "sequence"})
     looks_ahead = True
+    mixes_slots = True
 
     def __init__(self, spec: MoELayerSpec, *, slots_per_expert: PositiveInt = 1, normalize: bool = False):
         super().__init__(spec)
