@@ -113,12 +113,24 @@ def test_what_is_kept_is_not_run_again_and_what_is_missing_is(compared, monkeypa
     assert ran[1:] == [("switch_transformer", 0)]
 
 
-def test_another_recipe_is_another_run(compared, monkeypatch):
+@pytest.mark.parametrize(
+    ("changed", "first_run"),
+    [
+        ({"overrides": ["training.learning_rate=0.01"]}, "top_k, seed 0"),
+        ({"overrides_of": {"moiie": ["objectives.load_balance=0.5"]}}, "moiie, seed 0"),
+        ({"seeds": 3}, "top_k, seed 2"),
+    ],
+)
+def test_another_recipe_system_or_seed_is_another_run(compared, monkeypatch, changed, first_run):
     comparison, _ = compared
-    monkeypatch.setattr(module, "train_contestant", lambda recipe, *args: pytest.fail(f"seed {recipe.seed}"))
+
+    def refuse(recipe, *args):
+        pytest.fail(f"{recipe.model['system']}, seed {recipe.seed}")
+
+    monkeypatch.setattr(module, "train_contestant", refuse)
     compare(comparison)
-    with pytest.raises(pytest.fail.Exception, match="seed 0"):
-        compare(Comparison(**{**vars(comparison), "overrides": ["training.learning_rate=0.01"]}))
+    with pytest.raises(pytest.fail.Exception, match=first_run):
+        compare(Comparison(**{**vars(comparison), **changed}))
 
 
 def test_a_run_that_fails_says_which_it_was(recipe_file, tmp_path, monkeypatch):

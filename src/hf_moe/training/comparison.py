@@ -107,8 +107,8 @@ class Contestant:
         name: of the system or router.
         recipe: of seed 0.
         content: what decides a run besides: the fields of the record.
-        facts: what is known before any training: `width`, `active` by modality, `mean_active`, `parameters`,
-            `num_experts`, `num_experts_per_tok`, `layers`.
+        facts: what is known before any training: `layers`, `num_experts`, `num_experts_per_tok`, `width`, `active` by
+            modality, `mean_active`.
     """
 
     name: str
@@ -117,6 +117,7 @@ class Contestant:
     facts: dict[str, Any]
 
     def seeded(self, seed: int) -> Recipe:
+        """Return the recipe of a run."""
         return replace(self.recipe, seed=seed)
 
 
@@ -186,14 +187,14 @@ def plan(comparison: Comparison) -> tuple[list[Contestant], dict[str, Any]]:
         first = contestants[0] if contestants else None
         if first is None and name != comparison.systems[0]:
             break  # nothing to fit to
-        job = {"recipe": recipe.to_dict(), "record": content, "tolerance": comparison.tolerance}
-        fingerprint = _fingerprint({**job, "first": None if first is None else first.recipe.to_dict()})
+        target = None if first is None else first.facts["mean_active"]
+        job = {"recipe": recipe.to_dict(), "record": content, "tolerance": comparison.tolerance, "target": target}
+        fingerprint = _fingerprint(job)
         path = comparison.folder / name / "plan.json"
         facts = _kept(path, fingerprint)
         if facts is None:
             say(f"Fitting the experts of {name}")
             fixed = first is None or "expert_intermediate_size" in _own_names(comparison, name)
-            target = None if first is None else first.facts["mean_active"]
             try:
                 facts = fit(recipe, rows, comparison, target, fixed)
             except ValueError as error:
@@ -261,7 +262,6 @@ def fit(
         "width": width,
         "active": active,
         "mean_active": mean_active(active, statistics),
-        "entropy": entropies(statistics),
     }
 
 
