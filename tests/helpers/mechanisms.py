@@ -65,6 +65,7 @@ WHOLE_PROMPT = {name: "the experts are merged for the whole prompt" for name in 
 NO_CHOICE = {"disabled": "its experts are not chosen"}
 CHOICE_LOSS = {"objectives": {"signal": {"coef": 1.0, "signal": "choice_loss"}}}
 CHOICE_OF_A_BATCH = {"micro_batches": "while training, experts choose among the tokens of a batch"}
+STABLE = {name: {"name": "signal", "signal": name, "coef": 0.3} for name in ("overload", "distillation")}
 NOISY_BATCH = {name: "a batch draws its noise at once" for name in ("micro_batches", "padding")}
 LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality of the next"}
 
@@ -132,6 +133,7 @@ CASES: dict[str, dict[str, Case]] = {
         "soft_moe": Case(moe=NO_LOSS, place="vision"),
         "soft_moe-normalized": Case({"slots_per_expert": 2, "normalize": True}, NO_LOSS, "vision"),
         "speechmoe": Case({"route_embedding_dim": 8, "embedding_classes": 48}, {**ONE_SLOT, "objectives": EMBEDDED}),
+        "stablemoe": Case(moe={**ONE_SLOT, "objectives": STABLE}),
         "top_k": Case(),
         "top_k-sigmoid": Case({"score_function": "sigmoid", "routed_scaling_factor": 2.0}),
         "top_k-capacity": Case({"capacity_factor": 1.0}),
