@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..configuration.configuration_hf_moe import MODALITIES
 from ..modeling.block import Block
 from ..modeling.decisions import ExpertAssignment
 from ..modeling.evaluation_mode import evaluation_mode
@@ -145,6 +146,26 @@ def modality_divergence(statistics: RoutingStatistics) -> dict[Site, float]:
         entropies = torch.special.entr(shares).sum(-1)
         mixture = torch.special.entr(shares.mean(0)).sum()
         result[site] = ((mixture - entropies.mean()) / torch.log(torch.tensor(2.0))).clamp(min=0).item()
+    return result
+
+
+def visual_specialisation(statistics: RoutingStatistics) -> dict[Site, Tensor]:
+    """Return, by site, how many times as often images and videos use an expert as text does, (E,) float64.
+
+    It is the expert's share of the visual runs over its share of the runs of text: 1 where a router does not tell them
+    apart, and for experts that neither uses. An expert without text counts as if it had half a run of it. Sites that
+    have not seen both are left out.
+
+    Source: Aria: An Open Multimodal Native Mixture-of-Experts Model, arXiv:2410.05993.
+    """
+    result = {}
+    for site in statistics.tokens:
+        runs = statistics.runs(site)
+        text = runs[MODALITIES.index("text")]
+        visual = runs[MODALITIES.index("image")] + runs[MODALITIES.index("video")]
+        if text.sum() > 0 and visual.sum() > 0:
+            ratio = (visual / visual.sum()) / (text.clamp(min=0.5) / text.sum())
+            result[site] = ratio.masked_fill((text == 0) & (visual == 0), 1.0)
     return result
 
 

@@ -13,6 +13,7 @@ from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..analysis.drawing import draw_routing
+from ..analysis.experts import visual_specialisation
 from ..analysis.routing_statistics import RoutingStatistics, active_parameters
 from ..configuration.systems import recipe_names
 from ..construction.build import build_model
@@ -207,6 +208,9 @@ def evaluate(
             "evaluated": result["count"],
             "parameters_active": active_parameters(model, statistics),
             "routing": statistics.to_dict(),
+            "visual_specialisation": {
+                str(site): ratios.tolist() for site, ratios in visual_specialisation(statistics).items()
+            },
         }
         if wanted.get("blind") and host_parts(model).towers:
             blind = evaluate_vqa(model, processor, rows, zero_images=True, **options)

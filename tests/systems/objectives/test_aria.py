@@ -8,7 +8,10 @@ from helpers.router_cases import EAGER, make_hidden, make_router, make_spec, ran
 from transformers import AriaTextConfig
 from transformers.models.aria.modeling_aria import AriaTextMoELayer
 
+from hf_moe.analysis.experts import visual_specialisation
+from hf_moe.analysis.routing_statistics import RoutingStatistics
 from hf_moe.configuration.systems import load_system
+from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.mechanisms import get_mechanism
 from hf_moe.modeling.registry import build
 
@@ -45,3 +48,26 @@ def test_groups_of_one_expert_give_the_usual_balance():
     index = torch.tensor([[0, 0, 0, 5, 9, 63]])
     single, none = ({**BALANCE, "expert_groups": groups} for groups in (EXPERTS, None))
     assert balance(single, index, EXPERTS) == pytest.approx(balance(none, index, EXPERTS))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [([0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, 1.0]), ([0, 0, 3, 4], [2.0, 0.0, 0.0, 1.0, 32.0])],
+    ids=["blind", "an expert of images"],
+)
+def test_visual_specialisation_tells_experts_of_images(image, expected):
+    context = text_context(2, 64)
+    context.modality_ids[1] = 1 + torch.arange(64) % 2  # images and videos
+    index = torch.cat([torch.arange(64) % 4, torch.tensor(image).repeat(16)])[:, None]
+    context.decisions[0] = ExpertAssignment(index, torch.ones(128, 1), 5)
+    statistics = RoutingStatistics()
+    statistics.update(context)
+    assert visual_specialisation(statistics)[0].tolist() == pytest.approx(expected)
+
+
+def test_visual_specialisation_needs_both_modalities():
+    context = text_context(1, 4)
+    context.decisions[0] = ExpertAssignment(torch.zeros(4, 1).long(), torch.ones(4, 1), 5)
+    statistics = RoutingStatistics()
+    statistics.update(context)
+    assert visual_specialisation(statistics) == {}
