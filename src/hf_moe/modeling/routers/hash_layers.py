@@ -13,7 +13,8 @@ hash chooses in its own: with `granularity` K, each picks a slice of a feed-forw
 Training and inference are the same, and a token's experts depend on earlier ids alone. After padding, or the border of
 a packed document, there is no previous token. `token_tables.py` says what image, video and audio tokens do.
 
-Source: Hash Layers For Large Sparse Models, arXiv:2106.04426.
+Sources: Hash Layers For Large Sparse Models, arXiv:2106.04426; Memory Augmented Language Models through Mixture of
+Word Experts, arXiv:2311.10768.
 """
 
 import heapq
