@@ -66,6 +66,7 @@ NO_CHOICE = {"disabled": "its experts are not chosen"}
 CHOICE_LOSS = {"objectives": {"signal": {"coef": 1.0, "signal": "choice_loss"}}}
 CHOICE_OF_A_BATCH = {"micro_batches": "while training, experts choose among the tokens of a batch"}
 STABLE = {name: {"name": "signal", "signal": name, "coef": 0.3} for name in ("overload", "distillation")}
+NOISY_GATES = {"micro_batches": "every micro-batch draws noise for its conditions"}
 NOISY_BATCH = {name: "a batch draws its noise at once" for name in ("micro_batches", "padding")}
 LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality of the next"}
 
@@ -141,6 +142,12 @@ CASES: dict[str, dict[str, Case]] = {
         "top_k-modality": Case({"modality_bias": "logits"}),
         "top_k-embedding": Case({"modality_bias": "input"}),
         "top_k-bias": Case({"score_function": "sigmoid", "bias_update_rate": 0.001, "n_group": 2, "topk_group": 1}),
+        "uniperceiver_moe": Case(
+            {"num_attributes": 3}, NO_LOSS, exempt={"micro_batches": "a batch draws its noise at once"}
+        ),
+        "uniperceiver_moe-mixed": Case({"level": "modality", "gate_noise_std": 0.0, "merge": False}),
+        "uniperceiver_moe-task": Case({"level": "task", "gate_noise_std": 0.0}, NO_LOSS),
+        "uniperceiver_moe-modality": Case({"level": "modality", "gate_noise_std": 0.0}, NO_LOSS),
     },
     "experts": {
         "ffn": Case(),

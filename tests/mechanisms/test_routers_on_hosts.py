@@ -26,6 +26,8 @@ NO_ADAPTER = {
     "rmoe_layerwise": "choose one .* such as 'top_k'",
     "soft_moe": "adapt a vision tower or an encoder",
     "speechmoe": "choose one .* such as 'top_k'",
+    "uniperceiver_moe": "choose another, such as 'top_k'",
+    "uniperceiver_moe-mixed": None,
 }
 NO_HOST = {"hash_layers-previous": "set codebook_size=1", "soft_moe": "put it into vision_moe_config"}
 GENERATE = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
@@ -99,7 +101,7 @@ def check(model, routers, as_argument: bool) -> None:
     assert tokens[0].shape == (2, 11) and torch.equal(*tokens)
 
 
-def refusal(key: str, reasons: dict[str, str]) -> str | None:
+def refusal(key: str, reasons: dict[str, str | None]) -> str | None:
     """Return what the refusal of a case says, or `None` where it must work."""
     reason = reasons.get(key, reasons.get(name_of(key)))
     return None if reason is None else rf"(?s)'{name_of(key)}'.*{reason}"

@@ -104,11 +104,12 @@ def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | N
         return
     probe = torch.zeros(1, 1, router.spec.hidden_size)
     context = unknown_tokens(probe)
-    if tokens_known is not None and router.condition is not None:
-        return  # what it reads comes with the call
-    if tokens_known == "text":
+    if tokens_known == "text" or (tokens_known is not None and router.condition is not None):
         context = RoutingContext.all_text(probe)
         context.input_ids = context.modality_ids
+        if router.condition is not None:  # it comes with the call
+            ids, features = context.modality_ids[:, 0], probe.new_zeros(1, router.num_condition_features)
+            context.condition_ids = {router.condition: ids if router.num_conditions else features}
     decision = router(probe[0], context)
     if router.mixes_slots and experts.takes_mixed_slots:
         return
