@@ -128,6 +128,7 @@ CASES: dict[str, dict[str, Case]] = {
             exempt=NOISY_BATCH,
         ),
         "omni_router": Case(),
+        "omni_router-modalities": Case({"modalities": ["text", "image"]}),
         "rmoe_layerwise": Case({"router_state_dim": 8}),
         "rmoe_layerwise-rnn": Case({"router_state_dim": 8, "router_cell": "rnn"}),
         "smora": Case(),

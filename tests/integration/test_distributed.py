@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.modeling.running_statistics import gather_rows
 
 
 IMAGE = 95
@@ -115,6 +116,7 @@ def worker(rank, port, folder):
         results[kind] = train(model, lambda step: [batches_of(step)[rank]], WORLD)
         for step in results[kind]:
             dist.all_reduce(step["loss"])
+    results["gathered"] = gather_rows(torch.full((1 + rank, 3), float(rank)))
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.destroy_process_group()
@@ -145,3 +147,7 @@ def test_two_processes_equal_one(results, one_process, kind, step):
         assert_near(actual["gradients"][name], gradient, 1e-5)
     gates = [gradient.abs().max() for name, gradient in expected["gradients"].items() if ".gate." in name]
     assert min(gates) > 1e-3
+
+
+def test_rows_of_all_processes_are_gathered(results):
+    assert results["gathered"].tolist() == [[0.0] * 3, [1.0] * 3, [1.0] * 3]

@@ -52,8 +52,20 @@ def test_its_gradient_is_the_sum_over_untied_gates():
     torch.testing.assert_close(shared.grad, sum(gates), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_every_modality_may_have_a_gate_for_all_layers():
+    model, types = build({"name": "omni_router", "modalities": ["text", "image"]}), torch.arange(20).view(2, 10) % 2
+    before = model(input_ids=IDS, mm_token_type_ids=types, output_routing=True).routing.decisions[0]
+    gate_of(model)[1].copy_(gate_of(model)[1].flip(0))
+    after = model(input_ids=IDS, mm_token_type_ids=types, output_routing=True).routing.decisions[0]
+    image = types.flatten() == 1
+    assert torch.equal(after.router_logits[~image], before.router_logits[~image])
+    assert torch.equal(after.router_logits[image], before.router_logits[image].flip(-1))
+    assert torch.equal(after.gate_index, types.flatten())
+
+
 def test_layers_of_unequal_experts_are_refused():
-    with pytest.raises(ValueError, match="one number of experts .* got .*4.*8"):
+    with pytest.raises(ValueError, match=r"one number of experts.* shapes \[\(4, 16\), \(8, 16\)\]"):
         build("omni_router", num_experts={"default": 4, "2": 8})
 
 
