@@ -63,6 +63,7 @@ NO_LOSS: dict[str, Any] = {"objectives": {}}
 EMBEDDED = {"embedding": {"name": "signal", "signal": "embedding_loss", "coef": 0.1}, "load_balance": 0.01}
 WHOLE_PROMPT = {name: "the experts are merged for the whole prompt" for name in ("causality", "decoding")}
 NO_CHOICE = {"disabled": "its experts are not chosen"}
+ACTIVE_LOSS = {"objectives": {"active_balance": 0.01}}
 CHOICE_LOSS = {"objectives": {"signal": {"coef": 1.0, "signal": "choice_loss"}}}
 CHOICE_OF_A_BATCH = {"micro_batches": "while training, experts choose among the tokens of a batch"}
 STABLE = {name: {"name": "signal", "signal": name, "coef": 0.3} for name in ("overload", "distillation")}
@@ -149,6 +150,11 @@ CASES: dict[str, dict[str, Case]] = {
         "uniperceiver_moe-mixed": Case({"level": "modality", "gate_noise_std": 0.0, "merge": False}),
         "uniperceiver_moe-task": Case({"level": "task", "gate_noise_std": 0.0}, NO_LOSS),
         "uniperceiver_moe-modality": Case({"level": "modality", "gate_noise_std": 0.0}, NO_LOSS),
+        "unimoe_audio": Case({"num_shared_experts": 1, "jitter_noise": 0.0}, ACTIVE_LOSS),
+        "unimoe_audio-banks": Case(
+            {"dynamic_weights": "uniform", "jitter_noise": 0.0, "num_null_experts": 2},
+            {"expert_banks": BANKS, "num_experts": None, **ACTIVE_LOSS},
+        ),
     },
     "experts": {
         "ffn": Case(),
@@ -156,6 +162,9 @@ CASES: dict[str, dict[str, Case]] = {
         "ffn-shared": Case(moe={"num_shared_experts": 1, "shared_expert_gate": True, "granularity": 2}),
     },
     "objective": {
+        "active_balance": Case(
+            {"final_coef": 0.02}, {"router": {"name": "unimoe_audio", "num_shared_experts": 1, "jitter_noise": 0.0}}
+        ),
         "condition_information": Case({"condition": "domain", "num_conditions": 3}),
         "expert_contrast": Case(moe=ONE_SLOT),
         "global_entropy": Case({"min_experts": {"text": 4, "image": 4}}),

@@ -44,6 +44,8 @@ def make_call(seed: int = 0, other_padding: bool = False) -> tuple[dict, Routing
         if other_padding:
             logits[padding], outputs[padding], slots[padding] = -logits[padding], 3.0, 100.0
         index = logits.argmax(-1, keepdim=True).clamp(max=EXPERTS).masked_fill(padding[:, None], EXPERTS)
+        probs = logits.softmax(-1)
+        probs = probs.where(probs > 0.1, 0.0)  # some candidates are not active
         overlap = torch.rand((), generator=generator).expand(ROWS * POSITIONS)
         context.outputs[layer] = outputs.view(ROWS, POSITIONS, -1)
         context.decisions[layer] = ExpertAssignment(
@@ -51,7 +53,7 @@ def make_call(seed: int = 0, other_padding: bool = False) -> tuple[dict, Routing
             (index < EXPERTS).float(),
             EXPERTS,
             router_logits=logits,
-            router_probs=logits.softmax(-1),
+            router_probs=probs / probs.sum(-1, keepdim=True),
             signals={"soft_real_slots": slots, "gate_overlap": overlap},
         )
     return context.decisions, context
