@@ -81,6 +81,15 @@ CASES: dict[str, dict[str, Case]] = {
             moe={**ONE_SLOT, **NO_LOSS},
             exempt={"micro_batches": "while training, tokens and experts of a batch are matched"},
         ),
+        "cmoe_contextual": Case(
+            {"contexts": {"chart": [0], "photo": [1], "text": [2]}},
+            {
+                "objectives": {
+                    "load_balance": 0.01,
+                    "context": {"name": "signal", "signal": "context_loss", "coef": 0.1},
+                }
+            },
+        ),
         "condition": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "condition-rule": Case({"rule": [3, -1, 0, 1, 2]}, NO_LOSS, exempt=NO_CHOICE),
         "constant": Case(moe=NO_LOSS, exempt=NO_CHOICE),
