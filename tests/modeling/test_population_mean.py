@@ -52,6 +52,8 @@ def test_a_modality_that_is_not_there_has_no_term_and_keeps_its_mean():
 def test_more_experts_than_there_are_is_refused():
     with pytest.raises(ValueError, match=r"'text' must lie in \[1, 8\]"):
         GlobalEntropy([SPEC], 1.0, min_experts={"text": 9})
+    with pytest.raises(ValueError, match="names no modality"):
+        GlobalEntropy([SPEC], 1.0, min_experts={})
     with pytest.raises(ValueError, match="'txt'"):
         GlobalEntropy([SPEC], 1.0, min_experts={"txt": 2})
 

@@ -30,11 +30,13 @@ class GlobalEntropy(PopulationMean):
             layer's experts for text and three fifths for images, rounded up, as 9 and 20 of the paper's 32.
 
     Raises:
-        ValueError: if a modality is unknown, or k_m does not lie in [1, E].
+        ValueError: if no modality is named or one is unknown, or k_m does not lie in [1, E].
     """
 
     def __init__(self, specs: list[MoELayerSpec], coef: float, *, min_experts: dict[str, Positive] | None = None):
         super().__init__(specs, coef)
+        if min_experts is not None and not min_experts:
+            raise ValueError("min_experts={} names no modality: name one, or remove the objective 'global_entropy'.")
         for name, number in (min_experts or {}).items():
             check_choice("a name in min_experts", name, MODALITIES)
             fewest = min(spec.num_experts for spec in specs)
@@ -46,6 +48,9 @@ class GlobalEntropy(PopulationMean):
         experts = mean.shape[-1]
         wanted = {"text": math.ceil(0.25 * experts), "image": math.ceil(0.6 * experts)}
         wanted = wanted if self.min_experts is None else self.min_experts
-        threshold = mean.new_tensor([math.log(wanted.get(name, 1.0)) for name in MODALITIES])  # (G,)
         entropy = -(mean * mean.clamp(min=1e-20).log()).sum(-1)  # (B, G)
-        return ((threshold - entropy).clamp(min=0.0) * present).sum(-1)
+        lacking = [
+            (math.log(number) - entropy[:, MODALITIES.index(name)]).clamp(min=0.0) * present[MODALITIES.index(name)]
+            for name, number in wanted.items()
+        ]
+        return torch.stack(lacking).sum(0)

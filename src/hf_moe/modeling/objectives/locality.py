@@ -62,9 +62,8 @@ class Locality(PopulationMean):
     def penalty(self, mean: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         by_node = mean.unflatten(-1, (self.num_groups, -1)).sum(-1)  # (B, nodes of tokens, nodes of experts)
         local = by_node.diagonal(dim1=1, dim2=2)  # (B, nodes)
-        shares = torch.stack([local, 1 - local], dim=-1).clamp(min=1e-9)  # (B, nodes, 2)
-        wanted = shares.new_tensor([1 - self.smoothing, self.smoothing])
-        divergence = (shares * (shares / wanted).log()).sum(-1)  # (B, nodes)
+        parts = ((local, 1 - self.smoothing), (1 - local, self.smoothing))
+        divergence = sum(share * (share.clamp(min=1e-9) / wanted).log() for share, wanted in parts)  # (B, nodes)
         return (divergence * present).sum(-1) / present.sum().clamp(min=1)
 
     def group(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:

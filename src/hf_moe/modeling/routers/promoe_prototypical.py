@@ -11,8 +11,9 @@ away from the means of others. It takes the place of a balance loss:
     L = mean over e in U of  -log( exp(cos(C_e, m_e) / tau) / sum over f in U of exp(cos(C_e, m_f) / tau) )
 
 U are the experts with tokens; with one alone, L is 0. The means are those of the previous optimizer step, and a token
-has the gradient that it would have in that step's means, which is linear in the tokens. The loss costs K T d for the
-sums and E^2 d for every row, beside the E T d of the cosines. Training and inference route alike.
+has the gradient that it would have in that step's means, which is linear in the tokens. In training the loss costs
+E T d products for the sums, as many as the cosines do, again in the backward pass, and E^2 d for every row. Training
+and inference route alike.
 
 Source: Routing Matters in MoE: Scaling Diffusion Transformers with Explicit Routing Guidance, arXiv:2510.24711, and
 its released code. There the reserved role is that of samples without a class; text or images can have it here.
@@ -28,7 +29,15 @@ from transformers import initialization as init
 from ...configuration.checks import Positive
 from ...configuration.configuration_hf_moe import MODALITIES
 from ..decisions import Decision, ExpertAssignment
-from ..gating import apply_overrides, check_choice, check_slots, gate_logits, router_scores, select_experts
+from ..gating import (
+    apply_overrides,
+    by_modality,
+    check_choice,
+    check_slots,
+    gate_logits,
+    router_scores,
+    select_experts,
+)
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing import Router
@@ -92,11 +101,10 @@ class PrototypicalRouter(Router):
 
     def reserved(self, context: RoutingContext, device: torch.device) -> torch.Tensor:
         """Return the reserved expert of every token, (T,), -1 where it has none."""
-        expert = torch.full((context.token_mask.numel(),), -1, device=device)
         if "modality" in self.reads:
-            modality = context.tokens("modality_ids", device)
-            for name, place in enumerate(self.expert_of_modality):
-                expert = expert.masked_fill(modality == name, place)
+            expert = by_modality(self.expert_of_modality, context, device)
+        else:
+            expert = torch.full((context.token_mask.numel(),), -1, device=device)
         if self.condition is not None:
             expert = expert.masked_fill(context.condition(self.condition, device) == 0, self.spec.num_experts - 1)
         return expert
