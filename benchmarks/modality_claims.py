@@ -43,16 +43,21 @@ from hf_moe.analysis.routing_statistics import RoutingStatistics
 from hf_moe.configuration.systems import load_system
 from hf_moe.construction.build import build_model
 from hf_moe.data import FeatureCache
+from hf_moe.modeling.context import routers_of
 from hf_moe.modeling.decisions import ExpertAssignment
+from hf_moe.modeling.inputs import conditions_read
 from hf_moe.training.parts import train_only
 
 
 PARTS = ("connector", "routers", "experts", "embeddings", "backbone")
-# Rows of an image and of prose in a step; `tuning` has one row of prose to 40 of images, as SMAR's.
-ROWS = {"both": (12, 12), "image": (24, 0), "text": (0, 24), "tuning": (39, 1)}
+# Rows of an image and of prose in a step; `tuning` has one row of prose in 40, as SMAR's.
+ROWS = {
+    **{"both": (12, 12), "image": (24, 0), "text": (0, 24), "tuning": (39, 1)},
+    **{"image of both": (12, 0), "text of both": (0, 12)},
+}
 SETTINGS = {
     **{"steps": 120, "learning_rate": 2e-3, "length": 32, "pictures": 2000, "test_rows": 200, "experts": 8},
-    **{"model": LANGUAGE_MODEL, "rows": ROWS},
+    "model": LANGUAGE_MODEL,
 }
 QUICK = {**SETTINGS, "steps": 2, "pictures": 32, "test_rows": 16}
 DENSE: dict[str, Any] = {"layers": []}
@@ -97,6 +102,9 @@ LIMOE_MINIMA = {"text": 2, "image": 5}
 LIMOE = system("limoe", **ONE)
 SMAR = system("smar", **PAIR)
 
+UNIPERCEIVER = system("uniperceiver_moe", **PAIR)
+# A shared and a routed expert of half the width.
+PROMOE = system("promoe_prototypical", num_experts=EXPERTS)
 # A feed-forward for each modality below, eight experts for both at the top.
 EVE = {**load_system("eve").fields("model"), **ONE, "num_experts": {"default": 2, "last_1": EXPERTS}}
 
@@ -115,13 +123,21 @@ ARMS: dict[str, Arm] = {
     "smar": Arm(SMAR, "tuning", "prose, top_k"),
     "smar, no band": Arm({**SMAR, "objectives": {"load_balance": 0.01}}, "tuning", "prose, top_k"),
     "dense": Arm(DENSE),
+    "dense, images alone": Arm(DENSE, "image of both"),
+    "dense, prose alone": Arm(DENSE, "text of both"),
+    "uniperceiver_moe": Arm(UNIPERCEIVER),
+    "uniperceiver_moe, images alone": Arm(UNIPERCEIVER, "image of both"),
+    "uniperceiver_moe, prose alone": Arm(UNIPERCEIVER, "text of both"),
+    "promoe_prototypical": Arm(PROMOE),
+    "promoe_prototypical, no contrast": Arm({**PROMOE, "objectives": {}}),
+    "promoe_prototypical, load balance": Arm({**PROMOE, "objectives": {"load_balance": 0.01}}),
     "eve": Arm({**EVE, "router": eve_router({"modality_bias": "input"})}),
     "eve, blind gate": Arm({**EVE, "router": eve_router({})}),
     "moma": Arm(system("moma", **ONE)),
     "expert_choice": Arm(system("expert_choice", **ONE)),
-    "prose, vlmo": Arm(system("vlmo", layers="except_last_1"), "text"),
-    "vlmo": Arm(system("vlmo", layers="except_last_1"), "image", "prose, vlmo", ("connector", "experts/image.*")),
-    "vlmo, all trained": Arm(system("vlmo", layers="except_last_1"), "image", "prose, vlmo"),
+    "vlmo, before": Arm(system("vlmo", layers="except_last_1")),
+    "vlmo": Arm(system("vlmo", layers="except_last_1"), "image", "vlmo, before", ("connector", "experts/image.*")),
+    "vlmo, all trained": Arm(system("vlmo", layers="except_last_1"), "image", "vlmo, before"),
 }  # fmt: skip
 
 Result = dict[str, Any]
@@ -141,6 +157,7 @@ class Claim:
         value: returns the measure of an arm among those of its seed.
         higher: whether it is higher with the mechanism.
         margin: how much worse still holds, for claims that something does no harm.
+        alone: whether each arm is compared with itself on rows of one kind alone.
     """
 
     system: str
@@ -150,6 +167,12 @@ class Claim:
     value: Callable[[Seed, str], float]
     higher: bool
     margin: float = 0.0
+    alone: bool = False
+
+    def needs(self) -> list[str]:
+        """Return the arms that the measure reads."""
+        kinds = ("", ", images alone", ", prose alone") if self.alone else ("",)
+        return [f"{arm}{kind}" for arm in self.arms for kind in kinds]
 
 
 def figure(*path: str) -> Callable[[Seed, str], float]:
@@ -167,6 +190,16 @@ def figure(*path: str) -> Callable[[Seed, str], float]:
 def forgotten(results: Seed, arm: str) -> float:
     """Return by how much the loss on prose has risen since the arm's base."""
     return results[arm]["text_loss"] - results[ARMS[arm].base or arm]["text_loss"]
+
+
+def image_interference(results: Seed, arm: str) -> float:
+    """Return by how much an arm is less accurate on images than it is without rows of prose."""
+    return results[f"{arm}, images alone"]["image_accuracy"] - results[arm]["image_accuracy"]
+
+
+def text_interference(results: Seed, arm: str) -> float:
+    """Return by how much the loss of an arm on prose is higher than without rows of images."""
+    return results[arm]["text_loss"] - results[f"{arm}, prose alone"]["text_loss"]
 
 
 def outside(results: Seed, arm: str, low: float = 1.5, high: float = 2.0) -> float:
@@ -189,13 +222,23 @@ CLAIMS = [
           ("smar", "smar, no band"), figure("image_accuracy"), True, margin=0.02),
     Claim("vlmo", "training on images costs no language where attention is frozen", "rise of the loss on prose",
           ("vlmo", "vlmo, all trained"), forgotten, False),
-    Claim("vlmo", "and images are learnt all the same", "accuracy on images",
-          ("vlmo", "prose, vlmo"), figure("image_accuracy"), True),
+    Claim("vlmo", "and images are learnt further", "accuracy on images",
+          ("vlmo", "vlmo, before"), figure("image_accuracy"), True),
     Claim("eve", "modality-aware experts learn images better than one feed-forward", "accuracy on images",
           ("eve", "dense"), figure("image_accuracy"), True),
     Claim("eve", "and prose", "loss on prose", ("eve", "dense"), figure("text_loss"), False),
     Claim("eve", "a gate that is told the modality parts them further", "divergence of the top layer, nats",
           ("eve", "eve, blind gate"), figure("divergence", "1"), True),
+    Claim("uniperceiver_moe", "prose interferes less with images", "accuracy that is lost by training on both",
+          ("uniperceiver_moe", "dense"), image_interference, False, alone=True),
+    Claim("uniperceiver_moe", "and images with prose", "loss on prose that is gained by training on both",
+          ("uniperceiver_moe", "dense"), text_interference, False, alone=True),
+    Claim("promoe_prototypical", "the contrast lets more experts be used", "experts that text uses",
+          ("promoe_prototypical", "promoe_prototypical, no contrast"), figure("experts_used", "text"), True),
+    Claim("promoe_prototypical", "and is better than a balance loss on images", "accuracy on images",
+          ("promoe_prototypical", "promoe_prototypical, load balance"), figure("image_accuracy"), True),
+    Claim("promoe_prototypical", "and on prose", "loss on prose",
+          ("promoe_prototypical", "promoe_prototypical, load balance"), figure("text_loss"), False),
     Claim("moma", "experts of a modality beat mixed ones on images", "accuracy on images",
           ("moma", "expert_choice"), figure("image_accuracy"), True),
     Claim("moma", "and on prose", "loss on prose", ("moma", "expert_choice"), figure("text_loss"), False),
@@ -206,7 +249,7 @@ CLAIMS = [
 
 
 class Data:
-    """The rows of all arms as tensors: ids, modalities and labels (N, length), and features of the images."""
+    """The rows of all arms as tensors: ids and labels (N, length), and features of the images (N, P, C)."""
 
     def __init__(self, settings: dict[str, Any], quick: bool):
         length, pictures = settings["length"], settings["pictures"]
@@ -276,6 +319,19 @@ def turn_texts(messages: list[dict[str, Any]]) -> list[str]:
     return ["".join(part["text"] or "" for part in turn["content"]) for turn in messages]
 
 
+def attributes(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what Uni-Perceiver's gate is told of the rows, if a model has one.
+
+    It is whether the inputs hold an image and text, whether the targets do, whether there are targets, and that
+    attention is causal.
+    """
+    if "attribute" not in conditions_read(routers_of(model).values()):
+        return {}
+    bits = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 1.0]).repeat(len(batch["input_ids"]), 1)  # (B, 6)
+    bits[:, 0] = (batch["mm_token_type_ids"] == 1).any(-1).float()
+    return {"condition_ids": {"attribute": bits}}
+
+
 def train(model: Any, batches: Iterator[dict[str, Any]], arm: Arm, settings: dict[str, Any]) -> None:
     """Train an arm's parts; the learning rate rises for ten steps, and falls to zero."""
     train_only(model, arm.parts)
@@ -290,7 +346,7 @@ def train(model: Any, batches: Iterator[dict[str, Any]], arm: Arm, settings: dic
     model.train()
     for batch in batches:
         with autocast():
-            loss = model(**batch).loss
+            loss = model(**batch, **attributes(model, batch)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -307,13 +363,14 @@ def score(model: Any, data: Data) -> Result:
     for kind, rows in data.test.items():
         for index in torch.arange(len(rows["input_ids"])).split(100):
             batch = data.batch(data.test, {kind: index})
+            inputs = {**without_labels(batch), **attributes(model, batch), "output_routing": True}
             with autocast():
-                output = model.eval()(**without_labels(batch), output_routing=True)
+                output = model.eval()(**inputs)
             labels, logits = batch["labels"][:, 1:], output.logits[:, :-1].float()
             if kind == "image":  # an answer is right if the likeliest tokens are all its own
                 results[kind].append(((logits.argmax(-1) == labels) | (labels == -100)).all(-1).float())
                 with autocast():  # capacities are those of training
-                    dropped.update(model.train()(**without_labels(batch), output_routing=True).routing)
+                    dropped.update(model.train()(**inputs).routing)
             else:
                 results[kind].append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none"))
             found.update(output.routing)
@@ -364,7 +421,7 @@ class Runs:
         """Return the result of an arm, which is run if it must be."""
         arm = ARMS[name]
         before = None if arm.base is None else self.result(arm.base)
-        asked = {**self.settings, "seed": self.seed, "arm": vars(arm), "base": before}
+        asked = {**self.settings, "rows": ROWS[arm.rows], "seed": self.seed, "arm": vars(arm), "base": before}
         return read_or_run(self.path(name), asked, partial(self.run, arm))
 
     def run(self, arm: Arm, folder: Path) -> Result:
@@ -372,9 +429,6 @@ class Runs:
         model, _ = data.build(arm.moe, self.seed)
         if arm.base is not None:
             state = torch.load(self.path(arm.base) / "weights.pt", weights_only=True)
-            # Experts of images start as those of text.
-            texts = [name for name in state if ".experts.text." in name]
-            state |= {name.replace(".text.", ".image."): state[name] for name in texts}
             model.load_state_dict(state, strict=False)
         torch.manual_seed(self.seed)
         train(model, data.order(arm.rows, self.settings["steps"], self.seed), arm, self.settings)
@@ -439,7 +493,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         runs = Runs(arguments.runs / ("quick" if arguments.quick else "full"), seed, data, settings)
         seeds.append({})
-        for name in dict.fromkeys(arm for claim in claims for arm in claim.arms):
+        for name in dict.fromkeys(name for claim in claims for name in claim.needs()):
             for needed in filter(None, (ARMS[name].base, name)):
                 seeds[-1][needed] = runs.result(needed)
             print(seed, name, seeds[-1][name], flush=True)

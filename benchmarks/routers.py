@@ -47,9 +47,6 @@ ONEDNN = {torch.ops.mkldnn._linear_pointwise: lambda rows, weight, *_, **__: 2 *
 
 # What a router needs of the layer, where it does not fit 64 experts and 2 slots.
 LAYERS: dict[str, dict[str, Any]] = {
-    "base_layers": {"num_experts_per_tok": 1},
-    "llama4": {"num_experts_per_tok": 1},
-    "mixer_reconstructors": {"num_experts_per_tok": 1},
     "modality": {"num_experts": 2},
     "soft_moe": {"causal": False},
 }
@@ -69,16 +66,24 @@ class Size:
 QUICK = Size(2, 16, 32, 16, 2)
 
 
+def build_router(name: str, size: Size) -> Router:
+    """Return a router with its own defaults, for one slot where it refuses more."""
+    widths = {"hidden_size": size.hidden, "expert_intermediate_size": 4 * size.hidden, "vocab_size": VOCABULARY}
+    facts = {"layer_idx": 1, "num_experts": size.experts, **widths, **LAYERS.get(name, {})}
+    cls = get_mechanism("router", name)
+    try:
+        router = build("router", cls, {}, MoELayerSpec(num_experts_per_tok=size.slots, **facts))
+    except ValueError:
+        router = build("router", cls, {}, MoELayerSpec(num_experts_per_tok=1, **facts))
+    assert isinstance(router, Router)
+    return router
+
+
 class Subject:
     """A router with the tokens that it decides about."""
 
     def __init__(self, name: str, size: Size):
-        facts = {"num_experts": size.experts, "num_experts_per_tok": size.slots, **LAYERS.get(name, {})}
-        widths = {"hidden_size": size.hidden, "expert_intermediate_size": 4 * size.hidden, "vocab_size": VOCABULARY}
-        spec = MoELayerSpec(layer_idx=1, **widths, **facts)
-        router = build("router", get_mechanism("router", name), {}, spec)
-        assert isinstance(router, Router)
-        self.router = router.train()
+        router = self.router = build_router(name, size).train()
         self.router.initialize(0.02)
         self.shared = type(self.router).shared_part([self.router])
         if self.shared is not None:

@@ -26,7 +26,7 @@ def benchmark():
 
 
 def test_every_claim_compares_arms_that_exist(benchmark):
-    named = {arm for claim in benchmark.CLAIMS for arm in claim.arms}
+    named = {arm for claim in benchmark.CLAIMS for arm in claim.needs()}
     bases = {arm.base for arm in benchmark.ARMS.values()} - {None}
     assert named | bases == set(benchmark.ARMS)
     assert all(benchmark.ARMS[base].base is None for base in bases)
@@ -69,13 +69,23 @@ def test_the_band_and_what_is_forgotten(benchmark):
     assert benchmark.forgotten(results, "smar") == pytest.approx(0.25)
 
 
+def test_interference_is_what_the_other_rows_cost(benchmark):
+    results = {
+        "dense": {"image_accuracy": 0.5, "text_loss": 5.0},
+        "dense, images alone": {"image_accuracy": 0.75, "text_loss": 9.0},
+        "dense, prose alone": {"image_accuracy": 0.0, "text_loss": 4.5},
+    }
+    assert benchmark.image_interference(results, "dense") == 0.25
+    assert benchmark.text_interference(results, "dense") == 0.5
+
+
 @pytest.mark.slow  # two trainings and their base; the parts have tests of their own
 def test_the_benchmark_runs_and_a_second_run_reads_what_is_finished(tmp_path):
     target, runs = tmp_path / "claims.json", tmp_path / "runs"
     command = [sys.executable, "benchmarks/modality_claims.py", "--quick", "--only", "vlmo", "--json", target]
     printed = subprocess.run([*command, "--runs", runs], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     result = json.loads(target.read_text())
-    assert set(result["arms"][0]) == {"prose, vlmo", "vlmo", "vlmo, all trained"}
+    assert set(result["arms"][0]) == {"vlmo, before", "vlmo", "vlmo, all trained"}
     untouched = result["claims"][0]
     assert untouched["with"] == [0.0] and "| `vlmo` |" in printed.stdout
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
