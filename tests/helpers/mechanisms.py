@@ -100,6 +100,7 @@ CASES: dict[str, dict[str, Case]] = {
         "ernie45_vl": Case(moe={"num_experts_per_tok": 1}),
         "ernie45_vl-banks": Case(moe={"expert_banks": BANKS, "num_experts": None}),
         "evomoe_dtr": Case(),
+        "evomoe_dts": Case(exempt=NOISY_BATCH),
         "hash_layers": Case(moe=NO_LOSS, exempt=NO_CHOICE),
         "hash_layers-bigram": Case({"hash_of": "bigram", "num_rows": 97}, NO_LOSS, exempt=NO_CHOICE),
         "hash_layers-previous": Case({"hash_of": "previous", "codebook_size": 4}, NO_LOSS, exempt=NO_CHOICE),
