@@ -65,6 +65,7 @@ def test_rows_that_tell_nothing_are_routed_by_the_plain_gate():
     assert torch.equal(found.expert_index, expected.expert_index) and not found.signals["context_loss"].any()
     assert torch.equal(found.expert_weight, expected.expert_weight)
     told = context_of(F.one_hot(torch.arange(6) % 3, 3).float())
+    assert torch.equal(build(contexts=None)(hidden, told).router_logits, router(hidden, told).router_logits)
     assert router(hidden, told).expert_index[:, 0].tolist() == [0, 1, 2] * 2
     assert torch.equal(router.eval()(hidden, told).router_logits, found.router_logits), "inference is told nothing"
 

@@ -40,6 +40,7 @@ class ContextualRouter(Router):
     Args:
         spec: facts of the layer.
         contexts: name of a context -> its experts, in the order of M's columns; an expert of none is always possible.
+            Every expert has a context of its own when `None`.
         kappa: strength of the prior, >= 0.
         condition: the name of M in the call's `condition_ids`.
         norm_topk_prob: divide the K weights by their sum; without effect when K = 1.
@@ -56,13 +57,15 @@ class ContextualRouter(Router):
         self,
         spec: MoELayerSpec,
         *,
-        contexts: dict[str, list[NonNegativeInt]],
+        contexts: dict[str, list[NonNegativeInt]] | None = None,
         kappa: NonNegative = 1.0,
         condition: str = "context",
         norm_topk_prob: bool = True,
     ):
         super().__init__(spec)
         check_slots(spec, spec.num_experts, "cmoe_contextual")
+        if contexts is None:
+            contexts = {str(expert): [expert] for expert in range(spec.num_experts)}
         named = [expert for experts in contexts.values() for expert in experts]
         if not named or len(set(named)) < len(named) or max(named) >= spec.num_experts or not condition:
             raise ValueError(
