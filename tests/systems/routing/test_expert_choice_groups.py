@@ -52,3 +52,12 @@ def test_packed_documents_do_not_share_a_group():
     context.token_mask[:], context.modality_ids[0, 3:9] = True, 1  # an image ends a document, another begins the next
     decision = train_router()(torch.randn(12, HIDDEN), context)
     assert all(loads(decision, group) == [1] * EXPERTS for group in torch.arange(12).split(3))
+
+
+@pytest.mark.parametrize("group", ["image", "sequence", "batch"])
+def test_modalities_matter_to_images_alone(group):
+    router, contexts = train_router(group=group), [make_context(), make_context()]
+    contexts[1].modality_ids[:] = 0
+    hidden = torch.randn(30, HIDDEN)
+    same = torch.equal(*(weight_table(router(hidden, context)) for context in contexts))
+    assert same == ("modality" not in router.reads) == (group != "image")

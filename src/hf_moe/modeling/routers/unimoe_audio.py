@@ -103,11 +103,4 @@ class UniMoEAudioRouter(Router):
         weights = torch.where(shared, mass, share * (mass * active).sum(-1, keepdim=True))[:, :experts]
         runs = ((active | shared) & (logits > float("-inf")))[:, :experts]
         index, weights = from_mask(runs, weights)
-        return ExpertAssignment(
-            index,
-            weights,
-            experts,
-            router_logits=dynamic,
-            router_probs=share,
-            signals={"slots": active[:, :experts].sum(-1).float()},
-        )
+        return ExpertAssignment(index, weights, experts, router_logits=dynamic, router_probs=share)
