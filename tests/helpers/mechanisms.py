@@ -179,6 +179,7 @@ CASES: dict[str, dict[str, Case]] = {
         "expert_contrast": Case(moe=ONE_SLOT),
         "global_entropy": Case({"min_experts": {"text": 4, "image": 4}}),
         "load_balance": Case(),
+        "load_balance-by_width": Case({"by_width": True}, {"expert_banks": BANKS, "num_experts": None}),
         "load_balance-sequence": Case({"scope": "sequence"}),
         "load_balance-within_groups": Case({"within_groups": 2}),
         "local_entropy": Case(),

@@ -52,6 +52,12 @@ class MoELayerSpec:
             return self.layer_idx
         return ".".join(name for name in (self.place, str(self.layer_idx), self.part) if name)
 
+    @property
+    def expert_widths(self) -> list[int]:
+        """The inner width of every routed expert."""
+        banks = self.banks or (("", self.num_experts, self.expert_intermediate_size),)
+        return [width for _, number, width in banks for _ in range(number)]
+
 
 def buffer_name(name: str, site: Site) -> str:
     """Return the name of a buffer that is kept for a site; names of buffers hold no dots."""

@@ -17,13 +17,18 @@ With `expert_groups` f and P are summed over groups of neighbouring experts, as 
 `within_groups` the experts are balanced inside of each group: f and P are divided by their sums there, and a token's
 value is the mean over the groups that it chose.
 
+With `by_width` f_i is multiplied by h_i / mean(h), h the inner widths of the layer's experts: a wide expert must be
+used less than a narrow one to cost the same, which lowers the active parameters. With `shares="tokens"` this is HMoE's
+parameter penalty, E sum_i M_i P_i, over mean(h).
+
 Taking f from the previous optimizer step makes the value linear in the tokens: rows may be split over micro-batches
 and processes at will, and domains may specialise within the batch.
 
 Sources: GShard, arXiv:2006.16668; Switch Transformers, arXiv:2101.03961; DeepSeekMoE, arXiv:2401.06066 (groups);
-DeepSeek-V3, arXiv:2412.19437 (sequence-wise); CuMo, arXiv:2405.05949 (first choices).
+DeepSeek-V3, arXiv:2412.19437 (sequence-wise); CuMo, arXiv:2405.05949 (first choices); HMoE, arXiv:2408.10681 (widths).
 """
 
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -50,6 +55,7 @@ class LoadBalance(PopulationObjective):
         expert_groups: balance this many groups of neighbouring experts (the devices of DeepSeekMoE) in place of single
             experts; must divide the number of experts of every layer.
         within_groups: balance the experts inside of each of this many groups of neighbours; must divide E too.
+        by_width: weigh the share of every expert by its width, for banks of experts of unequal width.
 
     Raises:
         ValueError: if both kinds of groups are given, or a number of groups does not divide E; in `forward`, if no
@@ -67,6 +73,7 @@ class LoadBalance(PopulationObjective):
         shares: Literal["slots", "tokens", "first_choices"] = "slots",
         expert_groups: PositiveInt | None = None,
         within_groups: PositiveInt | None = None,
+        by_width: bool = False,
     ):
         super().__init__(specs, coef)
         groups = {"expert_groups": expert_groups, "within_groups": within_groups}
@@ -86,6 +93,7 @@ class LoadBalance(PopulationObjective):
         self.slots = 1 if shares == "first_choices" else None
         self.expert_groups = expert_groups
         self.within_groups = within_groups
+        self.widths = {spec.site: spec.expert_widths for spec in specs} if by_width else {}
 
     def group(self, decision: ExpertAssignment, context: RoutingContext) -> torch.Tensor:
         if self.per_modality:
@@ -107,6 +115,8 @@ class LoadBalance(PopulationObjective):
         if self.share_of != "tokens":
             counts = counts[..., :experts]  # empty slots were chosen by nobody
         share = self.shares(counts, decision, self.share_of)[..., :experts]  # (B, NUM_MODALITIES, E)
+        if self.widths:
+            share = share * relative_widths(self.widths[site], share.device)
         share = self.per_token(share, decision, context)  # (T, E)
         probs = decision.expert_probs  # (T, E)
         allowed = decision.router_logits[:, :experts] != float("-inf")  # (T, E)
@@ -132,3 +142,13 @@ class LoadBalance(PopulationObjective):
         group = decision.expert_index // share.shape[-1]  # (T, K), G at empty slots
         chosen = F.one_hot(group, groups + 1).amax(1)[:, :groups]  # (T, G)
         return (value * chosen).sum(-1) / chosen.sum(-1).clamp(min=1)
+
+
+def relative_widths(widths: list[int], device: torch.device) -> torch.Tensor:
+    """Return the widths of experts over their mean, (E,).
+
+    Filled in run by run on the device: a tensor made of the list would be copied there at every call.
+    """
+    mean = sum(widths) / len(widths)
+    runs = [(width / mean, len(list(run))) for width, run in groupby(widths)]
+    return torch.cat([torch.full((number,), share, device=device) for share, number in runs])
