@@ -49,6 +49,12 @@ def test_a_modality_that_is_not_there_has_no_term_and_keeps_its_mean():
     assert after_a_step(losses, context_of(0, 6), certain).total().item() == pytest.approx(math.log(6) + math.log(7))
 
 
+def test_by_default_text_wants_a_quarter_and_images_three_fifths():
+    losses = make_losses({"global_entropy": 1.0}, SPEC)
+    found = after_a_step(losses, context_of(3, 5), torch.eye(8)[[0] * 16]).total().item()
+    assert found == pytest.approx(math.log(2) + math.log(5))
+
+
 def test_more_experts_than_there_are_is_refused():
     with pytest.raises(ValueError, match=r"'text' must lie in \[1, 8\]"):
         GlobalEntropy([SPEC], 1.0, min_experts={"text": 9})

@@ -28,6 +28,22 @@ def test_the_fixed_gate_is_orthogonal_and_fair():
     assert torch.equal(decision.expert_weight, decision.router_probs.amax(-1, keepdim=True))
 
 
+def test_the_gate_has_equal_groups_and_a_capacity_in_training():
+    for fields, message in (
+        ({"hidden_size": 30}, "must divide the width 30"),
+        ({"num_experts_per_tok": 9}, "=9 must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_router("grap", spec=make_spec(**fields))
+    router, hidden = (
+        make_router("grap", {"capacity_factor": 2.0}, make_spec(num_experts_per_tok=1)),
+        torch.zeros(8, 32),
+    )
+    hidden[:, 0] = 1.0  # all want expert 0
+    served = [(router.train(mode)(hidden, text_context(1, 8)).expert_index == 0).sum() for mode in (True, False)]
+    assert served == [2, 8]
+
+
 def nodes_context(tokens: int = 64) -> RoutingContext:
     context = text_context(NODES, tokens)
     context.condition_ids = {"node": torch.arange(NODES)}

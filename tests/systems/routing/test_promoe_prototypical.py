@@ -14,6 +14,8 @@ from helpers.router_cases import (
 )
 from torch.nn import functional as F
 
+from hf_moe import RoutingOverrides
+
 
 SPEC = make_spec(num_experts_per_tok=1)
 LOSS = {"signal": {"coef": 1.0, "signal": "prototype_contrast"}}
@@ -38,6 +40,14 @@ def test_reserved_tokens_get_their_expert_alone(score):
     assert decision.expert_weight[reserved].tolist() == [[1.0, 0.0]] * int(reserved.sum())
     decision.expert_weight.sum().backward()
     assert not hidden.grad[reserved].any() and hidden.grad[~reserved].any(-1).all() and router.prototypes.grad.any()
+
+
+def test_a_reserved_expert_that_is_switched_off_leaves_none():
+    context = make_context(overrides=RoutingOverrides(disabled_experts={1: [7]}))
+    decision = make_router("promoe_prototypical", {"reserved_modalities": ["image"]})(make_hidden(context), context)
+    image = context.modality_ids.flatten() == 1
+    assert (decision.expert_index[image] == 8).all() and not decision.expert_weight[image].any()
+    assert decision.router_probs.isfinite().all() and (decision.expert_index[~image] < 7).all()
 
 
 def test_the_weight_is_the_cosine_at_any_length_of_a_token():
