@@ -23,19 +23,14 @@ from hf_moe.training.comparison_report import comparison_table, conditions, draw
 # The first is what the others are measured against.
 SYSTEMS = (
     "top_k", "moiie", "smar", "ming_multi_router", "evomoe_dtr", "moma", "expert_choice", "anyexperts", "adamoe",
-    "dynamic_moe_top_p", "deepseek_v3", "llama4", "chain_of_experts", "dselect_k", "hash_layers", "rmoe_layerwise",
-    "omni_router", "dynmoe", "ernie45_vl", "switch_transformer",
+    "dynamic_moe_top_p", "deepseek_v3", "chain_of_experts",
 )  # fmt: skip
 # All have two of eight experts per token, except where another number is what the system is about.
 OWN_FIELDS = {
     "adamoe": ["num_experts_per_tok=4"],  # half of them on null experts
     "anyexperts": ["router={name: anyexperts, min_slots: 1, max_slots: 4, max_virtual_share: 0.2}"],
-    # The paper's state is narrower than the decoder.
-    "rmoe_layerwise": ["router={name: rmoe_layerwise, router_state_dim: 32}"],
-    **{
-        name: ["num_experts_per_tok=1"]
-        for name in ("evomoe_dtr", "moma", "llama4", "hash_layers", "omni_router", "switch_transformer")
-    },
+    "evomoe_dtr": ["num_experts_per_tok=1"],
+    "moma": ["num_experts_per_tok=1"],
 }
 TASKS = ("shapes", "emoji")
 QUICK = ["training.max_steps=2", "data.train.limit=32", "data.eval.limit=16"]

@@ -163,4 +163,4 @@ def draw_comparison(result: dict[str, Any], path: Path) -> Path:
     quality.invert_yaxis()
     handles, labels = active.get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=len(seen))
-    return write_figure(figure, path, f"{result['recipe']['name']}: systems at equal active parameters")
+    return write_figure(figure, path, f"{result['recipe']['name']}: systems, active parameters equal at the start")
