@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.router_cases import make_experts, make_router, make_spec
+from torch.nn import functional as F
 
 from hf_moe import RoutingOverrides
 from hf_moe.modeling.routing_context import RoutingContext
@@ -71,3 +72,32 @@ def test_a_word_whose_experts_are_disabled_sees_the_others():
     context = of(RARE, overrides=RoutingOverrides(disabled_experts={1: [only]}))
     decision = router(torch.randn(1000, 32), context)
     assert decision.expert_weight.isfinite().all() and len(decision.expert_index.unique()) == 7
+
+
+def loss_of_rare_words(name, options, steps=300):
+    """Return the loss on the rarest fifth of words, which name a class each, after training on Zipf's law."""
+    torch.manual_seed(0)
+    words, spec = 1000, make_spec(vocab_size=1000, num_experts_per_tok=1)
+    share, classes = 1 / torch.arange(1, words + 1), torch.randint(64, (words,))
+    router, experts = make_router(name, options, spec).train(), make_experts(spec)
+    if name == "maskmoe":
+        router.fit(torch.cat([share * 1e6, torch.zeros(3)]))
+    embedding, head = torch.nn.Embedding(words, 32), torch.nn.Linear(32, 64)
+    parts = torch.nn.ModuleList([router, experts, embedding, head])
+    optimizer = torch.optim.Adam(parts.parameters(), lr=3e-3)
+
+    def loss(ids):
+        hidden = F.rms_norm(embedding(ids), (32,)) + 0.7 * torch.randn(len(ids), 32)
+        context = RoutingContext(torch.zeros_like(ids)[None], torch.ones_like(ids).bool()[None], ids[None])
+        return F.cross_entropy(head(experts(hidden, router(hidden, context))), classes[ids])
+
+    for _ in range(steps):
+        loss(torch.multinomial(share, 256, True)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss(torch.arange(800, words).repeat(5)).item()
+
+
+def test_rare_words_learn_more_than_by_a_learned_gate_alone():
+    masked = loss_of_rare_words("maskmoe", {"visible_experts_frequent": 8})
+    assert masked < loss_of_rare_words("top_k", {}) - 0.5
