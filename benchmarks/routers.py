@@ -52,6 +52,10 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
+# Options without a default.
+OPTIONS: dict[str, dict[str, Any]] = {"cmoe_contextual": {"contexts": {"day": [0, 1, 2, 3], "night": [4, 5, 6, 7]}}}
+
+
 @dataclass(frozen=True)
 class Size:
     """How many rows of how many tokens are routed, over how many experts, and their width."""
@@ -70,11 +74,11 @@ def build_router(name: str, size: Size) -> Router:
     """Return a router with its own defaults, for one slot where it refuses more."""
     widths = {"hidden_size": size.hidden, "expert_intermediate_size": 4 * size.hidden, "vocab_size": VOCABULARY}
     facts = {"layer_idx": 1, "num_experts": size.experts, **widths, **LAYERS.get(name, {})}
-    cls = get_mechanism("router", name)
+    cls, options = get_mechanism("router", name), OPTIONS.get(name, {})
     try:
-        router = build("router", cls, {}, MoELayerSpec(num_experts_per_tok=size.slots, **facts))
+        router = build("router", cls, options, MoELayerSpec(num_experts_per_tok=size.slots, **facts))
     except ValueError:
-        router = build("router", cls, {}, MoELayerSpec(num_experts_per_tok=1, **facts))
+        router = build("router", cls, options, MoELayerSpec(num_experts_per_tok=1, **facts))
     assert isinstance(router, Router)
     return router
 
