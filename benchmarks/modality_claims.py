@@ -445,8 +445,9 @@ def judge(claim: Claim, seeds: list[Seed]) -> dict[str, Any]:
     gains = [sign * (own - other) for own, other in zip(*values, strict=True)]
     holds = [gain > 0 or gain > -claim.margin for gain in gains]
     rounded = [[round(value, 4) for value in row] for row in values]
-    facts = {"system": claim.system, "claim": claim.text, "measure": claim.measure}
-    return {**facts, "arms": list(claim.arms), "with": rounded[0], "without": rounded[1], "holds": sum(holds)}
+    facts = {"system": claim.system, "claim": claim.text, "measure": claim.measure, "compared with": claim.arms[1]}
+    means = {"mean": round(statistics.mean(values[0]), 4), "mean without": round(statistics.mean(values[1]), 4)}
+    return {**facts, **means, "with": rounded[0], "without": rounded[1], "holds": sum(holds), "seeds": len(seeds)}
 
 
 def table(judged: list[dict[str, Any]]) -> str:
@@ -459,7 +460,7 @@ def table(judged: list[dict[str, Any]]) -> str:
                 "measure": row["measure"],
                 "with (mean, range)": spread(row["with"]),
                 "without": spread(row["without"]),
-                "without is": row["arms"][1],
+                "without is": row["compared with"],
                 "seeds where it holds": f"{row['holds']} of {len(row['with'])}",
             }
             for row in judged
@@ -498,7 +499,8 @@ def main() -> None:
                 seeds[-1][needed] = runs.result(needed)
             print(seed, name, seeds[-1][name], flush=True)
     judged = [judge(claim, seeds) for claim in claims]
-    publish("modality_claims", arguments, {"settings": settings, "claims": judged, "arms": seeds}, table(judged))
+    by_system = {key: [row for row in judged if row["system"] == key] for key in arguments.only}
+    publish("modality_claims", arguments, {"settings": settings, "claims": by_system, "arms": seeds}, table(judged))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_the_benchmark_runs_and_a_second_run_reads_what_is_finished(tmp_path):
     printed = subprocess.run([*command, "--runs", runs], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     result = json.loads(target.read_text())
     assert set(result["arms"][0]) == {"vlmo, before", "vlmo", "vlmo, all trained"}
-    untouched = result["claims"][0]
+    untouched = result["claims"]["vlmo"][0]
     assert untouched["with"] == [0.0] and "| `vlmo` |" in printed.stdout
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
     assert len(before) == 3
