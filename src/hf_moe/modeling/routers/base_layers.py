@@ -9,8 +9,8 @@ other tokens, so at inference, as in the paper, a token goes to the expert of it
 The match is found by an auction for the places of the experts, with prices that start from those of the problem with
 an entropy term: 30 rounds of 6 T E operations, then 5 to 130 in which tokens without a place bid, for T = 512, and 44
 for T = 4096, E = 64. Against any balanced assignment it gains what the best one does, less 0.3% at most and less 0.01%
-where tokens are not a few clusters. On a CPU that takes five times as long as the gate of d = 512, and every round
-waits for the device to say how many tokens are left.
+where tokens are not a few clusters. Every round waits for the device to say how many tokens are left; the benchmark of
+the routers has the time.
 
 Source: BASE Layers: Simplifying Training of Large, Sparse Models, arXiv:2103.16716.
 """

@@ -7,7 +7,8 @@ Loads are even by construction, so there is no balance loss. A token has 0 to E 
 
 With `max_experts_per_tok` b the choice is by the solution of a linear program in place of P, see [`capped`]: loads
 stay exact, and most tokens have at most b experts; at inference all have. It takes 100 rounds of 20 T E operations, as
-many as the gate of d = 1000.
+many as the gate of d = 1000, but none of them in products of matrices: on one core a training pass of the router took
+42 times as long as `top_k`'s (T = 4096, E = 64, d = 512).
 
 **Inference.** The choice sees later tokens, and in groups of the batch other rows. It is made in training, and where
 attention sees the whole row (towers, encoders) at inference too, unless the group is the batch. Elsewhere the paper
