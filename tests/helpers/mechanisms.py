@@ -198,6 +198,8 @@ CASES: dict[str, dict[str, Case]] = {
         "chain_of_experts-one_decision": Case({"independent_routers": False}),
         "mh_moe": Case(moe={"num_shared_experts": 1}),
         "mh_moe-no_parity": Case({"num_heads": 4, "parity": False}),
+        "smoe_stratified": Case(moe={"num_shared_experts": 1}),
+        "smoe_stratified-three": Case({"strata": [1, 1, 2]}),
         "moe": Case(),
         "moe-residual": Case(moe={"num_shared_experts": 1, "residual_mix": True}),
     },

@@ -1,4 +1,4 @@
-"""Every router of the registry as LoRA experts and in place of a host's feed-forwards, or refused by its name."""
+"""Every router as LoRA experts and in place of a host's feed-forwards, or refused by its name; blocks on hosts."""
 
 import pytest
 import torch
@@ -42,10 +42,10 @@ def moved(model, names):
     return model
 
 
-def fields_of(key: str) -> dict:
-    case = ROUTERS[key]
-    router = {"name": name_of(key), **case.options}
-    return {"num_experts": 4, "num_experts_per_tok": 2, "objectives": {}, **case.moe, "router": router}
+def fields_of(key: str, kind: str = "router") -> dict:
+    case = CASES[kind][key]
+    named = {"name": name_of(key), **case.options}
+    return {"num_experts": 4, "num_experts_per_tok": 2, "objectives": {}, **case.moe, kind: named}
 
 
 def adapted(key: str):
@@ -57,9 +57,9 @@ def adapted(key: str):
     return moved(model, ["moe_lora_"]), routers
 
 
-def hosted(key: str):
+def hosted(key: str, kind: str = "router"):
     torch.manual_seed(0)
-    fields = {"layers": "from_1", **fields_of(key)}
+    fields = {"layers": "from_1", **fields_of(key, kind)}
     model = HfMoeForConditionalGeneration.from_host(small_host("qwen3"), moe_config=fields)
     return moved(model, [".experts.", ".gate.", "shared_routing."]), routers_of(model).values()
 
@@ -125,3 +125,9 @@ def test_a_router_works_in_a_hosted_model_or_refuses_by_name(key):
             hosted(key)
         return
     check(*hosted(key), as_argument=True)
+
+
+# Experts of `mh_moe` are narrower than any feed-forward that they could start from.
+@pytest.mark.parametrize("key", [key for key in CASES["block"] if name_of(key) != "mh_moe"])
+def test_a_block_works_in_a_hosted_model(key):
+    check(*hosted(key, "block"), as_argument=True)

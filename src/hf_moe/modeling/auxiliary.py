@@ -18,6 +18,7 @@ so a row's objectives weigh in any loss L as much as its labels do. Of the negat
 divided by, that makes the formula above; a loss that pushes some rows down still balances them.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,8 +144,12 @@ class AuxiliaryLosses(nn.Module):
         rows, values = torch.zeros_like(row_labels, dtype=torch.float32), {}
         for name, objective in self.by_name.items():
             value = torch.zeros_like(rows)  # (B,)
-            for part, decisions in _read_by(objective, context):
-                value = value + part.to_batch(objective(decisions, part), len(rows)).to(rows.device)
+            read = _read_by(objective, context)
+            layers = Counter(part.memory for part, decisions in read for _ in decisions)
+            for part, decisions in read:
+                # Contexts of some of a place's tokens, and of pieces of them, share its memory: the mean is over all.
+                share = 1.0 if objective.layer_reduction == "sum" else len(decisions) / layers[part.memory]
+                value = value + share * part.to_batch(objective(decisions, part), len(rows)).to(rows.device)
             values[name] = value.detach()
             rows = rows + objective.coef * value
         return AuxiliaryLoss(values, rows, row_labels, num_items_in_batch)

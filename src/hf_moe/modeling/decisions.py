@@ -47,6 +47,8 @@ class ExpertAssignment:
         """Return the assignment with every slot of the `dropped` (T,) bool tokens emptied."""
         self.expert_index = self.expert_index.masked_fill(dropped[:, None], self.num_experts)
         self.expert_weight = self.expert_weight.masked_fill(dropped[:, None], 0.0)
+        if self.identity_weight is not None:
+            self.identity_weight = self.identity_weight.masked_fill(dropped, 0.0)
         return self
 
     def slot_counts(self, group: torch.Tensor, num_groups: int, token_mask: torch.Tensor) -> torch.Tensor:

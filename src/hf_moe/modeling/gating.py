@@ -59,7 +59,13 @@ def gate_overlap(weight: torch.Tensor) -> torch.Tensor:
 
 
 def apply_overrides(logits: torch.Tensor, spec: MoELayerSpec, context: RoutingContext) -> torch.Tensor:
-    """Return `logits` (T, C >= E) after the context's test-time offsets and disabled experts of this layer."""
+    """Return `logits` (T, C >= E) of the experts of this layer that may be chosen, the others -inf.
+
+    These are those before `spec.first_expert`, and the context's disabled ones; its test-time offsets are added.
+    """
+    if spec.first_expert:
+        candidates = torch.arange(logits.shape[-1], device=logits.device)  # (C,)
+        logits = logits.masked_fill(candidates < spec.first_expert, float("-inf"))
     if context.overrides is None:
         return logits
     context.overrides.check_experts(spec.site, spec.num_experts)
@@ -282,7 +288,7 @@ def assign(
     """
     logits = apply_overrides(logits, spec, context)
     values, probs = router_scores(logits, scores)  # (T, C) both
-    limits = logits if masked or context.overrides is not None else None
+    limits = logits if masked or spec.first_expert or context.overrides is not None else None
     index, weight = select_experts(values, limits, spec, bias, *groups)  # (T, K) both
     weight = renormalise(weight, norm_min) if norm else weight
     weight = weight * scale if scale != 1.0 else weight

@@ -16,6 +16,7 @@ class MoELayerSpec:
         hidden_size: d.
         num_experts: E, over all banks.
         num_experts_per_tok: K.
+        first_expert: the first of the experts that the router may choose; it makes the logits of those before -inf.
         expert_intermediate_size: f of a single bank.
         hidden_act: name of the activation, as in Transformers' `ACT2FN`.
         gated: whether an expert is `down(act(gate(x)) * up(x))` rather than `down(act(up(x)))`.
@@ -44,6 +45,7 @@ class MoELayerSpec:
     place: str = ""
     causal: bool = True
     vocab_size: int | None = None
+    first_expert: int = 0
 
     @property
     def site(self) -> Site:

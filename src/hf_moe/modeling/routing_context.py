@@ -296,6 +296,13 @@ class RoutingContext:
         part.token_mask = self.token_mask & chosen.to(self.token_mask.device)
         return part
 
+    def narrowed(self, name: str, chosen: torch.Tensor) -> "RoutingContext":
+        """Return the part `name`, in which the `chosen` tokens (T,) alone are real, with decisions of its own."""
+        part = self.parts[name] = copy.copy(self)
+        part.token_mask = self.token_mask & chosen.view(self.token_mask.shape).to(self.token_mask.device)
+        part.decisions, part.outputs, part.parts = {}, {}, {}
+        return part
+
     def contexts(self) -> "list[RoutingContext]":
         """Return this context and those of its parts."""
         return [self, *(inner for part in self.parts.values() for inner in part.contexts())]
