@@ -168,6 +168,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "experts": {
         "ffn": Case(),
+        "grove_moe": Case({"adjugate_size": 8, "adjugate_scale": 0.5}, {"num_experts_per_tok": 3}),
         "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),
         "ffn-shared": Case(moe={"num_shared_experts": 1, "shared_expert_gate": True, "granularity": 2}),
     },

@@ -154,6 +154,7 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
 
     Everything of the language side outside the routed experts counts in full, except what a router keeps for other
     modalities than the token's; an expert counts by the share of tokens that used it, and merged experts count as one.
+    Parts that run beside the experts count by the signal that tells their runs, or else in full.
     Towers and connectors work per image, video or sound, not per token, and are left out.
     """
     layers = model.moe_layers()
@@ -162,6 +163,8 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
     decoder = {n: p for n, p in model.named_parameters() if not parts.holder(n) and part_of(n, parts) != "connector"}
     always = sum(parameter.numel() for parameter in decoder.values())
     always -= sum(int(sizes.sum()) for sizes in experts.values())
+    beside = {layer: _beside(module) for layer, module in layers.items()}
+    always -= sum(p.numel() for parts in beside.values() for part in parts.values() for p in part.parameters())
     routers = [(layer, router) for layer, block in layers.items() for router in block.routers]
     always -= sum(router.idle_parameters() for _, router in routers)
     active = {}
@@ -175,14 +178,31 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
             # A router of sub-tokens decides several times for a token, each time for a piece of its width.
             pieces = layers[layer].spec.hidden_size // router.spec.hidden_size
             routed += float(pieces * used / statistics.tokens[site][row].clamp(min=1))
+            for signal, part in beside[layer].items():
+                counted = signal in statistics.signals.get(site, {})
+                share = float(statistics.signal_means(site, signal)[row]) / part.num_experts if counted else 1.0
+                routed += share * sum(p.numel() for p in part.parameters())
         active[name] = always + int(routed)
     return active
 
 
 def _expert_sizes(layer: torch.nn.Module) -> torch.Tensor:
-    """Return the parameters of every routed expert of a MoE layer, (E,) float64, from its stacked tensors."""
+    """Return the parameters of every routed expert of a MoE layer, (E,) float64, from its stacked tensors.
+
+    One zero, for any number of experts, where they share all that they have.
+    """
     sizes = []
+    beside = [*_beside(layer).values()]
     for bank in layer.experts.modules():
-        if hasattr(bank, "num_experts"):
+        if hasattr(bank, "num_experts") and bank not in beside:
             sizes += [sum(p.numel() for p in bank.parameters()) / bank.num_experts] * bank.num_experts
-    return torch.tensor(sizes, dtype=torch.float64)
+    return torch.tensor(sizes or [0.0], dtype=torch.float64)
+
+
+def _beside(layer: torch.nn.Module) -> dict[str, Any]:
+    """Return what runs beside the experts of a decision, by the signal that counts its runs, see [`Experts`]."""
+    return {
+        signal: getattr(module, name)
+        for module in layer.experts.modules()
+        for name, signal in getattr(module, "runs_by_signal", {}).items()
+    }

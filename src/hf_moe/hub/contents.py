@@ -11,9 +11,10 @@ import torch
 from ..configuration import MoeConfig
 from ..configuration.configuration_hf_moe import PLACE_FIELDS
 from ..configuration.layer_maps import at_layer
-from ..modeling.mechanisms import mechanism_names
+from ..modeling.mechanisms import get_mechanism, mechanism_names
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import HostParts, part_of
+from ..modeling.routing import Experts
 from .host_facts import modalities
 
 
@@ -102,10 +103,15 @@ def most_active_parameters(
         banks = at_layer(moe.expert_banks, layer) or {}
         slots = at_layer(moe.num_experts_per_tok, layer) if router is None else router.most_experts_per_tok()
         idle = 0 if router is None else router.idle_parameters()
+        kind = at_layer(moe.experts, layer)["name"]
+        cls: Any = get_mechanism("experts", kind) if kind in mechanism_names("experts") else Experts
         for modality in active:
             # Of two isolated banks the second is for what is seen.
             bank = (list(banks) or [None])[-1 if modality in ("image", "video") else 0]
-            held = sum(size(shapes[name]) for name in expert_tensors(shapes, parts, layer, bank))
             experts = at_layer(moe.num_experts, layer) if bank is None else banks[bank]["num_experts"]
-            active[modality] += held * min(slots, experts) // experts - idle
+            held: dict[int, int] = {}  # by how many of their kind there are
+            for name in expert_tensors(shapes, parts, layer, bank):
+                number = list(shapes[name])[0] if any(f".{part}." in name for part in cls.runs_by_signal) else experts
+                held[number] = held.get(number, 0) + size(shapes[name])
+            active[modality] += sum(count * min(slots, number) // number for number, count in held.items()) - idle
     return active

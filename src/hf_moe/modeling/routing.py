@@ -6,7 +6,7 @@ swapped. Shapes, throughout the library: B sequences, S positions, T = B * S tok
 E routed experts, K slots per token, f expert width.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -154,6 +154,8 @@ class Experts(nn.Module):
     takes_index_and_weight = False
     # The gated unit of the shared branch beside these experts.
     shared_unit = ClampedUnit()
+    # Parts that run besides the experts of a decision, and the signals that count their runs for every token.
+    runs_by_signal: Mapping[str, str] = {}
 
     @property
     def takes_dispatch(self) -> bool:
