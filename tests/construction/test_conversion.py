@@ -6,7 +6,7 @@ from helpers.hosts.composed import composed_moe, logit_gap
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
-from hf_moe.construction.conversion import convert_router, set_objectives
+from hf_moe.construction.conversion import convert_experts, convert_router, set_objectives
 from hf_moe.modeling.context import routers_of
 
 
@@ -121,8 +121,8 @@ def test_an_unknown_objective_leaves_the_old_ones():
     assert model(input_ids=ids, labels=ids).aux_loss == 0
 
 
-@pytest.mark.parametrize("block", ["chain_of_experts", "mh_moe", "smoe_stratified"])
-def test_every_router_of_a_block_is_converted(block):
+@pytest.mark.parametrize("block", ["cartesian_moe", "chain_of_experts", "mh_moe", "smoe_stratified"])
+def test_routers_and_experts_of_a_block_are_converted(block):
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "block": block}
     model = HfMoeForConditionalGeneration(HfMoeConfig(text_config=LlamaConfig(**SIZES), moe_config=moe)).eval()
     ids = torch.arange(2, 12)[None]
@@ -130,6 +130,8 @@ def test_every_router_of_a_block_is_converted(block):
     convert_router(model, "top_k", bias_update_rate=0.1)
     torch.testing.assert_close(model(input_ids=ids).logits, before)
     assert all(router.e_score_correction_bias is not None for router in routers_of(model).values())
+    convert_experts(model, "ffn", dropout=0.1)
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
 
 
 def test_a_router_that_all_layers_share_brings_its_part():

@@ -197,6 +197,8 @@ CASES: dict[str, dict[str, Case]] = {
     "block": {
         "chain_of_experts": Case(moe={"num_shared_experts": 1}),
         "chain_of_experts-one_decision": Case({"independent_routers": False}),
+        "cartesian_moe": Case(moe={"num_shared_experts": 1}),
+        "cartesian_moe-no_norm": Case({"inner_norm": False}),
         "mh_moe": Case(moe={"num_shared_experts": 1}),
         "mh_moe-no_parity": Case({"num_heads": 4, "parity": False}),
         "smoe_stratified": Case(moe={"num_shared_experts": 1}),

@@ -66,15 +66,31 @@ def test_every_decision_has_statistics_that_are_saved(tmp_path):
     assert torch.equal(loaded.population_1_step1, objective.population_1_step1)
 
 
-@pytest.mark.parametrize("block", ["chain_of_experts", {"name": "mh_moe", "num_heads": 2, "parity": False}])
+@pytest.mark.parametrize(
+    "block", ["cartesian_moe", "chain_of_experts", {"name": "mh_moe", "num_heads": 2, "parity": False}]
+)
 def test_every_decision_of_a_token_counts_as_work(block):
     model, statistics = build(block), RoutingStatistics()
     statistics.update(routing(model))
-    expert = sum(parameter[0].numel() for parameter in model.moe_layers()[0].experts.parameters())
+    layers = list(model.moe_layers().values())
+    expert = sum(stack[0].numel() for stack in layers[0].experts_of(0).parameters())
+    stored = sum(stack.numel() for layer in layers for stack in layer.experts.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     slots = sum(1 for router in routers_of(model).values() for _ in range(router.spec.num_experts_per_tok))
-    pieces = 1 if block == "chain_of_experts" else 2
-    assert active_parameters(model, statistics)["text"] == total - 2 * 4 * expert + slots * pieces * expert
+    pieces = 2 if isinstance(block, dict) else 1
+    assert active_parameters(model, statistics)["text"] == total - stored + slots * pieces * expert
+
+
+def test_the_rounds_of_a_token_count_as_work():
+    model, statistics = build("smoe_stratified"), RoutingStatistics()
+    context = routing(model)
+    statistics.update(context)
+    stacks = [stack for layer in model.moe_layers().values() for stack in layer.experts.parameters()]
+    stored, total = (sum(item.numel() for item in items) for items in (stacks, model.parameters()))
+    rounds = sum(decision.signals["rounds"].mean().item() for decision in context.decisions.values())
+    assert 2 < rounds < 4
+    expected = total - stored + int(rounds * 2 * stored / 8)
+    assert active_parameters(model, statistics)["text"] == pytest.approx(expected, abs=1)
 
 
 def test_the_pieces_of_a_token_share_its_row_and_modality():

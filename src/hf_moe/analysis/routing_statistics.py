@@ -158,51 +158,57 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
     Towers and connectors work per image, video or sound, not per token, and are left out.
     """
     layers = model.moe_layers()
-    experts = {layer: _expert_sizes(module) for layer, module in layers.items()}
     parts = host_parts(model)
     decoder = {n: p for n, p in model.named_parameters() if not parts.holder(n) and part_of(n, parts) != "connector"}
     always = sum(parameter.numel() for parameter in decoder.values())
-    always -= sum(int(sizes.sum()) for sizes in experts.values())
-    beside = {layer: _beside(module) for layer, module in layers.items()}
-    always -= sum(p.numel() for parts in beside.values() for part in parts.values() for p in part.parameters())
-    routers = [(layer, router) for layer, block in layers.items() for router in block.routers]
-    always -= sum(router.idle_parameters() for _, router in routers)
+    always -= sum(int(_expert_sizes(block.experts).sum()) for block in layers.values())
+    beside = [part for block in layers.values() for part in _beside(block.experts).values()]
+    always -= sum(parameter.numel() for part in beside for parameter in part.parameters())
+    routers = [
+        (block, router, block.experts_of(number))
+        for block in layers.values()
+        for number, router in enumerate(block.routers)
+    ]
+    always -= sum(router.idle_parameters() for _, router, _ in routers)
     active = {}
     for row, name in enumerate(MODALITIES):
         if not any(tokens[row] > 0 for tokens in statistics.tokens.values()):
             continue
         routed = 0.0
-        for layer, router in routers:
+        for block, router, experts in routers:
             site = router.spec.site
-            used = (statistics.runs(site)[row] * experts[layer]).sum()
+            used = (statistics.runs(site)[row] * _expert_sizes(experts)).sum()
             # A router of sub-tokens decides several times for a token, each time for a piece of its width.
-            pieces = layers[layer].spec.hidden_size // router.spec.hidden_size
-            routed += float(pieces * used / statistics.tokens[site][row].clamp(min=1))
-            for signal, part in beside[layer].items():
+            pieces = block.spec.hidden_size // router.spec.hidden_size
+            # All tokens come to the first router of a block, and some of them to the others.
+            tokens = statistics.tokens[block.router.spec.site][row].clamp(min=1)
+            routed += float(pieces * used / tokens)
+            for signal, part in _beside(experts).items():
                 counted = signal in statistics.signals.get(site, {})
                 share = float(statistics.signal_means(site, signal)[row]) / part.num_experts if counted else 1.0
+                share *= float(statistics.tokens[site][row] / tokens)
                 routed += share * sum(p.numel() for p in part.parameters())
         active[name] = always + int(routed)
     return active
 
 
-def _expert_sizes(layer: torch.nn.Module) -> torch.Tensor:
-    """Return the parameters of every routed expert of a MoE layer, (E,) float64, from its stacked tensors.
+def _expert_sizes(experts: torch.nn.Module) -> torch.Tensor:
+    """Return the parameters of every one of some experts, (E,) float64, from their stacked tensors.
 
     One zero, for any number of experts, where they share all that they have.
     """
     sizes = []
-    beside = [*_beside(layer).values()]
-    for bank in layer.experts.modules():
+    beside = [*_beside(experts).values()]
+    for bank in experts.modules():
         if hasattr(bank, "num_experts") and bank not in beside:
             sizes += [sum(p.numel() for p in bank.parameters()) / bank.num_experts] * bank.num_experts
     return torch.tensor(sizes or [0.0], dtype=torch.float64)
 
 
-def _beside(layer: torch.nn.Module) -> dict[str, Any]:
+def _beside(experts: torch.nn.Module) -> dict[str, Any]:
     """Return what runs beside the experts of a decision, by the signal that counts its runs, see [`Experts`]."""
     return {
         signal: getattr(module, name)
-        for module in layer.experts.modules()
+        for module in experts.modules()
         for name, signal in getattr(module, "runs_by_signal", {}).items()
     }

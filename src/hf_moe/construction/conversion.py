@@ -104,7 +104,7 @@ def convert_experts(
     previous, config.moe_config.experts = config.moe_config.experts, {"name": name, **options}
     try:
         parts = ConfiguredParts(config, config.moe_config)
-        fresh = {index: parts.experts(layer.spec) for index, layer in model.moe_layers().items()}
+        fresh = {index: parts.experts(layer.expert_spec) for index, layer in model.moe_layers().items()}
         for index, experts in fresh.items():
             old = model.moe_layers()[index].experts
             initialize_mechanisms(experts, initializer_std(config))

@@ -51,6 +51,8 @@ class Block(nn.Module):
         super().__init__()
         self.spec = spec
         self.layer_idx = spec.layer_idx
+        # What the experts are built from, which may be narrower or more than the layer's facts say.
+        self.expert_spec = spec
         # In the singular: conversion rules of MoE hosts would take `shared_experts.down_proj` for a stack of theirs.
         self.shared_expert: nn.Module | None = None
         self.residual_mix: nn.Module | None = None
@@ -72,6 +74,10 @@ class Block(nn.Module):
     def router(self) -> Router:
         """The first of the routers."""
         return self.routers[0]
+
+    def experts_of(self, router: int) -> nn.Module:
+        """Return the experts that the router of this number chooses from."""
+        return self.experts
 
     def put_routers(self, routers: list[Router]) -> None:
         """Put others in the places of the routers."""

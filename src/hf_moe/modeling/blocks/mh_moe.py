@@ -62,6 +62,7 @@ class MultiHeadMoE(Block):
         self.merge = nn.Linear(width, width, bias=False) if merge_layer else nn.Identity()
         pieces = replace(_at_parity(spec, num_heads) if parity else spec, hidden_size=width // num_heads)
         self.gate = parts.router(pieces)
+        self.expert_spec = pieces
         self.experts = parts.experts(pieces)
         self.shared_expert = parts.shared_expert(spec, self.experts)
         self.residual_mix = parts.residual_mix(spec)
