@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.mechanisms import CASES
 from helpers.router_cases import make_experts, make_spec
 
 import hf_moe.modeling.routers as routers
@@ -22,7 +23,7 @@ LOW = [torch.bfloat16, torch.float16]
 
 
 def router_config(router):
-    slots = 1 if router == "llama4" else 2
+    slots = CASES["router"][router].moe.get("num_experts_per_tok", 2)
     experts = {"modality": 2, "intuition_mor1e": 4}.get(router, 8)  # one per modality; a square
     return {"router": router, "num_experts": experts, "num_experts_per_tok": slots, "layers": [0, 2]}
 

@@ -14,7 +14,8 @@ from .routing import Experts, Router, SharedPart
 def float32_patterns(language_model: nn.Module) -> list[str]:
     """Return the patterns of the routers' tensors, which stay float32 in a model of lower precision.
 
-    All but their counts, which are integers or of double precision. The routers that a host keeps are its own affair.
+    All but their tables and counts, which are no floats or of double precision: Transformers casts whatever a pattern
+    names. The routers that a host keeps are its own affair.
     FSDP2 asks for names with a star for the number of the layer.
     """
     patterns = set()
@@ -25,8 +26,8 @@ def float32_patterns(language_model: nn.Module) -> list[str]:
         if isinstance(module, Router):
             layer = module.spec.layer_idx
             pattern = re.sub(rf"\\\.{layer}\\\.", rf"\\.(?:{layer}|[^\\d.]+)\\.", pattern, count=1)
-        counts = [re.escape(n) for n, b in module.named_buffers() if b.dtype in (torch.long, torch.double)]
-        patterns.add(rf"{pattern}\b" + (rf"(?!\.({'|'.join(counts)})$)" if counts else ""))
+        others = [re.escape(n) for n, b in module.named_buffers() if b.dtype is torch.double or not b.is_floating_point()]
+        patterns.add(rf"{pattern}\b" + (rf"(?!\.({'|'.join(others)})$)" if others else ""))
     return sorted(patterns)
 
 
