@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.mechanisms import CASES
 from torch import nn
 
 from hf_moe import MoeLoraConfig
@@ -13,9 +14,13 @@ from hf_moe.modeling.routing import Router
 from hf_moe.modeling.routing_context import RoutingContext
 
 
-CONSTANT = {"constant", "condition", "modality"}
+CONSTANT = {"constant", "condition", "modality", "uniperceiver_moe"}
 NAMES = mechanism_names("router")
-OPTIONS = {"soft_moe": {"slots_per_expert": 1}, "modality": {"modalities": ["text", "image", "video", "audio"]}}
+OPTIONS = {
+    "soft_moe": {"slots_per_expert": 1},
+    "modality": {"modalities": ["text", "image", "video", "audio"]},
+    "uniperceiver_moe": {"level": "task", "merge": False},
+}
 
 
 class FavouringRouter(Router):
@@ -41,12 +46,12 @@ def test_a_choice_that_hidden_states_rarely_change_is_no_constant_one():
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_router_says_that_it_reads_is_what_it_reads(name):
     cls = get_mechanism("router", name)
-    slots = 1 if name == "llama4" else 2
-    router = cls(MoELayerSpec(0, 8, 4, slots, 2), **OPTIONS.get(name, {})).eval()
+    slots = CASES["router"][name].moe.get("num_experts_per_tok", 2)
+    router = cls(MoELayerSpec(0, 8, 4, slots, 2, vocab_size=16), **OPTIONS.get(name, {})).eval()
     router.initialize(1.0)
-    assert ("hidden_states" in router.reads) == (name not in CONSTANT)
+    assert bool(router.reads & {"hidden_states", "input_ids"}) == (name not in CONSTANT)
     if name not in CONSTANT:
-        with pytest.raises(RoutingVaries, match="by the hidden state"):
+        with pytest.raises(RoutingVaries, match="by the (hidden state|word)"):
             constant_gates(router, "text", {"task": 0})
         return
     gates = constant_gates(router, "image", {"task": 1})
@@ -55,6 +60,12 @@ def test_what_a_router_says_that_it_reads_is_what_it_reads(name):
     decision = router(torch.randn(6, 8), context)
     found = torch.zeros(6, 5).scatter_add(1, decision.expert_index, decision.expert_weight)[:, :4]
     assert torch.equal(found, gates.expand(6, -1))
+
+
+def test_routing_by_features_of_a_row_is_not_constant():
+    router = get_mechanism("router", "uniperceiver_moe")(MoELayerSpec(0, 8, 4, 2, 2), merge=False)
+    with pytest.raises(RoutingVaries, match="features of a row, 'attribute'"):
+        constant_gates(router, "text", {"attribute": 0})
 
 
 def test_the_routing_of_a_host_is_never_constant():

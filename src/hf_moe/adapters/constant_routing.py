@@ -35,6 +35,8 @@ def constant_gates(
         if read in router.reads:
             raise RoutingVaries(f"{name} {reason}")
     condition = router.condition
+    if router.num_condition_features:
+        raise RoutingVaries(f"{name} decides by features of a row, {condition!r}, which have no number to merge for")
     if condition is not None and condition not in given:
         raise RoutingVaries(f"{name} decides by the condition {condition!r} of a row: say which one to merge for")
     known = router.num_conditions
