@@ -26,7 +26,9 @@ def float32_patterns(language_model: nn.Module) -> list[str]:
         if isinstance(module, Router):
             layer = module.spec.layer_idx
             pattern = re.sub(rf"\\\.{layer}\\\.", rf"\\.(?:{layer}|[^\\d.]+)\\.", pattern, count=1)
-        others = [re.escape(n) for n, b in module.named_buffers() if b.dtype is torch.double or not b.is_floating_point()]
+        others = [
+            re.escape(n) for n, b in module.named_buffers() if b.dtype is torch.double or not b.is_floating_point()
+        ]
         patterns.add(rf"{pattern}\b" + (rf"(?!\.({'|'.join(others)})$)" if others else ""))
     return sorted(patterns)
 
