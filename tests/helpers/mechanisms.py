@@ -123,6 +123,8 @@ CASES: dict[str, dict[str, Case]] = {
         "mixer_reconstructors": Case({"refit_every": 1, "reservoir_size": 8}, {**ONE_SLOT, **NO_LOSS}),
         "modality": Case(moe={"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
         "modality-share": Case({"share": True}, {"num_experts": 2, **NO_LOSS}, exempt=NO_CHOICE),
+        "mmoe_multilinear": Case(moe=NO_LOSS),
+        "mmoe_multilinear-softmax": Case({"gate_activation": "softmax"}),
         "moec": Case(),
         "moiie": Case(),
         "moiie-next_token": Case({"boundary_rule": "next_token"}, exempt=LOOKS_AHEAD),
@@ -170,6 +172,8 @@ CASES: dict[str, dict[str, Case]] = {
         "ffn": Case(),
         "grove_moe": Case({"adjugate_size": 8, "adjugate_scale": 0.5}, {"num_experts_per_tok": 3}),
         "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),
+        "mmoe_multilinear": Case(moe={"router": "mmoe_multilinear", **NO_LOSS}),
+        "mmoe_multilinear-tr": Case({"form": "tr", "rank": 5}),
         "ffn-shared": Case(moe={"num_shared_experts": 1, "shared_expert_gate": True, "granularity": 2}),
     },
     "objective": {

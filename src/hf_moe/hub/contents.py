@@ -109,9 +109,10 @@ def most_active_parameters(
             # Of two isolated banks the second is for what is seen.
             bank = (list(banks) or [None])[-1 if modality in ("image", "video") else 0]
             experts = at_layer(moe.num_experts, layer) if bank is None else banks[bank]["num_experts"]
+            alike = 1 if cls.whole else experts
             held: dict[int, int] = {}  # by how many of their kind there are
             for name in expert_tensors(shapes, parts, layer, bank):
-                number = list(shapes[name])[0] if any(f".{part}." in name for part in cls.runs_by_signal) else experts
+                number = list(shapes[name])[0] if any(f".{part}." in name for part in cls.runs_by_signal) else alike
                 held[number] = held.get(number, 0) + size(shapes[name])
             active[modality] += sum(count * min(slots, number) // number for number, count in held.items()) - idle
     return active

@@ -156,6 +156,8 @@ class Experts(nn.Module):
     shared_unit = ClampedUnit()
     # Parts that run besides the experts of a decision, and the signals that count their runs for every token.
     runs_by_signal: Mapping[str, str] = {}
+    # Whether all parameters work on every token.
+    whole = False
 
     @property
     def takes_dispatch(self) -> bool:
