@@ -105,14 +105,22 @@ def most_active_parameters(
         idle = 0 if router is None else router.idle_parameters()
         kind = at_layer(moe.experts, layer)["name"]
         cls: Any = get_mechanism("experts", kind) if kind in mechanism_names("experts") else Experts
+        isolated = router is None or router.bank_sizes is not None
         for modality in active:
             # Of two isolated banks the second is for what is seen.
-            bank = (list(banks) or [None])[-1 if modality in ("image", "video") else 0]
-            experts = at_layer(moe.num_experts, layer) if bank is None else banks[bank]["num_experts"]
-            alike = 1 if cls.whole else experts
-            held: dict[int, int] = {}  # by how many of their kind there are
-            for name in expert_tensors(shapes, parts, layer, bank):
-                number = list(shapes[name])[0] if any(f".{part}." in name for part in cls.runs_by_signal) else alike
-                held[number] = held.get(number, 0) + size(shapes[name])
-            active[modality] += sum(count * min(slots, number) // number for number, count in held.items()) - idle
+            seen = modality in ("image", "video")
+            used = [list(banks)[-1 if seen else 0]] if banks and isolated else list(banks) or [None]
+            routed: list[int] = []  # the parameters of every expert
+            beside: list[int] = []
+            for bank in used:
+                experts = at_layer(moe.num_experts, layer) if bank is None else banks[bank]["num_experts"]
+                held: dict[tuple[bool, int], int] = {}
+                for name in expert_tensors(shapes, parts, layer, bank):
+                    apart = any(f".{part}." in name for part in cls.runs_by_signal)
+                    number = list(shapes[name])[0] if apart else 1 if cls.whole else experts
+                    held[apart, number] = held.get((apart, number), 0) + size(shapes[name])
+                for (apart, number), count in held.items():
+                    (beside if apart else routed).extend([count // number] * number)
+            most = (sum(sorted(sizes, reverse=True)[:slots]) for sizes in (routed, beside))
+            active[modality] += sum(most) - idle
     return active

@@ -56,6 +56,9 @@ class Router(KeepsBufferTypes):
     # `check_budget`.
     target_slots: float | None = None
 
+    # How many experts a bank for text and one for vision hold, for routers that keep them apart.
+    bank_sizes: list[int] | None = None
+
     # The gate that serves each modality, for routers with several.
     gate_of_modality: Sequence[int] = (0,) * NUM_MODALITIES
 

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from helpers.mechanisms import TEXT
 from helpers.router_cases import EAGER
 from torch.nn import functional as F
+from transformers import LlamaConfig
 
-from hf_moe import MoeConfig
+from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration, MoeConfig
 from hf_moe.configuration.systems import load_system
+from hf_moe.hub.inspection import inspect_checkpoint
 from hf_moe.modeling.configured_parts import build_block
 from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.experts.ffn import FfnExperts
@@ -65,6 +68,18 @@ def test_profiles_keep_the_parameters_of_equal_experts():
         banks = fields["expert_banks"].values()
         assert sum(bank["num_experts"] for bank in banks) == 8
         assert sum(bank["num_experts"] * bank["intermediate_size"] for bank in banks) == 8 * 2048
+
+
+def test_the_widest_experts_bound_the_active_parameters(tmp_path):
+    banks = {f"e{width}": {"num_experts": 1, "intermediate_size": width} for width in WIDTHS}
+    counts = []
+    for slots in (1, 2, 3):
+        moe = {"expert_banks": banks, "num_experts_per_tok": slots}
+        model = HfMoeForConditionalGeneration(HfMoeConfig(text_config=LlamaConfig(**TEXT), moe_config=moe))
+        model.save_pretrained(tmp_path / str(slots))
+        counts.append(inspect_checkpoint(tmp_path / str(slots))["parameters_active"]["text"])
+    per_neuron = 3 * TEXT["hidden_size"] * TEXT["num_hidden_layers"]
+    assert [counts[1] - counts[0], counts[2] - counts[1]] == [21 * per_neuron, 19 * per_neuron]
 
 
 def trained(coef, steps=300):
