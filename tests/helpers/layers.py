@@ -16,11 +16,18 @@ from hf_moe.modeling.routing_context import ACTIVE_CONTEXT, RoutingContext
 
 
 def make_layer(
-    hidden_size: int = 16, width: int = 24, experts: int = 8, slots: int = 2, *, std: float = 0.3, **moe: Any
+    hidden_size: int = 16,
+    width: int = 24,
+    experts: int = 8,
+    slots: int = 2,
+    *,
+    std: float = 0.3,
+    kind: Any = "ffn",
+    **moe: Any,
 ) -> Block:
-    """Return a MoE layer with random weights; `moe` are fields of a `MoeConfig`."""
+    """Return a MoE layer with random weights and `experts` of a `kind`; `moe` are other fields of a `MoeConfig`."""
     torch.manual_seed(moe.pop("seed", 0))
-    layer = build_block(EAGER, MoeConfig(**moe), MoELayerSpec(1, hidden_size, experts, slots, width))
+    layer = build_block(EAGER, MoeConfig(experts=kind, **moe), MoELayerSpec(1, hidden_size, experts, slots, width))
     initialize_mechanisms(layer, std)
     if layer.shared_expert is not None:
         for parameter in layer.shared_expert.parameters():

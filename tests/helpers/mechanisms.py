@@ -171,6 +171,7 @@ CASES: dict[str, dict[str, Case]] = {
     "experts": {
         "ffn": Case(),
         "grove_moe": Case({"adjugate_size": 8, "adjugate_scale": 0.5}, {"num_experts_per_tok": 3}),
+        "rmoe_residual": Case(),
         "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),
         "mmoe_multilinear": Case(moe={"router": "mmoe_multilinear", **NO_LOSS}),
         "mmoe_multilinear-tr": Case({"form": "tr", "rank": 5}),

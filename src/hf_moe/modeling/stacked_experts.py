@@ -78,14 +78,7 @@ class StackedExperts(Experts):
     def take(self, states: Iterable[dict[str, torch.Tensor]], inputs: torch.Tensor | None = None) -> bool:
         for expert, state in enumerate(states):
             for name, tensor in state.items():
-                own = getattr(self, name)[expert]
-                if own.shape != tensor.shape:
-                    raise ValueError(
-                        f"The {name} of an expert is {tuple(own.shape)}, and that of the feed-forward "
-                        f"{tuple(tensor.shape)}: such experts cannot be copies of it. Build a fresh model, from the "
-                        "fields of a config."
-                    )
-                own.copy_(tensor)
+                copy_whole(getattr(self, name)[expert], tensor, name)
         return True
 
     def states(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -196,3 +189,17 @@ class StackedExperts(Experts):
         inner = F.linear(rows, input_weight, input_bias)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         return F.linear(inner, down_weight, down_bias)
+
+
+def copy_whole(own: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    """Copy a weight of a feed-forward into that of an expert.
+
+    Raises:
+        ValueError: if they are of different shapes.
+    """
+    if own.shape != tensor.shape:
+        raise ValueError(
+            f"The {name} of an expert is {tuple(own.shape)}, and that of the feed-forward {tuple(tensor.shape)}: such "
+            "experts cannot be copies of it. Build a fresh model, from the fields of a config."
+        )
+    own.copy_(tensor)
