@@ -26,7 +26,7 @@ def test_a_host_is_a_folder_or_the_fields_of_a_config(tmp_path):
         ("model.host.model_type=lava", "model.host .*'lava' is no model of Transformers.*'llava'"),
         ("model.host={model_type: t5}", "model.host .*'t5' .*encoder-decoder|t5 is an encoder-decoder"),
         ("model.host=/no/such/folder", "model.host='/no/such/folder', which is no folder here"),
-        ("model.system=mowe", "model.system .*'moiie'"),
+        ("model.system=moii", "model.system .*'moiie'"),
         ("model.moe_config={num_expert: 4}", "model.moe_config .*'num_experts'"),
         ("model.moe_config={layers: [7]}", "model.moe_config .*7"),
         ("model.vision_tower=efficientnet-lite0", "'vision_tower'.*host"),

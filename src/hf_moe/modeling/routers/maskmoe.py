@@ -62,10 +62,15 @@ class MaskMoeRouter(TokenTableRouter):
         super().__init__(spec, None, codebook_size)
         check_slots(spec, spec.num_experts, "maskmoe")
         self.seen = visible_experts_rare, visible_experts_frequent or spec.num_experts
-        if max(self.seen) > spec.num_experts or not all(item < spec.num_experts for item in image_experts or [0]):
+        if max(self.seen) > spec.num_experts:
             raise ValueError(
-                f"Router 'maskmoe' of layer {spec.layer_idx} has num_experts={spec.num_experts}: a word cannot see "
-                f"{max(self.seen)} of them, or image_experts={image_experts} are to lie in [0, {spec.num_experts})."
+                f"Router 'maskmoe' of layer {spec.layer_idx}: visible_experts_rare={self.seen[0]} and "
+                f"visible_experts_frequent={self.seen[1]} must lie in [1, num_experts={spec.num_experts}]."
+            )
+        if image_experts is not None and not (image_experts and max(image_experts) < spec.num_experts):
+            raise ValueError(
+                f"Router 'maskmoe' of layer {spec.layer_idx}: image_experts={image_experts} must name at least one "
+                f"expert, each in [0, num_experts={spec.num_experts}); leave it out for all of them."
             )
         self.frequent_mass = frequent_mass
         self.image_experts = image_experts
