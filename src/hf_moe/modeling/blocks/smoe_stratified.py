@@ -1,4 +1,4 @@
-"""Stratified mixture of experts: a token climbs the strata of a layer's experts, so that hard tokens take more rounds.
+"""Stratified mixture of experts: a token climbs the strata of a layer's experts, in more or fewer rounds.
 
     u_0 = x        round s = 0 .. L - 1, for the tokens that wait for it:
         z = norm_s(u), and x itself in round 0        S = the best K experts of strata >= s by gate s
@@ -10,7 +10,8 @@ A token whose best expert is in the last stratum, L - 1, leaves. So it takes bet
 all tokens. x is subtracted since the decoder layer adds its own residual. At inference the rounds are the same ones.
 
 A balance loss counts in every round the tokens that wait for it and the experts that they see; layers and rounds have
-equal weight in its mean.
+equal weight in its mean. That hard tokens take more rounds is the paper's finding: in the toy of the tests the kinds of
+tokens part, and the easy ones take more.
 
 Source: Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with Dynamic Capacity,
 arXiv:2305.02176.
