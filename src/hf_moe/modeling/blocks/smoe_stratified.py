@@ -10,8 +10,8 @@ A token whose best expert is in the last stratum, L - 1, leaves. So it takes bet
 all tokens. x is subtracted since the decoder layer adds its own residual. At inference the rounds are the same ones.
 
 A balance loss counts in every round the tokens that wait for it and the experts that they see; layers and rounds have
-equal weight in its mean. That hard tokens take more rounds is the paper's finding: in the toy of the tests the kinds of
-tokens part, and the easy ones take more.
+equal weight in its mean. That hard tokens take more rounds is the paper's finding: in the toy of the tests the kinds
+of tokens part, and the easy ones take more.
 
 Source: Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with Dynamic Capacity,
 arXiv:2305.02176.
