@@ -62,8 +62,9 @@ def test_images_see_the_experts_that_are_named():
     router, hidden = fitted(image_experts=[1, 6]), torch.randn(1000, 32)
     assert router(hidden, of(RARE, modality=1)).expert_index.unique().tolist() == [1, 6]
     assert len(router(hidden, of(RARE, modality=3)).expert_index.unique()) == 8
-    with pytest.raises(ValueError, match=r"image_experts=\[8\] are to lie in"):
-        fitted(image_experts=[8])
+    for experts in ([8], []):
+        with pytest.raises(ValueError, match=r"image_experts=\[8?\] must name at least one expert, each in \[0, "):
+            fitted(image_experts=experts)
 
 
 def test_a_word_whose_experts_are_disabled_sees_the_others():
