@@ -188,7 +188,7 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
                 share = float(statistics.signal_means(site, signal)[row]) / part.num_experts if counted else 1.0
                 share *= float(statistics.tokens[site][row] / tokens)
                 routed += share * sum(p.numel() for p in part.parameters())
-        active[name] = always + int(routed)
+        active[name] = always + round(routed)
     return active
 
 
