@@ -10,6 +10,7 @@ from PIL import Image
 from hf_moe.cli import main
 from hf_moe.training import comparison as module
 from hf_moe.training.comparison import Comparison, compare, plan
+from hf_moe.training.comparison_run import take_start
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -88,7 +89,7 @@ def test_the_start_is_that_of_the_first_system(recipe_file, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    module.take_start(model, start)
+    take_start(model, start)
     own = {name for name, value in model.named_parameters() if not torch.equal(value, start.get(name, value + 1))}
     assert {name.split(".")[5] for name in own} == {"gate", "experts", "shared_expert"}
 

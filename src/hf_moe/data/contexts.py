@@ -26,7 +26,7 @@ def span_membership(
     """
     if (alpha is None) == (beta is None) or not 0 <= (alpha or 0) <= 1 or (beta or 0) < 0:
         raise ValueError(f"Give alpha in [0, 1] or beta >= 0, got alpha={alpha} and beta={beta}.")
-    place = torch.arange(length)
+    place, margin = torch.arange(length), beta or 0.0
     columns = []
     for context in spans:
         value = torch.zeros(length) if context else torch.ones(length)
@@ -37,7 +37,7 @@ def span_membership(
             if alpha is not None:
                 shape = torch.where(distance == 0, 1.0, 1.0 - alpha)
             else:
-                shape = (1 - distance / (beta * (end - start) + 1e-9)).clamp(min=0)  # type: ignore[operator]
+                shape = (1 - distance / (margin * (end - start) + 1e-9)).clamp(min=0)
             value = torch.maximum(value, shape)
         columns.append(value)
     return torch.stack(columns, -1)
