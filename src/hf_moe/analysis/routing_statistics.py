@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from ..configuration.configuration_hf_moe import MODALITIES
+from ..hub.active_parameters import count_active, unwrapped_experts
+from ..modeling.block import Block
 from ..modeling.decisions import ExpertAssignment, ParameterMixture, SlotMixture
 from ..modeling.dispatch import out_of_order
 from ..modeling.layer_spec import Site
-from ..modeling.parts import host_parts, part_of
 from ..modeling.routing_context import NUM_MODALITIES, RoutingContext
 
 
@@ -149,66 +150,39 @@ class RoutingStatistics:
         }
 
 
+class MeanUse:
+    """The use of an average token of a modality, by what routers did."""
+
+    def __init__(self, statistics: RoutingStatistics, modality: int):
+        self.statistics = statistics
+        self.modality = modality
+
+    def experts(self, site: Site) -> float:
+        return float(self.statistics.active_experts(site)[self.modality])
+
+    def routed(self, block: Block, number: int) -> float:
+        statistics, row, router = self.statistics, self.modality, block.routers[number]
+        experts, site = unwrapped_experts(block, number), router.spec.site
+        # All tokens come to the first router of a block, and some of them to the others.
+        tokens = float(statistics.tokens[block.router.spec.site][row].clamp(min=1))
+        here = float(statistics.tokens[site][row])
+        sizes = torch.tensor(experts.parameters_per_run(), dtype=torch.float64)
+        used = float((statistics.runs(site)[row] * sizes).sum()) + here * experts.parameters_per_token()
+        for signal, part in experts.beside().items():
+            counted = signal in statistics.signals.get(site, {})
+            runs = float(statistics.signal_means(site, signal)[row]) if counted else part.num_experts
+            used += here * runs * part.parameters_per_run()[0]
+        return used / tokens
+
+
 def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> dict[str, int]:
     """Return the decoder parameters that work on an average token of each modality the statistics saw.
 
-    Everything of the language side outside the routed experts counts in full, except what a router keeps for other
-    modalities than the token's; an expert counts by the share of tokens that used it, and merged experts count as one.
-    Parts that run beside the experts count by the signal that tells their runs, or else in full.
-    Towers and connectors work per image, video or sound, not per token, and are left out.
+    See [`count_active`]. An expert counts by the share of tokens that used it, merged experts as one, and parts beside
+    the experts by the signal that tells their runs, or else in full.
     """
-    layers = model.moe_layers()
-    parts = host_parts(model)
-    decoder = {n: p for n, p in model.named_parameters() if not parts.holder(n) and part_of(n, parts) != "connector"}
-    always = sum(parameter.numel() for parameter in decoder.values())
-    always -= sum(int(_expert_sizes(block.experts).sum()) for block in layers.values())
-    beside = [part for block in layers.values() for part in _beside(block.experts).values()]
-    always -= sum(parameter.numel() for part in beside for parameter in part.parameters())
-    routers = [
-        (block, router, block.experts_of(number))
-        for block in layers.values()
-        for number, router in enumerate(block.routers)
-    ]
-    always -= sum(router.idle_parameters() for _, router, _ in routers)
-    active = {}
-    for row, name in enumerate(MODALITIES):
-        if not any(tokens[row] > 0 for tokens in statistics.tokens.values()):
-            continue
-        routed = 0.0
-        for block, router, experts in routers:
-            site = router.spec.site
-            used = (statistics.runs(site)[row] * _expert_sizes(experts)).sum()
-            # A router of sub-tokens decides several times for a token, each time for a piece of its width.
-            pieces = block.spec.hidden_size // router.spec.hidden_size
-            # All tokens come to the first router of a block, and some of them to the others.
-            tokens = statistics.tokens[block.router.spec.site][row].clamp(min=1)
-            routed += float(pieces * used / tokens)
-            for signal, part in _beside(experts).items():
-                counted = signal in statistics.signals.get(site, {})
-                share = float(statistics.signal_means(site, signal)[row]) / part.num_experts if counted else 1.0
-                share *= float(statistics.tokens[site][row] / tokens)
-                routed += share * sum(p.numel() for p in part.parameters())
-        active[name] = always + round(routed)
-    return active
-
-
-def _expert_sizes(experts: torch.nn.Module) -> torch.Tensor:
-    """Return the parameters of every one of some experts, (E,) float64, from their stacked tensors.
-
-    One zero, for any number of experts, where they share all that they have.
-    """
-    sizes = []
-    beside = [*_beside(experts).values()]
-    for bank in experts.modules():
-        if hasattr(bank, "num_experts") and bank not in beside:
-            sizes += [sum(p.numel() for p in bank.parameters()) / bank.num_experts] * bank.num_experts
-    return torch.tensor(sizes or [0.0], dtype=torch.float64)
-
-
-def _beside(experts: torch.nn.Module) -> dict[str, Any]:
-    """Return what runs beside the experts of a decision, by the signal that counts its runs, see [`Experts`]."""
     return {
-        signal: getattr(module, name)
-        for module in experts.modules()
-        for name, signal in getattr(module, "runs_by_signal", {}).items()
+        name: count_active(model, MeanUse(statistics, row))
+        for row, name in enumerate(MODALITIES)
+        if any(tokens[row] > 0 for tokens in statistics.tokens.values())
     }

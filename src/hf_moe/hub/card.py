@@ -17,8 +17,9 @@ from ..configuration.moe_config import objective_entry
 from ..configuration.reading import is_path
 from ..configuration.systems import load_system
 from ..modeling.parts import HostParts, host_parts
+from .active_parameters import most_active_parameters
 from .bundle import used_mechanisms
-from .contents import DECODER, encoder_parameters, group_of, most_active_parameters, size
+from .contents import encoder_parameters
 from .host_facts import host_name, modalities, model_tags, packages, pipeline_tag
 from .results import metric_name, scores, write_evaluation
 from .usage import usage
@@ -256,12 +257,10 @@ def _encoders(model: Any, parts: HostParts) -> list[dict[str, Any]]:
 def _at_work(model: Any, parts: HostParts, report: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Return rows of parameters at work on a token, by modality."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    routers = {index: layer.router for index, layer in model.moe_layers().items()}
-    always = sum(size(shape) for name, shape in shapes.items() if group_of(name, parts) in DECODER)
     encoding = encoder_parameters(shapes, parts, model.config)
     rows = {
         "decoder, on average in the evaluation": report.get("parameters_active") or {},
-        "decoder, at most": most_active_parameters(model.config, shapes, parts, routers, always),
+        "decoder, at most": most_active_parameters(model),
         "tower and connector": {name: count for name, count in encoding.items() if count},
     }
     return {label: row for label, row in rows.items() if row}

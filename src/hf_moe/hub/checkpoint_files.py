@@ -12,9 +12,8 @@ from safetensors import safe_open
 from ..configuration.configuration_hf_moe import HfMoeConfig
 from ..configuration.reading import check_config_fields, parse_object, read_object, read_text
 from ..modeling.loading import INDEX, INTEGERS, files_of_index
-from ..modeling.mechanisms import mechanism_names
-from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
-from .bundle import relative_imports, used_names
+from .bundle import relative_imports
+from .contents import whole_model
 
 
 OTHER_JSON_FILES = ("generation_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -69,7 +68,8 @@ def check_whole(folder: Path) -> None:
         for module in relative_imports(read_text(path)):
             if not (folder / f"{module}.py").is_file():
                 raise FileNotFoundError(f"{folder} lacks {module}.py, which {path.name} imports.")
-    problems = tensor_problems(read_config(folder), tensors) + _no_numbers(folder, sorted(set(home.values())))
+    problems = tensor_problems(whole_model(read_config(folder)), tensors)
+    problems += _no_numbers(folder, sorted(set(home.values())))
     if problems:
         raise ValueError(f"{folder} does not hold the weights of the model in its config.json: {'; '.join(problems)}.")
 
@@ -102,17 +102,14 @@ def _tensors(path: Path) -> dict[str, Any]:
     return tensors
 
 
-def tensor_problems(config: Any, tensors: dict[str, Any]) -> list[str]:
-    """Return what the weights lack of the model of a config, and what they have beside it.
+def tensor_problems(model: torch.nn.Module | None, tensors: dict[str, Any]) -> list[str]:
+    """Return what the weights lack of a [`whole_model`], and what they have beside it.
 
     Nothing is said of a model whose mechanisms are not all installed, nor of a host's own names, under which older
     versions saved the experts one by one.
     """
-    known = all(name in mechanism_names(kind) for kind, names in used_names(config).items() for name in names)
-    if not known or any(re.search(r"\.experts\.\d+\.", name) for name in tensors):
+    if model is None or any(re.search(r"\.experts\.\d+\.", name) for name in tensors):
         return []
-    with torch.device("meta"):
-        model = HfMoeForConditionalGeneration(config)
     own = model.state_dict()
     counters = tuple(name for name in [*own, *tensors] if name.startswith("objectives."))
     optional = {*model.all_tied_weights_keys, *counters}

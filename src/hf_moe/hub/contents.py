@@ -11,10 +11,10 @@ import torch
 from ..configuration import MoeConfig
 from ..configuration.configuration_hf_moe import PLACE_FIELDS
 from ..configuration.layer_maps import at_layer
-from ..modeling.mechanisms import get_mechanism, mechanism_names
+from ..modeling.mechanisms import mechanism_names
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import HostParts, part_of
-from ..modeling.routing import Experts
+from .bundle import used_names
 from .host_facts import modalities
 
 
@@ -46,6 +46,14 @@ def bare_model(config: Any) -> HfMoeForConditionalGeneration:
         bare.connector = {"name": "mlp"}
     with torch.device("meta"):
         return HfMoeForConditionalGeneration(bare)
+
+
+def whole_model(config: Any) -> HfMoeForConditionalGeneration | None:
+    """Return the model of a checkpoint on the meta device; `None` where one of its mechanisms is not installed."""
+    if any(name not in mechanism_names(kind) for kind, names in used_names(config).items() for name in names):
+        return None
+    with torch.device("meta"):
+        return HfMoeForConditionalGeneration(copy.deepcopy(config))
 
 
 def group_of(name: str, parts: HostParts) -> str:
@@ -90,37 +98,20 @@ def expert_tensors(shapes: Shapes, parts: HostParts, layer: int, bank: str | Non
     return [name for name in shapes if inside.search(name) and group_of(name, parts) == "routed experts"]
 
 
-def most_active_parameters(
-    config: Any, shapes: Shapes, parts: HostParts, routers: Mapping[int, Any], always: int
-) -> dict[str, int]:
-    """Return the decoder's parameters at most at work on a token of each modality, `always` outside routed experts.
+def active_by_shapes(config: Any, shapes: Shapes, parts: HostParts) -> dict[str, int]:
+    """Return the decoder's parameters at most at work on a token where not all mechanisms are installed.
 
-    A router that is not installed is `None`: it takes `num_experts_per_tok` experts.
+    All count but the experts beyond `num_experts_per_tok` equal ones; of two banks the second is for what is seen.
     """
     moe = config.moe_config
+    always = sum(size(shape) for name, shape in shapes.items() if group_of(name, parts) in DECODER)
     active = dict.fromkeys(modalities(config), always)
-    for layer, router in routers.items():
+    for layer in config.moe_layers():
         banks = at_layer(moe.expert_banks, layer) or {}
-        slots = at_layer(moe.num_experts_per_tok, layer) if router is None else router.most_experts_per_tok()
-        idle = 0 if router is None else router.idle_parameters()
-        kind = at_layer(moe.experts, layer)["name"]
-        cls: Any = get_mechanism("experts", kind) if kind in mechanism_names("experts") else Experts
-        isolated = router is None or router.bank_sizes is not None
+        slots = at_layer(moe.num_experts_per_tok, layer)
         for modality in active:
-            # Of two isolated banks the second is for what is seen.
-            seen = modality in ("image", "video")
-            used = [list(banks)[-1 if seen else 0]] if banks and isolated else list(banks) or [None]
-            routed: list[int] = []  # the parameters of every expert
-            beside: list[int] = []
-            for bank in used:
-                experts = at_layer(moe.num_experts, layer) if bank is None else banks[bank]["num_experts"]
-                held: dict[tuple[bool, int], int] = {}
-                for name in expert_tensors(shapes, parts, layer, bank):
-                    apart = any(f".{part}." in name for part in cls.runs_by_signal)
-                    number = list(shapes[name])[0] if apart else 1 if cls.whole else experts
-                    held[apart, number] = held.get((apart, number), 0) + size(shapes[name])
-                for (apart, number), count in held.items():
-                    (beside if apart else routed).extend([count // number] * number)
-            most = (sum(sorted(sizes, reverse=True)[:slots]) for sizes in (routed, beside))
-            active[modality] += sum(most) - idle
+            bank = list(banks)[-1 if modality in ("image", "video") else 0] if banks else None
+            experts = at_layer(moe.num_experts, layer) if bank is None else banks[bank]["num_experts"]
+            held = sum(size(shapes[name]) for name in expert_tensors(shapes, parts, layer, bank))
+            active[modality] += min(slots, experts) * held // experts
     return active

@@ -14,32 +14,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub import HfApi, constants, parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsFileMetadata, httpx
 
 from ..configuration.layer_maps import at_layer
 from ..configuration.reading import is_path, read_text
-from ..modeling.inputs import vocabulary
-from ..modeling.layer_spec import MoELayerSpec
-from ..modeling.mechanisms import get_mechanism, mechanism_names
+from ..modeling.mechanisms import mechanism_names
 from ..modeling.parts import HostParts, host_parts
-from ..modeling.registry import build
-from ..modeling.routing import Router
+from .active_parameters import most_active_parameters
 from .bundle import PROCESSING, has_own_processor, unsealed, used_names
 from .carried import Renewed, listed_mechanisms, parsed, reasons_to_refresh, renew
 from .checkpoint_files import parse_config, tensor_problems
 from .contents import (
-    DECODER,
     GROUPS,
     Shapes,
+    active_by_shapes,
     bare_model,
     encoder_parameters,
     expert_tensors,
     group_of,
-    most_active_parameters,
     size,
+    whole_model,
 )
 from .host_facts import host_name
 
@@ -102,22 +98,20 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         for name, tensor in files.header(file).tensors.items()
     }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    bare = bare_model(config)
-    parts = host_parts(bare)
-    routers = {layer: _router(config, shapes, parts, layer) for layer in config.moe_layers()}
+    whole = whole_model(config)
+    known = bare_model(config) if whole is None else whole
+    parts = host_parts(known)
     # Counters and running statistics are state of a model, no parameters.
-    state = {name for name, _ in bare.named_buffers()} | {name for name in shapes if name.startswith("objectives.")}
-    buffers = {name for router in routers.values() if router is not None for name, _ in router.named_buffers()}
-    state |= {name for name in shapes if name.partition(".gate.")[2] in buffers}
+    state = {name for name, _ in known.named_buffers()} | {name for name in shapes if name.startswith("objectives.")}
     shapes = {name: shape for name, shape in shapes.items() if name not in state}
     groups = _groups(tensors, shapes, parts)
-    always = sum(groups[name]["parameters"] for name in DECODER if name in groups)
     code = {name: files.text(name) for name in files.names if re.fullmatch(r"[^/]+\.py", name)}
     renewed = renew(config, code, has_own_processor(config) and PROCESSING.name in code)
     rows, problems = _compare_code(files, config, code, renewed)
     if not tensors:
         problems.append("there is no weights file (.safetensors)")
-    problems += tensor_problems(config, tensors)
+    problems += tensor_problems(whole, tensors)
+    active = active_by_shapes(config, shapes, parts) if whole is None else most_active_parameters(whole)
     return {
         "host": host_name(config),
         "parts": {"decoder": parts.decoder, "towers": list(parts.towers), "connectors": list(parts.connectors)},
@@ -125,7 +119,7 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         "num_hidden_layers": config.get_text_config(decoder=True).num_hidden_layers,
         "layers": _layers(config, shapes, parts),
         "parameters_total": sum(group["parameters"] for group in groups.values()),
-        "parameters_active": most_active_parameters(config, shapes, parts, routers, always),
+        "parameters_active": active,
         "parameters_encoding": encoder_parameters(shapes, parts, config),
         "groups": groups,
         "mechanisms": _mechanisms(code),
@@ -172,28 +166,6 @@ def _expert_widths(shapes: Shapes, parts: HostParts, layer: int) -> list[int]:
     """Return the inner widths of a layer's routed experts, smallest first."""
     outputs = {name: list(shapes[name])[-1] for name in expert_tensors(shapes, parts, layer)}
     return sorted({width for name, width in outputs.items() if re.search(r"\.(down_proj|w2)(\.weight)?$", name)})
-
-
-def _router(config: Any, shapes: Shapes, parts: HostParts, layer: int) -> Router | None:
-    """Build a layer's router without memory: it knows what of it works on a token. `None` if it is not installed."""
-    moe = config.moe_config
-    options = dict(at_layer(moe.router, layer))
-    name = options.pop("name")
-    if name not in mechanism_names("router"):
-        return None
-    width = max(_expert_widths(shapes, parts, layer), default=1)
-    banks = at_layer(moe.expert_banks, layer) or {}
-    spec = MoELayerSpec(
-        layer_idx=layer,
-        hidden_size=config.get_text_config(decoder=True).hidden_size,
-        num_experts=at_layer(moe.num_experts, layer),
-        num_experts_per_tok=at_layer(moe.num_experts_per_tok, layer),
-        expert_intermediate_size=width,
-        banks=tuple((bank, fields["num_experts"], width) for bank, fields in banks.items()),
-        vocab_size=vocabulary(config),
-    )
-    with torch.device("meta"):
-        return build("router", get_mechanism("router", name), options, spec)
 
 
 def _layers(config: Any, shapes: Shapes, parts: HostParts) -> list[dict[str, Any]]:

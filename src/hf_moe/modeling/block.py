@@ -46,6 +46,9 @@ class Block(nn.Module):
 
     gate: nn.Module
     experts: nn.Module
+    # How often a token passes the experts of one decision, and the shared branch.
+    runs_per_decision = 1
+    shared_runs = 1
 
     def __init__(self, spec: MoELayerSpec, parts: Parts):
         super().__init__()

@@ -22,6 +22,7 @@ class ExpertBanks(Experts):
     def __init__(self, banks: dict[str, Experts], sizes: list[int]):
         super().__init__()
         self.sizes = sizes
+        self.num_experts = sum(sizes)
         self.names = list(banks)
         for name, bank in banks.items():
             self.add_module(name, bank)
@@ -29,6 +30,12 @@ class ExpertBanks(Experts):
     @property
     def banks(self) -> list[Experts]:
         return [getattr(self, name) for name in self.names]
+
+    def parameters_per_run(self) -> list[float]:
+        return [count for bank in self.banks for count in bank.parameters_per_run()]
+
+    def parameters_per_token(self) -> int:
+        return sum(bank.parameters_per_token() for bank in self.banks)
 
     @property
     def widths(self) -> list[int]:

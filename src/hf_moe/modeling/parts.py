@@ -187,7 +187,9 @@ def _is_tower(module: nn.Module) -> bool:
 
 def _neighbours(base: nn.Module, decoder: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Return the modules beside a decoder, and whether each is a tower."""
-    children = [child for child in base.children() if all(module is not decoder for module in child.modules())]
+    # What routers share is a part of none of them.
+    known = (decoder, getattr(base, "shared_routing", None))
+    children = [child for child in base.children() if all(module not in known for module in child.modules())]
     return [(child, _is_tower(child)) for child in children if any(True for _ in child.parameters())]
 
 

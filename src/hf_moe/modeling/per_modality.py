@@ -1,12 +1,14 @@
 """Modules that exist once for each of several modalities, of which a token uses that of its own."""
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .gating import gates_of
+from .layer_spec import Site
 from .replacement import Replacement
 from .routing_context import ACTIVE_CONTEXT, RoutingContext
 
@@ -51,6 +53,9 @@ class PerModality(Replacement):
     def start_from(self, module: nn.Module) -> None:
         for own in self.children():
             own.load_state_dict(module.state_dict())
+
+    def active_share(self, name: str, modality: int, experts: Callable[[Site], float]) -> float:
+        return float([item for item, _ in self.named_children()].index(name) == self.copy_of_modality[modality])
 
     # How many tokens there are of a modality is data.
     @torch.compiler.disable

@@ -6,8 +6,11 @@ attention, positions and cache stay its own. `parts` makes routers and experts, 
 are in the places of the feed-forwards already.
 """
 
+from collections.abc import Callable
+
 from torch import nn
 
+from .layer_spec import Site
 from .routing import Router
 
 
@@ -28,6 +31,16 @@ class Replacement(nn.Module):
             f"{type(self).__name__} does not start from a trained {type(module).__name__}: give the host's config in "
             "place of the host, for fresh weights."
         )
+
+    def active_share(self, name: str, modality: int, experts: Callable[[Site], float]) -> float:
+        """Return the share of a parameter or child that works on a token.
+
+        Args:
+            name (`str`): of the parameter or child.
+            modality (`int`): of the token.
+            experts (`Callable`): site of a decision -> how many experts run for the token.
+        """
+        return 1.0
 
     def initialize(self, std: float) -> None:
         """Initialise the module's own parameters; those of its parts are initialised by themselves."""

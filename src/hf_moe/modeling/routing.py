@@ -27,6 +27,9 @@ class SharedPart(nn.Module):
     modules, and a tied parameter comes apart where every layer is sharded by itself.
     """
 
+    # Whether one layer runs it for all of them.
+    runs_once = False
+
     def initialize(self, std: float) -> None:
         """Initialise the part's own parameters; `std` is the model's `initializer_range`."""
 
@@ -152,6 +155,7 @@ class Experts(nn.Module):
     A kind defines `compute`, which is handed its tokens sorted by expert, or a `forward` of its own.
     """
 
+    num_experts: int
     # Whether `forward(hidden, index (T, K), weight (T, K))` does the same for an assignment: the signature of
     # Transformers' experts, which its parallel plans wrap.
     takes_index_and_weight = False
@@ -159,8 +163,6 @@ class Experts(nn.Module):
     shared_unit = ClampedUnit()
     # Parts that run besides the experts of a decision, and the signals that count their runs for every token.
     runs_by_signal: Mapping[str, str] = {}
-    # Whether all parameters work on every token.
-    whole = False
 
     @property
     def takes_dispatch(self) -> bool:
@@ -201,6 +203,22 @@ class Experts(nn.Module):
         if dispatch is None:
             dispatch = Dispatch(decision.expert_index, decision.num_experts)
         return run_rows(self.compute, hidden_states, dispatch, decision.expert_weight)
+
+    def beside(self) -> dict[str, "Experts"]:
+        """Return the parts of `runs_by_signal`, by their signals."""
+        return {signal: getattr(self, name) for name, signal in self.runs_by_signal.items()}
+
+    def parameters_per_run(self) -> list[float]:
+        """Return how many parameters a token is multiplied with in a run of each expert.
+
+        By default all experts have equal shares of what the experts hold.
+        """
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return [(count - self.parameters_per_token()) / self.num_experts] * self.num_experts
+
+    def parameters_per_token(self) -> int:
+        """Return how many parameters every token is multiplied with, whichever its experts."""
+        return 0
 
     def initialize(self, std: float) -> None:
         """Initialise the experts' own parameters."""

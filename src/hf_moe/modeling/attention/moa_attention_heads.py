@@ -12,6 +12,7 @@ that of a token's k-th slot, and only `q_proj` and `o_proj` are replaced.
 Source: Mixture of Attention Heads: Selecting Attention Heads Per Token, arXiv:2210.05144.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,7 @@ from ...configuration.checks import PositiveInt
 from ..block import Parts, unwrapped
 from ..decisions import ExpertAssignment
 from ..dispatch import Dispatch, compute_dtype
-from ..layer_spec import MoELayerSpec
+from ..layer_spec import MoELayerSpec, Site
 from ..registry import register_attention
 from ..replacement import Replacement
 from ..routing import Router
@@ -65,6 +66,9 @@ class HeadQueries(Replacement):
     def routers(self) -> list[Router]:
         return [unwrapped(self.gate)]
 
+    def active_share(self, name: str, modality: int, experts: Callable[[Site], float]) -> float:
+        return experts(self.spec.site) / self.spec.num_experts if name == "weight" else 1.0
+
     def initialize(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)
 
@@ -88,6 +92,9 @@ class HeadOutputs(Replacement):
         super().__init__()
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size, head_dim))
+
+    def active_share(self, name: str, modality: int, experts: Callable[[Site], float]) -> float:
+        return experts(self.spec.site) / self.spec.num_experts if name == "weight" else 1.0
 
     def initialize(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)

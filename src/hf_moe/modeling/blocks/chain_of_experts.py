@@ -55,6 +55,8 @@ class ChainOfExperts(Block):
         slots = spec.num_experts_per_tok // num_iterations
         self.num_iterations = num_iterations
         self.inner_residual = inner_residual
+        self.shared_runs = num_iterations
+        self.runs_per_decision = 1 if independent_routers else num_iterations
         self.gate = nn.ModuleList()
         for step in range(num_iterations if independent_routers else 1):
             # The first keeps the site of the layer, by which saved statistics and overrides know it.

@@ -62,6 +62,7 @@ class GroveExperts(Experts):
             )
         groups = spec.num_experts // experts_per_group
         width = adjugate_size or max(1, spec.expert_intermediate_size // 6)
+        self.num_experts = spec.num_experts
         self.group_size = experts_per_group
         self.scale = adjugate_scale
         self.starts_at_zero = adjugate_init == "zero_down"
@@ -72,6 +73,9 @@ class GroveExperts(Experts):
         # Both parts have their first values already.
         if self.starts_at_zero:
             init.zeros_(self.adjugate.down_proj)
+
+    def parameters_per_run(self) -> list[float]:
+        return self.routed.parameters_per_run()
 
     @property
     def widths(self) -> list[int]:

@@ -69,13 +69,11 @@ class MultilinearExperts(Experts):
             when absent.
     """
 
-    # All factors work on every token.
-    whole = True
-
     def __init__(
         self, config, spec: MoELayerSpec, *, form: Literal["cp", "tr"] = "cp", rank: PositiveInt | None = None
     ):
         super().__init__()
+        self.num_experts = spec.num_experts
         width, outputs = spec.expert_intermediate_size, spec.output_size or spec.hidden_size
         if rank is None:
             dense = (spec.hidden_size * (2 if spec.gated else 1) + outputs) * width
@@ -84,6 +82,9 @@ class MultilinearExperts(Experts):
         self.into = MultilinearMap(spec.num_experts, spec.hidden_size, width, rank, form)
         self.back = MultilinearMap(spec.num_experts, width, outputs, rank, form)
         self.act_fn = ACT2FN[spec.hidden_act]
+
+    def parameters_per_token(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def initialize(self, std: float) -> None:
         self.into.initialize()

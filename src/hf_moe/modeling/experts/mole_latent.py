@@ -78,6 +78,9 @@ class LatentExperts(Experts):
         inner = self.act_fn(dispatch.linear(gate, self.gate_proj)) * dispatch.linear(up, self.up_proj)  # (M, f)
         return dispatch.linear(inner, self.down_proj)
 
+    def parameters_per_token(self) -> int:
+        return self.latent_proj.numel()
+
     @property
     def widths(self) -> list[int]:
         return [self.intermediate_dim] * self.num_experts

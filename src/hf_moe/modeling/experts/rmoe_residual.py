@@ -83,6 +83,11 @@ class ResidualExperts(StackedExperts):
                 for name in self.stack_names
             }
 
+    def parameters_per_run(self) -> list[float]:
+        # Core and residual are added before a token is multiplied with them.
+        count = sum(getattr(self, f"core_{name}").numel() for name in self.stack_names)
+        return [float(count)] * self.num_experts
+
     def parallel_plans(self) -> dict[str, dict[str, str]]:
         return Experts.parallel_plans(self)
 

@@ -42,6 +42,8 @@ class EmbeddingNetwork(SharedPart):
         classes (`int`, *optional*): C; without a head when `None`.
     """
 
+    runs_once = True
+
     def __init__(self, hidden_size: int, width: int, classes: int | None):
         super().__init__()
         self.inner = nn.Parameter(torch.empty(width, hidden_size))  # U_1

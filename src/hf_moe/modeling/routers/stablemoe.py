@@ -95,6 +95,9 @@ class StableMoERouter(TokenTableRouter):
     def fit(self, counts: torch.Tensor) -> None:
         """Leave the table to training; only the centroids of images are computed before."""
 
+    def idle_parameters(self) -> int:
+        return self.token_features.numel() - self.token_features.shape[1]
+
     def light_logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Return l (N, E) of rows (N,)."""
         return gate_logits(self.token_features[rows], self.light_weight)
