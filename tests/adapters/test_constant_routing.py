@@ -14,7 +14,7 @@ from hf_moe.modeling.routing import Router
 from hf_moe.modeling.routing_context import RoutingContext
 
 
-CONSTANT = {"constant", "condition", "modality", "uniperceiver_moe"}
+CONSTANT = {"constant", "condition", "modality", "moore", "uniperceiver_moe"}
 NAMES = mechanism_names("router")
 OPTIONS = {
     "soft_moe": {"slots_per_expert": 1},

@@ -121,7 +121,7 @@ def test_an_unknown_objective_leaves_the_old_ones():
     assert model(input_ids=ids, labels=ids).aux_loss == 0
 
 
-@pytest.mark.parametrize("block", ["cartesian_moe", "chain_of_experts", "mh_moe", "smoe_stratified"])
+@pytest.mark.parametrize("block", ["cartesian_moe", "chain_of_experts", "mh_moe", "moore", "smoe_stratified"])
 def test_routers_and_experts_of_a_block_are_converted(block):
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "block": block}
     model = HfMoeForConditionalGeneration(HfMoeConfig(text_config=LlamaConfig(**SIZES), moe_config=moe)).eval()

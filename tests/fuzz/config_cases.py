@@ -50,11 +50,11 @@ def result_of(config: dict[str, Any], tower: bool, overrides: RoutingOverrides |
         ids[:, : model.config.image_seq_length] = model.config.image_token_id
         pixels = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
         batch = {"input_ids": ids, "pixel_values": pixels}
+    batch["condition_ids"] = {name: torch.zeros(2, dtype=torch.long) for name in ("domain", "task")}
     with torch.no_grad():
         logits = model(**batch, routing_overrides=overrides).logits
     torch.manual_seed(0)
-    conditions = {name: torch.zeros(2, dtype=torch.long) for name in ("domain", "task")}
-    loss = model.train()(**batch, labels=ids, condition_ids=conditions).loss
+    loss = model.train()(**batch, labels=ids).loss
     loss.backward()
     return [logits, loss.detach()]
 
@@ -258,6 +258,7 @@ OPTIONS = {
     "visible_experts_rare": lambda value: whole(value, 1, 8),
     "frequent_mass": share,
     "image_experts": lambda value: value == [1, 2],
+    "rule": optional(lambda value: value in ([-1], [1, 2])),
     "latent_dim": optional(lambda value: whole(value, 1, 8)),
     "latent_group_size": optional(divides_eight),
     "refit_every": count,
@@ -288,6 +289,7 @@ OPTIONS = {
     "adjugate_size": optional(count),
     "adjugate_scale": lambda value: real(value, 0),
     "rank": optional(count),
+    "residual_init_std": lambda value: real(value, 0),
     "final_coef": optional(lambda value: real(value, 0)),
     "within_groups": optional(divides_eight),
     "by_width": flag,

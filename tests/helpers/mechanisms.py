@@ -67,6 +67,7 @@ ACTIVE_LOSS = {"objectives": {"active_balance": 0.01}}
 CHOICE_LOSS = {"objectives": {"signal": {"coef": 1.0, "signal": "choice_loss"}}}
 CHOICE_OF_A_BATCH = {"micro_batches": "while training, experts choose among the tokens of a batch"}
 STABLE = {name: {"name": "signal", "signal": name, "coef": 0.3} for name in ("overload", "distillation")}
+OVERLAP = {"orthogonality": {"name": "signal", "signal": "output_overlap", "coef": 0.1}}
 NOISY_GATES = {"micro_batches": "every micro-batch draws noise for its conditions"}
 NOISY_BATCH = {name: "a batch draws its noise at once" for name in ("micro_batches", "padding")}
 LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality of the next"}
@@ -126,6 +127,8 @@ CASES: dict[str, dict[str, Case]] = {
         "mmoe_multilinear": Case(moe=NO_LOSS),
         "mmoe_multilinear-softmax": Case({"gate_activation": "softmax"}),
         "moec": Case(),
+        "moore": Case(moe=NO_LOSS),
+        "moore-modality": Case({"conditioning": "modality"}, NO_LOSS),
         "moiie": Case(),
         "moiie-next_token": Case({"boundary_rule": "next_token"}, exempt=LOOKS_AHEAD),
         "nexus": Case({"domain_embedding_dim": 6, "projection_hidden": 12}),
@@ -206,6 +209,8 @@ CASES: dict[str, dict[str, Case]] = {
         "cartesian_moe-no_norm": Case({"inner_norm": False}),
         "mh_moe": Case(moe={"num_shared_experts": 1}),
         "mh_moe-no_parity": Case({"num_heads": 4, "parity": False}),
+        "moore": Case(moe={"num_shared_experts": 1, "num_experts_per_tok": 3}),
+        "moore-penalty": Case({"mode": "penalty"}, {"objectives": OVERLAP}),
         "smoe_stratified": Case(moe={"num_shared_experts": 1}),
         "smoe_stratified-three": Case({"strata": [1, 1, 2]}),
         "moe": Case(),

@@ -5,6 +5,7 @@ their experts several times, in series, or on pieces of a token. A block gets it
 config, so it names no mechanism.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -105,12 +106,16 @@ class Block(nn.Module):
         decision = context.drop_padding(gate(tokens, context))
         site = unwrapped(gate).spec.site
         context.decisions[site] = decision
-        output = run_experts(experts, tokens, decision)
+        output = run_experts(experts, tokens, decision, self.combine)
         if "outputs" in context.wanted:
             # What follows is computed from the view that is kept, so that the view's gradient is the output's.
             context.outputs[site] = output.view(*context.token_mask.shape, -1)
             output = context.outputs[site].flatten(0, 1)
         return output, decision
+
+    def combine(self, experts: nn.Module, tokens: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
+        """Return the outputs of the assigned experts for the tokens (T, d), joined by their weights."""
+        return run_assignment(experts, tokens, assignment)
 
     def add_shared(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Return the routed experts' `output` with the shared branch's for the same tokens, both (T, d).
@@ -132,15 +137,24 @@ def unwrapped(gate: Any) -> Router:
     return gate.get_base_layer() if hasattr(gate, "get_base_layer") else gate
 
 
-def run_experts(experts: nn.Module, tokens: torch.Tensor, decision: Decision) -> torch.Tensor:
-    """Return what the experts make of the tokens (T, d)."""
+def run_experts(
+    experts: nn.Module,
+    tokens: torch.Tensor,
+    decision: Decision,
+    combine: Callable[[nn.Module, torch.Tensor, ExpertAssignment], torch.Tensor] = run_assignment,
+) -> torch.Tensor:
+    """Return what the experts make of the tokens (T, d).
+
+    Args:
+        combine (`Callable`, *optional*): runs the experts of an assignment and joins their outputs.
+    """
     if not isinstance(decision, ExpertAssignment):
         if getattr(experts, "num_experts", decision.num_experts) != decision.num_experts:
             raise refuse_mixture(decision)
         return experts(tokens, decision)
     if decision.input_scale is not None:
         tokens = tokens * decision.input_scale[:, None].to(tokens.dtype)
-    output = run_assignment(experts, tokens, decision)
+    output = combine(experts, tokens, decision)
     if decision.identity_weight is not None:
         output = output + tokens * decision.identity_weight[:, None].to(tokens.dtype)
     return output

@@ -90,3 +90,16 @@ def run_assignment(experts: nn.Module, hidden_states: torch.Tensor, assignment: 
     token, slot = torch.where(index < assignment.num_experts)  # (M,) both
     output = experts(hidden_states[token], index[token, slot, None], weight[token, slot, None])
     return output.new_zeros(len(hidden_states), output.shape[-1]).index_add(0, token, output)
+
+
+def slot_outputs(
+    experts: nn.Module, hidden_states: torch.Tensor, expert_index: torch.Tensor, num_experts: int
+) -> torch.Tensor:
+    """Return what the expert of every slot (T, K) makes of its token, (T, K, out), not weighed; 0 at empty slots.
+
+    The experts run once, on every slot as if it were a token with one expert, which any kind and backend serves.
+    """
+    index = expert_index.reshape(-1, 1)  # (T * K, 1)
+    single = ExpertAssignment(index, (index < num_experts).to(hidden_states.dtype), num_experts)
+    output = run_assignment(experts, hidden_states.repeat_interleave(expert_index.shape[1], dim=0), single)
+    return output.unflatten(0, expert_index.shape)

@@ -50,12 +50,13 @@ def per_row_logits(hidden_states: torch.Tensor, weight: torch.Tensor, gate_of_ro
         return torch.bmm(rows, weight.float()[gate_of_row].transpose(1, 2)).flatten(0, 1)
 
 
-def gate_overlap(weight: torch.Tensor) -> torch.Tensor:
-    """Return the mean of cos(W_i, W_j)^2 over the pairs i != j of a gate's rows (E, d), a float32 scalar."""
-    rows = F.normalize(weight.float(), dim=-1)  # (E, d)
-    cosines = (rows @ rows.T).square()  # (E, E)
-    pairs = len(rows) * (len(rows) - 1)
-    return (cosines.sum() - cosines.diagonal().sum()) / max(pairs, 1)
+def row_overlap(rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean of cos(r_i, r_j)^2 over the pairs i != j of N rows (..., N, d), (...) float32."""
+    with torch.autocast(rows.device.type, enabled=False):
+        units = F.normalize(rows.float(), dim=-1)  # (..., N, d)
+        cosines = (units @ units.mT).square()  # (..., N, N)
+        apart = cosines.sum((-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return apart / max(rows.shape[-2] * (rows.shape[-2] - 1), 1)
 
 
 def apply_overrides(logits: torch.Tensor, spec: MoELayerSpec, context: RoutingContext) -> torch.Tensor:

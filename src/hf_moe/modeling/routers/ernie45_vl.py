@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, NonNegativeInt, Positive
 from ..decisions import ExpertAssignment
-from ..gating import BiasBalancedRouter, assign, bank_sizes, gate_logits, gate_overlap, is_vision, mask_other_bank
+from ..gating import BiasBalancedRouter, assign, bank_sizes, gate_logits, is_vision, mask_other_bank, row_overlap
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing_context import RoutingContext, is_one_of
@@ -86,6 +86,6 @@ class Ernie45VLRouter(BiasBalancedRouter):
             gate_index=gate_index,
         )
         if "gate_overlap" in context.wanted:
-            overlaps = [gate_overlap(rows) for rows in self.weight.split(self.bank_sizes)]
+            overlaps = [row_overlap(rows) for rows in self.weight.split(self.bank_sizes)]
             assignment.signals["gate_overlap"] = torch.stack(overlaps).mean().expand(len(logits))  # (T,)
         return assignment
