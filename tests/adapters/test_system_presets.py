@@ -69,6 +69,7 @@ MOA = {
     "router_input": "target",
     "model_part": "towers",
 }
+SMOLA = {"r": 4, "lora_alpha": 4, "num_experts_per_tok": None, "router_input": "target"}
 # What differs from a config that is given nothing.
 PRESETS = {
     ("becotta", None): {
@@ -161,6 +162,20 @@ PRESETS = {
         "router": {"name": "smora"},
         "router_input": "target",
         "model_part": "language_model",
+    },
+    ("omni_smola", "token"): {
+        **SMOLA,
+        "model_part": "language_model",
+        "num_experts": 48,
+        "target_modules": [*ATTENTION, *FEED_FORWARD],
+        "router": {"name": "omni_smola", "scope": "token"},
+    },
+    ("omni_smola", "sequence"): {
+        **SMOLA,
+        "model_part": "towers",
+        "num_experts": 16,
+        "target_modules": "all-linear",
+        "router": {"name": "omni_smola", "scope": "sequence", "num_text_experts": 0, "num_vision_experts": 0},
     },
     ("lora", None): {
         "r": 8,

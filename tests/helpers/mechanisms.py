@@ -145,6 +145,10 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "omni_router": Case(),
         "omni_router-modalities": Case({"modalities": ["text", "image"]}),
+        "omni_smola": Case(moe={"num_experts": 6, **NO_LOSS}),
+        "omni_smola-sequence": Case(
+            {"scope": "sequence", "num_text_experts": 0, "slots_per_expert": 2}, NO_LOSS, "vision"
+        ),
         "rmoe_layerwise": Case({"router_state_dim": 8}),
         "rmoe_layerwise-rnn": Case({"router_state_dim": 8, "router_cell": "rnn"}),
         "smora": Case(),

@@ -23,13 +23,18 @@ NO_ADAPTER = {
     "hash_layers-previous": "set codebook_size=1",
     "meo": "choose another, such as 'top_k'",
     "omni_router": "choose one .* such as 'top_k'",
+    "omni_smola-sequence": "adapt a vision tower or an encoder",
     "rmoe_layerwise": "choose one .* such as 'top_k'",
     "soft_moe": "adapt a vision tower or an encoder",
     "speechmoe": "choose one .* such as 'top_k'",
     "uniperceiver_moe": "choose another, such as 'top_k'",
     "uniperceiver_moe-mixed": None,
 }
-NO_HOST = {"hash_layers-previous": "set codebook_size=1", "soft_moe": "put it into vision_moe_config"}
+NO_HOST = {
+    "hash_layers-previous": "set codebook_size=1",
+    "omni_smola-sequence": "put it into vision_moe_config",
+    "soft_moe": "put it into vision_moe_config",
+}
 GENERATE = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
 
 

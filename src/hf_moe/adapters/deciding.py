@@ -10,7 +10,6 @@ from ..modeling.layer_spec import Site
 from ..modeling.routing import Router
 from ..modeling.routing_context import RoutingContext
 from .contexts import LayerCall, are_tokens, unknown_tokens
-from .experts import ExpertKind
 from .low_rank import SharedAssignment
 
 
@@ -98,7 +97,7 @@ def check_gradient(decision: Decision, router: Router) -> None:
 
 
 @torch.no_grad()
-def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | None) -> None:
+def check_decision_of(router: Router, takes_mixed_slots: bool, tokens_known: str | None) -> None:
     """Refuse a router whose decisions the experts of a target cannot run, or that reads what is not known there."""
     if "call" in router.reads or any(parameter.is_meta for parameter in router.parameters()):
         return
@@ -111,7 +110,7 @@ def check_decision_of(router: Router, experts: ExpertKind, tokens_known: str | N
             ids, features = context.modality_ids[:, 0], probe.new_zeros(1, router.num_condition_features)
             context.condition_ids = {router.condition: ids if router.num_conditions else features}
     decision = router(probe[0], context)
-    if router.mixes_slots and experts.takes_mixed_slots:
+    if router.mixes_slots and takes_mixed_slots:
         return
     if router.mixes_slots or not isinstance(decision, ExpertAssignment):
         kind = SlotMixture if router.mixes_slots else type(decision)

@@ -167,6 +167,10 @@ class MoeLoraLayer(BaseTunerLayer):
         target = self.experts[adapter_name].target
         return target.num_experts // target.num_host_experts
 
+    def takes_mixed_slots(self, adapter_name: str) -> bool:
+        """Whether an adapter's experts run on mixed slots here."""
+        return self.experts[adapter_name].takes_mixed_slots
+
     def scaled_b(self, adapter_name: str) -> torch.Tensor:
         """Return the B of an adapter, as it is stored, times its scaling."""
         lora_b, scaling = self.moe_lora_B(adapter_name), self.scaling[adapter_name]

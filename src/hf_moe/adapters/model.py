@@ -185,13 +185,13 @@ class MoeLoraModel(BaseTuner):
                 new_module.requires_grad_(False)
             self._replace_module(parent, target_name, new_module, target)
             target = new_module
-        if router is not None:
-            try:
-                check_decision_of(router, target.experts[adapter_name], tokens_known)
-            except ValueError as error:
-                raise TargetRefused(str(error)) from error
-            if settings.router_input != "target" and "call" not in router.reads:
-                target.router_owner[adapter_name] = target
+        deciding = (owner or target).moe_lora_router[adapter_name]
+        try:
+            check_decision_of(deciding, target.takes_mixed_slots(adapter_name), tokens_known)
+        except ValueError as error:
+            raise TargetRefused(str(error)) from error
+        if router is not None and settings.router_input != "target" and "call" not in router.reads:
+            target.router_owner[adapter_name] = target
         if layer is not None and not is_made_by(layer, adapted_layer_class):
             hosts.swap_class(layer, adapted_layer_class(type(layer), tokens_known is not None))
 

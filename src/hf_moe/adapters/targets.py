@@ -112,6 +112,9 @@ class ParamWrapper(nn.Module, MoeLoraLayer):
         host = self.num_host_experts
         return replace(per_expert, num_experts=len(ranks), ranks=ranks, num_host_experts=host)
 
+    def takes_mixed_slots(self, adapter_name: str) -> bool:
+        return False  # a slot is no token, of which the host knows the experts
+
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(0, (-1, self.num_host_experts)) if tensor.dim() > 2 else tensor
 

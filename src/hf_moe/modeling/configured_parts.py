@@ -34,12 +34,13 @@ class ConfiguredParts:
 
     def router(self, spec: MoELayerSpec) -> Router:
         cls, options = self.named("router", spec)
-        if cls.looks_ahead and spec.causal:
+        router = build("router", cls, options, spec)
+        if router.looks_ahead and spec.causal:
             raise ValueError(
-                f"The router {cls.mechanism_name!r} of layer {spec.layer_idx} mixes all tokens of a sequence, which "
+                f"The router {router.mechanism_name!r} of layer {spec.layer_idx} mixes all tokens of a row, which "
                 "must not see later ones: put it into vision_moe_config, audio_moe_config or connector_moe_config."
             )
-        return at_least_float32(build("router", cls, options, spec))
+        return at_least_float32(router)
 
     def experts(self, spec: MoELayerSpec) -> Experts:
         cls, options = self.named("experts", spec)

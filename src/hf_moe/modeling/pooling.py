@@ -129,11 +129,7 @@ class PooledRouter(Router):
             counted = counted & is_one_of(context.modality_ids.to(device), self.modalities)
         ends = torch.zeros_like(mask)
         if self.end_token_id is not None:
-            if context.input_ids is None:
-                raise ValueError(
-                    f"end_token_id={self.end_token_id} is looked for in the input_ids, which this call did not give."
-                )
-            ends = (context.input_ids.to(device) == self.end_token_id) & mask
+            ends = instruction_ends(context, self.end_token_id, device)
         if past is not None:
             flags = past[..., -2:].to(device).bool()
             counted, ends = torch.cat([flags[..., 0], counted], 1), torch.cat([flags[..., 1], ends], 1)
@@ -207,6 +203,17 @@ class PooledRouter(Router):
                 stacklevel=2,
             )
             self._same_rows = None
+
+
+def instruction_ends(context: RoutingContext, end_token_id: int, device: torch.device) -> torch.Tensor:
+    """Return the real tokens that end an instruction, (B, S) bool.
+
+    Raises:
+        ValueError: if the call has no `input_ids`.
+    """
+    if context.input_ids is None:
+        raise ValueError(f"end_token_id={end_token_id} is looked for in the input_ids, which this call did not give.")
+    return (context.input_ids.to(device) == end_token_id) & context.token_mask.to(device)
 
 
 def _running_sum(values: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:

@@ -78,7 +78,7 @@ def test_slots_of_one_token_each_are_the_dense_layer():
 
 
 def test_a_causal_layer_refuses_it():
-    with pytest.raises(ValueError, match="all tokens of a sequence.*vision_moe_config"):
+    with pytest.raises(ValueError, match="all tokens of a row.*vision_moe_config"):
         HfMoeForConditionalGeneration(HfMoeConfig(text_config=LlamaConfig(**TEXT), moe_config={"router": "soft_moe"}))
 
 

@@ -21,6 +21,7 @@ from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing import Router
 from ..routing_context import RoutingContext
+from ..soft_slots import refuse_documents, slot_combine, slot_dispatch
 
 
 @register_router("soft_moe")
@@ -49,17 +50,12 @@ class SoftMoeRouter(Router):
             init.ones_(self.scale)
 
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> SlotMixture:
-        if context.documents is not None:
-            raise ValueError(
-                "The router 'soft_moe' mixes all tokens of a row, and this one holds several documents: leave packing "
-                "out, or choose another router."
-            )
+        refuse_documents(context, "soft_moe")
         weight = self.weight
         if self.scale is not None:
             hidden_states = F.normalize(hidden_states.float(), dim=-1)
             weight = self.scale * F.normalize(weight.float(), dim=-1)
-        mask = context.token_mask.to(hidden_states.device)[..., None]  # (B, S, 1)
-        logits = gate_logits(hidden_states, weight).view(*mask.shape[:2], -1)  # (B, S, N)
-        dispatch = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(1)
-        combine = logits.softmax(-1).masked_fill(~mask, 0.0)
-        return SlotMixture(dispatch.masked_fill(~mask, 0.0), combine, self.spec.num_experts, router_logits=logits)
+        mask = context.token_mask.to(hidden_states.device)  # (B, S)
+        logits = gate_logits(hidden_states, weight).view(*mask.shape, -1)  # (B, S, N)
+        dispatch, combine = slot_dispatch(logits, mask), slot_combine(logits, mask)
+        return SlotMixture(dispatch, combine, self.spec.num_experts, router_logits=logits)
