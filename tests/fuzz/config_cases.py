@@ -101,6 +101,7 @@ MOE_FIELDS = {
     "layer": optional(nothing),
     "objectives": lambda value: value is None or value == {},
     "residual_mix": per_layer(lambda value: value is False),
+    "attention_blocks": lambda value: value in (None, "image", "audio"),
     "token_balanced_loss": flag,
 }
 CONFIG_FIELDS = {

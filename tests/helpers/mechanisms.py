@@ -221,7 +221,13 @@ CASES: dict[str, dict[str, Case]] = {
         "moe-residual": Case(moe={"num_shared_experts": 1, "residual_mix": True}),
     },
     "attention": {"moa_attention_heads": Case({"num_experts": 6}, text={"num_key_value_heads": 1})},
-    "layer": {"mot_transformers": Case(), "mot_transformers-attention": Case({"untie": ["attention"]})},
+    "layer": {
+        "mot_transformers": Case(),
+        "mot_transformers-attention": Case({"untie": ["attention"]}),
+        "mot_transformers-blocks": Case(
+            moe={"attention_blocks": "image"}, exempt={"decoding": "an image that is cut in two does not see itself"}
+        ),
+    },
     "connector": {"mlp": Case(), "pixel_shuffle": Case(tower={"patch_size": 4})},
     "host": {"composed": Case()},
 }

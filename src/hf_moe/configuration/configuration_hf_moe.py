@@ -179,6 +179,11 @@ class HfMoeConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} holds objectives, and those of all MoE layers are in moe_config.objectives: move them."
                 )
+            if tower.attention_blocks is not None:
+                raise ValueError(
+                    f"{name}.attention_blocks={tower.attention_blocks!r} is of the decoder, whose attention is "
+                    "causal: set moe_config.attention_blocks."
+                )
             # How many layers a tower has is known when it is built: its config need not tell.
             tower.fill_numbers(8, 2)
 

@@ -81,6 +81,9 @@ class MoeConfig(PreTrainedConfig):
         residual_mix (`bool`, defaults to `False`):
             Weigh the routed experts and the shared branch by a learned softmax of two, as residual MoE does
             (arXiv:2201.05596); needs `num_shared_experts`.
+        attention_blocks (`str`, *optional*):
+            Whose runs of tokens see each other in both directions: those of a modality, such as `"image"`, or of each
+            id from 1 on of a condition of tokens, see `modeling/attention_blocks.py`. Of the whole decoder.
         token_balanced_loss (`bool`, defaults to `False`):
             Divide the language loss of a sample by all of its tokens, those of images included, as ERNIE 4.5 VL does.
             Only the model's own loss: trainers that compute theirs outside of the model have no use for it.
@@ -105,6 +108,7 @@ class MoeConfig(PreTrainedConfig):
     layer: dict | str | None = None
     objectives: dict[str, Any] | None = field(default_factory=dict)
     residual_mix: bool | dict[str | int, bool] = per_layer(default=False)
+    attention_blocks: str | None = None
     token_balanced_loss: bool = False
 
     def __post_init__(self, **kwargs):

@@ -15,7 +15,7 @@ from .moe_blocks import BlockReading
 
 
 # What a system brings to a host whose own experts stay.
-BESIDE_EXPERTS = ("objectives", "token_balanced_loss", "attention", "layer")
+BESIDE_EXPERTS = ("objectives", "token_balanced_loss", "attention", "layer", "attention_blocks")
 
 
 @dataclass(frozen=True)

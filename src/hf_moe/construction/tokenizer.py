@@ -15,6 +15,8 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
+# The steps of a multimodal chain of thought that draws an image (MINT, arXiv:2503.01298).
+STEPS = ("plan", "draft", "reflection", "correction")
 
 # The assistant's text and the end of its turn stand inside the generation marks: what the model is trained to write. A
 # generation prompt ends in no white space, with which a tokenizer would split an answer otherwise than in training.
@@ -22,7 +24,10 @@ TEMPLATE = """\
 {%- macro parts(content) -%}
 {%- if content is string -%}{{ content }}
 {%- else -%}
-{%- for part in content -%}{{ '@IMAGE' if part['type'] in ('image', 'image_url') else part['text'] }}{%- endfor -%}
+{%- for part in content -%}
+{{- '<|' + part['step'] + '|>' if part['step'] else '' -}}
+{{- '@IMAGE' if part['type'] in ('image', 'image_url') else part['text'] -}}
+{%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
 @BEGIN
@@ -45,6 +50,7 @@ TEXTS_OF_PARTS = """\
 {%- if message['content'] is defined and message['content'] is not none and message['content'] is not string -%}
 {%- set text -%}
 {%- for part in message['content'] -%}
+{{- '<|' + part['step'] + '|>' if part['step'] else '' -}}
 {{- '@IMAGE' if part['type'] in ('image', 'image_url') else part['text'] -}}
 {%- endfor -%}
 {%- endset -%}
@@ -163,6 +169,21 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer.convert_tokens_to_ids(image_token)
+
+
+def add_steps(tokenizer: PreTrainedTokenizerBase, steps: Iterable[str] = STEPS) -> list[int]:
+    """Make the tokenizer know the markers of steps, and return their ids; before a model is built for it.
+
+    A part of a message begins a step where it says so: `{"type": "image", "step": "draft", ...}` is written as
+    `<|draft|><image>`. A tokenizer's own chat template that reads parts by itself writes no markers.
+
+    Args:
+        steps: their names.
+    """
+    markers = [f"<|{step}|>" for step in steps]
+    added = [AddedToken(marker, special=True, normalized=False) for marker in markers]
+    tokenizer.add_tokens(added, special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(markers)
 
 
 def train_word_tokenizer(texts: Iterable[str], image_token: str = IMAGE_TOKEN) -> PreTrainedTokenizerFast:

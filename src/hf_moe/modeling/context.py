@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .attention_blocks import masks_with_blocks
 from .block import Block
 from .inputs import (
     ModalityUnknown,
@@ -120,10 +121,15 @@ def _known_modalities(model: PreTrainedModel, inputs: dict[str, Any], tokens: to
         return functools.partial(modalities_of, model, inputs, tokens)
 
 
-def carry_context(backbone: Any, decoder: Any) -> None:
-    """Let a host carry the routing context: its model without a head where that is called, and its decoder inwards."""
+def carry_context(backbone: Any, decoder: Any, attention_blocks: str | None = None) -> None:
+    """Let a host carry the routing context: its model without a head where that is called, and its decoder inwards.
+
+    Args:
+        attention_blocks: of the `moe_config`.
+    """
     backbone.arguments = Arguments.of(type(backbone).forward)
     decoder.max_positions = learned_positions(decoder)
+    decoder.attention_blocks, decoder.arguments = attention_blocks, Arguments.of(type(decoder).forward)
     backbone.register_forward_pre_hook(_enter, with_kwargs=True)
     backbone.register_forward_hook(_leave, with_kwargs=True)
     backbone.__class__ = closing_class(type(backbone))
@@ -214,4 +220,8 @@ def _hand_down(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
         check_mask_and_positions(tokens, *given)
     embeddings = kwargs.get("inputs_embeds")
     context.embeddings = None if embeddings is None else embeddings.detach()
+    if decoder.attention_blocks is not None:
+        kwargs = {**dict(zip(decoder.arguments.positional, args, strict=False)), **kwargs}
+        kwargs["attention_mask"] = masks_with_blocks(decoder, context, decoder.attention_blocks, kwargs)
+        args = ()
     return args, {**kwargs, "routing_context": context}

@@ -138,7 +138,7 @@ class HfMoeForConditionalGeneration(HfMoePreTrainedModel, GenerationMixin):
         self.objectives = AuxiliaryLosses(config, [router.spec for router in routers_of(self).values()])
         kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
         self._keep_in_fp32_modules_strict = {*kept, *float32_patterns(self)}
-        carry_context(self.base_model, decoder)
+        carry_context(self.base_model, decoder, config.moe_config.attention_blocks)
         follow_steps(self)
         self.register_forward_pre_hook(pass_context, with_kwargs=True)
         self.register_forward_hook(add_objectives, with_kwargs=True)
