@@ -30,6 +30,12 @@ OWN_FIELDS = {
     "adamoe": ["num_experts_per_tok=4"],  # half of them on null experts
     "anyexperts": ["router={name: anyexperts, min_slots: 1, max_slots: 4, max_virtual_share: 0.2}"],
     "evomoe_dtr": ["num_experts_per_tok=1"],
+    "grove_moe": ["experts={name: grove_moe, adjugate_size: 16}"],  # a sixth of the width, as in the paper
+    # Its variant with equal numbers of experts for all tokens.
+    "hmoe_heterogeneous": [
+        "router=top_k",
+        "objectives={load_balance: {coef: 0.01, by_width: true, shares: tokens}}",
+    ],
     "moma": ["num_experts_per_tok=1"],
 }
 TASKS = ("shapes", "emoji")

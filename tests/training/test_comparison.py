@@ -186,10 +186,9 @@ def test_a_list_trains_nothing_and_shows_sizes(recipe_file, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("system", "reason"),
     [
-        ("llava", "llava: it has no routed feed-forwards in the decoder"),
+        ("llava", "llava: it changes nothing in the decoder"),
         ("becotta", "becotta: The system 'becotta' has no form 'model': use hf_moe.MoeLoraConfig"),
-        ("mot_transformers", "mot_transformers: it has no routed feed-forwards"),
-        ("cumo", "cumo: it mixes experts outside of the decoder's feed-forwards"),
+        ("cumo", "cumo: it mixes experts outside of the decoder"),
         ("top_kk", "top_kk: .*'top_k'"),
         ("condition", "condition: its routing on this recipe is refused"),
         ("anyexperts", r"anyexperts: .*moe_config.*max_slots"),
@@ -225,3 +224,29 @@ def test_a_width_that_is_given_stays(recipe_file, tmp_path):
 def test_a_difference_beyond_the_tolerance_is_refused(recipe_file, tmp_path):
     with pytest.raises(ValueError, match="moiie: with experts of width 64 .* times .*--tolerance"):
         plan(Comparison(recipe=recipe_file, systems=["top_k", "moiie"], folder=tmp_path, tolerance=0.0))
+
+
+def test_what_has_no_experts_is_fitted_by_its_feed_forwards(recipe_file, tmp_path):
+    comparison = Comparison(recipe=recipe_file, systems=["top_k", "mot_transformers"], folder=tmp_path, seeds=1)
+    contestants, rows = plan(comparison)
+    first, other = (item.facts for item in contestants)
+    # Two of four experts of width 64, without their router.
+    assert other["layers"] == [] and other["width"] == 128
+    assert other["mean_active"] == pytest.approx(first["mean_active"], rel=0.03)
+    run = compare(comparison)["systems"]["mot_transformers"]["runs"][0]
+    assert run["active"] == other["active"] and run["experts_per_token"] == run["entropy"] == {}
+    line = next(text for text in (tmp_path / "comparison.md").read_text().splitlines() if "`mot_tr" in text)
+    assert line.count("| – ") == 3  # no experts, and of text and images no entropy
+
+
+def test_banks_of_several_widths_keep_their_proportions(recipe_file, tmp_path):
+    own = {"hmoe_heterogeneous": ["router=top_k", "objectives={}"]}
+    comparison = Comparison(
+        recipe=recipe_file, systems=["top_k", "hmoe_heterogeneous"], folder=tmp_path, overrides_of=own, tolerance=0.1
+    )
+    contestants, _ = plan(comparison)
+    banks = contestants[1].recipe.model["moe_config"]["expert_banks"]
+    widths = [bank["intermediate_size"] for bank in banks.values()]
+    assert sum(widths) / 8 == pytest.approx(contestants[1].facts["width"], abs=0.5)
+    assert widths == pytest.approx([n / 16 * contestants[1].facts["width"] for n in range(9, 24, 2)], abs=0.51)
+    assert contestants[1].facts["mean_active"] == pytest.approx(contestants[0].facts["mean_active"], rel=0.1)

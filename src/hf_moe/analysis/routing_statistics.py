@@ -29,6 +29,7 @@ class RoutingStatistics:
         signals: site -> name -> (NUM_MODALITIES,) float64, a router's signal summed over real tokens.
         slot_histograms: site -> (NUM_MODALITIES, most slots + 1) int64, the tokens by their number of slots, of
             routers that report `slots`.
+        seen: (NUM_MODALITIES,) int64 real tokens that the decoder saw.
     """
 
     def __init__(self) -> None:
@@ -37,9 +38,12 @@ class RoutingStatistics:
         self.tokens: dict[Site, torch.Tensor] = {}
         self.signals: dict[Site, dict[str, torch.Tensor]] = {}
         self.slot_histograms: dict[Site, torch.Tensor] = {}
+        self.seen = torch.zeros(NUM_MODALITIES, dtype=torch.int64)
 
     def update(self, context: RoutingContext) -> None:
         """Add the decisions of one forward pass."""
+        real = context.modality_ids[context.token_mask]
+        self.seen += torch.bincount(real, minlength=NUM_MODALITIES).cpu()
         for part in context.contexts():
             for site, decision in part.decisions.items():
                 if isinstance(decision, ExpertAssignment):
@@ -184,5 +188,5 @@ def active_parameters(model: torch.nn.Module, statistics: RoutingStatistics) -> 
     return {
         name: count_active(model, MeanUse(statistics, row))
         for row, name in enumerate(MODALITIES)
-        if any(tokens[row] > 0 for tokens in statistics.tokens.values())
+        if statistics.seen[row] > 0
     }

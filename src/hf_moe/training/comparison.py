@@ -9,8 +9,9 @@ holds for all of them, and the rest is each system's own. Then what would favour
 - **Data order and steps** are those of the recipe; the digest of all token ids, in the order in which the model saw
   them, has to be the same for all systems of a seed.
 - **Active parameters.** The width of the experts, in steps of `WIDTH_STEP`, is the one at which the decoder parameters
-  that work on a mean token at the start are nearest to the first system's. Where a router uses more or fewer experts
-  as it learns, the table says where it ended.
+  that work on a mean token at the start are nearest to the first system's. Banks of several widths keep their
+  proportions; of a system without routed feed-forwards it is the width of the dense ones. Where a router uses more or
+  fewer experts as it learns, the table says where it ended.
 
 A run that is finished is read again by the fingerprint of what ran, so that a comparison goes on where it was stopped,
 and systems can be added to it.
@@ -18,7 +19,7 @@ and systems can be added to it.
 
 import argparse
 import json
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -33,7 +34,6 @@ from ..configuration.systems import list_systems, load_system
 from ..data import VisionLanguageCollator
 from ..evaluation.report import machine, versions
 from ..modeling.mechanisms import mechanism_names
-from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from .checks import named
 from .comparison_report import comparison_table, plan_table, write_comparison
 from .comparison_run import build, initial_state, mean_active, train_contestant
@@ -191,7 +191,7 @@ def plan(comparison: Comparison) -> tuple[list[Contestant], dict[str, Any]]:
                 refusals.append(f"{name}: {error}")
                 continue
             _keep(path, fingerprint, facts)
-        contestants.append(Contestant(name, _with_width(recipe, facts["width"]), content, facts))
+        contestants.append(Contestant(name, _sized(recipe, facts["sizes"]), content, facts))
     if refusals:
         raise ValueError("Not all of these can be compared. " + " ".join(refusals))
     return contestants, rows
@@ -213,46 +213,75 @@ def fit(
         job = build(recipe, rows, comparison.folder)
     blocks = job.model.moe_blocks()
     config = job.model.config
-    elsewhere = sorted(str(site) for site, block in blocks.items() if block.spec.place)
-    if elsewhere or config.moe_config.attention is not None or config.moe_config.layer is not None:
-        raise ValueError("it mixes experts outside of the decoder's feed-forwards, whose parameters are not counted.")
+    if any(block.spec.place for block in blocks.values()):
+        raise ValueError("it mixes experts outside of the decoder, whose parameters are not counted.")
     collator = VisionLanguageCollator(job.processor, feature_cache=job.features, config=config)
     with named("its routing on this recipe"), autocast(job.model, recipe.evaluation):
         statistics = collect_routing(job.model, collator, rows["eval"], limit=COUNTED_ROWS)
 
-    def active_at(width: int) -> dict[str, int]:
-        trial = deepcopy(config)
-        trial.moe_config.expert_intermediate_size = width
-        with torch.device("meta"):
-            model = HfMoeForConditionalGeneration._from_config(trial)
+    def at(width: int) -> dict[str, int]:
+        with named(f"its model with experts of width {width}"):
+            model = build(_sized(recipe, sizes_at(width)), rows, comparison.folder).model
         return active_parameters(model, statistics)
 
-    spec = next(iter(blocks.values())).spec
-    width = spec.expert_intermediate_size
+    width, sizes_at = _sizes(job.model)
+    sizes = sizes_at(width)
     active = active_parameters(job.model, statistics)
-    if not fixed and target is not None:
+    if fixed or target is None:
+        sizes = {}
+    else:
         here = mean_active(active, statistics)
-        slope = (mean_active(active_at(width + WIDTH_STEP), statistics) - here) / WIDTH_STEP
+        # Far from it, so that the rounding of many widths does not count.
+        other = width // 2
+        slope = (here - mean_active(at(other), statistics)) / (width - other)
         if slope <= 0:
             raise ValueError("its experts have widths of their own, which cannot be fitted to the first system's.")
         width = max(WIDTH_STEP, WIDTH_STEP * round((width + (target - here) / slope) / WIDTH_STEP))
-        with named(f"its model with experts of width {width}"):
-            build(_with_width(recipe, width), rows, comparison.folder)
-        active = active_at(width)
+        sizes, active = sizes_at(width), at(width)
         reached = mean_active(active, statistics) / target
         if abs(reached - 1) > comparison.tolerance:
             raise ValueError(
                 f"with experts of width {width} its active parameters are {reached:.3f} times {target:,.0f}, those of "
                 f"{comparison.systems[0]}: allow it by --tolerance, or choose its sizes by --set-for."
             )
+    first = next(iter(blocks.values()), None)
     return {
         "layers": sorted(job.model.moe_layers()),
-        "num_experts": spec.num_experts,
-        "num_experts_per_tok": spec.num_experts_per_tok,
+        "num_experts": None if first is None else first.spec.num_experts,
+        "num_experts_per_tok": None if first is None else first.spec.num_experts_per_tok,
         "width": width,
+        "sizes": sizes,
         "active": active,
         "mean_active": mean_active(active, statistics),
     }
+
+
+def _sizes(model: Any) -> tuple[int, Callable[[int], dict[str, Any]]]:
+    """Return the mean width of a model's experts, and what gives a recipe's model another: section -> its fields.
+
+    Banks of several widths keep their proportions. Without routed feed-forwards, it is the width of the dense ones.
+    """
+    config, blocks = model.config, model.moe_blocks()
+    if not blocks:
+        text = config.get_text_config(decoder=True)
+        return text.intermediate_size, lambda width: {"language_model": {"intermediate_size": width}}
+    banks = config.moe_config.expert_banks or {}
+    if not all(isinstance(bank, dict) and bank.get("intermediate_size") for bank in banks.values()) or not banks:
+        own = next(iter(blocks.values())).spec.expert_intermediate_size
+        return own, lambda width: {"moe_config": {"expert_intermediate_size": width}}
+    experts = sum(bank["num_experts"] for bank in banks.values())
+    mean = sum(bank["num_experts"] * bank["intermediate_size"] for bank in banks.values()) / experts
+
+    def scaled(width: int) -> dict[str, Any]:
+        factor = width / mean
+        sizes = {name: max(1, round(bank["intermediate_size"] * factor)) for name, bank in banks.items()}
+        return {
+            "moe_config": {
+                "expert_banks": {name: {**bank, "intermediate_size": sizes[name]} for name, bank in banks.items()}
+            }
+        }
+
+    return round(mean), scaled
 
 
 def _read(comparison: Comparison, name: str) -> tuple[Recipe, dict[str, Any]]:
@@ -264,9 +293,12 @@ def _read(comparison: Comparison, name: str) -> tuple[Recipe, dict[str, Any]]:
     keys, routers = [record.key for record in list_systems()], mechanism_names("router")
     if name in keys:
         content = load_system(name).fields("model")
-        if content.get("layers") == []:
-            raise ValueError("it has no routed feed-forwards in the decoder, so there is nothing of it to compare.")
-        chosen = [f"model.system={name}"]
+        dense = content.get("layers") == []
+        if dense and "attention" not in content and "layer" not in content:
+            raise ValueError("it changes nothing in the decoder, so there is nothing of it to compare.")
+        # What holds for all systems holds where these have it.
+        chosen = [f"model.system={name}", *["model.moe_config.layers=[]"] * dense]
+        chosen += ["model.moe_config.num_experts=null"] * ("expert_banks" in content)
     elif name in routers:
         content = {"router": {"name": name}}
         chosen = ["model.system=null", f"model.moe_config.router={name}"]
@@ -298,9 +330,14 @@ def _own_names(comparison: Comparison, name: str) -> list[str]:
     return [override.partition("=")[0] for override in comparison.overrides_of.get(name, ())]
 
 
-def _with_width(recipe: Recipe, width: int) -> Recipe:
-    moe_config = {**(recipe.model.get("moe_config") or {}), "expert_intermediate_size": width}
-    return replace(recipe, model={**recipe.model, "moe_config": moe_config})
+def _sized(recipe: Recipe, sizes: dict[str, Any]) -> Recipe:
+    """Return a recipe whose model has other sizes, see [`_sizes`]."""
+    model = dict(recipe.model)
+    for section, fields in sizes.items():
+        if section == "language_model" and not isinstance(model.get(section), dict):
+            raise ValueError("it has no routed feed-forwards, and the width of a trained decoder cannot be changed.")
+        model[section] = {**(model.get(section) or {}), **fields}
+    return replace(recipe, model=model)
 
 
 def _refuse_other_data(seed: int, runs: dict[str, list[dict[str, Any]]]) -> None:

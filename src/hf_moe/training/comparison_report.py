@@ -38,15 +38,16 @@ def comparison_table(result: dict[str, Any]) -> str:
         pairs = zip(runs, base["runs"], strict=True)
         over = [run["accuracy"] - other["accuracy"] for run, other in pairs]
         ended = [run["mean_active"] / other["mean_active"] for run, other in zip(runs, base["runs"], strict=True)]
-        used = [statistics.mean(run["experts_per_token"].values()) for run in runs]
+        used = [statistics.mean(run["experts_per_token"].values()) for run in runs if run["experts_per_token"]]
         cells = [f"`{name}`", spread([run["accuracy"] for run in runs], "{:.4f}")]
         cells += ["–" if name == first else spread(over, "{:+.4f}"), spread([run["loss"] for run in runs], "{:.4f}")]
         cells += [f"{mean(run['active'][kind] for run in runs) / 1e6:.3f} M" for kind in seen]
         cells += [f"{system['mean_active'] / base['mean_active']:.3f}", f"{statistics.mean(ended):.3f}"]
-        cells += [f"{statistics.mean(used):.2f}", str(system["width"])]
+        cells += [f"{statistics.mean(used):.2f}" if used else "–", str(system["width"])]
         times = [1000 * run["step_cpu_seconds"] for run in runs if run["step_cpu_seconds"] is not None]
         cells.append(spread(times, "{:.0f}") if times else "–")
-        cells += [f"{mean(run['entropy'][kind] for run in runs):.2f}" for kind in seen]
+        mixed = [[run["entropy"][kind] for run in runs if kind in run["entropy"]] for kind in seen]
+        cells += [f"{mean(values):.2f}" if values else "–" for values in mixed]
         lines.append(cells)
     return as_table([head, *lines])
 
@@ -85,8 +86,8 @@ def plan_table(facts: dict[str, dict[str, Any]], finished: dict[str, int], seeds
     rows = [head]
     for name, item in facts.items():
         active = ", ".join(f"{kind} {count:,}" for kind, count in item["active"].items())
-        layers = ", ".join(map(str, item["layers"]))
-        sizes = [str(item[key]) for key in ("num_experts", "num_experts_per_tok", "width")]
+        layers = ", ".join(map(str, item["layers"])) or "–"
+        sizes = [str(item[key] or "–") for key in ("num_experts", "num_experts_per_tok", "width")]
         ratio = f"{item['mean_active'] / first['mean_active']:.3f}"
         rows.append([f"`{name}`", layers, *sizes, active, ratio, f"{finished[name]} of {seeds}"])
     return as_table(rows)
@@ -134,7 +135,9 @@ def draw_comparison(result: dict[str, Any], path: Path) -> Path:
         return [run[key] for run in systems[name]["runs"] if run[key] is not None]
 
     def by_kind(name: str, key: str, kind: str) -> float:
-        return mean(run[key][kind] for run in systems[name]["runs"])
+        # Without routers there are no shares of experts.
+        found = [run[key][kind] for run in systems[name]["runs"] if kind in run[key]]
+        return mean(found) if found else 0.0
 
     quality.axvline(mean(values(result["baseline"], "accuracy")), color=FAINT, linewidth=1, linestyle=":")
     for place, name in zip(places, names, strict=True):

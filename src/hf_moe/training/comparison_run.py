@@ -36,7 +36,7 @@ def build(recipe: Recipe, rows: dict[str, Any], folder: Path) -> ModelJob:
 
 def mean_active(active: dict[str, int], statistics: RoutingStatistics) -> float:
     """Return the active parameters of a mean token, of whatever modality."""
-    tokens = next(iter(statistics.tokens.values())).tolist()
+    tokens = statistics.seen.tolist()
     weighted = sum(active[name] * count for name, count in zip(MODALITIES, tokens, strict=True) if count)
     return weighted / sum(tokens)
 
@@ -51,13 +51,15 @@ def entropies(statistics: RoutingStatistics) -> dict[str, float]:
     return found
 
 
-def experts_per_token(statistics: RoutingStatistics, layers: int) -> dict[str, float]:
+def experts_per_token(model: Any, statistics: RoutingStatistics) -> dict[str, float]:
     """Return, by modality, how many experts work on a mean token of a layer, in all of its rounds together."""
+    layers = model.moe_layers().values()
+    sites = [router.spec.site for layer in layers for router in layer.routers]
     found = {}
     for row, name in enumerate(MODALITIES):
-        values = [statistics.active_experts(site)[row].item() for site, n in statistics.tokens.items() if n[row] > 0]
+        values = [statistics.active_experts(site)[row].item() for site in sites if statistics.tokens[site][row] > 0]
         if values:
-            found[name] = sum(values) / layers
+            found[name] = sum(values) / len(layers)
     return found
 
 
@@ -140,7 +142,7 @@ def train_contestant(
         "loss": loss,
         "active": active,
         "mean_active": mean_active(active, statistics),
-        "experts_per_token": experts_per_token(statistics, len(job.model.moe_layers())),
+        "experts_per_token": experts_per_token(job.model, statistics),
         "entropy": entropies(statistics),
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
         "step_cpu_seconds": watch.step_seconds(),
