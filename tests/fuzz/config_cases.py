@@ -299,11 +299,13 @@ OPTIONS = {
     "num_nodes": lambda value: whole(value, 1, 1),
     "smoothing": lambda value: real(value, 0, 0.999, open_low=True),
     "d_min": lambda value: real(value, 0, 2),
+    "d_low": optional(lambda value: whole(value, 5, 5)),
     "d_max": lambda value: real(value, 1.5),
 }
 # The rest of a config in which a mechanism is at home.
 SURROUNDINGS: dict[str, dict[str, Any]] = {
     **{name: {"num_experts_per_tok": 1} for name in ("base_layers", "llama4", "mixer_reconstructors", "stablemoe")},
+    "aoe": {"router": "aoe", "experts": "aoe"},
     "intuition_mor1e": {"num_experts": 4},
     "modality": {"num_experts": 2, "num_experts_per_tok": 1},
     "expert_contrast": {"num_experts_per_tok": 1},

@@ -76,6 +76,7 @@ LOOKS_AHEAD = {"decoding": "the last token of a call does not know the modality 
 CASES: dict[str, dict[str, Case]] = {
     "router": {
         "adamoe": Case({"num_null_experts": 2}),
+        "aoe": Case(moe={"experts": "aoe"}),
         "anyexperts": Case({"min_slots": 1, "max_slots": 4}),
         "becotta": Case(exempt=NOISY_BATCH),
         "base_layers": Case(
@@ -177,6 +178,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "experts": {
         "ffn": Case(),
+        "aoe": Case(moe={"router": "aoe"}),
         "grove_moe": Case({"adjugate_size": 8, "adjugate_scale": 0.5}, {"num_experts_per_tok": 3}),
         "rmoe_residual": Case(),
         "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),

@@ -20,6 +20,7 @@ FIELDS = ("num_experts", "num_experts_per_tok", "router", "objectives")
 ADAPTED = [key for key, case in ROUTERS.items() if "expert_banks" not in case.moe]
 # Routers that LoRA experts, or the decoder of a hosted model, cannot have, and what their refusal tells to choose.
 NO_ADAPTER = {
+    "aoe": "choose another, such as 'top_k'",
     "hash_layers-previous": "set codebook_size=1",
     "meo": "choose another, such as 'top_k'",
     "omni_router": "choose one .* such as 'top_k'",
@@ -31,6 +32,7 @@ NO_ADAPTER = {
     "uniperceiver_moe-mixed": None,
 }
 NO_HOST = {
+    "aoe": "build a fresh model",
     "hash_layers-previous": "set codebook_size=1",
     "omni_smola-sequence": "put it into vision_moe_config",
     "soft_moe": "put it into vision_moe_config",

@@ -23,9 +23,10 @@ LOW = [torch.bfloat16, torch.float16]
 
 
 def router_config(router):
-    slots = CASES["router"][router].moe.get("num_experts_per_tok", 2)
+    moe = CASES["router"][router].moe
+    own = {name: moe[name] for name in ("num_experts_per_tok", "experts") if name in moe}
     experts = {"modality": 2, "intuition_mor1e": 4}.get(router, 8)  # one per modality; a square
-    return {"router": router, "num_experts": experts, "num_experts_per_tok": slots, "layers": [0, 2]}
+    return {"router": router, "num_experts": experts, "layers": [0, 2], **own}
 
 
 def dtypes_of(model):

@@ -118,6 +118,11 @@ def check_decision_of(router: Router, takes_mixed_slots: bool, tokens_known: str
             f"The router {router.mechanism_name!r} returns a {kind.__name__}, and these experts need one "
             "that assigns experts to tokens: choose another, such as 'top_k', or 'sequence' for one gate per sample."
         )
+    if decision.latents is not None:
+        raise ValueError(
+            f"The router {router.mechanism_name!r} begins the work of experts that go on from it, as LoRA experts do "
+            "not: choose another, such as 'top_k'."
+        )
     if decision.identity_weight is not None:
         raise ValueError(
             "LoRA experts cannot run a router with experts that return their input: the input and the output of a "

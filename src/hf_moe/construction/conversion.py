@@ -18,6 +18,7 @@ from ..analysis.experts import layer_inputs
 from ..configuration.layer_maps import at_layer
 from ..configuration.names import without_alias
 from ..modeling.auxiliary import AuxiliaryLosses
+from ..modeling.block import check_latents
 from ..modeling.configured_parts import ConfiguredParts
 from ..modeling.context import routers_of, shared_parts
 from ..modeling.initialisation import initialize_mechanisms, initializer_std
@@ -50,6 +51,8 @@ def convert_router(model: HfMoeForConditionalGeneration, name: str, *, seed: int
         chosen[str(index)] = {"name": name, **own}
         cls = get_mechanism("router", name)
         routers[index] = [build("router", cls, dict(at_layer(own, index)), old.spec) for old in layer.routers]
+        for number, router in enumerate(routers[index]):
+            check_latents(router, layer.experts_of(number))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         std = initializer_std(model.config)

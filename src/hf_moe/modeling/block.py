@@ -132,6 +132,21 @@ class Block(nn.Module):
         return output * share[:, :1] + shared * share[:, 1:]
 
 
+def check_latents(router: Router, experts: nn.Module) -> None:
+    """Refuse experts that do not go on from what the router has begun, or that begin nowhere.
+
+    Raises:
+        ValueError: with both widths.
+    """
+    wanted = experts.latent_size if isinstance(experts, Experts) else None
+    if router.latent_size != wanted:
+        raise ValueError(
+            f"Layer {router.spec.layer_idx}: the router {router.mechanism_name!r} hands latents of width "
+            f"{router.latent_size} to experts that go on from width {wanted}. The router 'aoe' and the experts 'aoe' "
+            "go together, with one d_low and without expert_banks."
+        )
+
+
 def unwrapped(gate: Any) -> Router:
     """Return the router itself where PEFT has wrapped it."""
     return gate.get_base_layer() if hasattr(gate, "get_base_layer") else gate

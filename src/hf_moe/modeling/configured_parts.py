@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..configuration.layer_maps import at_layer
-from .block import Block
+from .block import Block, check_latents
 from .expert_banks import ExpertBanks
 from .layer_spec import MoELayerSpec
 from .mechanisms import get_mechanism
@@ -74,4 +74,7 @@ class ConfiguredParts:
 def build_block(config, moe, spec: MoELayerSpec) -> Block:
     """Return the block of a layer, see [`ConfiguredParts`]."""
     parts = ConfiguredParts(config, moe)
-    return build("block", *parts.named("block", spec), spec, parts)
+    block: Any = build("block", *parts.named("block", spec), spec, parts)
+    for number, router in enumerate(block.routers):
+        check_latents(router, block.experts_of(number))
+    return block

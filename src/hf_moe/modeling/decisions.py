@@ -23,6 +23,8 @@ class ExpertAssignment:
         input_scale (`torch.Tensor` of shape `(T,)`, *optional*): multiplies what the experts see.
         identity_weight (`torch.Tensor` of shape `(T,)`, *optional*): weight of experts that return their input; they
             cost no matrix work and take no index.
+        latents (`torch.Tensor` of shape `(T, E, r)`, *optional*): what every expert has computed of every token, for
+            experts that go on from it. They take it out: it is large, and of this pass alone.
         signals: named per-token values of shape `(T,)`, for logs, pictures and objectives (importance, slots, ...).
     """
 
@@ -35,6 +37,7 @@ class ExpertAssignment:
     chosen_index: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     identity_weight: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
     signals: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property

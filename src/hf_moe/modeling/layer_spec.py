@@ -61,6 +61,19 @@ class MoELayerSpec:
         return [width for _, number, width in banks for _ in range(number)]
 
 
+def check_plain_gate(spec: MoELayerSpec, name: str) -> None:
+    """Refuse a host whose feed-forward has no gate, or has biases.
+
+    Raises:
+        ValueError: with the experts `name` that need a gate and know no biases.
+    """
+    if not spec.gated or spec.bias:
+        raise ValueError(
+            f"Layer {spec.layer_idx}: experts of the kind {name!r} have a gate and no biases, and the feed-forward of "
+            "this host has not: choose the experts 'ffn'."
+        )
+
+
 def buffer_name(name: str, site: Site) -> str:
     """Return the name of a buffer that is kept for a site; names of buffers hold no dots."""
     return f"{name}_{site}".replace(".", "_")

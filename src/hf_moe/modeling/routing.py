@@ -62,6 +62,9 @@ class Router(KeepsBufferTypes):
     # How many experts a bank for text and one for vision hold, for routers that keep them apart.
     bank_sizes: list[int] | None = None
 
+    # The width r of the `latents` in its decisions, for a router that begins the work of its experts.
+    latent_size: int | None = None
+
     # The gate that serves each modality, for routers with several.
     gate_of_modality: Sequence[int] = (0,) * NUM_MODALITIES
 
@@ -163,6 +166,8 @@ class Experts(nn.Module):
     shared_unit = ClampedUnit()
     # Parts that run besides the experts of a decision, and the signals that count their runs for every token.
     runs_by_signal: Mapping[str, str] = {}
+    # The width r of the `latents` that they go on from, where they do: the router has the same `latent_size`.
+    latent_size: int | None = None
 
     @property
     def takes_dispatch(self) -> bool:
@@ -226,9 +231,7 @@ class Experts(nn.Module):
     @property
     def widths(self) -> list[int]:
         """How many inner neurons each expert has, for kinds that can start as feed-forwards."""
-        raise ValueError(
-            f"Experts of the class {type(self).__name__} cannot start as feed-forwards: choose the kind 'ffn'."
-        )
+        raise self._starts_fresh()
 
     def take(self, states: Iterable[dict[str, torch.Tensor]], inputs: torch.Tensor | None = None) -> bool:
         """Start as feed-forwards, one for each expert in order, and of the width in [`~Experts.widths`].
@@ -242,7 +245,13 @@ class Experts(nn.Module):
         Returns:
             Whether every expert computes what its feed-forward does.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define take(states).")
+        raise self._starts_fresh()
+
+    def _starts_fresh(self) -> ValueError:
+        return ValueError(
+            f"Experts of the kind {self.mechanism_name!r} cannot start as feed-forwards: choose 'ffn', or build a "
+            "fresh model, from the fields of a config."
+        )
 
     def states(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield every expert as a feed-forward, in the form of [`~Experts.take`]."""

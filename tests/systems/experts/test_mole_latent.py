@@ -101,7 +101,7 @@ def test_parameters_are_as_many_as_the_paper_counts(group_size):
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        ({"gated": False}, {}, "latent experts have a gate and no biases"),
+        ({"gated": False}, {}, "'mole_latent' have a gate and no biases"),
         ({}, {"latent_dim": 33}, "latent_dim=33 must be at most hidden_size=32"),
         ({}, {"latent_group_size": 3}, "latent_group_size=3 must divide num_experts=4"),
     ],

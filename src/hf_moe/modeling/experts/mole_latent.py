@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 
 from ...configuration.checks import PositiveInt
 from ..dispatch import Dispatch
-from ..layer_spec import MoELayerSpec
+from ..layer_spec import MoELayerSpec, check_plain_gate
 from ..registry import register_experts
 from ..routing import Experts
 
@@ -47,11 +47,7 @@ class LatentExperts(Experts):
         latent_group_size: PositiveInt | None = None,
     ):
         super().__init__()
-        if not spec.gated or spec.bias:
-            raise ValueError(
-                f"Layer {spec.layer_idx}: latent experts have a gate and no biases, and the feed-forward of this host "
-                "has not: choose the experts 'ffn'."
-            )
+        check_plain_gate(spec, "mole_latent")
         latent = latent_dim or min(spec.expert_intermediate_size, spec.hidden_size)
         self.group_size = latent_group_size or spec.num_experts
         if latent > spec.hidden_size:
