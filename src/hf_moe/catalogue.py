@@ -33,6 +33,11 @@ HOST_ROUTER = ("router", "host")
 SOURCE = "source"
 # How an example makes the model that a system is built on.
 HOSTS = {
+    "jamba": f"""\
+from transformers import JambaConfig, JambaForCausalLM
+
+mixers = dict(num_key_value_heads=4, attn_layer_period=4, attn_layer_offset=3)
+host = JambaForCausalLM(JambaConfig({WORDS}, num_experts=1, **mixers))""",
     "llama": f"""\
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -70,7 +70,7 @@ class SystemRecord:
     differs: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     check: list[str] = field(default_factory=list)
-    host: Literal["llama", "llava", "mixtral", "vit"] = "llama"
+    host: Literal["jamba", "llama", "llava", "mixtral", "vit"] = "llama"
     build: str | None = None
 
     @property
