@@ -292,6 +292,8 @@ OPTIONS = {
     "adjugate_size": optional(count),
     "adjugate_scale": lambda value: real(value, 0),
     "rank": optional(count),
+    "expert_norm": one_of("rms", "none"),
+    "feature_gate_rank": lambda value: whole(value, 0),
     "residual_init_std": lambda value: real(value, 0),
     "final_coef": optional(lambda value: real(value, 0)),
     "within_groups": optional(divides_eight),

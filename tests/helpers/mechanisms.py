@@ -111,6 +111,16 @@ CASES: dict[str, dict[str, Case]] = {
         "expert_choice-batch": Case({"group": "batch", "decode_mode": "token_choice"}, exempt=CHOICE_OF_A_BATCH),
         "expert_choice-vision": Case(moe=NO_LOSS, place="vision"),
         "grap": Case(),
+        "home": Case(),
+        "home-hierarchy": Case({"experts_of": [[0, 1, 2], [0, 1, 3]], "self_gate": True}),
+        "home-task": Case(
+            {
+                "experts_of": [[0, 1], [0, 2], [0, 1, 3]],
+                "self_gate": True,
+                "conditioning": "condition",
+                "num_conditions": 3,
+            }
+        ),
         "hmoe_hierarchical": Case({"num_groups": 2}),
         "hmoe_hierarchical-softmax": Case({"num_groups": 2, "top_k_groups": 1, "gate_level1": "softmax"}),
         "grin": Case({"sample_in_training": False}),
@@ -180,6 +190,8 @@ CASES: dict[str, dict[str, Case]] = {
         "ffn": Case(),
         "aoe": Case(moe={"router": "aoe"}),
         "grove_moe": Case({"adjugate_size": 8, "adjugate_scale": 0.5}, {"num_experts_per_tok": 3}),
+        "home": Case({"feature_gate_rank": 2}),
+        "home-plain": Case({"expert_norm": "none"}),
         "rmoe_residual": Case(),
         "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),
         "mmoe_multilinear": Case(moe={"router": "mmoe_multilinear", **NO_LOSS}),

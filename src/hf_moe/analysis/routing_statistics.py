@@ -1,6 +1,7 @@
 """What a model's routers did: slot counts by layer, modality and expert, and the figures read off them."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class RoutingStatistics:
         device = decision.expert_index.device
         modality = context.tokens("modality_ids", device)
         mask = context.tokens("token_mask", device)
-        table = decision.slot_table(modality, NUM_MODALITIES, mask).cpu()
+        # What has run: a balance loss may count other choices.
+        ran = replace(decision, chosen_index=None)
+        table = ran.slot_table(modality, NUM_MODALITIES, mask).cpu()
         modality = modality[mask]
         self.tables[site] = self.tables.get(site, 0) + table
         self.tokens[site] = self.tokens.get(site, 0) + torch.bincount(modality, minlength=NUM_MODALITIES).cpu()

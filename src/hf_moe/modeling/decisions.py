@@ -46,10 +46,17 @@ class ExpertAssignment:
         probs = self.router_probs[:, : self.num_experts]
         return probs / probs.sum(-1, keepdim=True).clamp(min=1e-20)
 
+    def weight_table(self) -> torch.Tensor:
+        """Return the weight of every expert for every token, (T, E)."""
+        table = self.expert_weight.new_zeros(len(self.expert_index), self.num_experts + 1)
+        return table.scatter_add(1, self.expert_index, self.expert_weight)[:, :-1]
+
     def drop(self, dropped: torch.Tensor) -> "ExpertAssignment":
         """Return the assignment with every slot of the `dropped` (T,) bool tokens emptied."""
         self.expert_index = self.expert_index.masked_fill(dropped[:, None], self.num_experts)
         self.expert_weight = self.expert_weight.masked_fill(dropped[:, None], 0.0)
+        if self.chosen_index is not None:
+            self.chosen_index = self.chosen_index.masked_fill(dropped[:, None], self.num_experts)
         if self.identity_weight is not None:
             self.identity_weight = self.identity_weight.masked_fill(dropped, 0.0)
         return self

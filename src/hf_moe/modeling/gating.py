@@ -81,6 +81,19 @@ def apply_overrides(logits: torch.Tensor, spec: MoELayerSpec, context: RoutingCo
     return logits
 
 
+def seen_logits(
+    logits: torch.Tensor, visible: torch.Tensor, spec: MoELayerSpec, context: RoutingContext
+) -> torch.Tensor:
+    """Return `logits` (T, E), -inf where an expert is not `visible` (T, E) to a token.
+
+    Where the context disables all that a token sees, it sees the rest.
+    """
+    if context.overrides is not None:
+        left = visible & apply_overrides(logits, spec, context).isfinite()
+        visible = visible | ~left.any(-1, keepdim=True)
+    return logits.masked_fill(~visible, float("-inf"))
+
+
 def jitter(hidden_states: torch.Tensor, eps: float, training: bool) -> torch.Tensor:
     """Multiply by uniform(1 - eps, 1 + eps) while training."""
     if not training or eps == 0.0:

@@ -108,5 +108,4 @@ def gates_of_tokens(decision: Decision) -> torch.Tensor:
         )
     if not isinstance(decision, ExpertAssignment):
         return decision.expert_weight[decision.group_index]
-    table = decision.expert_weight.new_zeros(len(decision.expert_index), decision.num_experts + 1)
-    return table.scatter_add(1, decision.expert_index, decision.expert_weight)[:, :-1]
+    return decision.weight_table()

@@ -20,7 +20,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import NonNegativeInt, PositiveInt, Share
 from ..decisions import ExpertAssignment
-from ..gating import apply_overrides, assign, check_slots, gate_logits
+from ..gating import assign, check_slots, gate_logits, seen_logits
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing_context import RoutingContext
@@ -106,10 +106,7 @@ class MaskMoeRouter(TokenTableRouter):
     def forward(self, hidden_states: torch.Tensor, context: RoutingContext) -> ExpertAssignment:
         logits = gate_logits(hidden_states, self.weight)  # (T, E)
         visible = self.visible[self.rows(context, hidden_states.device)]  # (T, E)
-        if context.overrides is not None:  # where all that a token sees is disabled, it sees the rest
-            left = visible & apply_overrides(logits, self.spec, context).isfinite()
-            visible = visible | ~left.any(-1, keepdim=True)
-        return assign(logits.masked_fill(~visible, float("-inf")), self.spec, context, norm=False)
+        return assign(seen_logits(logits, visible, self.spec, context), self.spec, context, norm=False)
 
 
 def most_frequent(counts: torch.Tensor, mass: float) -> torch.Tensor:
