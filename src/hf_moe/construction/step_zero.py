@@ -98,17 +98,12 @@ def compare_at_step_zero(
     """
     conditions = first_conditions(model, len(inputs["input_ids"]))
     output = model(**inputs, condition_ids=conditions, output_routing=True)
-    layers = model.moe_layers()
-    plain = all(type(layer) is MoELayer for layer in layers.values())  # other blocks compute something else
-    # Layers of cross-attention do not run without images.
-    whole = adopted or (
-        plain
-        and all(
-            _hands_over_whole_tokens(decision)
-            and (layers[site].shared_expert is None or layers[site].shared_expert.shared_expert_gate is None)
-            for site, decision in output.routing.decisions.items()
-        )
-    )
+    layers = model.moe_layers().values()
+    plain = all(type(layer) is MoELayer for layer in layers)  # other blocks compute something else
+    ungated = all(layer.shared_expert is None or layer.shared_expert.shared_expert_gate is None for layer in layers)
+    # Layers of cross-attention do not run without images, and decide nothing.
+    whole = all(map(_hands_over_whole_tokens, output.routing.decisions.values()))
+    whole = adopted or (plain and ungated and whole)
     check = StepZero(logit_difference(output.logits, reference), equal_experts and whole)
     largest = tolerance(output.logits.dtype) * max(1.0, reference.abs().max().item())
     if check.exact and check.logit_difference > largest:

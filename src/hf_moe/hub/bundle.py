@@ -168,9 +168,11 @@ def used_names(config: Any) -> dict[str, list[str]]:
     built: list[Any] = [config.moe_config.objectives or {}]
     for kind in MECHANISM_FIELDS:
         values = [at_layer(getattr(config.moe_config, kind), layer) for layer in config.moe_layers()]
-        # Not every config tells how many layers a tower has; and attention may change in a layer without experts.
+        # Not every config tells how many layers a tower has; and attention may change, with a router of its own, in a
+        # layer without experts.
         places = [moe for name in PLACE_FIELDS.values() if (moe := getattr(config, name)) is not None]
-        places += [config.moe_config] if kind in ("attention", "layer") else []
+        inside = kind in ("attention", "layer") or (kind == "router" and config.moe_config.attention is not None)
+        places += [config.moe_config] if inside else []
         values += [value for moe in places for value in layer_values(getattr(moe, kind))]
         built += [value for value in values if value is not None]
         names[kind] |= {value["name"] for value in values if value is not None}

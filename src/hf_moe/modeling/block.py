@@ -15,7 +15,7 @@ from .decisions import Decision, ExpertAssignment, refuse_mixture
 from .expert_banks import run_assignment
 from .layer_spec import MoELayerSpec
 from .routing import Experts, Router
-from .routing_context import ACTIVE_CONTEXT, RoutingContext
+from .routing_context import RoutingContext, active_context
 
 
 class Parts(Protocol):
@@ -88,9 +88,7 @@ class Block(nn.Module):
         self.gate = nn.ModuleList(routers) if isinstance(self.gate, nn.ModuleList) else routers[0]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
-        context = ACTIVE_CONTEXT.get()
-        if context is None:
-            context = RoutingContext.all_text(hidden_states)
+        context = active_context(hidden_states)
         rows = context.in_rows(hidden_states)  # (B, S, d)
         output = self.mix(rows.reshape(-1, rows.shape[-1]), context)  # (T, d)
         output = context.out_of_rows(output.view(*rows.shape[:-1], -1), hidden_states)

@@ -10,7 +10,7 @@ from torch import nn
 from .gating import gates_of
 from .layer_spec import Site
 from .replacement import Replacement
-from .routing_context import ACTIVE_CONTEXT, RoutingContext
+from .routing_context import RoutingContext, active_context
 
 
 class TokenOrder(NamedTuple):
@@ -68,9 +68,7 @@ class PerModality(Replacement):
         Raises:
             ValueError: if the module maps other tokens than the sequence's.
         """
-        context = ACTIVE_CONTEXT.get()
-        if context is None:
-            context = RoutingContext.all_text(hidden_states)
+        context = active_context(hidden_states)
         copies = list(self.children())
         order, place, sizes = self._order(context, hidden_states.device, len(copies))
         if hidden_states.shape[:-1].numel() % len(order):

@@ -368,3 +368,9 @@ class TraceableVariable(Generic[Running]):
 # The context of the layer that is running, and of the call of the whole model.
 ACTIVE_CONTEXT: TraceableVariable[RoutingContext] = TraceableVariable("hf_moe_routing_context")
 CALL_CONTEXT: TraceableVariable[RoutingContext] = TraceableVariable("hf_moe_call_context")
+
+
+def active_context(hidden_states: torch.Tensor) -> RoutingContext:
+    """Return the context of the layer that is running; that of text alone in a call without one."""
+    context = ACTIVE_CONTEXT.get()
+    return RoutingContext.all_text(hidden_states) if context is None else context

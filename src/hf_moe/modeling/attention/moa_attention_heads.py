@@ -21,13 +21,12 @@ from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
 from ..block import Parts, unwrapped
-from ..decisions import ExpertAssignment
 from ..dispatch import Dispatch, compute_dtype
+from ..host_attention import PROJECTIONS, decide, decided, find_attention
 from ..layer_spec import MoELayerSpec, Site
 from ..registry import register_attention
 from ..replacement import Replacement
 from ..routing import Router
-from ..routing_context import ACTIVE_CONTEXT, RoutingContext
 
 
 @register_attention("moa_attention_heads")
@@ -43,8 +42,13 @@ class AttentionHeads:
     """
 
     def __init__(self, spec: MoELayerSpec, parts: Parts, layer: nn.Module, *, num_experts: PositiveInt = 16):
-        attention = _find_attention(layer)
+        attention = find_attention(layer, "moa_attention_heads")
         head_dim = attention.k_proj.out_features
+        if head_dim != attention.head_dim or any(getattr(attention, name).bias is not None for name in PROJECTIONS):
+            raise ValueError(
+                f"The attention of {type(layer).__name__} is none that moa_attention_heads could take: one of one key "
+                "and value head, without biases. Set num_key_value_heads=1 in the decoder's config."
+            )
         heads = attention.q_proj.out_features // head_dim
         spec = replace(spec, num_experts=num_experts, num_experts_per_tok=heads)
         attention.q_proj = HeadQueries(parts.router(spec), spec, head_dim)
@@ -73,10 +77,8 @@ class HeadQueries(Replacement):
         init.normal_(self.weight, mean=0.0, std=std)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        context = _context(hidden_states)
+        decision = decide(self.gate, hidden_states)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, d)
-        decision = context.drop_padding(self.gate(tokens, context))
-        context.decisions[self.spec.site] = decision
         dispatch = Dispatch(decision.expert_index, self.spec.num_experts)
         rows = dispatch.linear(dispatch.rows(tokens.to(compute_dtype(tokens))), self.weight)  # (M, d_h)
         slots = rows.new_zeros(decision.expert_index.numel(), rows.shape[-1])  # (T * K, d_h)
@@ -100,29 +102,10 @@ class HeadOutputs(Replacement):
         init.normal_(self.weight, mean=0.0, std=std)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        decision = _context(states).decisions[self.spec.site]
-        assert isinstance(decision, ExpertAssignment)
+        decision = decided(self.spec.site, states)
         dispatch = Dispatch(decision.expert_index, self.spec.num_experts)
         slots = states.reshape(*decision.expert_index.shape, -1)  # (T, K, d_h)
         rows = dispatch.linear(dispatch.slot_rows(slots), self.weight)  # (M, d)
         mass = decision.expert_weight.sum(-1, keepdim=True).detach()  # (T, 1)
         weight = decision.expert_weight / mass.clamp(min=torch.finfo(mass.dtype).tiny)
         return dispatch.combine(rows, weight).view(*states.shape[:-1], -1)
-
-
-def _context(hidden_states: torch.Tensor) -> RoutingContext:
-    context = ACTIVE_CONTEXT.get()
-    return RoutingContext.all_text(hidden_states) if context is None else context
-
-
-def _find_attention(layer: nn.Module) -> nn.Module:
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    for module in layer.modules():
-        projections = [getattr(module, name, None) for name in names]
-        if all(isinstance(item, nn.Linear) and item.bias is None for item in projections):
-            if module.k_proj.out_features == module.head_dim:
-                return module
-    raise ValueError(
-        f"{type(layer).__name__} has no attention that moa_attention_heads could take: one with {', '.join(names)}, "
-        "without biases, and one key and value head. Set num_key_value_heads=1 in the decoder's config."
-    )
