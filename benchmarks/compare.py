@@ -1,7 +1,8 @@
-"""Routers against each other on two small tasks, by `hf-moe compare`.
+"""Systems against each other on two small tasks, by `hf-moe compare`.
 
-    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3    # an hour or two on one core
-    python benchmarks/compare.py --quick                        # two systems, two steps
+    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3                   # routers; an hour or two on one core
+    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3 --group compare_experts   # experts, blocks, attention, layers
+    python benchmarks/compare.py --quick                                       # two systems, two steps
 
 `shapes`: the shape or the colour of what a picture of easy-VQA shows. `emoji`: the category and the group of a Noto
 emoji, of which every third is held out. The recipes are in `benchmarks/recipes`. Every finished run lies under
@@ -20,11 +21,17 @@ from hf_moe.training.comparison import Comparison, compare
 from hf_moe.training.comparison_report import comparison_table, conditions, draw_comparison
 
 
-# The first is what the others are measured against.
-SYSTEMS = (
-    "top_k", "moiie", "smar", "ming_multi_router", "evomoe_dtr", "moma", "expert_choice", "anyexperts", "adamoe",
-    "dynamic_moe_top_p", "deepseek_v3", "chain_of_experts",
-)  # fmt: skip
+# The first of a group is what the others are measured against.
+GROUPS = {
+    "compare": (
+        "top_k", "moiie", "smar", "ming_multi_router", "evomoe_dtr", "moma", "expert_choice", "anyexperts", "adamoe",
+        "dynamic_moe_top_p", "deepseek_v3", "chain_of_experts",
+    ),
+    "compare_experts": (
+        "top_k", "aoe", "grove_moe", "mole_latent", "mote_ternary", "mot_transformers", "mixture_of_depths",
+        "hmoe_heterogeneous", "chain_of_experts",
+    ),
+}  # fmt: skip
 # All have two of eight experts per token, except where another number is what the system is about.
 OWN_FIELDS = {
     "adamoe": ["num_experts_per_tok=4"],  # half of them on null experts
@@ -55,7 +62,11 @@ def compare_on(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the comparison of a task."""
     rows = arguments.runs / "rows" / f"{task}{'-quick' if arguments.quick else ''}"
     write_rows(task, rows, arguments.quick)
-    systems = arguments.systems.split(",") if arguments.systems else list(SYSTEMS[: 2 if arguments.quick else None])
+    systems = (
+        arguments.systems.split(",")
+        if arguments.systems
+        else list(GROUPS[arguments.group])[: 2 if arguments.quick else None]
+    )
     return compare(
         Comparison(
             recipe=str(FOLDER / "recipes" / f"compare_{task}.yaml"),
@@ -72,15 +83,16 @@ def compare_on(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="folder of the runs")
-    parser.add_argument("--systems", help="names of systems, separated by commas (default: all of this file)")
+    parser.add_argument("--group", choices=GROUPS, default="compare", help="which systems, and where they are kept")
+    parser.add_argument("--systems", help="names of systems, separated by commas (default: all of the group)")
     arguments = parser.parse_args()
     found, tables = {}, []
     for task in TASKS[: 1 if arguments.quick else None]:
         found[task] = compare_on(task, arguments)
         tables.append(f"### Systems, {task}\n\n{conditions(found[task])}\n\n{comparison_table(found[task])}")
         pictures = FOLDER / "results" if arguments.json is None and not arguments.quick else arguments.runs
-        draw_comparison(found[task], pictures / f"compare_{task}.png")
-    publish("compare", arguments, found, "\n\n".join(tables))
+        draw_comparison(found[task], pictures / f"{arguments.group}_{task}.png")
+    publish(arguments.group, arguments, found, "\n\n".join(tables))
 
 
 if __name__ == "__main__":
