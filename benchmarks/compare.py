@@ -1,8 +1,8 @@
 """Systems against each other on two small tasks, by `hf-moe compare`.
 
-    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3                   # routers; an hour or two on one core
-    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3 --group compare_experts   # experts, blocks, attention, layers
-    python benchmarks/compare.py --quick                                       # two systems, two steps
+    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3    # routers; an hour or two on one core
+    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3 --group compare_experts    # experts, attention, layers
+    python benchmarks/compare.py --quick                        # two systems, two steps
 
 `shapes`: the shape or the colour of what a picture of easy-VQA shows. `emoji`: the category and the group of a Noto
 emoji, of which every third is held out. The recipes are in `benchmarks/recipes`. Every finished run lies under

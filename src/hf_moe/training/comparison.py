@@ -237,8 +237,17 @@ def fit(
         if slope <= 0:
             raise ValueError("its experts have widths of their own, which cannot be fitted to the first system's.")
         width = max(WIDTH_STEP, WIDTH_STEP * round((width + (target - here) / slope) / WIDTH_STEP))
-        sizes, active = sizes_at(width), at(width)
+        active = at(width)
         reached = mean_active(active, statistics) / target
+        # Some kinds grow in steps, or bend with their width.
+        while abs(reached - 1) > comparison.tolerance:
+            nearer = max(WIDTH_STEP, width + (WIDTH_STEP if reached < 1 else -WIDTH_STEP))
+            there = at(nearer)
+            share = mean_active(there, statistics) / target
+            if abs(share - 1) >= abs(reached - 1):
+                break
+            width, active, reached = nearer, there, share
+        sizes = sizes_at(width)
         if abs(reached - 1) > comparison.tolerance:
             raise ValueError(
                 f"with experts of width {width} its active parameters are {reached:.3f} times {target:,.0f}, those of "
