@@ -28,8 +28,7 @@ GROUPS = {
         "dynamic_moe_top_p", "deepseek_v3", "chain_of_experts",
     ),
     "compare_experts": (
-        "top_k", "aoe", "grove_moe", "mole_latent", "mote_ternary", "mot_transformers", "mixture_of_depths",
-        "hmoe_heterogeneous", "chain_of_experts",
+        "top_k", "aoe", "grove_moe", "mole_latent", "mot_transformers", "hmoe_heterogeneous", "chain_of_experts",
     ),
 }  # fmt: skip
 # All have two of eight experts per token, except where another number is what the system is about.

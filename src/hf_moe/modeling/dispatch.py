@@ -198,6 +198,21 @@ class Dispatch:
         return self.add(rows.new_zeros(self.num_tokens, rows.shape[-1]), rows)
 
     @torch.compiler.disable
+    def to_groups(self, size: int, kept: torch.Tensor) -> "Dispatch":
+        """Return the dispatch of some slots to groups of neighbouring experts, whose rows are sorted already.
+
+        Args:
+            size (`int`): how many experts a group has.
+            kept (`torch.Tensor` of shape `(T, K)`): the slots.
+        """
+        here = kept.reshape(-1)[self.order]  # (M,)
+        counts = F.pad(here.cumsum(0), (1, 0))  # (M + 1,), those kept among the first rows
+        part = copy(self)
+        part.order, part.token = self.order[here], self.token[here]
+        part.offsets = counts[self.offsets[size - 1 :: size].long()].int()
+        return part
+
+    @torch.compiler.disable
     def split(self, sizes: list[int]) -> list["Dispatch"]:
         """Return the dispatch to each of successive banks of `sizes` experts."""
         # Read once: one copy from the device instead of one per bank.

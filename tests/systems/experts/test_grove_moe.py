@@ -1,6 +1,7 @@
 """Grove experts: one adjugate expert for each group of a token, and a start that changes nothing."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hf_moe.construction.conversion import convert_experts
 from hf_moe.construction.in_place import from_host
 from hf_moe.hub.inspection import inspect_checkpoint
 from hf_moe.modeling.decisions import ExpertAssignment, ParameterMixture, SlotMixture
+from hf_moe.modeling.dispatch import Dispatch
 from hf_moe.modeling.experts.grove_moe import GroveExperts, of_groups
 from hf_moe.modeling.initialisation import initialize_mechanisms
 
@@ -96,3 +98,13 @@ def test_active_parameters_count_the_adjugates_that_ran(tmp_path):
 def test_groups_that_do_not_divide_the_experts_are_refused():
     with pytest.raises(ValueError, match="experts_per_group=3 must divide num_experts=8"):
         make_experts(experts_per_group=3)
+
+
+def test_slots_are_sorted_once_for_experts_and_adjugates(monkeypatch):
+    experts, hidden, decision = make_experts(adjugate_init="normal"), torch.randn(40, 32), chosen()
+    expected = experts(hidden, decision)
+    experts.routed.config = experts.adjugate.config = SimpleNamespace(_experts_implementation="ragged")
+    made, create = [], Dispatch.__init__
+    monkeypatch.setattr(Dispatch, "__init__", lambda *args: (made.append(1), create(*args))[1])
+    torch.testing.assert_close(experts(hidden, decision), expected, atol=1e-5, rtol=1e-5)
+    assert len(made) == 1

@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, PositiveInt
 from ..decisions import Decision, ExpertAssignment, ParameterMixture, SlotMixture
-from ..gating import from_mask
+from ..dispatch import Dispatch
 from ..layer_spec import MoELayerSpec
 from ..registry import register_experts
 from ..routing import Experts
@@ -91,13 +91,23 @@ class GroveExperts(Experts):
 
     def forward(self, hidden_states: torch.Tensor, decision: Decision) -> torch.Tensor:  # type: ignore[override]
         once = of_groups(decision, self.group_size)
+        if not isinstance(decision, ExpertAssignment) or not self.routed.takes_dispatch:
+            output, beside = self.routed(hidden_states, decision), self.adjugate(hidden_states, once)
+        else:
+            dispatch = Dispatch(decision.expert_index, decision.num_experts)
+            groups = dispatch.to_groups(self.group_size, once.expert_index < once.num_experts)
+            output = self.routed(hidden_states, decision, dispatch=dispatch)
+            beside = self.adjugate(hidden_states, once, dispatch=groups)
         if isinstance(once, ExpertAssignment):
             decision.signals["adjugates"] = (once.expert_index < once.num_experts).sum(-1).float()
-        return self.routed(hidden_states, decision) + self.scale * self.adjugate(hidden_states, once)
+        return output + self.scale * beside
 
 
 def of_groups(decision: Decision, size: int) -> Decision:
-    """Return a decision among experts as one among groups of `size` neighbours, which weigh what their experts do."""
+    """Return a decision among experts as one among groups of `size` neighbours, which weigh what their experts do.
+
+    Of the slots of a token that have experts of one group, the first is that of the group.
+    """
     groups = decision.num_experts // size
     if isinstance(decision, SlotMixture):
         return replace(decision, num_experts=groups)  # the slots of a group are side by side already
@@ -105,7 +115,7 @@ def of_groups(decision: Decision, size: int) -> Decision:
         weight = decision.expert_weight.unflatten(-1, (groups, size)).sum(-1)
         return replace(decision, expert_weight=weight, num_experts=groups)
     group = decision.expert_index // size  # (T, K), the number of groups at empty slots
-    table = decision.expert_weight.new_zeros(len(group), groups + 1)
-    weight = table.scatter_add(1, group, decision.expert_weight)[:, :groups]
-    chosen = torch.zeros_like(table, dtype=torch.bool).scatter(1, group, True)[:, :groups]
-    return ExpertAssignment(*from_mask(chosen, weight, min(group.shape[1], groups)), groups)
+    same = group[:, :, None] == group[:, None]  # (T, K, K)
+    first = ~same.tril(-1).any(-1)
+    weight = (same * decision.expert_weight[:, None]).sum(-1)
+    return ExpertAssignment(group.masked_fill(~first, groups), weight * first, groups)
