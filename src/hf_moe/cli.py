@@ -1,4 +1,4 @@
-"""The command line: `hf-moe build`, `train`, `compare`, `inspect`, `push`, `list`, `show` and others."""
+"""The command line: `hf-moe build`, `train`, `compare`, `inspect`, `pack`, `push`, `list`, `show` and others."""
 
 import argparse
 import importlib
@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("hf_moe.training.comparison", "train systems on the same start, data and active parameters"),
     "demo": ("hf_moe.hub.demo", "open a page that asks a checkpoint and shows its routing"),
     "inspect": ("hf_moe.hub.inspection", "show what a checkpoint is, without loading it"),
+    "pack": ("hf_moe.construction.packing", "write a trained checkpoint with its experts in a smaller form"),
     "push": ("hf_moe.hub.push", "upload a checkpoint to the Hub, in one commit"),
     "refresh": ("hf_moe.hub.refresh", "write the code of a checkpoint anew, and check that it answers as before"),
     "show": ("hf_moe.catalogue", "tell all of a published system: equations, differences, checks, numbers, a build"),

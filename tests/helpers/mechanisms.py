@@ -196,6 +196,8 @@ CASES: dict[str, dict[str, Case]] = {
         "home-plain": Case({"expert_norm": "none"}),
         "rmoe_residual": Case(),
         "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),
+        "mote_ternary": Case({"activation_bits": None}),
+        "mote_ternary-packed": Case({"activation_bits": None, "weight_scale": "row", "packed": True}),
         "mmoe_multilinear": Case(moe={"router": "mmoe_multilinear", **NO_LOSS}),
         "mmoe_multilinear-tr": Case({"form": "tr", "rank": 5}),
         "ffn-shared": Case(moe={"num_shared_experts": 1, "shared_expert_gate": True, "granularity": 2}),

@@ -112,7 +112,7 @@ def convert_experts(
             old = model.moe_layers()[index].experts
             initialize_mechanisms(experts, initializer_std(config))
             experts.take(old.states(), inputs.get(index))
-            weight = next(old.parameters())
+            weight = next(item for item in old.state_dict().values() if item.is_floating_point())
             fresh[index] = experts.to(weight.device, weight.dtype).train(old.training)
     except ValueError:
         config.moe_config.experts = previous

@@ -28,7 +28,7 @@ from .in_place import from_host, paths_of, put_modules
 class OneEach(ExpertSource):
     """Expert i is the feed-forward of model i + 1; the shared branch is that of the first."""
 
-    halves = False
+    beside = 1.0
 
     def expert(self, parents: Sequence[State], expert: int, width: int) -> State:
         return take_neurons(parents[expert + 1], width)

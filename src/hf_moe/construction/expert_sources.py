@@ -34,8 +34,9 @@ class ExpertSource:
 
     # Whether an expert as wide as its feed-forward computes what that does, without noise.
     exact = False
-    # Whether routed experts and a shared branch give half of the output each, so that they add up to a feed-forward.
-    halves = True
+    # How much of a feed-forward's output routed experts give beside a shared branch that gives all of it; `None`: half
+    # each, so that they add up to the feed-forward.
+    beside: float | None = None
 
     def __init__(self, seed: int = 0, noise_std: float = 0.0):
         self.generator = torch.Generator().manual_seed(seed)
@@ -140,7 +141,7 @@ def fill_layer(layer: Block, parents: Sequence[State], source: ExpertSource) -> 
     """Fill a MoE layer from the feed-forwards of one layer; its shared branch is a copy of the first of them.
 
     With a shared branch, that and the routed experts give half of the output each, unless a residual mix weighs them
-    or the source wants them whole.
+    or the source says what the experts give beside the whole branch.
 
     Returns:
         Whether the experts and the branch compute what the feed-forward did.
@@ -148,24 +149,26 @@ def fill_layer(layer: Block, parents: Sequence[State], source: ExpertSource) -> 
     Raises:
         ValueError: if the experts are of a kind that cannot start as feed-forwards.
     """
-    whole = layer.shared_expert is None or layer.residual_mix is not None or not source.halves
-    branch = 1.0 if whole else 0.5
-    equal = layer.experts.take(_states(layer.experts.widths, parents, source, branch))
+    added = layer.shared_expert is not None and layer.residual_mix is None
+    routed = branch = 1.0
+    if added:
+        routed, branch = (0.5, 0.5) if source.beside is None else (source.beside, 1.0)
+    equal = layer.experts.take(_states(layer.experts.widths, parents, source, routed))
     widths = list(layer.experts.widths)
     if layer.shared_expert is not None:
         widths.append(layer.shared_expert.down_proj.in_features)
         _fill_shared(layer.shared_expert, take_neurons(parents[0], widths[-1]), branch)
     full = parents[0]["down_proj"].shape[-1]
-    exact = source.exact and source.noise_std == 0.0 and len(parents) == 1
+    exact = source.exact and source.noise_std == 0.0 and len(parents) == 1 and not (added and routed + branch != 1.0)
     return equal and exact and all(width % full == 0 for width in widths)
 
 
-def _states(widths: Sequence[int], parents: Sequence[State], source: ExpertSource, branch: float) -> Iterator[State]:
+def _states(widths: Sequence[int], parents: Sequence[State], source: ExpertSource, scale: float) -> Iterator[State]:
     """Yield the weights of one expert after the other: a stack of them all would double the memory."""
     for expert, width in enumerate(widths):
         state = {}
         for name, tensor in source.expert(parents, expert, width).items():
-            state[name] = tensor * branch if branch != 1.0 and name.startswith("down_proj") else tensor
+            state[name] = tensor * scale if scale != 1.0 and name.startswith("down_proj") else tensor
             if source.noise_std > 0.0:
                 noise = torch.randn(tensor.shape, generator=source.generator, device="cpu").to(tensor.device)
                 state[name] = state[name] + (noise * source.noise_std * tensor.float().std()).to(tensor.dtype)

@@ -14,6 +14,7 @@ from ..configuration.layer_maps import at_layer
 from ..modeling.mechanisms import mechanism_names
 from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import HostParts, part_of
+from ..modeling.routing import Experts
 from .bundle import used_names
 from .host_facts import modalities
 
@@ -73,6 +74,12 @@ def group_of(name: str, parts: HostParts) -> str:
 def size(shape: Iterable[int]) -> int:
     """Return how many numbers a tensor of this shape holds."""
     return math.prod(shape)
+
+
+def packed_weights(model: torch.nn.Module) -> dict[str, int]:
+    """Return how many weights each of a model's experts has in packed buffers, by a name within them."""
+    experts = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
+    return {f"{path}.packed": module.packed_weights for path, module in experts.items()}
 
 
 def encoder_parameters(shapes: Shapes, parts: HostParts, config: Any) -> dict[str, int]:

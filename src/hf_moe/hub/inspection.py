@@ -34,6 +34,7 @@ from .contents import (
     encoder_parameters,
     expert_tensors,
     group_of,
+    packed_weights,
     size,
     whole_model,
 )
@@ -104,7 +105,7 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
     # Counters and running statistics are state of a model, no parameters.
     state = {name for name, _ in known.named_buffers()} | {name for name in shapes if name.startswith("objectives.")}
     shapes = {name: shape for name, shape in shapes.items() if name not in state}
-    groups = _groups(tensors, shapes, parts)
+    groups = _groups(tensors, shapes, parts, packed_weights(known))
     code = {name: files.text(name) for name in files.names if re.fullmatch(r"[^/]+\.py", name)}
     renewed = renew(config, code, has_own_processor(config) and PROCESSING.name in code)
     rows, problems = _compare_code(files, config, code, renewed)
@@ -117,7 +118,7 @@ def _describe(source: str, files: _Files) -> dict[str, Any]:
         "parts": {"decoder": parts.decoder, "towers": list(parts.towers), "connectors": list(parts.connectors)},
         "system": config.system,
         "num_hidden_layers": config.get_text_config(decoder=True).num_hidden_layers,
-        "layers": _layers(config, shapes, parts),
+        "layers": _layers(config, shapes, parts, whole),
         "parameters_total": sum(group["parameters"] for group in groups.values()),
         "parameters_active": active,
         "parameters_encoding": encoder_parameters(shapes, parts, config),
@@ -152,13 +153,17 @@ def _remote(repo_id: str, revision: str | None, token: str | bool | None) -> _Fi
     )
 
 
-def _groups(tensors: dict[str, Any], shapes: Shapes, parts: HostParts) -> dict[str, dict[str, int]]:
+def _groups(
+    tensors: dict[str, Any], shapes: Shapes, parts: HostParts, packed: dict[str, int]
+) -> dict[str, dict[str, int]]:
     """Return the parameters and the bytes of each group that the checkpoint holds something of."""
     groups = {group: {"parameters": 0, "bytes": 0} for group in GROUPS}
     for name, tensor in tensors.items():
-        group = groups[group_of(name, parts)]
-        group["bytes"] += tensor.data_offsets[1] - tensor.data_offsets[0]
-        group["parameters"] += size(shapes[name]) if name in shapes else 0
+        groups[group_of(name, parts)]["bytes"] += tensor.data_offsets[1] - tensor.data_offsets[0]
+    for name, shape in shapes.items():
+        groups[group_of(name, parts)]["parameters"] += size(shape)
+    for path, count in packed.items():
+        groups[group_of(path, parts)]["parameters"] += count
     return {name: group for name, group in groups.items() if group["bytes"]}
 
 
@@ -168,7 +173,7 @@ def _expert_widths(shapes: Shapes, parts: HostParts, layer: int) -> list[int]:
     return sorted({width for name, width in outputs.items() if re.search(r"\.(down_proj|w2)(\.weight)?$", name)})
 
 
-def _layers(config: Any, shapes: Shapes, parts: HostParts) -> list[dict[str, Any]]:
+def _layers(config: Any, shapes: Shapes, parts: HostParts, whole: Any) -> list[dict[str, Any]]:
     """Return the kinds of MoE layer, each with its layers, in order of first appearance."""
     moe = config.moe_config
     kinds: dict[str, dict[str, Any]] = {}
@@ -177,7 +182,9 @@ def _layers(config: Any, shapes: Shapes, parts: HostParts) -> list[dict[str, Any
         row = {
             **{name: at_layer(getattr(moe, name), layer) for name in names},
             "banks": {name: bank["num_experts"] for name, bank in (at_layer(moe.expert_banks, layer) or {}).items()},
-            "expert_width": _expert_widths(shapes, parts, layer),
+            "expert_width": _expert_widths(shapes, parts, layer)
+            if whole is None
+            else sorted(set(whole.moe_layers()[layer].expert_spec.expert_widths)),
         }
         kinds.setdefault(json.dumps(row, sort_keys=True), {"layers": [], **row})["layers"].append(layer)
     return list(kinds.values())
@@ -250,7 +257,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {count:>16,}  {name}" + (f", and {encoding:,} that encode it" if encoding else ""))
     print("\nParameters and bytes by group:")
     for name, group in found["groups"].items():
-        print(f"  {group['parameters']:>16,} {group['bytes']:>16,}  {name}")
+        bits = f", {8 * group['bytes'] / group['parameters']:.4g} bits each" if group["parameters"] else ""
+        print(f"  {group['parameters']:>16,} {group['bytes']:>16,}  {name}{bits}")
     print("\nMechanisms:")
     for item in found["mechanisms"]:
         print(f"  {item['kind']} {item['name']}: {item['source'] or 'no source named'}")

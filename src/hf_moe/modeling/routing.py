@@ -168,6 +168,8 @@ class Experts(nn.Module):
     runs_by_signal: Mapping[str, str] = {}
     # The width r of the `latents` that they go on from, where they do: the router has the same `latent_size`.
     latent_size: int | None = None
+    # Whether they have a smaller form for after training, see [`~Experts.pack`].
+    can_be_packed = False
 
     @property
     def takes_dispatch(self) -> bool:
@@ -218,7 +220,7 @@ class Experts(nn.Module):
 
         By default all experts have equal shares of what the experts hold.
         """
-        count = sum(parameter.numel() for parameter in self.parameters())
+        count = sum(parameter.numel() for parameter in self.parameters()) + self.packed_weights
         return [(count - self.parameters_per_token()) / self.num_experts] * self.num_experts
 
     def parameters_per_token(self) -> int:
@@ -258,6 +260,15 @@ class Experts(nn.Module):
         raise ValueError(
             f"Experts of the class {type(self).__name__} are no feed-forwards that others could start from."
         )
+
+    def pack(self) -> None:
+        """Put a smaller form, that does not learn, in the place of the weights; the experts compute what they did."""
+        raise NotImplementedError(f"{type(self).__name__} has no packed form.")
+
+    @property
+    def packed_weights(self) -> int:
+        """How many weights are packed in buffers, and so are no parameters."""
+        return 0
 
     def parallel_plans(self) -> dict[str, dict[str, str]]:
         """Return how Transformers splits these experts: by their width in `"tp_plan"`, by their number in `"ep_plan"`.

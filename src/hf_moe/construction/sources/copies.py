@@ -11,13 +11,23 @@ Mixing Expert LLMs into a Mixture-of-Experts LLM, arXiv:2403.07816.
 
 from collections.abc import Sequence
 
+from ...configuration.checks import NonNegative
 from ..expert_sources import ExpertSource, State, take_neurons
 
 
 class Copies(ExpertSource):
-    """Copies, or slices, of the feed-forwards."""
+    """Copies, or slices, of the feed-forwards.
+
+    Args:
+        beside (`float`, *optional*): how much of the output the experts give beside a shared branch that
+            is the whole feed-forward, as in MoTE. Half each when absent, which adds up to the feed-forward.
+    """
 
     exact = True
+
+    def __init__(self, seed: int = 0, noise_std: float = 0.0, *, beside: NonNegative | None = None):
+        super().__init__(seed, noise_std)
+        self.beside = beside
 
     def expert(self, parents: Sequence[State], expert: int, width: int) -> State:
         return take_neurons(parents[expert % len(parents)], width, expert * width)
