@@ -58,6 +58,8 @@ class Case:
 ONE_SLOT = {"num_experts_per_tok": 1}
 BANKS = {"text": {"num_experts": 2}, "vision": {"num_experts": 2, "intermediate_size": 16}}
 
+VQ_LOSS: dict[str, Any] = {"name": "signal", "signal": "vq_loss", "coef": 0.1}
+VQ: dict[str, Any] = {"objectives": {"load_balance": 0.01, "codes": VQ_LOSS}, "num_shared_experts": 1}
 CONTRAST: dict[str, Any] = {"objectives": {"signal": {"coef": 0.1, "signal": "prototype_contrast"}}}
 NO_LOSS: dict[str, Any] = {"objectives": {}}
 EMBEDDED = {"embedding": {"name": "signal", "signal": "embedding_loss", "coef": 0.1}, "load_balance": 0.01}
@@ -236,6 +238,13 @@ CASES: dict[str, dict[str, Case]] = {
         "moore-penalty": Case({"mode": "penalty"}, {"objectives": OVERLAP}),
         "smoe_stratified": Case(moe={"num_shared_experts": 1}),
         "smoe_stratified-three": Case({"strata": [1, 1, 2]}),
+        "vqmoe": Case({"num_codes": 6}, VQ),
+        "vqmoe-revived": Case({"num_codes": 6, "revive": True, "modalities": ["text", "image"]}, VQ),
+        "vqmoe-discrete_only": Case(
+            {"num_codes": 6, "distance": "cos", "discrete_only": True},
+            # In the place of a balance loss, which has no probabilities to balance.
+            {"objectives": {"load_balance": VQ_LOSS}},
+        ),
         "moe": Case(),
         "moe-residual": Case(moe={"num_shared_experts": 1, "residual_mix": True}),
     },

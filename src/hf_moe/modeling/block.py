@@ -38,7 +38,7 @@ class Block(nn.Module):
     the layer around it sets for the duration of its forward (see `host.py`).
 
     A block keeps its router under `gate`, its experts under `experts` and the branch of all tokens under
-    `shared_expert`, the names that other tools look for; several routers are a list under `gate`.
+    `shared_expert`, the names that other tools look for; several routers are a list or a dict under `gate`.
 
     Args:
         spec: facts of the layer.
@@ -71,7 +71,7 @@ class Block(nn.Module):
     @property
     def routers(self) -> list[Router]:
         """The routers, without what PEFT has wrapped around them."""
-        gates = self.gate if isinstance(self.gate, nn.ModuleList) else [self.gate]
+        gates = self.gate.children() if isinstance(self.gate, nn.ModuleList | nn.ModuleDict) else [self.gate]
         return [unwrapped(gate) for gate in gates]
 
     @property
@@ -85,7 +85,10 @@ class Block(nn.Module):
 
     def put_routers(self, routers: list[Router]) -> None:
         """Put others in the places of the routers."""
-        self.gate = nn.ModuleList(routers) if isinstance(self.gate, nn.ModuleList) else routers[0]
+        if isinstance(self.gate, nn.ModuleDict):
+            self.gate.update(zip(self.gate.keys(), routers, strict=True))
+        else:
+            self.gate = nn.ModuleList(routers) if isinstance(self.gate, nn.ModuleList) else routers[0]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
         context = active_context(hidden_states)
