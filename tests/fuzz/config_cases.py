@@ -302,6 +302,7 @@ OPTIONS = {
     "router_dropout": lambda value: real(value, 0, 0.999),
     "expert_norm": one_of("rms", "none"),
     "feature_gate_rank": lambda value: whole(value, 0),
+    "scale_adapter_rank": count,
     "residual_init_std": lambda value: real(value, 0),
     "final_coef": optional(lambda value: real(value, 0)),
     "within_groups": optional(divides_eight),

@@ -198,6 +198,7 @@ CASES: dict[str, dict[str, Case]] = {
         "grove_moe": Case({"adjugate_size": 8, "adjugate_scale": 0.5}, {"num_experts_per_tok": 3}),
         "home": Case({"feature_gate_rank": 2}),
         "home-plain": Case({"expert_norm": "none"}),
+        "onecat": Case({"scale_adapter_rank": 4}),
         "rmoe_residual": Case(),
         "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),
         "mote_ternary": Case({"activation_bits": None}),

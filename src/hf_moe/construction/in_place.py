@@ -31,7 +31,7 @@ from .materialisation import check_materialised, empty_model, materialise
 from .moe_blocks import BlockReading
 from .pretrained import load_host
 from .refusals import host_class_of, host_config_class, refuse_loaded
-from .step_zero import StepZero, compare_at_step_zero, logit_difference, random_text, tolerance
+from .step_zero import StepZero, compare_at_step_zero, condition_of_blocks, logit_difference, random_text, tolerance
 
 
 def from_host(
@@ -243,10 +243,11 @@ def _check_host(
 ) -> None:
     """Refuse a host that this library would change, whatever the router does: by its own feed-forwards in the MoE."""
     blocks = paths_of(model, Block)
+    conditions = condition_of_blocks(model, len(inputs["input_ids"]))
     try:
         put_modules(model, feed_forwards)
         with torch.no_grad():
-            difference = logit_difference(model(**inputs).logits, reference)
+            difference = logit_difference(model(**inputs, condition_ids=conditions).logits, reference)
     finally:
         put_modules(model, blocks)
     if difference > tolerance(model.dtype):

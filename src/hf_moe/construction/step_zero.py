@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..configuration.configuration_hf_moe import MODALITIES
 from ..modeling.blocks.moe import MoELayer
 from ..modeling.context import routers_of
 from ..modeling.decisions import Decision, ExpertAssignment
@@ -48,9 +49,16 @@ def random_text(model: PreTrainedModel, seed: int = 0) -> dict[str, torch.Tensor
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
+def condition_of_blocks(model: Any, rows: int) -> dict[str, torch.Tensor]:
+    """Return the condition that the attention of a model reads, if it does: 0, no block, for every row."""
+    name = model.config.moe_config.attention_blocks
+    read = name is not None and name not in MODALITIES
+    return {name: torch.zeros(rows, dtype=torch.long, device=model.device)} if read else {}
+
+
 def first_conditions(model: Any, rows: int) -> dict[str, torch.Tensor]:
-    """Return the conditions that the routers of a model read: of every row the first id, or features of 0."""
-    conditions = {}
+    """Return the conditions that a model reads: of every row the first id, or features of 0."""
+    conditions = condition_of_blocks(model, rows)
     for router in routers_of(model).values():
         if router.condition is not None:
             ids = torch.zeros(rows, dtype=torch.long, device=model.device)
