@@ -190,6 +190,8 @@ OPTIONS = {
     "centred": flag,
     "num_clusters": lambda value: whole(value, 0),
     "slots_per_expert": count,
+    "router_hidden_layers": lambda value: whole(value, 0, 2),
+    "init_lambda": lambda value: real(value, -1e9),
     "normalize": flag,
     "modalities": nothing,
     "gate": one_of("softmax", "sigmoid_bias"),

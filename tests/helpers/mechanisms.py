@@ -191,6 +191,10 @@ CASES: dict[str, dict[str, Case]] = {
             {"dynamic_weights": "uniform", "jitter_noise": 0.0, "num_null_experts": 2},
             {"expert_banks": BANKS, "num_experts": None, **ACTIVE_LOSS},
         ),
+        "wemoe": Case({"block_size": 3}, {"num_experts_per_tok": 4, **NO_LOSS}),
+        "wemoe-linear": Case({"block_size": 3, "router_hidden_layers": 1}, {"num_experts_per_tok": 3, **NO_LOSS}),
+        "wemoe-constant": Case({"router_hidden_layers": 0}, {"num_experts_per_tok": 4, **NO_LOSS}),
+        "wemoe-whole": Case({"block_size": None}, {"num_experts_per_tok": 4, **NO_LOSS}, exempt=WHOLE_PROMPT),
     },
     "experts": {
         "ffn": Case(),

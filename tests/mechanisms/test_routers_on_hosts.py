@@ -30,6 +30,7 @@ NO_ADAPTER = {
     "speechmoe": "choose one .* such as 'top_k'",
     "uniperceiver_moe": "choose another, such as 'top_k'",
     "uniperceiver_moe-mixed": None,
+    "wemoe": "choose another, such as 'top_k'",
 }
 NO_HOST = {
     "aoe": "build a fresh model",

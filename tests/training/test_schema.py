@@ -214,6 +214,7 @@ def test_a_decoder_with_experts_keeps_their_number(decoders):
         ("stages.2.objectives={load_balanc: 1}", "stage 3 .*'load_balance'"),
         ("stages.2.learning_rate_scales={experts: 2}", "stage 3 .*selects nothing"),
         ("stages.2.learning_rate_scales={routers: 0}", "greater than 0"),
+        ("stages.2.loss=entropy", "stage 3 .*no labels, by which the objectives"),
         ("trainable=[routers]", "each stage has its own"),
         ("stages.3.name=x", "holds 3 items"),
         ("stages.name=x", "numbered from 0"),

@@ -83,7 +83,9 @@ class RoutingStatistics:
             slots = out_of_order(places, decision.order, context.token_mask.numel())  # (T, E * slots)
             runs = slots.unflatten(-1, (decision.num_experts, -1)).sum(-1)  # (T, E)
         else:
-            runs = decision.expert_weight.detach()[decision.group_index]  # (T, E)
+            # One merged expert, of which some may be taken away.
+            shares = decision.expert_weight.detach().abs()
+            runs = (shares / shares.sum(-1, keepdim=True).clamp(min=1e-12))[decision.group_index]  # (T, E)
         mask = context.tokens("token_mask", runs.device)
         modality = context.tokens("modality_ids", runs.device)[mask]
         total = torch.zeros(NUM_MODALITIES, decision.num_experts, dtype=torch.float64, device=runs.device)

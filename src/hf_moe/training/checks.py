@@ -236,6 +236,11 @@ def check_stages(config: HfMoeConfig, recipe: Recipe, place: str) -> None:
                     first = evolution.first_names(model)
                     evolution.experts = [dict(evolution.first_expert(model)) for _ in evolution.beta_ranges]
             _check_trained(model, stage, first, where, has_tower="vision_tower" in recipe.model)
+            if stage.loss == "entropy" and model.objectives.by_name:
+                raise ValueError(
+                    f"loss=entropy of {where} gives the model no labels, by which the objectives "
+                    f"{', '.join(model.objectives.by_name)} weigh the rows: set objectives: {{}} there."
+                )
 
 
 def _check_trained(model: Any, stage: Stage, first: set[str], where: str, has_tower: bool) -> None:

@@ -141,6 +141,7 @@ class Stage:
         evolve: `layers` and options of [`ExpertEvolution`], for experts that evolve beside the training.
         objectives: replace the model's; empty for none.
         learning_rate_scales: factors on the learning rate, by part as in `trainable`.
+        loss: `"cross_entropy"` with the labels, or `"entropy"` of the predictions there, whatever the labels are.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Stage:
     evolve: Evolve | None = None
     objectives: dict[str, Any] | None = None
     learning_rate_scales: dict[str, Positive] = field(default_factory=dict)
+    loss: Literal["cross_entropy", "entropy"] = "cross_entropy"
 
 
 @dataclass

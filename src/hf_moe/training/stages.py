@@ -22,6 +22,7 @@ from ..modeling.modeling_hf_moe import HfMoeForConditionalGeneration
 from ..modeling.parts import host_parts, part_of
 from .arguments import training_arguments
 from .constructions import construct_stage, evolution_of
+from .entropy import prediction_entropy
 from .job import STAGE_FILE, read_record, run_trainer, say, stage_folders, write_record
 from .parts import refuse_strayed, train_only, trained_parts
 from .sections import Recipe, Stage
@@ -109,6 +110,7 @@ def train_model(
         processing_class=tokenizer_or_processor(processor),
         callbacks=callbacks,
         learning_rate_scales=stage.learning_rate_scales,
+        compute_loss_func=prediction_entropy if stage.loss == "entropy" else None,
     )
     needed = () if evolution is None else (EVOLUTION_FILE,)
     return {"trainable_parameters": trainable, **run_trainer(trainer, folder, resume, needed)}
