@@ -233,6 +233,54 @@ def test_large_float32_products_go_to_onednn_while_it_is_enabled():
         assert not dispatch.onednn_serves(left, right)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_routings_bring_few_new_shapes_to_onednn(dtype, monkeypatch):
+    monkeypatch.setattr(dispatch, "ONEDNN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(dispatch, "write_product", watched := Watched(dispatch.write_product))
+    experts = build_experts(num_experts=16).to(dtype)
+    counts = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        index = (torch.rand(700, 16) + torch.linspace(0, 0.5, 16)).topk(2).indices
+        counts |= set(index.flatten().bincount().tolist())
+        weight = torch.rand(index.shape, dtype=dtype)
+        tokens = torch.randn(700, HIDDEN, dtype=dtype).requires_grad_()
+        ragged_experts_forward(experts, tokens, index, weight).sum().backward()
+    # Each of two weights has three products: forward, back to the rows, and its own gradient.
+    assert len(counts) > 80 and len(watched.shapes) < 6 * len(counts) / 4
+
+
+class Watched:
+    """Notes the shapes of products."""
+
+    def __init__(self, product):
+        self.product = product
+        self.shapes = set()
+
+    def __call__(self, left, right, out):
+        self.shapes.add((left.shape, right.shape))
+        self.product(left, right, out)
+
+
+@pytest.mark.parametrize("rows", [9, 64, 128, 255, 256, 257, 1000])
+def test_rounded_rows_are_few_more(rows):
+    assert rows <= dispatch.rounded(rows) < rows + max(8, rows / 4)
+    assert dispatch.rounded(dispatch.rounded(rows)) == dispatch.rounded(rows)
+
+
+def test_what_runs_on_into_the_next_group_leaves_nothing_there(monkeypatch):
+    monkeypatch.setattr(dispatch, "ONEDNN_MULTIPLICATIONS", 0)
+    weight, offsets = torch.randn(3, 16, 32).requires_grad_(), torch.tensor([11, 30, 45], dtype=torch.int32)
+    rows = torch.randn(45, 32)
+    rows[11:30] = float("nan")
+    rows.requires_grad_()
+    output = grouped_linear(rows, weight, offsets)
+    output.sum().backward()
+    assert output[:11].isfinite().all() and output[30:].isfinite().all() and output[11:30].isnan().all()
+    assert rows.grad.isfinite().all() and weight.grad[[0, 2]].isfinite().all()
+    torch.testing.assert_close(output[30:], rows[30:] @ weight[2].t())
+
+
 def test_repeated_runs_are_bitwise_equal_and_serve_deterministic_mode():
     experts = build_experts(bias=True)
     arguments = (experts, torch.randn(TOKENS, HIDDEN), *route(empty_share=0.4))

@@ -70,12 +70,49 @@ def write_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) ->
         out.copy_(result)
 
 
+def compiles_shapes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether the product `left @ right.T` goes to oneDNN, which compiles a kernel for every shape it has not seen.
+
+    Routing gives each expert another number of rows in each step, and a kernel may take longer than its product.
+    """
+    half = left.dtype in (torch.bfloat16, torch.float16) and left.device.type == "cpu"
+    return left.shape[0] > FEW_ROWS and (half or onednn_serves(left, right))
+
+
+def rounded(rows: int) -> int:
+    """Return a number of rows of which there are few, at most an eighth above `rows` where those are many."""
+    step = 8 if rows <= 64 else 32 if rows <= 256 else 64
+    return -(-rows // step) * step
+
+
+def write_group(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, group: slice) -> None:
+    """Write `rows[group] @ weight.T` into `out[group]`. The rows of `out` after the group may be overwritten."""
+    given = rows[group]
+    if not compiles_shapes(given, weight):
+        write_product(given, weight, out[group])
+        return
+    end = group.start + rounded(len(given))
+    if end <= len(rows):
+        write_product(rows[group.start : end], weight, out[group.start : end])
+    else:
+        result = out.new_empty(end - group.start, out.shape[1])
+        write_product(padded(given, len(result)), weight, result)
+        out[group].copy_(result[: len(given)])
+
+
+def padded(rows: torch.Tensor, number: int) -> torch.Tensor:
+    """Return the rows with zeros after them."""
+    return F.pad(rows, (0, 0, 0, number - len(rows)))
+
+
 class GroupedProduct(torch.autograd.Function):
     """One matrix product per group, `rows[g] @ weight[e].T`, with a result in the dtype of the rows.
 
     The weight of one expert at a time is cast, and only if many rows use it: a cast of the whole stack would cost more
     than the products where tokens are few, and would be kept for the backward. The gradient of the stack is written in
     place, expert by expert; autograd would allocate it once per indexed expert, or stack copies.
+
+    A product may run on into rows of the next group, whose own product comes after it, so that few shapes occur.
     """
 
     @staticmethod
@@ -84,7 +121,7 @@ class GroupedProduct(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         output = rows.new_empty(rows.shape[0], weight.shape[1])  # (M, out)
         for expert, group in ctx.groups:
-            write_product(rows[group], weight[expert], output[group])
+            write_group(rows, weight[expert], output, group)
         return output
 
     @staticmethod
@@ -97,12 +134,15 @@ class GroupedProduct(torch.autograd.Function):
         # Two loops: reading weights and writing gradients in turn is slower.
         if grad_rows is not None:
             for expert, group in ctx.groups:
-                write_product(grad_output[group], weight[expert].t(), grad_rows[group])
+                write_group(grad_output, weight[expert].t(), grad_rows, group)
         if grad_weight is not None:
             written = 0
             for expert, group in ctx.groups:
                 grad_weight[written:expert].zero_()
-                write_product(grad_output[group].t(), rows[group].t(), grad_weight[expert])
+                upper, lower = grad_output[group], rows[group]
+                if compiles_shapes(upper, weight[expert].t()):
+                    upper, lower = (padded(part, rounded(len(part))) for part in (upper, lower))
+                write_product(upper.t(), lower.t(), grad_weight[expert])
                 written = expert + 1
             grad_weight[written:].zero_()
         return grad_rows, grad_weight, None
