@@ -205,6 +205,8 @@ CASES: dict[str, dict[str, Case]] = {
         "onecat": Case({"scale_adapter_rank": 4}),
         "rmoe_residual": Case(),
         "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),
+        "mpoe": Case({"central_mask_prob": 0.0, "init_noise": 0.1}),
+        "mpoe-three_cores": Case({"num_cores": 3, "bond_dim": 6, "central_mask_prob": 0.0}),
         "mote_ternary": Case({"activation_bits": None}),
         "mote_ternary-packed": Case({"activation_bits": None, "weight_scale": "row", "packed": True}),
         "mofme": Case({"modulation_rank": 4}),

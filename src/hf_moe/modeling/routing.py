@@ -220,7 +220,7 @@ class Experts(nn.Module):
 
         By default all experts have equal shares of what the experts hold.
         """
-        count = sum(parameter.numel() for parameter in self.parameters()) + self.packed_weights
+        count = sum(parameter.numel() for parameter in self.parameters())
         return [(count - self.parameters_per_token()) / self.num_experts] * self.num_experts
 
     def parameters_per_token(self) -> int:

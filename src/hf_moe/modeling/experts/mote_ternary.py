@@ -16,7 +16,7 @@ Rounded inputs jump by a step where sums differ in the last bit, as those of two
 Source: MoTE: Mixture of Ternary Experts for Memory-efficient Large Multimodal Models, arXiv:2506.14435.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -24,22 +24,17 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import Interval
-from ..decisions import Decision, ExpertAssignment, SlotMixture
-from ..dispatch import RAGGED, Dispatch, EvenDispatch, grouped_linear, run_stacks, stack_linear
+from ..computed_stacks import EVERY, Chosen, ComputedStacks
+from ..decisions import Decision, ParameterMixture, SlotMixture
+from ..dispatch import Dispatch
 from ..layer_spec import MoELayerSpec
 from ..registry import register_experts
-from ..routing import Experts
-from ..stacked_experts import StackedExperts, copy_whole
+from ..stacked_experts import copy_whole
 from ..ternary import DIGITS_PER_BYTE, TokenRounding, pack, straight_through, ternary, unpack
 
 
-def _weights(name: str) -> property:
-    """Return the property of a stack (E, out, in) as it is read."""
-    return property(lambda self: self.weight(name))
-
-
 @register_experts("mote_ternary")
-class TernaryExperts(StackedExperts):
+class TernaryExperts(ComputedStacks):
     """Feed-forward experts of ternary weights.
 
     A stack is the parameter `<name>_latent` (E, out, in). Packed it is the buffers `<name>_digits` (E, out, in / 5),
@@ -55,7 +50,6 @@ class TernaryExperts(StackedExperts):
     """
 
     can_be_packed = True
-    gate_up_proj, up_proj, down_proj = (_weights(name) for name in ("gate_up_proj", "up_proj", "down_proj"))
 
     def __init__(
         self,
@@ -87,11 +81,6 @@ class TernaryExperts(StackedExperts):
             self.register_buffer(f"{name}_digits", digits)
             self.register_buffer(f"{name}_scale", scale)
 
-    @property
-    def stack_names(self) -> list[str]:
-        """The names of the stacks of weights."""
-        return [self.input_name, "down_proj"]
-
     def initialize(self, std: float) -> None:
         super().initialize(std)
         if self.packed:
@@ -100,7 +89,7 @@ class TernaryExperts(StackedExperts):
                 init.copy_(digits, torch.randint_like(digits, 3**DIGITS_PER_BYTE))
                 init.constant_(scale, std)
 
-    def weight(self, name: str, experts: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    def weight(self, name: str, experts: Chosen = EVERY) -> torch.Tensor:
         """Return the weights of some experts as they are read, (experts, out, in)."""
         if self.packed:
             columns = self.hidden_dim if name == self.input_name else self.intermediate_dim
@@ -133,16 +122,13 @@ class TernaryExperts(StackedExperts):
         *,
         dispatch: Dispatch | None = None,
     ) -> torch.Tensor:
-        index = decision.expert_index if isinstance(decision, ExpertAssignment) else decision
-        if dispatch is None and self.backend == RAGGED and isinstance(index, torch.Tensor):
-            dispatch = Dispatch(index, self.num_experts)
-        if dispatch is None and not isinstance(decision, SlotMixture):
+        by_rows = self.takes_dispatch and not isinstance(decision, ParameterMixture)
+        if not by_rows and not isinstance(decision, SlotMixture):
             hidden_states = self.rounding(hidden_states)  # else `compute` does it
         return super().forward(hidden_states, decision, expert_weight, dispatch=dispatch)
 
     def compute(self, tokens: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        whole = not self.packed or isinstance(dispatch, EvenDispatch)
-        return run_stacks(self, self.rounding(tokens), dispatch, stack_linear if whole else _unpacked_linear)
+        return super().compute(self.rounding(tokens), dispatch)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self.rounding(super()._apply_gate(gate_up))
@@ -160,23 +146,10 @@ class TernaryExperts(StackedExperts):
                 copy_whole(getattr(self, own)[expert], tensor, name)
         return False
 
-    def states(self) -> Iterator[dict[str, torch.Tensor]]:
-        for expert in range(self.num_experts):
-            state = {name: self.weight(name, slice(expert, expert + 1))[0] for name in self.stack_names}
-            if self.has_bias:
-                state |= {f"{name}_bias": getattr(self, f"{name}_bias")[expert] for name in self.stack_names}
-            yield state
-
     @property
     def packed_weights(self) -> int:
         inputs = _matrices(self.input_name) * self.hidden_dim
-        return self.num_experts * self.intermediate_dim * (inputs + self.output_dim) if self.packed else 0
-
-    def parallel_plans(self) -> dict[str, dict[str, str]]:
-        return Experts.parallel_plans(self)
-
-    def _width_share(self) -> float:
-        return 1.0  # no plan splits them
+        return self.packed * self.num_experts * self.intermediate_dim * (inputs + self.output_dim)
 
 
 def _matrices(name: str) -> int:
@@ -187,11 +160,3 @@ def _matrices(name: str) -> int:
 def _scaled(digits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return digits (E, out, in) times their scales (E, matrices, 1 or rows, 1), in the type of these."""
     return (digits.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1, 2)
-
-
-def _unpacked_linear(experts: TernaryExperts, name: str, rows: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-    """Apply a stack whose experts are unpacked only if they have rows."""
-    counts = torch.diff(dispatch.offsets, prepend=dispatch.offsets.new_zeros(1))
-    used = torch.where(counts > 0)[0]
-    bias = getattr(experts, f"{name}_bias")[used] if experts.has_bias else None
-    return grouped_linear(rows, experts.weight(name, used), dispatch.offsets[used], bias)
