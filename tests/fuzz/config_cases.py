@@ -320,6 +320,7 @@ OPTIONS = {
     "gate_input": one_of("token", "prefix_mean"),
     "zero_init": lambda value: value is False,
     "d_min": lambda value: real(value, 0, 2),
+    "noise_epsilon": optional(lambda value: real(value, 0)),
     "d_low": optional(lambda value: whole(value, 5, 5)),
     "d_max": lambda value: real(value, 1.5),
 }

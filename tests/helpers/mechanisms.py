@@ -8,6 +8,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
+from hf_moe.modeling.context import routers_of
 from hf_moe.modeling.inputs import conditions_read
 
 
@@ -58,6 +59,10 @@ class Case:
 ONE_SLOT = {"num_experts_per_tok": 1}
 BANKS = {"text": {"num_experts": 2}, "vision": {"num_experts": 2, "intermediate_size": 16}}
 
+TASKS: dict[str, Any] = {
+    "objectives": {"load_balance": 0.01, "tasks": {"name": "signal", "signal": "task_contrast", "coef": 0.1}},
+    "num_shared_experts": 1,
+}
 VQ_LOSS: dict[str, Any] = {"name": "signal", "signal": "vq_loss", "coef": 0.1}
 VQ: dict[str, Any] = {"objectives": {"load_balance": 0.01, "codes": VQ_LOSS}, "num_shared_experts": 1}
 CONTRAST: dict[str, Any] = {"objectives": {"signal": {"coef": 0.1, "signal": "prototype_contrast"}}}
@@ -173,6 +178,8 @@ CASES: dict[str, dict[str, Case]] = {
         "soft_moe-normalized": Case({"slots_per_expert": 2, "normalize": True}, NO_LOSS, "vision"),
         "speechmoe": Case({"route_embedding_dim": 8, "embedding_classes": 48}, {**ONE_SLOT, "objectives": EMBEDDED}),
         "stablemoe": Case(moe={**ONE_SLOT, "objectives": STABLE}),
+        "t2mir": Case(exempt=NOISY_BATCH),
+        "t2mir-still": Case({"noise_epsilon": None}),
         "top_k": Case(),
         "top_k-sigmoid": Case({"score_function": "sigmoid", "routed_scaling_factor": 2.0}),
         "top_k-capacity": Case({"capacity_factor": 1.0}),
@@ -250,6 +257,11 @@ CASES: dict[str, dict[str, Case]] = {
         "moore-penalty": Case({"mode": "penalty"}, {"objectives": OVERLAP}),
         "smoe_stratified": Case(moe={"num_shared_experts": 1}),
         "smoe_stratified-three": Case({"strata": [1, 1, 2]}),
+        "t2mir": Case(
+            {"num_task_experts": 6, "num_tasks": 3},
+            TASKS,
+            exempt={"gradients": "tasks are contrasted with those of an earlier step, and there is none"},
+        ),
         "vqmoe": Case({"num_codes": 6}, VQ),
         "vqmoe-revived": Case({"num_codes": 6, "revive": True, "modalities": ["text", "image"]}, VQ),
         "vqmoe-discrete_only": Case(
@@ -324,7 +336,7 @@ def make_rows(model: HfMoeForConditionalGeneration, rows: int = 3, seed: int = 1
     labels = ids.masked_fill(torch.arange(POSITIONS) <= torch.arange(rows)[:, None], -100)
     batch = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids), "labels": labels}
     batch["condition_ids"] = {"domain": torch.arange(rows) % 3}
-    for name, count in conditions_read(layer.router for layer in model.moe_layers().values()).items():
+    for name, count in conditions_read(routers_of(model).values()).items():
         features = torch.rand(rows, 3, generator=generator)
         batch["condition_ids"][name] = torch.arange(rows) % count if count else features
     if model.config.image_token_id is None:
