@@ -46,8 +46,7 @@ class SharedAssignment(ExpertAssignment):
     @made_once
     def gates(self) -> torch.Tensor:
         """The weight of every expert in every token, (T, E)."""
-        gates = self.expert_weight.new_zeros(len(self.expert_index), self.num_experts + 1)
-        return gates.scatter_add_(1, self.expert_index, self.expert_weight)[:, : self.num_experts]
+        return self.weight_table()
 
     @made_once
     def dispatch(self) -> Dispatch:

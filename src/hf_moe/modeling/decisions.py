@@ -18,8 +18,9 @@ class ExpertAssignment:
         router_probs (`torch.Tensor` of shape `(T, C)`, float32): the same as probabilities; rows sum to 1.
         gate_index (`torch.Tensor` of shape `(T,)`, *optional*): which of several gates decided, in
             [0, NUM_MODALITIES). Every gate is a population of its own in the balance losses.
-        chosen_index (`torch.Tensor` of shape `(T, K)`, *optional*): `expert_index` before a capacity emptied slots.
-            The balance statistics count these: a full expert must not look less wanted than it is.
+        chosen_index (`torch.Tensor` of shape `(T, K)`, *optional*): `expert_index` before a capacity emptied slots, or
+            a self gate filled some. The balance statistics count these: a full expert must not look less wanted than
+            it is.
         input_scale (`torch.Tensor` of shape `(T,)`, *optional*): multiplies what the experts see.
         identity_weight (`torch.Tensor` of shape `(T,)`, *optional*): weight of experts that return their input; they
             cost no matrix work and take no index.

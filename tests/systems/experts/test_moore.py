@@ -3,12 +3,10 @@
 import pytest
 import torch
 from helpers.layers import make_layer, run
-from helpers.router_cases import make_context, make_hidden, make_router, weight_table
 
 from hf_moe.modeling.blocks.moore import orthogonalised
 from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.expert_banks import run_assignment, slot_outputs
-from hf_moe.modeling.overrides import RoutingOverrides
 from hf_moe.modeling.routing_context import ACTIVE_CONTEXT, RoutingContext
 
 
@@ -80,20 +78,6 @@ def test_the_penalty_leaves_the_plain_mixture_and_counts_overlap():
 def test_merged_experts_are_refused():
     with pytest.raises(ValueError, match="needs a router that assigns experts; ParameterMixture"):
         run(make_layer(block="moore", router={"name": "meo", "block_size": 3}), torch.randn(1, 4, 16))
-
-
-def test_a_task_or_a_modality_weighs_all_experts():
-    context = make_context(condition_ids={"task": torch.tensor([1, 0, 7])})
-    for options, ids in ({}, context.condition("task", "cpu")), ({"conditioning": "modality"}, context.modality_ids):
-        router = make_router("moore", options)
-        with torch.no_grad():
-            assert (router.mixing == 1 / 8).all() and router.idle_parameters() == 8 * (len(router.mixing) - 1)
-            assert len(router.mixing) == (4 if options else 2) and router.mixing.normal_().min() < 0
-        table = weight_table(router(make_hidden(context), context)).view(30, 8)
-        expected = torch.cat([router.mixing, torch.zeros(8, 8)])[ids.flatten()]
-        assert torch.equal(table, expected)
-    context.overrides = RoutingOverrides(disabled_experts={1: [2]})
-    assert not weight_table(router(make_hidden(context), context))[:, 2].any()
 
 
 def effective_rank(block: str) -> float:
