@@ -72,6 +72,7 @@ WHOLE_PROMPT = {name: "the experts are merged for the whole prompt" for name in 
 NO_CHOICE = {"disabled": "its experts are not chosen"}
 ACTIVE_LOSS = {"objectives": {"active_balance": 0.01}}
 CHOICE_LOSS = {"objectives": {"signal": {"coef": 1.0, "signal": "choice_loss"}}}
+DEPTH_LOSS = {"objectives": {**CHOICE_LOSS["objectives"], "load_balance": 0.01}}
 CHOICE_OF_A_BATCH = {"micro_batches": "while training, experts choose among the tokens of a batch"}
 STABLE = {name: {"name": "signal", "signal": name, "coef": 0.3} for name in ("overload", "distillation")}
 OVERLAP = {"orthogonality": {"name": "signal", "signal": "output_overlap", "coef": 0.1}}
@@ -278,6 +279,11 @@ CASES: dict[str, dict[str, Case]] = {
         "moa_attention_heads": Case({"num_experts": 6}, text={"num_key_value_heads": 1}),
     },
     "layer": {
+        "mixture_of_depths": Case({"capacity": 0.4}, DEPTH_LOSS),
+        "mixture_of_depths-predictor": Case(
+            {"every": 1, "capacity": 0.3, "inference": "predictor", "per_modality_capacity": {"image": 0.5}},
+            DEPTH_LOSS,
+        ),
         "mot_transformers": Case(),
         "mot_transformers-attention": Case({"untie": ["attention"]}),
         "mot_transformers-blocks": Case(

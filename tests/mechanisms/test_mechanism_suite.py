@@ -181,10 +181,11 @@ def test_padding(subject):
             assert_near((found.logits[:, 3:], found.loss), (plain.logits, plain.loss), 1e-5)
             for name, value in (plain.objective_values or {}).items():
                 assert_near(found.objective_values[name], value, 1e-5)
-    for site, decision in decisions(found).items():
-        if isinstance(decision, ExpertAssignment) and not str(site).startswith("vision"):  # patches are not padded
-            slots = decision.expert_index.view(len(found.logits), -1, decision.expert_index.shape[-1])
-            assert (slots[:, :3] == decision.num_experts).all()
+    assert not found.routing.token_mask[:, :3].any()
+    for part in found.routing.contexts():
+        for decision in part.decisions.values():
+            if isinstance(decision, ExpertAssignment):
+                assert (decision.expert_index[~part.token_mask.flatten()] == decision.num_experts).all()
 
 
 def test_alone(subject):

@@ -95,6 +95,9 @@ class _Count:
 
     def _share(self, module: nn.Module, name: str, part: nn.Module | nn.Parameter) -> float:
         """Return how often a parameter or child runs when its module does."""
+        for other in module.children():
+            if isinstance(other, Replacement) and other.is_added and other is not part:
+                return other.layer_share(self.use.modality, self.use.experts)
         if isinstance(module, Replacement):
             return module.active_share(name, self.use.modality, self.use.experts)
         if isinstance(module, Block) and name == "shared_expert":

@@ -194,8 +194,8 @@ def by_modality(values: Sequence[int], context: RoutingContext, device: torch.de
     return looked_up(values, context.tokens("modality_ids", device))
 
 
-def looked_up(values: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
-    """Return `values[i]` for every id i of a few, (T,) int64; the first of the values for other ids.
+def looked_up(values: Sequence[float], ids: torch.Tensor) -> torch.Tensor:
+    """Return `values[i]` for every id i of a few, (T,) of the type of `ids`; the first of the values for other ids.
 
     A table in a tensor would be copied from the host at every call, which then waits for the device.
     """

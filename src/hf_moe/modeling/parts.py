@@ -283,4 +283,5 @@ def _moe_layers(root: nn.Module) -> list[nn.Module]:
         return [module for module in root.modules() if isinstance(module, Block)]
     # Code of before towers had MoE layers knows those of the decoder.
     blocks = getattr(holder, "moe_blocks", holder.moe_layers)().values()
-    return [*blocks, *(part for part in root.modules() if isinstance(part, Replacement) and part.holds_experts)]
+    replacements = [part for part in root.modules() if isinstance(part, Replacement)]
+    return [*blocks, *(part for part in replacements if part.holds_experts or part.routers)]

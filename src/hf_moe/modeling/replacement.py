@@ -19,6 +19,8 @@ class Replacement(nn.Module):
 
     # Whether its weights are those of routed experts.
     holds_experts = False
+    # Whether it stands beside the host's modules, in the place of none, and changes what the layer computes.
+    is_added = False
 
     @property
     def routers(self) -> list[Router]:
@@ -40,6 +42,10 @@ class Replacement(nn.Module):
             modality (`int`): of the token.
             experts (`Callable`): site of a decision -> how many experts run for the token.
         """
+        return 1.0
+
+    def layer_share(self, modality: int, experts: Callable[[Site], float]) -> float:
+        """Return the share of tokens for which the modules beside it run; see [`~Replacement.active_share`]."""
         return 1.0
 
     def initialize(self, std: float) -> None:

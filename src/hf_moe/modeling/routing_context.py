@@ -178,7 +178,7 @@ class RoutingContext:
         ids = self._given_condition(name, "of shape (B,) or (B, S)")
         if ids.dim() == 1:
             ids = ids[:, None].expand(self.token_mask.shape)
-        return self._of_tokens(name, ids).reshape(-1).long().to(device)
+        return self.of_tokens(name, ids).reshape(-1).long().to(device)
 
     def row_condition(self, name: str, device: torch.device) -> torch.Tensor | None:
         """Return the condition `name` of every row, (B,); `None` where every token has one of its own.
@@ -198,9 +198,9 @@ class RoutingContext:
         features = self._given_condition(name, "features of shape (B, C) or (B, S, C)")
         if features.dim() == 2:
             return features.to(device).repeat_interleave(self.token_mask.shape[1], dim=0)
-        return self._of_tokens(name, features).flatten(0, 1).to(device)
+        return self.of_tokens(name, features).flatten(0, 1).to(device)
 
-    def _of_tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
+    def of_tokens(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Return `values` (B, L, ...) of the tokens of this call, (B, S, ...): after those of a prompt, its last one.
 
         Raises:
