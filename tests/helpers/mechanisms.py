@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, CLIPVisionConfig
 
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.modeling.context import routers_of
 from hf_moe.modeling.inputs import conditions_read
+
+from .hosts.recurrent import MAMBA_1
 
 
 IMAGE, POSITIONS = 63, 10
@@ -43,6 +45,7 @@ class Case:
         options: of the mechanism itself.
         moe: other fields of `moe_config`.
         place: where it is used: `""` in the decoder, `"vision"` in a tower.
+        host: the type of the decoder.
         text: fields of the decoder's config.
         tower: fields of the vision tower's config.
         exempt: checks that it cannot pass, each with the reason. A check that it passes all the same is an error.
@@ -51,11 +54,13 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     moe: Mapping[str, Any] = field(default_factory=dict)
     place: str = ""
+    host: str = "llama"
     text: Mapping[str, Any] = field(default_factory=dict)
     tower: Mapping[str, Any] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
 
 
+JAMBA = {"num_experts": 1, "attn_layer_period": 3, "attn_layer_offset": 2, **MAMBA_1}
 ONE_SLOT = {"num_experts_per_tok": 1}
 BANKS = {"text": {"num_experts": 2}, "vision": {"num_experts": 2, "intermediate_size": 16}}
 
@@ -284,6 +289,8 @@ CASES: dict[str, dict[str, Case]] = {
             {"every": 1, "capacity": 0.3, "inference": "predictor", "per_modality_capacity": {"image": 0.5}},
             DEPTH_LOSS,
         ),
+        "mixture_of_mamba": Case(host="jamba", text=JAMBA),
+        "mixture_of_mamba-x_proj": Case({"split": ["x_proj"], "split_norm": False}, host="jamba", text=JAMBA),
         "mot_transformers": Case(),
         "mot_transformers-attention": Case({"untie": ["attention"]}),
         "mot_transformers-blocks": Case(
@@ -313,7 +320,7 @@ def config_of(kind: str, key: str) -> HfMoeConfig:
     else:
         configs = {"moe_config": moe}
     return HfMoeConfig(
-        text_config=LlamaConfig(**{**TEXT, **case.text}),
+        text_config=CONFIG_MAPPING[case.host](**{**TEXT, **case.text}),
         vision_config=CLIPVisionConfig(**{**TOWER, **case.tower}) if tower else None,
         connector=named if kind == "connector" else "mlp",
         image_token_id=IMAGE if tower else None,

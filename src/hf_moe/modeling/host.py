@@ -16,6 +16,7 @@ from .configured_parts import ConfiguredParts, build_block
 from .host_layers import ACTIVATION_FIELDS, HostFfn, ffn_name, read_ffn
 from .layer_spec import MoELayerSpec
 from .registry import build
+from .replacement import UnsuitedLayer
 from .routing_context import ACTIVE_CONTEXT, CALL_CONTEXT
 from .subclasses import same_name
 
@@ -74,10 +75,17 @@ def install_blocks(layers: Any, config, moe, host_config, **facts: Any) -> None:
         setattr(layer, name, block)
     parts = ConfiguredParts(config, moe)
     for kind in ("attention", "layer"):
+        changed, refusals = 0, []
         for layer_idx, layer in enumerate(layers):
             if at_layer(getattr(moe, kind), layer_idx) is not None:
                 spec = _place_spec(moe, host_config, layer_idx, part=kind, **facts)
-                build(kind, *parts.named(kind, spec), spec, parts, layer)
+                try:
+                    build(kind, *parts.named(kind, spec), spec, parts, layer)
+                    changed += 1
+                except UnsuitedLayer as refusal:  # as the few layers of a hybrid that attend
+                    refusals.append(refusal)
+        if refusals and not changed:
+            raise refusals[0]
     for layer in layers:
         layer.__class__ = routed_layer_class(type(layer))
 

@@ -14,6 +14,10 @@ from .layer_spec import Site
 from .routing import Router
 
 
+class UnsuitedLayer(ValueError):
+    """A layer has not what a mechanism changes. It stays as it is, unless no layer of the host is another."""
+
+
 class Replacement(nn.Module):
     """Base of the modules that the kinds `attention` and `layer` put in the places of the host's."""
 
