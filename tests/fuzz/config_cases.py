@@ -309,6 +309,8 @@ OPTIONS = {
     "expert_norm": one_of("rms", "none"),
     "feature_gate_rank": lambda value: whole(value, 0),
     "scale_adapter_rank": count,
+    "selection": one_of("token"),
+    "expert_capacity_fraction": lambda value: real(value, 0, 1, open_low=True),
     "residual_init_std": lambda value: real(value, 0),
     "final_coef": optional(lambda value: real(value, 0)),
     "within_groups": optional(divides_eight),

@@ -199,6 +199,8 @@ CASES: dict[str, dict[str, Case]] = {
         "uniperceiver_moe-mixed": Case({"level": "modality", "gate_noise_std": 0.0, "merge": False}),
         "uniperceiver_moe-task": Case({"level": "task", "gate_noise_std": 0.0}, NO_LOSS),
         "uniperceiver_moe-modality": Case({"level": "modality", "gate_noise_std": 0.0}, NO_LOSS),
+        "uoe": Case(),
+        "uoe-data": Case({"selection": "data"}, NO_LOSS, "vision"),
         "unimoe_audio": Case({"num_shared_experts": 1, "jitter_noise": 0.0}, ACTIVE_LOSS),
         "unimoe_audio-banks": Case(
             {"dynamic_weights": "uniform", "jitter_noise": 0.0, "num_null_experts": 2},
@@ -282,6 +284,7 @@ CASES: dict[str, dict[str, Case]] = {
         "attention_experts": Case({"num_experts": 4}),
         "attention_experts-share_kv": Case({"num_experts": 3, "num_experts_per_tok": 2, "share_kv": True}),
         "moa_attention_heads": Case({"num_experts": 6}, text={"num_key_value_heads": 1}),
+        "uoe": Case(),
     },
     "layer": {
         "mixture_of_depths": Case({"capacity": 0.4}, DEPTH_LOSS),

@@ -28,6 +28,7 @@ NO_ADAPTER = {
     "rmoe_layerwise": "choose one .* such as 'top_k'",
     "soft_moe": "adapt a vision tower or an encoder",
     "speechmoe": "choose one .* such as 'top_k'",
+    "uoe-data": "adapt a vision tower or an encoder",
     "uniperceiver_moe": "choose another, such as 'top_k'",
     "uniperceiver_moe-mixed": None,
     "wemoe": "choose another, such as 'top_k'",
@@ -37,6 +38,7 @@ NO_HOST = {
     "hash_layers-previous": "set codebook_size=1",
     "omni_smola-sequence": "put it into vision_moe_config",
     "soft_moe": "put it into vision_moe_config",
+    "uoe-data": "put it into vision_moe_config",
 }
 GENERATE = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
 

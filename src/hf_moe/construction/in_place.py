@@ -117,8 +117,9 @@ def become_moe(
         for path in feed_forwards:
             parent, _, name = path.rpartition(".")
             delattr(host.get_submodule(parent), name)
-    # What was added to the host's layers changes them by design.
-    same_layers = not any(part.is_added for part in paths_of(model, Replacement).values())
+    # Some replacements change what a layer computes by design.
+    replaced = paths_of(model, Replacement).values()
+    same_layers = not any(part.is_added or part.changes_layer for part in replaced)
     if same_layers:
         _check_host(model, feed_forwards, inputs, reference)
     exact = _replace_feed_forwards(model, feed_forwards, plan, source, keep) and same_layers

@@ -25,6 +25,8 @@ class Replacement(nn.Module):
     holds_experts = False
     # Whether it stands beside the host's modules, in the place of none, and changes what the layer computes.
     is_added = False
+    # Whether it makes the layer compute something else than the host's although it starts from the host's weights.
+    changes_layer = False
 
     @property
     def routers(self) -> list[Router]:
