@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from hf_moe import HfMoeConfig, HfMoeForConditionalGeneration
 from hf_moe.construction.conversion import convert_router
 from hf_moe.construction.gate_forms import EXPRESSES, OPTIONS, OWN_RULES
-from hf_moe.modeling.gating import BiasBalancedRouter
+from hf_moe.modeling.bias_balancing import BiasBalancedRouter
 from hf_moe.modeling.mechanisms import mechanism_names
 
 

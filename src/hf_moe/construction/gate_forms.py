@@ -24,7 +24,7 @@ the outputs change. So does a user's own router. Shared branches are no part of 
 from dataclasses import dataclass
 from typing import Any
 
-from ..modeling.gating import BiasBalancedRouter
+from ..modeling.bias_balancing import BiasBalancedRouter
 from ..modeling.layer_spec import MoELayerSpec
 from ..modeling.routers.ernie45_vl import Ernie45VLRouter
 from ..modeling.routers.llama4 import Llama4Router

@@ -42,9 +42,9 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, Positive, PositiveInt, Share
+from ..bias_balancing import BiasBalancedRouter
 from ..decisions import Decision, ExpertAssignment
 from ..gating import (
-    BiasBalancedRouter,
     apply_overrides,
     bank_sizes,
     check_groups,

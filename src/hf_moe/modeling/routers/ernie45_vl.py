@@ -15,8 +15,9 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, NonNegativeInt, Positive
+from ..bias_balancing import BiasBalancedRouter
 from ..decisions import ExpertAssignment
-from ..gating import BiasBalancedRouter, assign, bank_sizes, gate_logits, is_vision, mask_other_bank, row_overlap
+from ..gating import assign, bank_sizes, gate_logits, is_vision, mask_other_bank, row_overlap
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing_context import RoutingContext, is_one_of

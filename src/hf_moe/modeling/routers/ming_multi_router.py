@@ -18,8 +18,9 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, Positive, PositiveInt
+from ..bias_balancing import BiasBalancedRouter
 from ..decisions import ExpertAssignment
-from ..gating import BiasBalancedRouter, assign, by_modality, check_groups, check_slots, gates_of, per_gate_logits
+from ..gating import assign, by_modality, check_groups, check_slots, gates_of, per_gate_logits
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing_context import RoutingContext

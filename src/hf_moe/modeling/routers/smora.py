@@ -15,16 +15,9 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative
+from ..bias_balancing import BiasBalancedRouter
 from ..decisions import ExpertAssignment
-from ..gating import (
-    BiasBalancedRouter,
-    apply_overrides,
-    check_slots,
-    gate_logits,
-    renormalise,
-    router_scores,
-    select_experts,
-)
+from ..gating import apply_overrides, check_slots, gate_logits, renormalise, router_scores, select_experts
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing_context import RoutingContext

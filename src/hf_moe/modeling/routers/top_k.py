@@ -31,8 +31,9 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import NonNegative, Positive, PositiveInt, Share
+from ..bias_balancing import BiasBalancedRouter
 from ..decisions import ExpertAssignment
-from ..gating import BiasBalancedRouter, assign, check_groups, check_slots, gate_logits, jitter, limit_capacity
+from ..gating import assign, check_groups, check_slots, gate_logits, jitter, limit_capacity
 from ..layer_spec import MoELayerSpec
 from ..registry import register_router
 from ..routing_context import NUM_MODALITIES, RoutingContext
