@@ -28,7 +28,8 @@ GROUPS = {
         "dynamic_moe_top_p", "deepseek_v3", "chain_of_experts",
     ),
     "compare_experts": (
-        "top_k", "aoe", "grove_moe", "mole_latent", "mot_transformers", "hmoe_heterogeneous", "chain_of_experts",
+        "top_k", "aoe", "grove_moe", "mole_latent", "mote_ternary", "mot_transformers", "hmoe_heterogeneous",
+        "chain_of_experts",
     ),
 }  # fmt: skip
 # All have two of eight experts per token, except where another number is what the system is about.
@@ -43,6 +44,7 @@ OWN_FIELDS = {
         "objectives={load_balance: {coef: 0.01, by_width: true, shares: tokens}}",
     ],
     "moma": ["num_experts_per_tok=1"],
+    "mote_ternary": ["num_experts_per_tok=1"],  # beside the shared one
 }
 TASKS = ("shapes", "emoji")
 QUICK = ["training.max_steps=2", "data.train.limit=32", "data.eval.limit=16"]
