@@ -23,3 +23,17 @@ def test_the_benchmark_writes_the_named_keys(tmp_path):
     assert "ragged / grouped_mm" in printed
     assert [step["dtype"] for step in result["training_step"]] == ["float32", "bfloat16", "autocast"]
     assert all(step[key] > 0 for step in result["training_step"] for key in times)
+
+
+def test_new_routings_are_measured_beside_repeated_ones(tmp_path):
+    target = tmp_path / "new_routings.json"
+    command = [sys.executable, "benchmarks/new_routings.py", "--quick", "--json", str(target)]
+    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    rows = json.loads(target.read_text())["rows"]
+    assert {(row["dtype"], row["backend"]) for row in rows} == {
+        (dtype, backend)
+        for dtype in ("float32", "bfloat16", "autocast")
+        for backend in ("ragged", "grouped_mm", "eager")
+    }
+    assert all(row[f"{name}_ms"] > 0 for row in rows for name in ("new", "repeated", "dense", "first_new"))
+    assert "new / repeated" in printed
