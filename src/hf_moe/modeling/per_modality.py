@@ -68,6 +68,9 @@ class PerModality(Replacement):
         Raises:
             ValueError: if the module maps other tokens than the sequence's.
         """
+        # Gemma 3 norms queries and keys with heads before positions, (B, heads, S, in): a view of the other order.
+        if hidden_states.dim() == 4 and hidden_states.stride(1) < hidden_states.stride(2):
+            return self.forward(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = active_context(hidden_states)
         copies = list(self.children())
         order, place, sizes = self._order(context, hidden_states.device, len(copies))
