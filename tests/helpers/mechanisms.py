@@ -283,6 +283,8 @@ CASES: dict[str, dict[str, Case]] = {
     "attention": {
         "attention_experts": Case({"num_experts": 4}),
         "attention_experts-share_kv": Case({"num_experts": 3, "num_experts_per_tok": 2, "share_kv": True}),
+        "mae_attentive_experts": Case(),
+        "mae_attentive_experts-pairs": Case({"dropped_heads": 2, "inference": "argmax"}),
         "moa_attention_heads": Case({"num_experts": 6}, text={"num_key_value_heads": 1}),
         "uoe": Case(),
     },

@@ -14,6 +14,10 @@ from hf_moe.modeling.replacement import Replacement
 KINDS = {
     "experts": {"attention": {"name": "attention_experts", "num_experts": 3}},
     "shared_keys": {"attention": {"name": "attention_experts", "num_experts": 3, "share_kv": True}},
+    "attentive": {
+        "attention": "mae_attentive_experts",
+        "router": {"name": "mlp", "gate_input": "prefix_mean", "activation": "tanh", "zero_init": True},
+    },
 }
 NAMES = ("llama", "qwen3", "gemma3", "qwen2_5_vl")
 EXACT = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": SPECIAL}
