@@ -72,7 +72,7 @@ def _named(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield from (("objective", objective_entry(*item)[0]) for item in value.items())
         elif key in (*KINDS, SOURCE):
             values = [item if isinstance(item, dict) else {"name": item} for item in layer_values(value)]
-            yield from ((key, item["name"]) for item in values if "name" in item)
+            yield from ((key, item["name"]) for item in values if item.get("name"))
         elif isinstance(value, dict):
             yield from _named(value)
 

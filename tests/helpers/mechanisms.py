@@ -298,6 +298,7 @@ CASES: dict[str, dict[str, Case]] = {
         "mixture_of_mamba-x_proj": Case({"split": ["x_proj"], "split_norm": False}, host="jamba", text=JAMBA),
         "mot_transformers": Case(),
         "mot_transformers-attention": Case({"untie": ["attention"]}),
+        "parallel_block": Case(),
         "mot_transformers-blocks": Case(
             moe={"attention_blocks": "image"}, exempt={"decoding": "an image that is cut in two does not see itself"}
         ),

@@ -18,6 +18,10 @@ KINDS = {
         "attention": "mae_attentive_experts",
         "router": {"name": "mlp", "gate_input": "prefix_mean", "activation": "tanh", "zero_init": True},
     },
+    "parallel": {
+        "attention": {"name": "attention_experts", "num_experts": 3, "share_kv": True},
+        "layer": "parallel_block",
+    },
 }
 NAMES = ("llama", "qwen3", "gemma3", "qwen2_5_vl")
 EXACT = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": SPECIAL}
@@ -47,8 +51,8 @@ def generate(model, inputs, **strategy):
     return model.generate(**inputs, **EXACT, **strategy, return_dict_in_generate=True, output_logits=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*NAMES, "qwen3_5"])  # in which some layers attend
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "parallel"])
 def test_it_starts_as_the_host_and_leaves_it(kind, name):
     inputs, model = HOSTS[name].inputs(), in_place(kind, name)
     expected = logits_of(HOSTS[name].build(), inputs)
@@ -74,3 +78,10 @@ def test_it_is_saved_with_its_code(kind, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True).eval()
     assert torch.equal(logits_of(loaded, inputs), logits_of(model, inputs))
+
+
+def test_a_layer_alone_has_no_router():
+    layer = drifted(in_place("attentive", "llama")).model.layers[0]
+    positions = torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
+    with pytest.raises(ValueError, match="call the whole model"):
+        layer(torch.zeros(1, 4, 32), position_embeddings=positions)

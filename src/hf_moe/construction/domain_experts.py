@@ -23,6 +23,7 @@ from ..modeling.routers.nexus import NexusRouter
 from .conversion import set_objectives
 from .expert_sources import ExpertSource, State, feed_forward_state, fill_layer, take_neurons
 from .in_place import from_host, paths_of, put_modules
+from .parents import average_in
 
 
 class OneEach(ExpertSource):
@@ -64,7 +65,7 @@ def from_dense_experts(
         fill_layer(block, parents, OneEach())
         block.router.domain_embeddings.copy_(domain_embeddings)
     for number, dense in enumerate(experts):
-        _average_in(model, dense, 1 / (number + 1))
+        average_in(model, dense, 1 / (number + 1))
     return model
 
 
@@ -114,15 +115,6 @@ def add_expert(model: HfMoeForConditionalGeneration, expert: PreTrainedModel, do
         layer.shared_expert, layer.residual_mix = block.shared_expert, block.residual_mix
         fresh[path] = layer.train(block.training)
     put_modules(model, fresh)
-    _average_in(model, expert, 1 / max(layer.spec.num_experts for layer in fresh.values()))
+    average_in(model, expert, 1 / max(layer.spec.num_experts for layer in fresh.values()))
     config.moe_config.num_experts = map_layers(config.moe_config.num_experts, lambda number: number + 1)
     set_objectives(model, config.moe_config.objectives)
-
-
-def _average_in(model: HfMoeForConditionalGeneration, dense: PreTrainedModel, share: float) -> None:
-    """Move all weights outside of the MoE layers by a share towards another model's."""
-    inside = tuple(f"{path}." for path in paths_of(model, Block))
-    theirs = dict(dense.named_parameters(remove_duplicate=False))
-    for name, weight in model.named_parameters():  # each once, also where it is tied
-        if name in theirs and not name.startswith(inside):
-            weight.copy_(torch.lerp(weight.float(), theirs[name].to(weight.device).float(), share))

@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from .block import unwrapped
 from .decisions import ExpertAssignment
+from .layer_spec import Site
+from .replacement import UnsuitedLayer
 from .routing_context import active_context
 
 
@@ -14,13 +16,13 @@ def find_attention(layer: nn.Module, mechanism: str) -> nn.Module:
     """Return the attention of a layer: what has [`PROJECTIONS`], and heads of one width.
 
     Raises:
-        ValueError: if the layer has none.
+        UnsuitedLayer: if the layer has none, as those of a hybrid that do not attend.
     """
     for module in layer.modules():
         projections = [getattr(module, name, None) for name in PROJECTIONS]
         if all(isinstance(item, nn.Linear) for item in projections) and hasattr(module, "head_dim"):
             return module
-    raise ValueError(
+    raise UnsuitedLayer(
         f"{type(layer).__name__} has no attention that {mechanism} could take: one with {', '.join(PROJECTIONS)}. "
         "Choose another host, such as Llama, or leave these layers out."
     )
@@ -43,8 +45,14 @@ def decide(gate: nn.Module, hidden_states: Tensor) -> ExpertAssignment:
     return decision
 
 
-def decided(site: int | str, hidden_states: Tensor) -> ExpertAssignment:
-    """Return what was decided at a site of the layer that is running."""
-    decision = active_context(hidden_states).decisions[site]
+def decided(site: Site, hidden_states: Tensor) -> ExpertAssignment:
+    """Return what was decided at a site of the layer that is running.
+
+    Raises:
+        ValueError: if nothing was, since the layer runs without a context.
+    """
+    decision = active_context(hidden_states).decisions.get(site)
+    if decision is None:
+        raise ValueError(f"The attention of layer {site} routes, and has no routing context: call the whole model.")
     assert isinstance(decision, ExpertAssignment)
     return decision
