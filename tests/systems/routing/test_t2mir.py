@@ -101,6 +101,20 @@ def test_the_contrast_is_info_nce_with_the_tasks_of_the_last_step():
         assert not other[1].decisions["1.task"].signals["task_contrast"].any()
 
 
+def test_a_row_of_padding_is_no_example_of_its_task():
+    layer = make_block().train()
+    gate, context = layer.gate["task"], RoutingContext.all_text(torch.empty(3, 5, 16))
+    context.condition_ids, context.token_mask[1] = {"task": torch.tensor([0, 1, 0])}, False
+    context.token_mask[2, 3:] = False
+    hidden = torch.randn(3, 5, 16)
+    context.decisions["1.task"] = gate(hidden.flatten(0, 1), context)
+    gate.accumulate(context.decisions["1.task"], context)
+    gate.end_step()
+    probs = gate.gate(hidden).softmax(-1)
+    torch.testing.assert_close(gate.keys[0], (probs[0].mean(0) + probs[2, :3].mean(0)) / 2)
+    assert not gate.keys[1].any()
+
+
 def test_the_slow_copy_follows_without_a_gradient():
     layer, tasks = make_block(tau=0.25).train(), torch.tensor([0, 1])
     gate = layer.gate["task"]

@@ -12,8 +12,8 @@ g = W2 tanh(W1 x), without noise and without balance, divided by their sum. In t
 p_c are those of the last optimizer step that held the task, and the sum is over the tasks that have been seen; so rows
 and micro-batches do not depend on each other, and no pairs need to be built. The slow copy moves by a share `tau` to g
 after every step and has no gradient. The loss is the signal `task_contrast` (T,) for the objective `signal`: 0 for a
-row without a known task, in a call without tasks, where fewer than two tasks have been seen, and at inference, where
-g alone decides and no token depends on another.
+row whose task has not been seen, in a call without tasks, where fewer than two tasks have been seen, and at inference,
+where g alone decides and no token depends on another.
 
 The experts are two banks, `token` and `task`, and the decisions those of the sites `1` and `"1.task"`.
 
@@ -94,18 +94,17 @@ class TaskGate(TanhGate):
                 f"The block 't2mir' contrasts the tasks of rows, and condition_ids[{self.condition!r}] names one for "
                 "every token: give it as (B,)."
             )
-        known = (task >= 0) & (task < self.num_conditions)
-        task = task.masked_fill(~known, 0)
         query = self.row_means(probs, context)  # (B, E)
         with torch.no_grad():
             slow = gate_logits(gate_logits(hidden_states, self.slow_in).tanh(), self.slow_out).softmax(-1)
             key = self.row_means(slow, context)
-            counted = torch.cat([key, torch.ones_like(key[:, :1])], -1) * known[:, None]
+            # A row of padding alone is none.
+            counted = torch.cat([key, context.token_mask.any(1, keepdim=True).to(key)], -1)
             left = context.carry.setdefault("task_sums", {})
             left[self.spec.site] = torch.zeros_like(self.sums).index_add(0, task, counted)
         seen = self.keys.sum(-1) > 0  # (C,)
         scores = gate_logits(gate_logits(query, self.bilinear.T), self.keys).masked_fill(~seen, float("-inf"))
-        counts = known & seen[task] & (seen.sum() > 1)  # (B,)
+        counts = seen[task] & (seen.sum() > 1)  # (B,)
         scores = scores.masked_fill(~counts[:, None], 0.0)
         return -scores.log_softmax(-1).gather(1, task[:, None]).squeeze(1).masked_fill(~counts, 0.0)
 
@@ -137,7 +136,7 @@ class TokenAndTaskMoE(Block):
         spec: facts of the layer; its numbers are those of the token-wise mixture.
         num_task_experts (`int`, *optional*, defaults to E): experts of the task-wise one, of which a token has K too.
         condition (`str`, *optional*, defaults to `"task"`): name of the rows' tasks in the call's `condition_ids`.
-        num_tasks (`int`, *optional*, defaults to 8): how many there are; a row with another id has none.
+        num_tasks (`int`, *optional*, defaults to 8): how many there are.
         tau (`float`, *optional*, defaults to 0.005): see above.
 
     Raises:
