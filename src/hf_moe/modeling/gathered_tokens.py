@@ -120,19 +120,6 @@ class GatheredCache(Cache):
         found = self.whole.update(*map(self.tokens.spread, own), layer_idx, *args, **kwargs)
         return own if self.is_first else found
 
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise _refuse_recurrence()
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise _refuse_recurrence()
-
-
-def _refuse_recurrence() -> ValueError:
-    return ValueError(
-        "A layer that runs on some of its tokens keeps a state of all of them, as a Mamba does: leave such layers "
-        "out, or choose a host whose tokens meet in attention alone."
-    )
-
 
 def count_skipped(cache: Cache, layer_idx: int, states: tuple[torch.Tensor, ...], rows: int, length: int) -> None:
     """Count `length` tokens in the cache of a layer that runs on none of them; `states` are of a [`GatheredCache`]."""

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from helpers.hosts.catalogue import HOSTS
 from helpers.mechanisms import TEXT, TOWER
 from helpers.near import assert_near
 from torch.utils.flop_counter import FlopCounterMode
@@ -173,3 +174,20 @@ def test_towers_are_refused():
                 vision_moe_config={"layers": [], "layer": {"name": KEY, "every": 1}},
             )
         )
+
+
+def test_recurrent_layers_of_a_hybrid_run_on_all_tokens():
+    host, inputs = HOSTS["qwen3_5"], HOSTS["qwen3_5"].inputs()
+    model = from_system(KEY, host=host.build(), moe_config={"layer": {"name": KEY, "every": 1}})
+    layers = model.model.language_model.layers
+    assert [hasattr(layer, "depth") for layer in layers] == [hasattr(layer, "self_attn") for layer in layers]
+    expected = model.generate(**inputs, max_new_tokens=3, use_cache=False, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), expected)
+
+
+def test_drafts_that_are_taken_back_leave_no_trace():
+    model = make_model(every=1)
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), expected)

@@ -42,7 +42,7 @@ from ..gathered_tokens import GatheredCache, GatheredContext, GatheredTokens, co
 from ..gating import apply_overrides, check_choice, gate_logits, looked_up
 from ..layer_spec import MoELayerSpec, Site
 from ..registry import register_layer
-from ..replacement import Replacement
+from ..replacement import Replacement, UnsuitedLayer
 from ..routing import Router, at_least_float32
 from ..routing_context import ACTIVE_CONTEXT, RoutingContext, active_context
 from ..subclasses import same_name
@@ -66,6 +66,7 @@ class MixtureOfDepths:
 
     Raises:
         ValueError: if the layer is one of a tower, whose tokens see each other, or a modality is unknown.
+        UnsuitedLayer: if the layer is a recurrence, of a hybrid.
     """
 
     def __init__(
@@ -88,6 +89,11 @@ class MixtureOfDepths:
             check_choice("per_modality_capacity", name, MODALITIES)
         if (spec.layer_idx + 1) % every:
             return
+        if any(isinstance(module, nn.Conv1d) for module in layer.modules()):
+            raise UnsuitedLayer(
+                f"Layer {spec.layer_idx} ({type(layer).__name__}) keeps a state of all tokens, as a Mamba does, and "
+                "mixture_of_depths skips layers of attention: choose a host that has some."
+            )
         spec = replace(spec, num_experts=1, num_experts_per_tok=1)
         router = DepthRouter(spec, capacity, inference, per_modality_capacity or {})
         configs = [module.config for module in layer.modules() if hasattr(module, "config")]
