@@ -14,7 +14,7 @@ from hf_moe.construction.in_place import from_host
 from hf_moe.modeling.decisions import ExpertAssignment, ParameterMixture, SlotMixture
 from hf_moe.modeling.experts.mote_ternary import TernaryExperts
 from hf_moe.modeling.initialisation import initialize_mechanisms
-from hf_moe.modeling.ternary import TokenRounding, pack, ternary, unpack
+from hf_moe.modeling.ternary import TokenRounding
 from hf_moe.training.parts import fingerprints, train_only
 
 
@@ -44,19 +44,6 @@ def test_a_weight_has_three_values_and_a_gradient(by_row):
         given = torch.randn_like(read)
         read.backward(given)
         assert torch.equal(latent.grad, given)
-
-
-def test_tokens_are_read_in_256_steps():
-    tokens = torch.tensor([[1.27, 0.014, -1.27, 0.006], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
-    rounded = TokenRounding(8)(tokens)
-    assert_near(rounded, torch.tensor([[1.27, 0.01, -1.27, 0.01], [0.0, 0.0, 0.0, 0.0]]), 1e-6)
-    rounded.sum().backward()
-    assert torch.equal(tokens.grad, torch.ones_like(tokens))
-
-
-def test_five_digits_of_a_row_fit_in_a_byte():
-    digits = ternary(torch.randn(3, 4, 13))[0]
-    assert pack(digits).shape == (3, 4, 3) and torch.equal(unpack(pack(digits), 13), digits)
 
 
 @pytest.mark.parametrize("kind", [{}, {"weight_scale": "row"}, {"gated": False, "bias": True}])
