@@ -299,6 +299,8 @@ OPTIONS = {
     "merge": flag,
     "experts_per_group": divides_eight,
     "adjugate_size": optional(count),
+    "num_recurrent": lambda value: whole(value, 1, 7),
+    "recurrent_size": optional(count),
     "adjugate_scale": lambda value: real(value, 0),
     "rank": optional(count),
     "modulation": one_of("full", "lowrank", "vector"),

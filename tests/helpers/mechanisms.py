@@ -218,6 +218,8 @@ CASES: dict[str, dict[str, Case]] = {
         "home": Case({"feature_gate_rank": 2}),
         "home-plain": Case({"expert_norm": "none"}),
         "onecat": Case({"scale_adapter_rank": 4}),
+        "hecto": Case({"recurrent_size": 6}, {"router": "sequence"}),
+        "hecto-tokens": Case({"recurrent_size": 4, "num_recurrent": 2}),
         "rmoe_residual": Case(),
         "mole_latent": Case({"latent_dim": 8, "latent_group_size": 2}),
         "mpoe": Case({"central_mask_prob": 0.0, "init_noise": 0.1}),

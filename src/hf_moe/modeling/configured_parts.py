@@ -44,6 +44,12 @@ class ConfiguredParts:
 
     def experts(self, spec: MoELayerSpec) -> Experts:
         cls, options = self.named("experts", spec)
+        block = at_layer(self.moe.block, spec.layer_idx)["name"]
+        if cls.reads_rows and (block != "moe" or spec.banks or not spec.causal):
+            raise ValueError(
+                f"The experts {cls.mechanism_name!r} of layer {spec.layer_idx} read the tokens of a row in their "
+                f"order: they need the block 'moe' in a decoder, without expert_banks, and the block is {block!r}."
+            )
         if not spec.banks:
             return build("experts", cls, options, self.config, spec)
         banks = {}

@@ -168,6 +168,9 @@ class Experts(nn.Module):
     runs_by_signal: Mapping[str, str] = {}
     # The width r of the `latents` that they go on from, where they do: the router has the same `latent_size`.
     latent_size: int | None = None
+    # Whether they read the tokens of a row in their order, with a state of their own: they must run once on the tokens
+    # of a decoder layer.
+    reads_rows = False
     # Whether they have a smaller form for after training, see [`~Experts.pack`].
     can_be_packed = False
 

@@ -1,6 +1,6 @@
 """Sequence- and instruction-level routing: one gate for a sample, from the mean of what has been read of it.
 
-    z_t = mean, or sum, over the counted tokens s <= t of W h_s / rms(h_s)        p = softmax(z_t)
+    z_t = mean, or sum, over the counted tokens s <= t of W h_s / rms(h_s)        p = softmax(z_t / tau)
     S = the K largest of p        w_i = p_i / sum_{j in S} p_j
 
 Over the instruction alone, with `end_token_id`, the gate is constant while the answer is written. With K = E all
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from ...configuration.checks import NonNegativeInt
+from ...configuration.checks import NonNegativeInt, Positive
 from ..decisions import Decision, ExpertAssignment
 from ..gating import assign, check_slots, gate_logits
 from ..layer_spec import MoELayerSpec
@@ -43,6 +43,7 @@ class SequenceRouter(PooledRouter):
     Args:
         modalities, end_token_id, end, pooling: what is pooled, and how, see [`PooledRouter`].
         norm_topk_prob: divide the K weights by their sum; without effect when K = 1.
+        temperature: tau.
         centred: subtract what the samples of the training have in common.
     """
 
@@ -59,10 +60,12 @@ class SequenceRouter(PooledRouter):
         end: str = "last",
         pooling: str = "mean",
         norm_topk_prob: bool = True,
+        temperature: Positive = 1.0,
         centred: bool = False,
     ):
         super().__init__(spec, modalities, end_token_id, end, pooling)
         check_slots(spec, spec.num_experts, "sequence")
+        self.temperature = temperature
         self.norm_topk_prob = norm_topk_prob and spec.num_experts_per_tok > 1
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
         self.centred = centred
@@ -84,6 +87,7 @@ class SequenceRouter(PooledRouter):
         logits, known = self.pool(gate_logits(directions, self.weight), context)  # (T, E)
         if self.centred:
             logits = logits - gate_logits(self.mean[None], self.weight)
+        logits = logits / self.temperature
         return assign(logits, self.spec, context, norm=self.norm_topk_prob, masked=False).drop(~known)
 
     def accumulate(self, decision: Decision, context: RoutingContext) -> None:
