@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3    # routers; an hour or two on one core
     OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3 --group compare_experts    # experts, attention, layers
+    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 3 --group compare_adapters    # LoRA experts, ten minutes
     python benchmarks/compare.py --quick                        # two systems, two steps
 
 `shapes`: the shape or the colour of what a picture of easy-VQA shows. `emoji`: the category and the group of a Noto
@@ -19,6 +20,8 @@ from tasks import emoji_rows, shape_rows
 
 from hf_moe.training.comparison import Comparison, compare
 from hf_moe.training.comparison_report import comparison_table, conditions, draw_comparison
+from hf_moe.training.recipe import load_recipe
+from hf_moe.training.run import run_recipe
 
 
 # The first of a group is what the others are measured against.
@@ -31,6 +34,7 @@ GROUPS = {
         "top_k", "aoe", "grove_moe", "mole_latent", "mote_ternary", "mot_transformers", "hmoe_heterogeneous",
         "chain_of_experts",
     ),
+    "compare_adapters": ("lora", "omni_smola", "top_k"),
 }  # fmt: skip
 # All have two of eight experts per token, except where another number is what the system is about.
 OWN_FIELDS = {
@@ -46,6 +50,13 @@ OWN_FIELDS = {
     "moma": ["num_experts_per_tok=1"],
     "mote_ternary": ["num_experts_per_tok=1"],  # beside the shared one
 }
+# Of LoRA experts; a scaling of 1 for all.
+ADAPTER_FIELDS = {
+    "lora": ["r=22", "lora_alpha=22"],
+    "omni_smola": ["num_experts=12"],  # four of each branch, in place of 16
+}
+# The base of adapters is trained for a quarter of the steps, without experts.
+BASE_STEPS = 60
 TASKS = ("shapes", "emoji")
 QUICK = ["training.max_steps=2", "data.train.limit=32", "data.eval.limit=16"]
 
@@ -59,23 +70,40 @@ def write_rows(task: str, folder: Path, quick: bool) -> None:
         DatasetDict(train=train, test=test).save_to_disk(str(folder))
 
 
+def train_base(task: str, folder: Path, overrides: list[str]) -> Path:
+    """Return the checkpoint of a dense decoder that has seen a little of a task; train it if there is none."""
+    if not (folder / "checkpoint").is_dir():
+        given = [*overrides, "model.moe_config={layers: []}", f"training.max_steps={BASE_STEPS}", "data.eval=null"]
+        recipe = load_recipe(str(FOLDER / "recipes" / f"compare_{task}.yaml"), [*given, "evaluation={}"])
+        run_recipe(recipe, folder)
+    return folder / "checkpoint"
+
+
 def compare_on(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the comparison of a task."""
-    rows = arguments.runs / "rows" / f"{task}{'-quick' if arguments.quick else ''}"
+    quick = "-quick" if arguments.quick else ""
+    rows = arguments.runs / "rows" / f"{task}{quick}"
     write_rows(task, rows, arguments.quick)
     systems = (
         arguments.systems.split(",")
         if arguments.systems
         else list(GROUPS[arguments.group])[: 2 if arguments.quick else None]
     )
+    recipe, own = f"compare_{task}", OWN_FIELDS
+    overrides = [f"data.{part}={{path: {rows}}}" for part in ("train", "eval")] + QUICK * arguments.quick
+    folder = arguments.runs / f"{task}{quick}"
+    if arguments.group == "compare_adapters":
+        base = train_base(task, arguments.runs / "base" / f"{task}{quick}", overrides)
+        recipe, own, folder = arguments.group, ADAPTER_FIELDS, arguments.runs / f"adapters-{task}{quick}"
+        overrides += [f"model.base={base}", f"name=compare_adapters_{task}"]
     return compare(
         Comparison(
-            recipe=str(FOLDER / "recipes" / f"compare_{task}.yaml"),
+            recipe=str(FOLDER / "recipes" / f"{recipe}.yaml"),
             systems=systems,
-            folder=arguments.runs / f"{task}{'-quick' if arguments.quick else ''}",
+            folder=folder,
             seeds=arguments.seeds,
-            overrides=[f"data.{part}={{path: {rows}}}" for part in ("train", "eval")] + QUICK * arguments.quick,
-            overrides_of={name: given for name, given in OWN_FIELDS.items() if name in systems},
+            overrides=overrides,
+            overrides_of={name: given for name, given in own.items() if name in systems},
             provenance={"commit": commit()},
         )
     )

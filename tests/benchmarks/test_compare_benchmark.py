@@ -20,10 +20,18 @@ def test_its_recipes_fit_every_system_that_it_names(task, monkeypatch, tmp_path)
     import compare
 
     rows = [f"data.{part}={{path: {tmp_path}}}" for part in ("train", "eval")]
-    for system in {name for group in compare.GROUPS.values() for name in group}:
+    of_models = [group for name, group in compare.GROUPS.items() if name != "compare_adapters"]
+    for system in {name for group in of_models for name in group}:
         own = [f"model.moe_config.{item}" for item in compare.OWN_FIELDS.get(system, [])]
         recipe = REPOSITORY / "benchmarks" / "recipes" / f"compare_{task}.yaml"
         load_recipe(str(recipe), [*rows, f"model.system={system}", *own])
+
+
+def test_its_recipe_of_adapters_names_no_system_of_its_own(tmp_path):
+    rows = [f"data.{part}={{path: {tmp_path}}}" for part in ("train", "eval")]
+    given = [*rows, f"model.base={tmp_path}"]
+    recipe = load_recipe(str(REPOSITORY / "benchmarks" / "recipes" / "compare_adapters.yaml"), given)
+    assert recipe.adapter.keys() == {"model_part", "target_modules"}
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-import yaml
+from helpers.comparisons import write_recipe
 from PIL import Image
 
 from hf_moe.cli import main
@@ -13,36 +13,13 @@ from hf_moe.training.comparison import Comparison, compare, plan
 from hf_moe.training.comparison_run import take_start
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOWER = {**SIZES, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
-COLOURS = ["red", "blue", "green", "black"]
 # The third has four experts per token and a shared one, the last four slots, half of them on nulls.
 SYSTEMS = ["top_k", "moiie", "deepseek_v3", "adamoe"]
 
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe")
-    rows = []
-    for number, colour in enumerate(COLOURS * 4):
-        Image.new("RGB", (16, 16), colour).save(folder / f"{number}.png")
-        rows.append({"question": "<image> which colour ?", "answer": colour, "image": f"{number}.png"})
-    for split, chosen in {"train": rows, "test": rows[:4]}.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    content = {
-        "name": "tiny",
-        "model": {
-            "language_model": {**SIZES, "model_type": "llama", "max_position_embeddings": 64},
-            "tokenizer": "words",
-            "vision_tower": TOWER,
-            "moe_config": {"layers": "all", "num_experts": 4, "granularity": 1, "expert_intermediate_size": 64},
-        },
-        "data": {"train": {"path": str(folder / "train.jsonl")}, "eval": {"path": str(folder / "test.jsonl")}},
-        "training": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
-        "evaluation": {"batch_size": 4},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
-    return str(folder / "tiny.yaml")
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,9 @@ holds for all of them, and the rest is each system's own. Then what would favour
   proportions; of a system without routed feed-forwards it is the width of the dense ones. Where a router uses more or
   fewer experts as it learns, the table says where it ended.
 
+A recipe with an adapter compares LoRA experts on its frozen base in the same way: what its `adapter` says holds for
+all systems, and the rank of the experts is what is fitted, see `comparison_adapters.py`.
+
 A run that is finished is read again by the fingerprint of what ran, so that a comparison goes on where it was stopped,
 and systems can be added to it.
 """
@@ -35,8 +38,9 @@ from ..data import VisionLanguageCollator
 from ..evaluation.report import machine, versions
 from ..modeling.mechanisms import mechanism_names
 from .checks import named
+from .comparison_adapters import fit_adapter, initial_adapter, train_adapter, with_rank
 from .comparison_report import comparison_table, plan_table, write_comparison
-from .comparison_run import build, initial_state, mean_active, train_contestant
+from .comparison_run import COUNTED_ROWS, build, initial_state, mean_active, train_contestant
 from .job import autocast, say
 from .recipe import load_recipe
 from .run import collect_routing, load_sources
@@ -46,10 +50,9 @@ from .sections import Recipe
 # Rows of experts that are a multiple of 8 numbers long suit every backend.
 WIDTH_STEP = 8
 TOLERANCE = 0.03
-# Rows on which the active parameters at the start are counted.
-COUNTED_ROWS = 256
 # What every system of a comparison would get in place of its own.
 OF_THE_SYSTEM = ("router", "experts", "block", "attention", "layer", "expert_banks")
+OF_THE_ADAPTER = ("system", "variant", "router", "router_input", "experts", "ffn_experts", "num_experts_per_tok", "r")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,8 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     contestants, rows = plan(comparison)
     runs: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in contestants}
     steps = contestants[0].recipe.training["max_steps"]
+    adapters = contestants[0].recipe.adapter is not None
+    begin, train = (initial_adapter, train_adapter) if adapters else (initial_state, train_contestant)
     with tqdm(total=len(contestants) * comparison.seeds * steps, unit="step", desc="Comparing") as progress:
         for seed in range(comparison.seeds):
             start: dict[str, torch.Tensor] = {}
@@ -129,9 +134,9 @@ def compare(comparison: Comparison) -> dict[str, Any]:
                 path, fingerprint = _run_file(comparison, contestants, contestant, seed)
                 run = _kept(path, fingerprint)
                 if run is None:
-                    start = start or initial_state(contestants[0].seeded(seed), rows, comparison.folder)
+                    start = start or begin(contestants[0].seeded(seed), rows, comparison.folder)
                     try:
-                        run = train_contestant(contestant.seeded(seed), rows, comparison.folder, start, progress)
+                        run = train(contestant.seeded(seed), rows, comparison.folder, start, progress)
                     except BaseException as error:
                         error.add_note(f"This was {contestant.name} with seed {seed}; the same command goes on there.")
                         raise
@@ -149,7 +154,11 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "systems": {
-            contestant.name: {**contestant.facts, "moe_config": contestant.content, "runs": runs[contestant.name]}
+            contestant.name: {
+                **contestant.facts,
+                "adapter" if adapters else "moe_config": contestant.content,
+                "runs": runs[contestant.name],
+            }
             for contestant in contestants
         },
     }
@@ -184,9 +193,13 @@ def plan(comparison: Comparison) -> tuple[list[Contestant], dict[str, Any]]:
         facts = _kept(path, fingerprint)
         if facts is None:
             say(f"Fitting the experts of {name}")
-            fixed = first is None or "expert_intermediate_size" in _own_names(comparison, name)
+            size = "expert_intermediate_size" if recipe.adapter is None else "r"
+            fixed = first is None or size in _own_names(comparison, name)
             try:
-                facts = fit(recipe, rows, comparison, target, fixed)
+                if recipe.adapter is None:
+                    facts = fit(recipe, rows, comparison, target, fixed)
+                else:
+                    facts = fit_adapter(recipe, rows, comparison.folder, target, comparison.tolerance, fixed)
             except ValueError as error:
                 refusals.append(f"{name}: {error}")
                 continue
@@ -300,21 +313,27 @@ def _read(comparison: Comparison, name: str) -> tuple[Recipe, dict[str, Any]]:
         ValueError: if there is no such system, or it has no form that can be compared.
     """
     keys, routers = [record.key for record in list_systems()], mechanism_names("router")
-    if name in keys:
-        content = load_system(name).fields("model")
+    if name not in (*keys, *routers):
+        raise ValueError(unknown_name_message("system or router", name, list(dict.fromkeys([*keys, *routers]))))
+    own = comparison.overrides_of.get(name, ())
+    if load_recipe(comparison.recipe, comparison.overrides).adapter is not None:
+        content, place = {"router": {"name": name}}, "adapter"
+        chosen = [f"adapter.router={name}"]
+        if name not in routers or name in [record.key for record in list_systems("adapter")]:
+            content, chosen = load_system(name).fields("adapter"), [f"adapter.system={name}"]
+    elif name in keys:
+        content, place = load_system(name).fields("model"), "model.moe_config"
         dense = content.get("layers") == []
         if dense and "attention" not in content and "layer" not in content:
             raise ValueError("it changes nothing in the decoder, so there is nothing of it to compare.")
         # What holds for all systems holds where these have it.
         chosen = [f"model.system={name}", *["model.moe_config.layers=[]"] * dense]
         chosen += ["model.moe_config.num_experts=null"] * ("expert_banks" in content)
-    elif name in routers:
-        content = {"router": {"name": name}}
-        chosen = ["model.system=null", f"model.moe_config.router={name}"]
     else:
-        raise ValueError(unknown_name_message("system or router", name, list(dict.fromkeys([*keys, *routers]))))
-    own = [f"model.moe_config.{override}" for override in comparison.overrides_of.get(name, ())]
-    recipe = load_recipe(comparison.recipe, [*comparison.overrides, *chosen, *own])
+        content, place = {"router": {"name": name}}, "model.moe_config"
+        chosen = ["model.system=null", f"model.moe_config.router={name}"]
+    chosen += [f"{place}.{override}" for override in own]
+    recipe = load_recipe(comparison.recipe, [*comparison.overrides, *chosen])
     # One line of log a run, and nothing that a finished run does not need.
     training = {**recipe.training, "save_strategy": "no", "logging_steps": recipe.training["max_steps"]}
     evaluation = {key: value for key, value in recipe.evaluation.items() if key in ("batch_size", "bf16")}
@@ -322,15 +341,18 @@ def _read(comparison: Comparison, name: str) -> tuple[Recipe, dict[str, Any]]:
 
 
 def _check_recipe(recipe: Recipe, source: str) -> None:
-    if recipe.adapter is not None or recipe.stages:
-        what = "trains an adapter" if recipe.adapter is not None else "has stages"
-        raise ValueError(f"The recipe {source} {what}: a comparison needs one that trains a model in one go.")
+    if recipe.stages:
+        raise ValueError(f"The recipe {source} has stages: a comparison needs one that trains in one go.")
     if recipe.data.get("eval") is None or recipe.training.get("max_steps", -1) < 1:
         raise ValueError(f"The recipe {source} needs data.eval, to score, and training.max_steps, equal for all.")
-    taken = [name for name in OF_THE_SYSTEM if name in (recipe.model.get("moe_config") or {})]
+    if recipe.adapter is None:
+        place, given = "moe_config", recipe.model.get("moe_config") or {}
+    else:
+        place, given = "adapter", recipe.adapter
+    taken = [name for name in (OF_THE_SYSTEM if recipe.adapter is None else OF_THE_ADAPTER) if name in given]
     if taken:
         raise ValueError(
-            f"The recipe {source} sets {', '.join(taken)} in its moe_config, which every system would get in place of "
+            f"The recipe {source} sets {', '.join(taken)} in its {place}, which every system would get in place of "
             "its own: take it out."
         )
 
@@ -340,7 +362,9 @@ def _own_names(comparison: Comparison, name: str) -> list[str]:
 
 
 def _sized(recipe: Recipe, sizes: dict[str, Any]) -> Recipe:
-    """Return a recipe whose model has other sizes, see [`_sizes`]."""
+    """Return a recipe whose model or adapter has other sizes, see [`_sizes`]."""
+    if recipe.adapter is not None:
+        return with_rank(recipe, sizes)
     model = dict(recipe.model)
     for section, fields in sizes.items():
         if section == "language_model" and not isinstance(model.get(section), dict):

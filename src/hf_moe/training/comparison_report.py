@@ -25,10 +25,12 @@ def write_comparison(folder: Path, result: dict[str, Any]) -> None:
 def comparison_table(result: dict[str, Any]) -> str:
     """Return a row per system: mean (smallest to largest) over the seeds, the best accuracy first."""
     systems, first = result["systems"], result["baseline"]
-    seen = modalities(result)
+    seen, adapters = modalities(result), "adapter" in result["recipe"]
     head = ["system", "accuracy", f"over {first}", "answer loss"]
     head += [f"active, {name}" for name in seen]
-    head += [f"of {first}, at the start", "at the end", "experts per token", "expert width", "CPU ms per step"]
+    head += [f"of {first}, at the start", "at the end", "experts per token"]
+    head += ["rank", "trained"] if adapters else ["expert width"]
+    head += ["CPU ms per step"]
     head += [f"entropy, {name}" for name in seen]
     base = systems[first]
     lines = []
@@ -44,6 +46,7 @@ def comparison_table(result: dict[str, Any]) -> str:
         cells += [f"{mean(run['active'][kind] for run in runs) / 1e6:.3f} M" for kind in seen]
         cells += [f"{system['mean_active'] / base['mean_active']:.3f}", f"{statistics.mean(ended):.3f}"]
         cells += [f"{statistics.mean(used):.2f}" if used else "–", str(system["width"])]
+        cells += [f"{runs[0]['parameters'] / 1e6:.3f} M"] * adapters
         times = [1000 * run["step_cpu_seconds"] for run in runs if run["step_cpu_seconds"] is not None]
         cells.append(spread(times, "{:.0f}") if times else "–")
         mixed = [[run["entropy"][kind] for run in runs if kind in run["entropy"]] for kind in seen]
@@ -66,24 +69,29 @@ def conditions(result: dict[str, Any]) -> str:
         f"{part}: {', '.join(f'{name} {share:.0%}' for kind, share, name in shares if kind == part)}"
         for part in others
     )
+    size, what = "width", ""
+    if "adapter" in result["recipe"]:
+        base = systems[first]["runs"][0]["base_accuracy"]
+        size = "rank"
+        what = f" Adapters of one frozen base, whose accuracy is {base:.4f}; their parameters alone count."
     return (
         f"Recipe `{result['recipe']['name']}`, {result['seeds']} seeds, {training['max_steps']} steps of "
         f"{training.get('per_device_train_batch_size', 8)} rows in the same order for all systems of a seed (their "
         "digests agree); mean (smallest to largest) over the seeds, differences paired by seed, accuracies on "
-        f"{systems[first]['runs'][0]['evaluated']:,} questions. Per seed, all parameters outside of the routers start "
-        f"from those of `{first}`"
+        f"{systems[first]['runs'][0]['evaluated']:,} questions.{what} Per seed, all parameters outside of the routers "
+        f"start from those of `{first}`"
         + (f", except where shapes differ (the share that is equal is given; {named})" if named else "")
-        + ". The width of the experts is fitted to the active parameters of "
-        f"`{first}` at the start within {result['tolerance']:.0%}; the end is measured on the trained models. Times "
-        "are medians of the process's CPU time from step to step, in runs one after the other, not interleaved."
+        + f". The {size} of the experts is fitted to the active parameters of `{first}` at the start "
+        f"within {result['tolerance']:.0%}; the end is measured on the trained models. Times are medians of the "
+        "process's CPU time from step to step, in runs one after the other, not interleaved."
     )
 
 
 def plan_table(facts: dict[str, dict[str, Any]], finished: dict[str, int], seeds: int) -> str:
     """Return what would run: sizes, active parameters at the start, and how many runs are finished."""
     first = next(iter(facts.values()))
-    head = ["system", "MoE layers", "experts", "per token", "width", "active at the start", "of the first", "finished"]
-    rows = [head]
+    head = ["system", "MoE layers", "experts", "per token", "width or rank", "active at the start", "of the first"]
+    rows = [[*head, "finished"]]
     for name, item in facts.items():
         active = ", ".join(f"{kind} {count:,}" for kind, count in item["active"].items())
         layers = ", ".join(map(str, item["layers"])) or "–"

@@ -22,6 +22,8 @@ from .run import ModelJob, evaluate
 from .sections import Recipe
 
 
+# Rows on which the active parameters at the start are counted.
+COUNTED_ROWS = 256
 # Steps whose time is not counted: the first ones allocate.
 WARM_UP_STEPS = 2
 
@@ -138,16 +140,25 @@ def train_contestant(
         loss = mean_loss(job.model, map(collator, batches(rows["eval"], recipe.evaluation.get("batch_size", 64))))
     active = report["parameters_active"]
     return {
-        **{name: report[name] for name in ("accuracy", "accuracy_by_question_type", "evaluated")},
+        **kept_of(report, record, watch, statistics),
         "loss": loss,
         "active": active,
         "mean_active": mean_active(active, statistics),
         "experts_per_token": experts_per_token(job.model, statistics),
-        "entropy": entropies(statistics),
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+        "start": shared,
+    }
+
+
+def kept_of(
+    report: dict[str, Any], record: dict[str, Any], watch: Watch, statistics: RoutingStatistics
+) -> dict[str, Any]:
+    """Return what is kept of every run, whatever was trained."""
+    return {
+        **{name: report[name] for name in ("accuracy", "accuracy_by_question_type", "evaluated")},
+        "entropy": entropies(statistics),
         "step_cpu_seconds": watch.step_seconds(),
         "train_seconds": record["train_seconds"],
         "train_loss": [round(float(entry["loss"]), 4) for entry in record["log_history"] if "loss" in entry],
         "data_order": watch.digest.hexdigest(),
-        "start": shared,
     }

@@ -8,6 +8,9 @@ Experts stay frozen, the gate r alone is trained:
 
     2 layers: W_2 relu(W_1 h + b_1) + b_2        1 layer: W_2 h + b_2        0 layers: b_2
 
+Two layers take 2 d (d + n) FLOPs of a token, where a linear gate takes 2 d n: at d 512 and E 64 nine times as many, in
+six times the time of `top_k`.
+
 W_1 and W_2 start small, b_1 at zero and b_2 at `init_lambda`, so that the model starts near task arithmetic of that
 scale. `construction/weight_ensembles.py` makes a model of several, and `training/entropy.py` trains it without labels.
 
