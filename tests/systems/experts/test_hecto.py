@@ -56,14 +56,14 @@ def test_a_recurrent_expert_reads_its_own_tokens_in_order(experts):
         assert not found[row, ~used[row]].any()
 
 
-def test_rows_without_the_recurrent_expert_cost_nothing(experts):
-    rows, (_, expert) = [], experts.recurrent
-    expert.cell.register_forward_hook(lambda _, args, output: rows.append(len(args[0])))
+def test_cost_follows_the_tokens_that_have_the_recurrent_expert(experts):
+    sizes, (_, expert) = [], experts.recurrent
+    expert.cell.register_forward_hook(lambda _, args, output: sizes.append(args[0].shape[:2]))
     used = torch.zeros(5, 6, dtype=torch.bool)
-    used[[1, 3]] = True
+    used[1, 2:], used[3, :2] = True, True
     recurrent_output(experts, torch.randn(5, 6, 16), used)
     output = recurrent_output(experts, torch.randn(5, 6, 16), ~used & False)
-    assert rows == [2, 1], "a batch of none is no input of a GRU"
+    assert sizes == [(2, 4), (1, 1)], "nothing at all is no input of a GRU"
     output.sum().backward()
     assert not output.any() and all(not p.grad.any() for p in expert.parameters()), "and all have a gradient"
 

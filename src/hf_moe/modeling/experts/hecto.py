@@ -145,12 +145,14 @@ class RecurrentExpert(nn.Module):
         busy[0] |= ~busy.any()  # a GRU takes no batch of none; this text has nothing to read
         chosen = torch.where(busy)[0]  # (N,)
         # Tokens that are read come first, so that the states after them are right, and looked up by their number.
-        order = (~used[chosen]).long().argsort(dim=1, stable=True)[..., None].expand(-1, -1, self.size)
-        inputs = self.in_proj(sequences[row[chosen]]).gather(1, order)  # (N, S, r)
+        read = used[chosen].cumsum(1)  # (N, S)
+        longest = max(1, int(read[:, -1].max()))
+        order = (~used[chosen]).long().argsort(dim=1, stable=True)[:, :longest]
+        inputs = self.in_proj(sequences[row[chosen, None], order])  # (N, longest, r)
         before = start[row].to(inputs.dtype)  # (B * D, r)
         after, _ = self.cell(inputs, before[None, chosen].contiguous())
-        read = used[chosen].cumsum(1)[..., None].expand(-1, -1, self.size)
-        states = torch.cat([before[chosen, None], after], 1).gather(1, read)  # (N, S, r)
+        states = torch.cat([before[chosen, None], after], 1)  # (N, longest + 1, r)
+        states = states.gather(1, read[..., None].expand(-1, -1, self.size))  # (N, S, r)
         states = before[:, None].repeat(1, length, 1).index_copy(0, chosen, states).unflatten(0, (rows, count))
         return states.gather(1, documents[:, None, :, None].expand(-1, 1, -1, self.size))[:, 0]
 
