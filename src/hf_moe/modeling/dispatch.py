@@ -279,6 +279,7 @@ class EvenDispatch(Dispatch):
     def __init__(self, num_experts: int, num_rows: int, device: torch.device):
         self.num_experts = num_experts
         self.token = torch.arange(num_rows, device=device)
+        self.offsets = (torch.arange(num_experts, device=device) + 1).int() * (num_rows // num_experts)
 
     @property
     def expert(self) -> torch.Tensor:

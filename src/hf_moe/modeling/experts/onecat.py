@@ -20,7 +20,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ...configuration.checks import PositiveInt
-from ..dispatch import Dispatch, run_stacks, stack_linear
+from ..dispatch import Dispatch, grouped_linear, run_stacks
 from ..layer_spec import MoELayerSpec
 from ..registry import register_experts
 from ..routing import Experts
@@ -63,17 +63,19 @@ class RoleExperts(Experts):
             init.normal_(parameter, mean=0.0, std=std if name.endswith("_a") else 0.0)
 
     def compute(self, tokens: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        expert = dispatch.expert  # (M,), ascending
-        scale = (expert - DRAWN).masked_fill(expert < DRAWN, self.num_scales)
-        scales = Dispatch(scale[:, None], self.num_scales)
+        ends = dispatch.offsets  # (E,), and the rows of all scales come last
+        of_roles = torch.cat([ends[:DRAWN], ends[-1:]])
+        first = int(ends[DRAWN - 1])
+        of_scales = ends[DRAWN:] - first
 
-        def project(experts: StackedExperts, name: str, rows: torch.Tensor, roles: Dispatch) -> torch.Tensor:
-            low = scales.linear(scales.rows(rows), self.adapters[f"{name}_a"])  # (rows of scales, r)
-            update = scales.linear(low, self.adapters[f"{name}_b"])
-            return scales.add(stack_linear(experts, name, rows, roles), update)
+        def project(experts: StackedExperts, name: str, rows: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+            bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+            output = grouped_linear(rows, getattr(experts, name), of_roles, bias)  # (M, out)
+            low = grouped_linear(rows[first:], self.adapters[f"{name}_a"], of_scales)  # (rows of scales, r)
+            drawn = output[first:] + grouped_linear(low, self.adapters[f"{name}_b"], of_scales)
+            return torch.cat([output[:first], drawn])
 
-        roles = Dispatch(expert.clamp(max=DRAWN)[:, None], ROLES)
-        return run_stacks(self.roles, dispatch.rows(tokens), roles, project)
+        return run_stacks(self.roles, tokens, dispatch, project)
 
     def parameters_per_run(self) -> list[float]:
         role = sum(parameter.numel() for parameter in self.roles.parameters()) / ROLES
