@@ -31,8 +31,8 @@ GROUPS = {
         "dynamic_moe_top_p", "deepseek_v3", "chain_of_experts",
     ),
     "compare_experts": (
-        "top_k", "aoe", "grove_moe", "mole_latent", "mote_ternary", "mot_transformers", "hmoe_heterogeneous",
-        "chain_of_experts",
+        "top_k", "aoe", "grove_moe", "mole_latent", "mote_ternary", "hmoe_heterogeneous",
+        "chain_of_experts", "llava", "mot_transformers", "mixture_of_depths",
     ),
     "compare_adapters": ("lora", "omni_smola", "top_k"),
 }  # fmt: skip

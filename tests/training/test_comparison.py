@@ -163,7 +163,6 @@ def test_a_list_trains_nothing_and_shows_sizes(recipe_file, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("system", "reason"),
     [
-        ("llava", "llava: it changes nothing in the decoder"),
         ("becotta", "becotta: The system 'becotta' has no form 'model': use hf_moe.MoeLoraConfig"),
         ("cumo", "cumo: it mixes experts outside of the decoder"),
         ("top_kk", "top_kk: .*'top_k'"),
@@ -203,16 +202,17 @@ def test_a_difference_beyond_the_tolerance_is_refused(recipe_file, tmp_path):
         plan(Comparison(recipe=recipe_file, systems=["top_k", "moiie"], folder=tmp_path, tolerance=0.0))
 
 
-def test_what_has_no_experts_is_fitted_by_its_feed_forwards(recipe_file, tmp_path):
-    comparison = Comparison(recipe=recipe_file, systems=["top_k", "mot_transformers"], folder=tmp_path, seeds=1)
+@pytest.mark.parametrize("system", ["mot_transformers", "llava"])
+def test_what_has_no_experts_is_fitted_by_its_feed_forwards(recipe_file, tmp_path, system):
+    comparison = Comparison(recipe=recipe_file, systems=["top_k", system], folder=tmp_path, seeds=1)
     contestants, rows = plan(comparison)
     first, other = (item.facts for item in contestants)
     # Two of four experts of width 64, without their router.
     assert other["layers"] == [] and other["width"] == 128
     assert other["mean_active"] == pytest.approx(first["mean_active"], rel=0.03)
-    run = compare(comparison)["systems"]["mot_transformers"]["runs"][0]
+    run = compare(comparison)["systems"][system]["runs"][0]
     assert run["active"] == other["active"] and run["experts_per_token"] == run["entropy"] == {}
-    line = next(text for text in (tmp_path / "comparison.md").read_text().splitlines() if "`mot_tr" in text)
+    line = next(text for text in (tmp_path / "comparison.md").read_text().splitlines() if f"`{system}`" in text)
     assert line.count("| – ") == 3  # no experts, and of text and images no entropy
 
 

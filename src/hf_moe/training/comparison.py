@@ -323,11 +323,8 @@ def _read(comparison: Comparison, name: str) -> tuple[Recipe, dict[str, Any]]:
             content, chosen = load_system(name).fields("adapter"), [f"adapter.system={name}"]
     elif name in keys:
         content, place = load_system(name).fields("model"), "model.moe_config"
-        dense = content.get("layers") == []
-        if dense and "attention" not in content and "layer" not in content:
-            raise ValueError("it changes nothing in the decoder, so there is nothing of it to compare.")
-        # What holds for all systems holds where these have it.
-        chosen = [f"model.system={name}", *["model.moe_config.layers=[]"] * dense]
+        # What the recipe says of MoE layers holds for systems that have some.
+        chosen = [f"model.system={name}", *["model.moe_config.layers=[]"] * (content.get("layers") == [])]
         chosen += ["model.moe_config.num_experts=null"] * ("expert_banks" in content)
     else:
         content, place = {"router": {"name": name}}, "model.moe_config"
