@@ -177,6 +177,16 @@ PRESETS = {
         "target_modules": "all-linear",
         "router": {"name": "omni_smola", "scope": "sequence", "num_text_experts": 0, "num_vision_experts": 0},
     },
+    ("ge_le_gate", None): {
+        "r": 8,
+        "lora_alpha": 16,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+        "target_modules": [*ATTENTION, *FEED_FORWARD],
+        "router": {"name": "ge_le_gate"},
+        "router_input": "model",
+        "model_part": "language_model",
+    },
     ("lora", None): {
         "r": 8,
         "lora_alpha": 16,

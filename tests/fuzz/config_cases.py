@@ -248,6 +248,7 @@ OPTIONS = {
     "tau_decay": share,
     "gate_threshold": share,
     "hard_after": optional(share),
+    "threshold": share,
     "threshold_rate": share,
     "jitter_eps": positive,
     "heun_prob": share,

@@ -123,6 +123,8 @@ CASES: dict[str, dict[str, Case]] = {
         "expert_choice-capped": Case({"group": "sequence", "capacity_factor": 0.75, "max_experts_per_tok": 2}),
         "expert_choice-batch": Case({"group": "batch", "decode_mode": "token_choice"}, exempt=CHOICE_OF_A_BATCH),
         "expert_choice-vision": Case(moe=NO_LOSS, place="vision"),
+        "ge_le_gate": Case(moe=NO_LOSS),
+        "ge_le_gate-instruction": Case({"end_token_id": 7}, NO_LOSS),
         "grap": Case(),
         "home": Case(),
         "home-hierarchy": Case({"experts_of": [[0, 1, 2], [0, 1, 3]], "self_gate": True}),

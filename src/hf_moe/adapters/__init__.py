@@ -8,6 +8,7 @@ from .checkpoints import EARLIER_TYPE
 from .conditions import ConditionCollator, routing_inputs
 from .config import MoeLoraConfig
 from .editing import add_expert, expert_names, freeze_experts, remove_expert, rename_expert
+from .gate_fitting import GateReport, fit_gate
 from .layer import MoeLoraLayer
 from .merging import merge_by_mean_routing, merge_for
 from .model import MoeLoraModel
@@ -15,12 +16,14 @@ from .model import MoeLoraModel
 
 __all__ = [
     "ConditionCollator",
+    "GateReport",
     "MoeLoraConfig",
     "MoeLoraLayer",
     "MoeLoraModel",
     "add_expert",
     "expert_names",
     "find_centroids",
+    "fit_gate",
     "freeze_experts",
     "intuition",
     "merge_by_mean_routing",
