@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.hosts import recurrent
 from helpers.hosts.catalogue import HOSTS, labels_of
 from helpers.near import assert_near
 from transformers import AutoModelForImageTextToText, MixtralConfig
@@ -132,3 +133,16 @@ def test_experts_that_are_no_moe_layers_are_refused():
     moe_config = {"layers": [], "layer": "mot_transformers"}
     with pytest.raises(ValueError, match="leave 'ffn' out of untie"), torch.device("meta"):
         HfMoeForConditionalGeneration(HfMoeConfig(text_config=text, moe_config=moe_config, vision_config=None))
+
+
+def test_mamba_mixers_stay_one_for_all_modalities():
+    layer = {"layers": [], "layer": "mot_transformers"}
+    model = HfMoeForConditionalGeneration.from_host(recurrent.HOSTS["jamba"].build(), moe_config=layer)
+    mixing, attending = model.model.layers
+    assert not [module for module in mixing.modules() if isinstance(module, PerModality)]
+    assert isinstance(attending.self_attn.q_proj, PerModality)
+    with pytest.raises(ValueError, match="has a Mamba mixer.*'mixture_of_mamba'"):
+        HfMoeForConditionalGeneration.from_host(recurrent.HOSTS["falcon_h1"].build(), moe_config=layer)
+    norms = {"layers": [], "layer": {"name": "mot_transformers", "untie": ["ffn", "norm"]}}
+    model = HfMoeForConditionalGeneration.from_host(recurrent.HOSTS["jamba"].build(), moe_config=norms)
+    assert isinstance(model.model.layers[0].input_layernorm, PerModality)

@@ -59,6 +59,7 @@ class AutonomousExperts(Experts):
                 "The experts 'aoe' go on from what the router 'aoe' has computed for the same hidden states, and this "
                 "decision brings none of it: choose a block that decides anew for every run of its experts."
             )
+        # Taken out, or a model would hold those of all layers until its forward ends.
         latents, decision.latents = decision.latents.flatten(0, 1), None  # (T * E, r)
 
         def compute(tokens: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:

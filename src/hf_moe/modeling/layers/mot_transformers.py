@@ -23,6 +23,7 @@ from ..host_layers import expert_stacks, ffn_name
 from ..layer_spec import MoELayerSpec
 from ..per_modality import PerModality
 from ..registry import register_layer
+from ..replacement import UnsuitedLayer
 
 
 @register_layer("mot_transformers")
@@ -36,7 +37,8 @@ class MixtureOfTransformers:
         untie (`list[str]`, *optional*, defaults to all): which weights, of `"ffn"`, `"attention"` and `"norm"`.
 
     Raises:
-        ValueError: if `modalities` do not begin with text; if the layer has experts of its own, or nothing to untie.
+        ValueError: if `modalities` do not begin with text; if the layer has experts of its own, or nothing to untie;
+            if all layers have Mamba mixers, and attention is to be untied.
     """
 
     def __init__(
@@ -48,6 +50,11 @@ class MixtureOfTransformers:
         modalities: list[str] | tuple[str, ...] = ("text", "image"),
         untie: list[Literal["ffn", "attention", "norm"]] | tuple[str, ...] = ("ffn", "attention", "norm"),
     ):
+        if "attention" in untie and any(hasattr(module, "A_log") for module in layer.modules()):
+            raise UnsuitedLayer(
+                f"Layer {spec.layer_idx} ({type(layer).__name__}) has a Mamba mixer, which reads the weights of its "
+                "projections itself: choose the layer 'mixture_of_mamba', or leave 'attention' out of untie."
+            )
         feed_forward = getattr(layer, ffn_name(layer))
         if "ffn" in untie and not isinstance(feed_forward, Block) and expert_stacks(feed_forward):
             raise ValueError(
