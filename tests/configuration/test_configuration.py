@@ -270,3 +270,11 @@ def test_a_moe_host_keeps_the_numbers_of_its_own_layers():
     mixtral = MixtralConfig(**SIZES, num_key_value_heads=2, vocab_size=64, num_local_experts=4)
     config = HfMoeConfig(text_config=mixtral, moe_config={"num_experts": 8, "layers": [1]})
     assert (config.text_config.num_local_experts, config.moe_config.num_experts) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [("last_1", [3]), ("last_3", [1, 2, 3]), ("last_9", [0, 1, 2, 3]), ("except_last_3", [0]), ("except_last_9", [0])],
+)
+def test_layers_are_counted_from_the_end(layers, expected):
+    assert MoeConfig(layers=layers).moe_layers(4) == expected

@@ -43,8 +43,9 @@ class MoeConfig(PreTrainedConfig):
         layers (`str` or `list[int]`, defaults to `"all"`):
             Decoder layers whose feed-forward becomes a MoE: `"all"`, `"every_N"` (the last of each N layers: `every_2`
             gives 1, 3, 5, ...), `"sparse"` (0, 2, 4, ..., as MoE-LLaVA counts), `"first_half"`, `"second_half"`,
-            `"from_N"` (all from layer N on: the first N stay dense), `"except_last_N"` (the last N stay dense, in
-            decoders of more than N layers; the first is a MoE in any) or a list of layer indices.
+            `"from_N"` (all from layer N on: the first N stay dense), `"last_N"` (the last N), `"except_last_N"` (the
+            last N stay dense, in decoders of more than N layers; the first is a MoE in any) or a list of layer
+            indices.
         num_experts (`int`, *optional*):
             Routed experts E of a layer. Derived when absent: the sum over `expert_banks`, else the host's own number
             if the host is a MoE, else 8.
@@ -259,16 +260,17 @@ def _named_layers(layers: str, num_hidden_layers: int) -> slice:
     }
     if layers in modes:
         return modes[layers]
-    form = re.fullmatch(r"(every|from|except_last)_([1-9][0-9]*)", layers)
+    form = re.fullmatch(r"(every|from|last|except_last)_([1-9][0-9]*)", layers)
     if form is None:
         raise ValueError(
             f"moe_config.layers={layers!r}: allowed are 'all', 'every_N', 'sparse', 'first_half', "
-            "'second_half', 'from_N', 'except_last_N' or a list of indices."
+            "'second_half', 'from_N', 'last_N', 'except_last_N' or a list of indices."
         )
     number = int(form[2])
     forms = {
         "every": slice(number - 1, None, number),
         "from": slice(number, None),
+        "last": slice(max(num_hidden_layers - number, 0), None),
         "except_last": slice(max(num_hidden_layers - number, 1)),
     }
     return forms[form[1]]
