@@ -70,7 +70,7 @@ def test_nonsense_in_moe_config_is_refused_by_its_field(fields):
         HfMoeConfig(text_config=host(), moe_config=fields)
 
 
-NOT_BY_LAYER = ("layers", "objectives", "token_balanced_loss")
+NOT_BY_LAYER = ("layers", "objectives", "token_balanced_loss", "attention_blocks")
 
 
 @pytest.mark.parametrize("name", [name for name in MoeConfig.__annotations__ if name not in NOT_BY_LAYER])

@@ -19,8 +19,9 @@ SPEC = MoELayerSpec(0, 16, num_experts=16, num_experts_per_tok=2, expert_interme
 OPTIONS = {"ming_multi_router": {"modalities": ["text", "image", "audio"], "gate": "sigmoid_bias"}}
 
 
-def router_of(name, **options):
-    own = {field: value for field, value in CASES["router"][name].moe.items() if field in vars(SPEC)}
+def router_of(name, like=None, **options):
+    """Return a router, in a layer as its own case has it, or that of the router `like`."""
+    own = {field: value for field, value in CASES["router"][like or name].moe.items() if field in vars(SPEC)}
     spec = replace(SPEC, **own)
     router = build("router", get_mechanism("router", name), {**OPTIONS.get(name, {}), **options}, spec)
     torch.manual_seed(sum(map(ord, name)))
@@ -40,7 +41,7 @@ def test_routers_with_plain_gates_say_so():
 
 @pytest.mark.parametrize("name", WITH_GATE)
 def test_a_router_starts_from_the_gate_of_a_plain_one(name):
-    old, new = router_of("top_k"), router_of(name)
+    old, new = router_of("top_k", name), router_of(name)
     new.start_from(old)
     assert torch.equal(new.gate_rows(), old.weight.expand(NUM_MODALITIES, -1, -1))
 
@@ -55,7 +56,7 @@ def test_a_router_without_a_plain_gate_stays_fresh(name):
 
 @pytest.mark.parametrize("name", WITH_GATE)
 def test_a_plain_router_starts_from_the_text_gate_of_any(name):
-    old, new = router_of(name), router_of("top_k")
+    old, new = router_of(name), router_of("top_k", name)
     new.start_from(old)
     assert torch.equal(new.weight, old.gate_rows()[0])
 

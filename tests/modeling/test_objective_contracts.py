@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from hf_moe import HfMoeConfig
+from hf_moe.modeling.auxiliary import AuxiliaryLosses
 from hf_moe.modeling.decisions import ExpertAssignment, SlotMixture
 from hf_moe.modeling.layer_spec import MoELayerSpec
 from hf_moe.modeling.mechanisms import get_mechanism, mechanism_names
@@ -19,10 +22,12 @@ OPTIONS = {
     "locality": {"condition": "domain", "num_nodes": 4},
     "global_entropy": {"min_experts": {"text": 4, "image": 4}},
 }
+# Objectives of other decisions than those of feed-forwards.
+PARTS = {"moa_image": "attention"}
 
 
 def make_objective(name: str):
-    specs = [MoELayerSpec(layer, 8, EXPERTS, 1, 16) for layer in LAYERS]
+    specs = [MoELayerSpec(layer, 8, EXPERTS, 1, 16, part=PARTS.get(name, "")) for layer in LAYERS]
     objective = build("objective", get_mechanism("objective", name), OPTIONS.get(name, {}), specs, 0.01)
     objective.initialize(0.02)
     return objective
@@ -90,7 +95,7 @@ def after_a_step(name: str, *calls):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if get_mechanism("objective", name).values_by_layer])
 def test_the_layers_are_joined_as_the_config_says(name, reduction):
     decisions, context = make_call()
     objective = after_a_step(name, (decisions, context))
@@ -99,6 +104,13 @@ def test_the_layers_are_joined_as_the_config_says(name, reduction):
     expected = (first + second) / (2 if reduction == "mean" else 1)
     torch.testing.assert_close(objective(decisions, context), expected)
     assert first.shape == (ROWS,) and (first != second).all()
+
+
+def test_one_value_of_all_layers_has_no_sum_of_theirs():
+    specs = [MoELayerSpec(layer, 8, EXPERTS, 1, 16, part="attention") for layer in LAYERS]
+    moe = {"objectives": {"moa_image": {"coef": 1.0, "layer_reduction": "sum"}}}
+    with pytest.raises(ValueError, match="objectives.'moa_image'.: moa_image has one value.*layer_reduction out"):
+        AuxiliaryLosses(HfMoeConfig(text_config=LlamaConfig(num_hidden_layers=4), moe_config=moe), specs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,14 +151,15 @@ def test_a_population_is_of_the_last_step_alone_and_cleared_by_initialize(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_statistics_carry_no_gradient_and_values_do(name):
-    decisions, context = make_call()
+    decisions, context = make_call(seed=1)
     learnt = []
     for decision in decisions.values():
         decision.router_logits.requires_grad_()
         decision.router_probs = decision.router_logits.softmax(-1)
         for signal in ("soft_real_slots", "gate_overlap"):
             decision.signals[signal] = decision.signals[signal].clone().requires_grad_()
-        learnt += [decision.router_logits, *decision.signals.values()]
+        decision.expert_weight = (0.5 * decision.expert_weight).requires_grad_()
+        learnt += [decision.router_logits, decision.expert_weight, *decision.signals.values()]
     for layer in LAYERS:
         learnt.append(context.outputs[layer].requires_grad_())
     objective = after_a_step(name, (decisions, context))

@@ -125,6 +125,11 @@ class AuxiliaryLosses(nn.Module):
             modalities = options.pop("modalities", None)
             check(f"{place}: modalities", modalities, list[Literal["text", "image", "video", "audio"]] | None)
             objective = build("objective", get_mechanism("objective", name), options, own, coef)
+            if reduction == "sum" and not objective.values_by_layer:
+                raise ValueError(
+                    f"{place}: {name} has one value for all layers together, and no sum of theirs: leave "
+                    "layer_reduction out."
+                )
             objective.layer_reduction = reduction
             objective.modalities = modalities
             self.by_name[label] = objective

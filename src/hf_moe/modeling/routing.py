@@ -299,6 +299,8 @@ class Objective(KeepsBufferTypes):
     reads: frozenset[str] = frozenset()
     # How the layers' values are joined, `"mean"` or `"sum"`; an entry of every objective in the config.
     layer_reduction = "mean"
+    # Whether a layer has a value of its own, which can be joined with others'.
+    values_by_layer = True
     # The modalities of the tokens that it counts, all when absent; an entry of every objective in the config.
     modalities: Sequence[str] | None = None
 

@@ -36,6 +36,8 @@ class KeepToPrior(Objective):
         ValueError: if the model has no attention experts.
     """
 
+    values_by_layer = False
+
     def __init__(
         self,
         specs: list[MoELayerSpec],
