@@ -11,7 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from hf_moe.modeling import dispatch
+from hf_moe.modeling import dispatch, stacked_experts
 from hf_moe.modeling.decisions import ExpertAssignment
 from hf_moe.modeling.dispatch import GroupedProduct, grouped_linear, ragged_experts_forward
 from hf_moe.modeling.experts.ffn import FfnExperts
@@ -339,7 +339,7 @@ def test_frozen_experts_and_frozen_inputs_cost_no_backward_product(monkeypatch):
 def test_the_config_picks_the_function_that_runs(backend, monkeypatch):
     experts = build_experts(backend=backend)
     called = []
-    for name in ("ragged", "grouped_mm", "batched_mm"):
+    for name in ("grouped_mm", "batched_mm"):
         function = ALL_EXPERTS_FUNCTIONS[name]
         monkeypatch.setitem(
             ALL_EXPERTS_FUNCTIONS._global_mapping,
@@ -348,10 +348,22 @@ def test_the_config_picks_the_function_that_runs(backend, monkeypatch):
         )
     eager = FfnExperts.eager
     monkeypatch.setattr(FfnExperts, "eager", lambda *args: called.append("eager") or eager(*args))
+    ragged = stacked_experts.ragged_experts_forward
+    monkeypatch.setattr(
+        stacked_experts, "ragged_experts_forward", lambda *args: called.append("ragged") or ragged(*args)
+    )
     index, weight = route(empty_share=0.4)
     with torch.no_grad():
         experts(torch.randn(TOKENS, HIDDEN), ExpertAssignment(index, weight, EXPERTS))
     assert called == [backend]
+
+
+def test_the_code_of_another_checkpoint_runs_no_experts(monkeypatch):
+    experts, (index, weight) = build_experts(), route()
+    hidden_states = torch.randn(TOKENS, HIDDEN)
+    expected = ragged_experts_forward(experts, hidden_states, index, weight)
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "ragged", lambda *args: pytest.fail("not ours"))
+    assert torch.equal(experts(hidden_states, ExpertAssignment(index, weight, EXPERTS)), expected)
 
 
 def test_an_unknown_backend_is_refused():

@@ -5,16 +5,16 @@ import torch
 from helpers.image_rows import collate, labels_of
 from torch.nn import functional as F
 
-from hf_moe.modeling.gating import gate_overlap
+from hf_moe.modeling.gating import row_overlap
 from hf_moe.modeling.language_loss import token_balanced_loss
 
 
 def test_overlap_is_the_mean_squared_cosine_of_the_pairs():
-    assert gate_overlap(torch.eye(4) * torch.tensor([1.0, 5.0, 0.1, 2.0])).item() == pytest.approx(0)
-    assert gate_overlap(torch.ones(3, 5)).item() == pytest.approx(1)
+    assert row_overlap(torch.eye(4) * torch.tensor([1.0, 5.0, 0.1, 2.0])).item() == pytest.approx(0)
+    assert row_overlap(torch.ones(3, 5)).item() == pytest.approx(1)
     rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     pairs = [F.cosine_similarity(rows[i], rows[j], dim=0).square() for i in range(4) for j in range(4) if i != j]
-    assert gate_overlap(rows).item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
+    assert row_overlap(rows).item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
 
 
 ERNIE = {"num_experts": 4, "num_experts_per_tok": 1, "router": "ernie45_vl"}
@@ -24,14 +24,14 @@ def test_orthogonality_is_the_mean_over_the_gates_of_both_banks(tiny_model, text
     model = tiny_model(moe_config={**ERNIE, "objectives": {"router_orthogonality": 0.5}}).train()
     output = model(**text_batch)
     weights = [layer.router.weight for layer in model.moe_layers().values()]
-    expected = torch.stack([gate_overlap(half) for weight in weights for half in weight.split(2)]).mean()
+    expected = torch.stack([row_overlap(half) for weight in weights for half in weight.split(2)]).mean()
     torch.testing.assert_close(output.objective_values["router_orthogonality"], expected)
     torch.testing.assert_close(output.aux_loss, 0.5 * expected)
     # A step against it turns the rows apart, in both banks.
     gradients = torch.autograd.grad(output.aux_loss, weights)
     for weight, gradient in zip(weights, gradients, strict=True):
         for half, step in zip(weight.split(2), gradient.split(2), strict=True):
-            assert gate_overlap(half - 0.01 * step) < gate_overlap(half)
+            assert row_overlap(half - 0.01 * step) < row_overlap(half)
 
 
 def test_orthogonality_of_other_routers_is_refused(tiny_model, text_batch):

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .decisions import Decision, ExpertAssignment, ParameterMixture, SlotMixture, refuse_mixture
-from .dispatch import RAGGED, Dispatch, compute_dtype, run_rows, run_stacks
+from .dispatch import RAGGED, Dispatch, compute_dtype, ragged_experts_forward, run_rows, run_stacks
 from .layer_spec import MoELayerSpec
 from .routing import Experts
 
@@ -140,6 +140,9 @@ class StackedExperts(Experts):
         if dispatch is not None:
             return run_rows(self.compute, hidden_states, dispatch, weight)
         backend = ALL_EXPERTS_FUNCTIONS.get_interface(self.backend, type(self).eager)
+        if self.backend == RAGGED:
+            # The code of another checkpoint in the process may have registered its own under this name.
+            backend = ragged_experts_forward
         output = backend(self, hidden_states, index, weight)
         return output - self._surplus_bias(index, weight) if self.has_bias and self._width_share() < 1.0 else output
 
