@@ -102,7 +102,7 @@ def line(row: dict) -> dict:
 def main() -> None:
     arguments = make_parser(__doc__).parse_args()
     keep_freed_memory()
-    shapes, steps = (QUICK_SHAPES, 12) if arguments.quick else (SHAPES, 24)
+    shapes, steps = (QUICK_SHAPES, 12) if arguments.quick else (SHAPES, 20)
     rows = [measure(shape, dtype, backend, steps) for shape in shapes for dtype in DTYPES for backend in BACKENDS]
     publish("new_routings", arguments, {"rows": rows}, markdown_table([line(row) for row in rows]))
 
